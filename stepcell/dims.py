@@ -1,0 +1,108 @@
+"""Dimensions as numbers or expressions of symbols: `3`, `"height"`, `"height // 4"`.
+
+A state's size follows from the input's, so a contract writes it as an expression and a runtime
+sizes every state from the input alone. Expressions come from files: they are parsed to a syntax
+tree of which only integers, names and + - * // are accepted, and never passed to `eval`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from stepcell.errors import ContractError, InputError
+
+__all__ = ["Dim", "bind", "evaluate", "resolve", "substitute", "symbols_of"]
+
+Dim = int | str
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+_MAX_EXPRESSION = 100  # characters; a longer one is not a dimension
+
+
+def _parse(expression: str) -> ast.expr:
+    if len(expression) > _MAX_EXPRESSION:
+        raise ContractError(f"dimension {expression[:40]!r}...: longer than {_MAX_EXPRESSION} characters")
+    try:
+        return ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise ContractError(f"dimension {expression!r}: not an expression of + - * // and symbols") from error
+
+
+def _value(node: ast.expr, expression: str, symbols: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name):
+        if node.id not in symbols:
+            known = ", ".join(sorted(symbols)) or "none"
+            raise ContractError(f"dimension {expression!r}: symbol {node.id!r} has no value (known: {known})")
+        return symbols[node.id]
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left = _value(node.left, expression, symbols)
+        right = _value(node.right, expression, symbols)
+        if isinstance(node.op, ast.FloorDiv) and right == 0:
+            raise ContractError(f"dimension {expression!r}: division by zero")
+        return _OPERATORS[type(node.op)](left, right)
+    raise ContractError(f"dimension {expression!r}: only integers, symbols and + - * // are allowed")
+
+
+def evaluate(dim: Dim, symbols: Mapping[str, int]) -> int:
+    """Value of one dimension, given a value for each symbol."""
+    return dim if isinstance(dim, int) else _value(_parse(dim), dim, symbols)
+
+
+def resolve(shape: Sequence[Dim], symbols: Mapping[str, int]) -> tuple[int, ...]:
+    """Concrete shape, given a value for each symbol."""
+    return tuple(evaluate(dim, symbols) for dim in shape)
+
+
+def symbols_of(dims: Iterable[Dim]) -> list[str]:
+    """Names of the symbols in `dims`, each once, in order of appearance."""
+    found: dict[str, None] = {}
+    for dim in dims:
+        if isinstance(dim, str):
+            names = [node for node in ast.walk(_parse(dim)) if isinstance(node, ast.Name)]
+            found.update((node.id, None) for node in sorted(names, key=lambda node: node.col_offset))
+    return list(found)
+
+
+def substitute(shape: Sequence[Dim], symbols: Mapping[str, int]) -> tuple[Dim, ...]:
+    """Replace each dimension whose symbols all have a value by its number; keep the others."""
+    return tuple(evaluate(d, symbols) if set(symbols_of([d])) <= set(symbols) else d for d in shape)
+
+
+def bind(name: str, shape: Sequence[Dim], actual: Sequence[int], symbols: Mapping[str, int]) -> dict[str, int]:
+    """Values of the symbols in `shape` that make it equal to `actual`.
+
+    Args:
+        name: whose shape this is, for the message.
+        shape: declared shape; a dimension that is one bare symbol binds it.
+        actual: the shape that was given.
+        symbols: values bound before, by other inputs.
+
+    Returns:
+        `symbols` with the new bindings.
+
+    Raises:
+        InputError: rank, a fixed dimension or an expression does not fit.
+    """
+    expected = "(" + ", ".join(str(dim) for dim in shape) + ")"
+    wrong = InputError(
+        f"{name}: expected shape {expected}, got {tuple(actual)}",
+        hint=f"known sizes: {dict(symbols)}" if symbols else None,
+    )
+    if len(shape) != len(actual):
+        raise wrong
+    bound = dict(symbols)
+    for dim, size in zip(shape, actual, strict=True):
+        if isinstance(dim, str) and dim.isidentifier() and bound.setdefault(dim, size) != size:
+            raise wrong
+    if any(size < 1 for size in actual) or resolve(shape, bound) != tuple(actual):
+        raise wrong
+    return bound

@@ -1,0 +1,108 @@
+"""One exception hierarchy. Every error says: subject, rule, what was got; `hint` says what to do.
+
+The class decides the exit code of the command line:
+0 ok, 1 failure, 2 usage, 3 verification mismatch, 4 incompatible engine,
+5 missing dependency or plugin, 6 device or memory.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BuildError",
+    "CheckpointError",
+    "ContractError",
+    "DeviceError",
+    "EngineMismatchError",
+    "ExportError",
+    "InputError",
+    "MissingDependencyError",
+    "OutputError",
+    "ParityError",
+    "PluginError",
+    "StateError",
+    "StepcellError",
+    "UsageError",
+]
+
+
+class StepcellError(Exception):
+    """Base of everything stepcell raises on purpose.
+
+    Args:
+        message: subject, rule and what was got, in one or two sentences.
+        hint: what the user can do about it, or None.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nHint: {self.hint}" if self.hint else self.message
+
+
+class UsageError(StepcellError):
+    """An argument has a wrong form or two arguments contradict each other."""
+
+    exit_code = 2
+
+
+class ContractError(StepcellError):
+    """A state contract is missing, malformed, of an unknown version or broken by its model."""
+
+
+class CheckpointError(StepcellError):
+    """A checkpoint cannot be read safely or does not hold what its family needs."""
+
+
+class ExportError(StepcellError):
+    """A module cannot be exported as a single-step model."""
+
+
+class BuildError(StepcellError):
+    """TensorRT refused a model or built no engine."""
+
+
+class InputError(StepcellError):
+    """A frame, clip or array given by the user cannot be used."""
+
+
+class StateError(StepcellError):
+    """A hidden state has the wrong name, shape or dtype."""
+
+
+class OutputError(StepcellError):
+    """A result cannot be written where it was asked for."""
+
+
+class ParityError(StepcellError):
+    """An exported model differs from its reference by more than the tolerance."""
+
+    exit_code = 3
+
+
+class EngineMismatchError(StepcellError):
+    """An engine does not fit its sidecar, this TensorRT or this device."""
+
+    exit_code = 4
+
+
+class MissingDependencyError(StepcellError):
+    """A package that the request needs is not installed or does not load."""
+
+    exit_code = 5
+
+
+class PluginError(StepcellError):
+    """The fused TensorRT plugin was asked for where it cannot be had."""
+
+    exit_code = 5
+
+
+class DeviceError(StepcellError):
+    """The device that was asked for is absent, failed or ran out of memory."""
+
+    exit_code = 6

@@ -1,0 +1,34 @@
+"""Import an optional package, or say which extra brings it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from stepcell.errors import MissingDependencyError
+
+__all__ = ["require"]
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import `module`.
+
+    Args:
+        extra: the extra of stepcell that installs it.
+        purpose: what needs it, for the message: "reading video files".
+
+    Raises:
+        MissingDependencyError: it is not installed, or is installed and does not load.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"{purpose} needs the package {module.split('.')[0]!r}, which is not installed",
+            hint=f"pip install 'stepcell[{extra}]'",
+        ) from error
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(
+            f"{purpose} needs the package {module.split('.')[0]!r}, which does not load: {error}",
+            hint="`stepcell doctor` shows what loads on this machine",
+        ) from error
