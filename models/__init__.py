@@ -1,0 +1,28 @@
+"""Torch modules: canonical cells, stacks, the step-model protocol, helpers for sequences."""
+
+from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, conv_gru, conv_lstm
+from stepcell.models.checkpoint import save_checkpoint
+from stepcell.models.sequence import batch_to_time, seq_wise, time_to_batch
+from stepcell.models.stack import CellStack, DenseStack, GRUCell, LSTMCell, conv_gru_stack, conv_lstm_stack
+from stepcell.models.step import StepModule, initial_states, is_step_module, run_sequence
+
+__all__ = [
+    "CellStack",
+    "ConvGRUCell",
+    "ConvLSTMCell",
+    "DenseStack",
+    "GRUCell",
+    "LSTMCell",
+    "StepModule",
+    "batch_to_time",
+    "conv_gru",
+    "conv_gru_stack",
+    "conv_lstm",
+    "conv_lstm_stack",
+    "initial_states",
+    "is_step_module",
+    "run_sequence",
+    "save_checkpoint",
+    "seq_wise",
+    "time_to_batch",
+]

@@ -10,7 +10,8 @@ wider. Gates are computed in at least float32. All functions are plain autograd.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,13 @@ def conv_gru(
 ) -> Tensor:
     """One ConvGRU step; returns h' in the dtype of h.
 
-        a = W_x * x + b                       W_x (3C, Cx, kh, kw), b (3C)
-        g = W_h * h                           W_h (2C, C, kh, kw)
-        z = sigmoid(a_z + g_z)                update gate
-        r = sigmoid(a_r + g_r)                reset gate
-        n = tanh(a_n + W_n * (r . h))         reset "before": Ballas et al. 2016, arXiv 1511.06432
-        n = tanh(a_n + r . (W_n * h + b_n))   reset "after": with bias_n (C); cuDNN, torch.nn.GRU
-        h' = (1 - z) . h + z . n
+    a = W_x * x + b                       W_x (3C, Cx, kh, kw), b (3C)
+    g = W_h * h                           W_h (2C, C, kh, kw)
+    z = sigmoid(a_z + g_z)                update gate
+    r = sigmoid(a_r + g_r)                reset gate
+    n = tanh(a_n + W_n * (r . h))         reset "before": Ballas et al. 2016, arXiv 1511.06432
+    n = tanh(a_n + r . (W_n * h + b_n))   reset "after": with bias_n (C); cuDNN, torch.nn.GRU
+    h' = (1 - z) . h + z . n
     """
     sigmoid, tanh = _activations(gates)
     compute, wide = x.dtype, torch.promote_types(h.dtype, torch.float32)
@@ -51,8 +52,8 @@ def conv_gru(
     hidden = weight_n.shape[0]
 
     a = _same(x, weight_x, bias).to(wide)
-    a_z, a_r, a_n = a.split(hidden, dim=1)
-    g_z, g_r = _same(narrow, weight_h).to(wide).split(hidden, dim=1)
+    a_z, a_r, a_n = torch.split(a, hidden, dim=1)
+    g_z, g_r = torch.split(_same(narrow, weight_h).to(wide), hidden, dim=1)
     z = sigmoid(a_z + g_z)
     r = sigmoid(a_r + g_r)
     if bias_n is None:
@@ -74,18 +75,18 @@ def conv_lstm(
 ) -> tuple[Tensor, Tensor]:
     """One ConvLSTM step (Shi et al. 2015, arXiv 1506.04214); returns h', c' in the dtypes of h, c.
 
-        a = W_x * x + W_h * h + b             W_x (4C, Cx, kh, kw), W_h (4C, C, kh, kw), b (4C)
-        i = sigmoid(a_i + w_i . c)            peephole w (3, C, 1, 1) or (3, C, H, W), order i, f, o
-        f = sigmoid(a_f + w_f . c)
-        c' = f . c + i . tanh(a_g)
-        o = sigmoid(a_o + w_o . c')
-        h' = o . tanh(c')
+    a = W_x * x + W_h * h + b             W_x (4C, Cx, kh, kw), W_h (4C, C, kh, kw), b (4C)
+    i = sigmoid(a_i + w_i . c)            peephole w (3, C, 1, 1) or (3, C, H, W), order i, f, o
+    f = sigmoid(a_f + w_f . c)
+    c' = f . c + i . tanh(a_g)
+    o = sigmoid(a_o + w_o . c')
+    h' = o . tanh(c')
     """
     sigmoid, tanh = _activations(gates)
     wide = torch.promote_types(h.dtype, torch.float32)
     state = c.to(wide)
     a = (_same(x, weight_x, bias) + _same(h.to(x.dtype), weight_h)).to(wide)
-    a_i, a_f, a_o, a_g = a.split(weight_h.shape[1], dim=1)
+    a_i, a_f, a_o, a_g = torch.split(a, weight_h.shape[1], dim=1)
     if peephole is not None:
         w_i, w_f, w_o = peephole.to(wide)
         a_i, a_f = a_i + w_i * state, a_f + w_f * state
@@ -105,7 +106,7 @@ class _Cell(nn.Module):
         super().__init__()
         self.input_size = input_size
         self.hidden_size = hidden_size
-        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if any(k < 1 or k % 2 == 0 for k in self.kernel_size):
             raise ValueError(f"kernel_size: expected odd positive sizes, got {self.kernel_size}")
         if gates not in ("soft", "hard"):
@@ -121,7 +122,7 @@ class _Cell(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def _node_attributes(self) -> dict[str, str | list[int]]:
+    def _node_attributes(self) -> dict[str, Any]:
         pad_h, pad_w = (k // 2 for k in self.kernel_size)
         return {"pads": [pad_h, pad_w, pad_h, pad_w], "gates": self.gates}
 
@@ -167,21 +168,19 @@ class ConvGRUCell(_Cell):
         self.reset_parameters()
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, Cx, H, W), h (N, C, H, W) -> y = h' in the dtype of x, h' in the dtype of h."""
-        weights = [self.weight_x, self.bias, self.weight_h, self.weight_n]
-        if self.bias_n is not None:
-            weights.append(self.bias_n)
+        """X (N, Cx, H, W), h (N, C, H, W) -> y = h' in the dtype of x, h' in the dtype of h."""
+        weights = (self.weight_x, self.bias, self.weight_h, self.weight_n)
         if torch.onnx.is_in_onnx_export():
             h_next, y = torch.onnx.ops.symbolic_multi_out(
                 "stepcell::ConvGRU",
-                (x, h, *weights),
+                (x, h, *weights) if self.bias_n is None else (x, h, *weights, self.bias_n),
                 {**self._node_attributes(), "reset": self.reset},
                 dtypes=(h.dtype, x.dtype),
                 shapes=(h.shape, h.shape),
                 version=1,
             )
             return y, h_next
-        h_next = conv_gru(x, h, *weights, gates=self.gates)
+        h_next = conv_gru(x, h, *weights, self.bias_n, self.gates)
         return h_next.to(x.dtype), h_next
 
     def cell_spec(self, name: str) -> CellSpec:
@@ -229,21 +228,19 @@ class ConvLSTMCell(_Cell):
         self.reset_parameters()
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, Cx, H, W), h, c (N, C, H, W) -> y = h' in the dtype of x, h', c'."""
-        weights = [self.weight_x, self.bias, self.weight_h]
-        if self.peephole is not None:
-            weights.append(self.peephole)
+        """X (N, Cx, H, W), h, c (N, C, H, W) -> y = h' in the dtype of x, h', c'."""
+        weights = (self.weight_x, self.bias, self.weight_h)
         if torch.onnx.is_in_onnx_export():
             h_next, c_next, y = torch.onnx.ops.symbolic_multi_out(
                 "stepcell::ConvLSTM",
-                (x, h, c, *weights),
+                (x, h, c, *weights) if self.peephole is None else (x, h, c, *weights, self.peephole),
                 self._node_attributes(),
                 dtypes=(h.dtype, c.dtype, x.dtype),
                 shapes=(h.shape, c.shape, h.shape),
                 version=1,
             )
             return y, h_next, c_next
-        h_next, c_next = conv_lstm(x, h, c, *weights, gates=self.gates)
+        h_next, c_next = conv_lstm(x, h, c, *weights, self.peephole, self.gates)
         return h_next.to(x.dtype), h_next, c_next
 
     def cell_spec(self, name: str) -> CellSpec:
@@ -270,5 +267,5 @@ def _hard_tanh(x: Tensor) -> Tensor:
     return x.clamp(-1, 1)
 
 
-def _activations(gates: Gates):  # type: ignore[no-untyped-def]
+def _activations(gates: Gates) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     return (torch.sigmoid, torch.tanh) if gates == "soft" else (_hard_sigmoid, _hard_tanh)

@@ -28,7 +28,7 @@ def batch_to_time(x: Tensor, batch: int, layout: Layout = "TBCHW") -> Tensor:
     """(T*B, ...) -> (T, B, ...) or (B, T, ...)."""
     if x.shape[0] % batch:
         raise ValueError(f"x: first dimension {x.shape[0]} is not a multiple of the batch size {batch}")
-    x = x.unflatten(0, (-1, batch))
+    x = x.reshape(-1, batch, *x.shape[1:])
     return x.transpose(0, 1) if _batch_first(layout) else x
 
 

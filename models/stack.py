@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ class CellStack(nn.Module):
         super().__init__()
         if not cells:
             raise ValueError("cells: expected at least one, got none")
-        for below, above in zip(cells, cells[1:], strict=False):
+        for below, above in itertools.pairwise(cells):
             if above.input_size != below.hidden_size:
                 raise ValueError(f"cells: {above} expects {above.input_size} channels, got {below.hidden_size}")
         self.cells = nn.ModuleList(cells)
@@ -45,6 +46,7 @@ class CellStack(nn.Module):
     def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         new_states: list[Tensor] = []
         for cell in self.cells:
+            assert isinstance(cell, (ConvGRUCell, ConvLSTMCell))
             count = len(cell.states)
             own = states[len(new_states) : len(new_states) + count]
             x, *updated = cell(x, *own)

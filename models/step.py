@@ -6,7 +6,7 @@ and which lists its inputs, outputs and states as specs. New states come in the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,11 +29,14 @@ class StepModule(Protocol):
         states: hidden states, in the order of `forward`'s remaining arguments and results.
     """
 
-    inputs: Sequence[TensorSpec]
-    outputs: Sequence[TensorSpec]
-    states: Sequence[StateSpec]
-
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]: ...
+    @property
+    def inputs(self) -> Sequence[TensorSpec]: ...
+    @property
+    def outputs(self) -> Sequence[TensorSpec]: ...
+    @property
+    def states(self) -> Sequence[StateSpec]: ...
+    @property
+    def __call__(self) -> Callable[..., tuple[Tensor, ...]]: ...
 
 
 def is_step_module(module: object) -> bool:

@@ -52,7 +52,8 @@ def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """Show that a long call is alive: a spinner with the elapsed time, or a line every ten
-    seconds where stderr is not a terminal. TensorRT reports no usable progress of its own."""
+    seconds where stderr is not a terminal. TensorRT reports no usable progress of its own.
+    """
     started = time.monotonic()
     done = threading.Event()
 

@@ -21,7 +21,9 @@ __all__ = [
     "STATE_IN",
     "STATE_OUT",
     "CellSpec",
+    "DType",
     "Parity",
+    "Spec",
     "StateSpec",
     "StepContract",
     "TensorSpec",
@@ -86,6 +88,9 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.structs.force_setattr(self, "output", STATE_OUT + self.name)
 
 
+Spec = TensorSpec | StateSpec
+
+
 class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One recurrent cell of the graph: `op` is a stepcell op, or None for ordinary nodes."""
 
@@ -136,6 +141,16 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         """Symbols of the data inputs, in order of appearance."""
         return symbols_of(dim for spec in self.inputs for dim in spec.shape)
 
+    @property
+    def graph_inputs(self) -> dict[str, Spec]:
+        """What the ONNX graph takes, by name: data inputs, then states."""
+        return {**{spec.name: spec for spec in self.inputs}, **{state.input: state for state in self.states}}
+
+    @property
+    def graph_outputs(self) -> dict[str, Spec]:
+        """What the ONNX graph returns, by name: data outputs, then states."""
+        return {**{spec.name: spec for spec in self.outputs}, **{state.output: state for state in self.states}}
+
     def bind(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Value of every symbol, from the shape of every data input.
 
@@ -182,12 +197,12 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self, subject: str = "contract") -> None:
         """Raise ContractError where names repeat or a size cannot be derived."""
-        names = [spec.name for spec in (*self.inputs, *self.states)]
+        names = [*(spec.name for spec in self.inputs), *(state.name for state in self.states)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ContractError(f"{subject}: each input and state needs a name of its own, got twice: {repeated}")
         known = set(self.symbols)
-        for spec in (*self.states, *self.outputs):
+        for spec in self.graph_outputs.values():
             unknown = set(symbols_of(spec.shape)) - known
             if unknown:
                 raise ContractError(

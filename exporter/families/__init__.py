@@ -1,0 +1,90 @@
+"""Families by name, and how a checkpoint finds its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from stepcell.errors import CheckpointError, UsageError
+from stepcell.exporter.checkpoint import Checkpoint
+from stepcell.exporter.families.canonical import CONV_GRU, CONV_LSTM, DENOISER
+from stepcell.exporter.families.family import Family, NotThisFamily
+from stepcell.exporter.families.torch_rnn import GRU, LSTM
+
+__all__ = ["FAMILIES", "Family", "load_strictly", "step_model"]
+
+FAMILIES = {family.name: family for family in (DENOISER, CONV_GRU, CONV_LSTM, GRU, LSTM)}
+
+
+def step_model(
+    checkpoint: Checkpoint, family: str | None = None, overrides: Mapping[str, object] | None = None
+) -> tuple[nn.Module, str, dict[str, object]]:
+    """Build the canonical step model of a checkpoint and load its weights.
+
+    Args:
+        family: a name in FAMILIES; by default what the file says or its tensors show.
+        overrides: arguments that go before the inferred ones.
+
+    Returns:
+        The module in float32, the family's name and the arguments it was built with.
+
+    Raises:
+        UsageError: an unknown family or argument.
+        CheckpointError: the tensors do not fit.
+    """
+    chosen, inferred = _choose(checkpoint, family)
+    overrides = dict(overrides or {})
+    unknown = sorted(set(overrides) - set(chosen.arguments))
+    if unknown:
+        raise UsageError(
+            f"--set {unknown[0]}: family {chosen.name} has no such argument",
+            hint="it takes " + ", ".join(f"{key} ({text})" for key, text in chosen.arguments.items()),
+        )
+    own = checkpoint.arguments if checkpoint.family == chosen.name else {}
+    arguments = {**inferred, **own, **overrides}
+    try:
+        model = chosen.build(**arguments)
+        tensors = chosen.convert(checkpoint.tensors, arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: {error}") from error
+    load_strictly(model, tensors, f"{checkpoint.path}: family {chosen.name}")
+    return model.float().eval(), chosen.name, arguments
+
+
+def _choose(checkpoint: Checkpoint, name: str | None) -> tuple[Family, dict[str, object]]:
+    name = name or checkpoint.family
+    if name is not None:
+        if name not in FAMILIES:
+            raise UsageError(f"--family {name}: unknown", hint="families: " + ", ".join(FAMILIES))
+        try:
+            return FAMILIES[name], FAMILIES[name].recognise(checkpoint.tensors)
+        except NotThisFamily as reason:
+            raise CheckpointError(f"{checkpoint.path}: not a checkpoint of family {name}: {reason}") from reason
+    refused = []
+    for family in FAMILIES.values():
+        try:
+            return family, family.recognise(checkpoint.tensors)
+        except NotThisFamily as reason:
+            refused.append(f"{family.name}: {reason}")
+    raise CheckpointError(
+        f"{checkpoint.path}: of no known family ({'; '.join(refused)})",
+        hint="name it with --family, or give your own module with --module package.module:factory",
+    )
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], subject: str) -> None:
+    """Load weights; raise CheckpointError naming every tensor that is missing, left over or of another shape."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"missing {name} {wanted[name]}" for name in sorted(set(wanted) - set(got))]
+    problems += [f"unexpected {name} {got[name]}" for name in sorted(set(got) - set(wanted))]
+    problems += [
+        f"{name}: expected {wanted[name]}, got {got[name]}"
+        for name in sorted(set(wanted) & set(got))
+        if wanted[name] != got[name]
+    ]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise CheckpointError(f"{subject}: tensors do not fit: {shown}")
+    model.load_state_dict(dict(tensors))

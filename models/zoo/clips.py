@@ -37,7 +37,10 @@ def read_clip(name: str, *, shrink: int = 1) -> NDArray[np.uint8]:
     with av.open(str(clip_path(name))) as container:
         for frame in container.decode(video=0):
             small = frame.reformat(
-                width=frame.width // shrink, height=frame.height // shrink, format="rgb24", interpolation="AREA"
+                width=frame.width // shrink,
+                height=frame.height // shrink,
+                format="rgb24",
+                interpolation="AREA",
             )
             frames.append(small.to_ndarray())
     return np.stack(frames)

@@ -42,4 +42,3 @@ class Denoiser(nn.Module):
         memory, h_next = self.cell(features, h)
         residual = self.up(F.relu(self.decoder(torch.cat([features, memory], dim=1))))
         return x + residual, h_next
-

@@ -35,7 +35,9 @@ def sample(
     clean = np.empty((steps, batch, 3, crop, crop), np.float32)
     for b, index in enumerate(rng.choice(len(clips), batch, p=pixels**0.5 / (pixels**0.5).sum())):
         clip = clips[index]
-        t, y, x = (rng.integers(0, size - window + 1) for size, window in zip(clip.shape, (steps, crop, crop)))
+        t, y, x = (
+            rng.integers(0, size - window + 1) for size, window in zip(clip.shape[:3], (steps, crop, crop), strict=True)
+        )
         piece = clip[t : t + steps, y : y + crop, x : x + crop].transpose(0, 3, 1, 2)
         flips = tuple(slice(None, None, int(sign)) for sign in rng.choice([1, -1], 3))
         piece = piece[flips[0], :, flips[1], flips[2]]
@@ -68,7 +70,7 @@ def main(output: Path, iterations: int, batch: int, steps: int, crop: int, hidde
         denoised, _ = run_sequence(model, noisy)
         loss = torch.mean((denoised - clean) ** 2)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         schedule.step()

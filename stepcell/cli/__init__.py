@@ -52,7 +52,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="stepcell")
 def main() -> None:
-    """Take a trained recurrent vision model to an edge GPU, one step at a time.
+    r"""Take a trained recurrent vision model to an edge GPU, one step at a time.
 
     \b
     stepcell export checkpoint.safetensors -o model.onnx

@@ -1,0 +1,33 @@
+# Everything runs in a virtual environment of its own: make PYTHON=python3.12 VENV=/elsewhere/env
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGES := stepcell models exporter runtime plugins tests
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# mypy sees the folders as the wheel installs them
+	mkdir -p build/typecheck/stepcell
+	ln -sfn $(CURDIR)/stepcell/*.py $(CURDIR)/stepcell/cli $(CURDIR)/stepcell/py.typed $(CURDIR)/models $(CURDIR)/exporter \
+	  $(CURDIR)/runtime $(CURDIR)/plugins build/typecheck/stepcell/
+	$(BIN)/mypy
+
+clean:
+	rm -rf build demo-output $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,190 @@
+"""The ops as ONNX model-local functions of standard ops: what runs wherever the plugin cannot.
+
+Of several equal forms this is the one TensorRT fuses into the fewest kernels: one convolution
+over the concatenation of x and h, its result split per gate, each gate widened to float32 by
+itself (docs/op-contract.md has the counts). Weights arrive in the op's own layout; joining them
+is constant arithmetic that ONNX Runtime and TensorRT do once, when they load the file.
+
+A function cannot branch on an attribute, and TensorRT-RTX 1.7 ignores the `overload` field of
+functions and silently takes the first, so one file holds one variant of an op under its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx.parser
+
+__all__ = ["DOMAIN", "VERSION", "Variant", "function_for", "variant_of"]
+
+DOMAIN = "stepcell"
+VERSION = 1
+
+_SOFT = {"sigmoid": "Sigmoid({0})", "tanh": "Tanh({0})"}
+_HARD = {
+    "sigmoid": "HardSigmoid<alpha: float = 0.5, beta: float = 0.5>({0})",
+    "tanh": "Clip({0}, minus_one, one)",
+}
+_CONV = "Conv<pads: ints = @pads>"
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """What decides a function's body: the op and its attributes."""
+
+    op: str  # "ConvGRU" or "ConvLSTM"
+    gates: str = "soft"
+    reset: str = "before"
+    peephole: bool = False
+
+
+def variant_of(node: onnx.NodeProto) -> Variant:
+    """The variant a node of the stepcell domain asks for."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    gates = attributes["gates"].decode()
+    if node.op_type == "ConvLSTM":
+        return Variant("ConvLSTM", gates, peephole=len(node.input) == 7)
+    return Variant("ConvGRU", gates, reset=attributes["reset"].decode())
+
+
+def function_for(variant: Variant, opset: int) -> onnx.FunctionProto:
+    """The definition of one variant in standard ops of `opset` (18 or later)."""
+    if variant.op == "ConvLSTM":
+        text = _conv_lstm(variant)
+    elif variant.reset == "after":
+        text = _conv_gru_after(variant)
+    else:
+        text = _conv_gru_before(variant)
+    return onnx.parser.parse_function(f'<domain: "{DOMAIN}", opset_import: ["": {opset}]> {text}')
+
+
+def _activations(variant: Variant) -> tuple[dict[str, str], str]:
+    if variant.gates == "soft":
+        return _SOFT, ""
+    return (
+        _HARD,
+        "one = Constant<value_float: float = 1.0>()\n minus_one = Constant<value_float: float = -1.0>()\n",
+    )
+
+
+# h is converted once to the compute dtype for the convolutions; everything after a convolution is
+# float32. CastLike follows the dtypes of x and h, so one body serves every precision.
+
+
+def _conv_gru_before(variant: Variant) -> str:
+    act, constants = _activations(variant)
+    return f"""
+ConvGRU <pads, gates, reset> (x, h, W_x, b, W_h, W_n) => (h_next, y) {{
+  {constants}
+  zero = Constant<value: tensor = int64[1] {{0}}>()
+  two_c = Shape<start: int = 0, end: int = 1>(W_h)
+  three_c = Shape<start: int = 0, end: int = 1>(W_x)
+  W_xg = Slice(W_x, zero, two_c, zero)
+  W_xn = Slice(W_x, two_c, three_c, zero)
+  b_g = Slice(b, zero, two_c, zero)
+  b_n = Slice(b, two_c, three_c, zero)
+  W_g = Concat<axis: int = 1>(W_xg, W_h)
+  W_c = Concat<axis: int = 1>(W_xn, W_n)
+  h_narrow = CastLike(h, x)
+  h_wide = Cast<to: int = 1>(h)
+  xh = Concat<axis: int = 1>(x, h_narrow)
+  a_g = {_CONV}(xh, W_g, b_g)
+  a_z, a_r = Split<axis: int = 1, num_outputs: int = 2>(a_g)
+  a_z_wide = Cast<to: int = 1>(a_z)
+  a_r_wide = Cast<to: int = 1>(a_r)
+  z = {act["sigmoid"].format("a_z_wide")}
+  r = {act["sigmoid"].format("a_r_wide")}
+  rh_wide = Mul(r, h_wide)
+  rh = CastLike(rh_wide, x)
+  xrh = Concat<axis: int = 1>(x, rh)
+  a_n = {_CONV}(xrh, W_c, b_n)
+  a_n_wide = Cast<to: int = 1>(a_n)
+  n = {act["tanh"].format("a_n_wide")}
+  {_BLEND}
+}}"""
+
+
+def _conv_gru_after(variant: Variant) -> str:
+    act, constants = _activations(variant)
+    return f"""
+ConvGRU <pads, gates, reset> (x, h, W_x, b, W_h, W_n, b_hn) => (h_next, y) {{
+  {constants}
+  zero = Constant<value: tensor = int64[1] {{0}}>()
+  two_c = Shape<start: int = 0, end: int = 1>(W_h)
+  three_c = Shape<start: int = 0, end: int = 1>(W_x)
+  W_xg = Slice(W_x, zero, two_c, zero)
+  W_xn = Slice(W_x, two_c, three_c, zero)
+  b_g = Slice(b, zero, two_c, zero)
+  b_n = Slice(b, two_c, three_c, zero)
+  W_g = Concat<axis: int = 1>(W_xg, W_h)
+  h_narrow = CastLike(h, x)
+  h_wide = Cast<to: int = 1>(h)
+  xh = Concat<axis: int = 1>(x, h_narrow)
+  a_g = {_CONV}(xh, W_g, b_g)
+  a_z, a_r = Split<axis: int = 1, num_outputs: int = 2>(a_g)
+  a_z_wide = Cast<to: int = 1>(a_z)
+  a_r_wide = Cast<to: int = 1>(a_r)
+  z = {act["sigmoid"].format("a_z_wide")}
+  r = {act["sigmoid"].format("a_r_wide")}
+  a_xn = {_CONV}(x, W_xn, b_n)
+  a_hn = {_CONV}(h_narrow, W_n, b_hn)
+  a_xn_wide = Cast<to: int = 1>(a_xn)
+  a_hn_wide = Cast<to: int = 1>(a_hn)
+  r_a_hn = Mul(r, a_hn_wide)
+  a_n = Add(a_xn_wide, r_a_hn)
+  n = {act["tanh"].format("a_n")}
+  {_BLEND}
+}}"""
+
+
+_BLEND = """step = Sub(n, h_wide)
+  scaled = Mul(z, step)
+  blended = Add(h_wide, scaled)
+  h_next = CastLike(blended, h)
+  y = CastLike(blended, x)"""
+
+
+def _conv_lstm(variant: Variant) -> str:
+    act, constants = _activations(variant)
+    inputs = "x, h, c, W_x, b, W_h" + (", w_c" if variant.peephole else "")
+    before_c = after_c = ""
+    i, f, o = "a_i_wide", "a_f_wide", "a_o_wide"
+    if variant.peephole:
+        i, f, o = "p_i", "p_f", "p_o"
+        before_c = """w_wide = Cast<to: int = 1>(w_c)
+  w_i, w_f, w_o = Split<axis: int = 0, num_outputs: int = 3>(w_wide)
+  w_i_c = Mul(w_i, c_wide)
+  w_f_c = Mul(w_f, c_wide)
+  p_i = Add(a_i_wide, w_i_c)
+  p_f = Add(a_f_wide, w_f_c)"""
+        after_c = """w_o_c = Mul(w_o, c_sum)
+  p_o = Add(a_o_wide, w_o_c)"""
+    return f"""
+ConvLSTM <pads, gates> ({inputs}) => (h_next, c_next, y) {{
+  {constants}
+  W = Concat<axis: int = 1>(W_x, W_h)
+  h_narrow = CastLike(h, x)
+  c_wide = Cast<to: int = 1>(c)
+  xh = Concat<axis: int = 1>(x, h_narrow)
+  a = {_CONV}(xh, W, b)
+  a_i, a_f, a_o, a_g = Split<axis: int = 1, num_outputs: int = 4>(a)
+  a_i_wide = Cast<to: int = 1>(a_i)
+  a_f_wide = Cast<to: int = 1>(a_f)
+  a_o_wide = Cast<to: int = 1>(a_o)
+  a_g_wide = Cast<to: int = 1>(a_g)
+  {before_c}
+  i = {act["sigmoid"].format(i)}
+  f = {act["sigmoid"].format(f)}
+  g = {act["tanh"].format("a_g_wide")}
+  f_c = Mul(f, c_wide)
+  i_g = Mul(i, g)
+  c_sum = Add(f_c, i_g)
+  {after_c}
+  o = {act["sigmoid"].format(o)}
+  tanh_c = {act["tanh"].format("c_sum")}
+  h_wide = Mul(o, tanh_c)
+  h_next = CastLike(h_wide, h)
+  c_next = CastLike(c_sum, c)
+  y = CastLike(h_wide, x)
+}}"""

@@ -1,0 +1,51 @@
+"""A step model from the user's own code: `package.module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from stepcell.errors import ExportError, UsageError
+from stepcell.models.step import is_step_module
+
+__all__ = ["module_from_factory"]
+
+
+def module_from_factory(spec: str, arguments: Mapping[str, object]) -> nn.Module:
+    """Import `package.module` from the path or the current folder and call its factory.
+
+    Args:
+        spec: `package.module:factory`; the factory returns a step model.
+        arguments: keyword arguments for it.
+
+    Raises:
+        UsageError: another form, no such module or no such name in it.
+        ExportError: the factory fails or returns something else than a step model.
+    """
+    name, _, attribute = spec.partition(":")
+    if not name or not attribute:
+        raise UsageError(f"--module: expected package.module:factory, got {spec!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UsageError(f"--module {spec}: cannot import {name}: {error}") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise UsageError(f"--module {spec}: {name} has no callable {attribute!r}")
+    try:
+        model = factory(**arguments)
+    except Exception as error:  # the user's code may raise anything
+        raise ExportError(f"--module {spec}: the factory failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module) or not is_step_module(model):
+        raise ExportError(
+            f"--module {spec}: expected a torch module with inputs, outputs and states, got {type(model).__name__}",
+            hint="see docs/export.md, 'Your own module'",
+        )
+    return model

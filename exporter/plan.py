@@ -1,0 +1,125 @@
+"""Decide sizes and dtypes before tracing: from a model's specs to the contract of its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import torch
+from torch import nn
+
+from stepcell.contract import DType, StepContract, TensorSpec
+from stepcell.dims import bind, substitute, symbols_of
+from stepcell.errors import ExportError, UsageError
+from stepcell.models.step import StepModule, cell_specs
+
+__all__ = ["TORCH_DTYPES", "contract_for", "sizes_for_check", "sizes_for_trace"]
+
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+}
+_DEFAULT_SIZES = {"batch": 1}
+_DEFAULT_SIZE = 256
+
+
+def contract_for(
+    model: StepModule,
+    *,
+    precision: str,
+    state_dtype: str,
+    shapes: Mapping[str, Sequence[int]],
+    dynamic: Sequence[str],
+) -> StepContract:
+    """The contract of the file to be written.
+
+    A symbol that `shapes` gives a value is fixed unless `dynamic` names it; every other symbol
+    stays dynamic.
+
+    Raises:
+        UsageError: a shape does not fit the model, or `dynamic` names no symbol of it.
+    """
+    symbols: dict[str, int] = {}
+    by_name = {spec.name: spec for spec in model.inputs}
+    for name, shape in shapes.items():
+        if name not in by_name:
+            raise UsageError(f"--shape {name}: the model has no such input", hint=f"inputs: {', '.join(by_name)}")
+        symbols = bind(f"--shape {name}", by_name[name].shape, shape, symbols)
+    known = symbols_of(dim for spec in model.inputs for dim in spec.shape)
+    unknown = sorted(set(dynamic) - set(known))
+    if unknown:
+        raise UsageError(f"--dynamic {unknown[0]}: no such symbol", hint=f"symbols: {', '.join(known) or 'none'}")
+
+    multiple = _multiple(model.inputs)
+    example = {}
+    for symbol in known:
+        default = _DEFAULT_SIZES.get(symbol, -(-_DEFAULT_SIZE // multiple) * multiple)
+        example[symbol] = symbols.get(symbol, default)
+    fixed = {symbol: size for symbol, size in symbols.items() if symbol not in dynamic}
+
+    def data(spec: TensorSpec) -> TensorSpec:
+        dtype = precision if spec.dtype.startswith("float") else spec.dtype
+        return msgspec.structs.replace(spec, shape=substitute(spec.shape, fixed), dtype=dtype)
+
+    states = tuple(
+        msgspec.structs.replace(state, shape=substitute(state.shape, fixed), dtype=_state_dtype(state_dtype))
+        for state in model.states
+    )
+    assert isinstance(model, nn.Module)
+    contract = StepContract(
+        inputs=tuple(map(data, model.inputs)),
+        outputs=tuple(map(data, model.outputs)),
+        states=states,
+        precision=precision,  # type: ignore[arg-type]
+        cells=cell_specs(model),
+        example=example,
+    )
+    contract.check("step model")
+    contract.bind({spec.name: _concrete(spec, example) for spec in contract.inputs})  # pad multiple
+    return contract
+
+
+def sizes_for_trace(contract: StepContract) -> dict[str, int]:
+    """Sizes to trace with: as exported, but every dynamic one above 1 and different from the others.
+
+    The tracer takes a size of 1 for a constant, and equal sizes for the same symbol.
+    """
+    sizes = dict(contract.example)
+    for symbol in contract.symbols:
+        step = 1 if symbol == "batch" else _multiple(contract.inputs)
+        while sizes[symbol] == 1 or list(sizes.values()).count(sizes[symbol]) > 1:
+            sizes[symbol] += step
+    return sizes
+
+
+def sizes_for_check(contract: StepContract) -> list[dict[str, int]]:
+    """Sizes to compare at: small ones where they are free, two sets so that nothing got stuck."""
+    multiple = _multiple(contract.inputs)
+    first, second = dict(contract.example), dict(contract.example)
+    for index, symbol in enumerate(contract.symbols):
+        if symbol == "batch":
+            first[symbol], second[symbol] = 1, 3
+        else:
+            first[symbol] = min(first[symbol], (5 + index) * 8 * multiple)
+            second[symbol] = (3 + index) * multiple
+    return [first, second] if contract.symbols else [first]
+
+
+def _multiple(inputs: Sequence[TensorSpec]) -> int:
+    return max([spec.pad_multiple for spec in inputs], default=1)
+
+
+def _concrete(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    shape = substitute(spec.shape, sizes)
+    return tuple(dim for dim in shape if isinstance(dim, int))
+
+
+def _state_dtype(name: str) -> DType:
+    if name not in ("float16", "float32"):
+        raise ExportError(f"state dtype: expected float16 or float32, got {name!r}")
+    return name  # type: ignore[return-value]
