@@ -24,12 +24,13 @@ __all__ = ["STEPS", "TOLERANCE", "check_parity", "frames_random", "frames_smooth
 STEPS = 32
 # Largest accepted |error| per step, relative to max(1, largest |value| of that tensor), by
 # (precision, state dtype). float32 sums in another order; float16 rounds weights and activations
-# to 11 bits; a float16 state is rounded once more at every step.
+# to 11 bits; a float16 state is rounded once more at every step. A wrong convention (gate order,
+# reset placement) is off by 0.1 or more, so it cannot hide below these.
 TOLERANCE = {
     ("float32", "float32"): 1e-4,
-    ("float32", "float16"): 2e-2,
-    ("float16", "float32"): 1e-2,
-    ("float16", "float16"): 2e-2,
+    ("float32", "float16"): 5e-2,
+    ("float16", "float32"): 2e-2,
+    ("float16", "float16"): 5e-2,
 }
 
 Array = NDArray[np.generic]

@@ -1,0 +1,133 @@
+"""`stepcell build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stepcell.cli.common import json_option
+from stepcell.console import log, print_json, stage, working
+from stepcell.runtime.engine.build import EngineInfo, build_engine
+from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
+from stepcell.runtime.engine.profile import data_shapes
+from stepcell.shapes import parse_shapes
+
+_SHAPES = "NAME:AxBxC[,...]"
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  stepcell build model.onnx
+  stepcell build model.onnx -o model.engine --optShapes x:1x3x720x1280
+  stepcell build model.onnx --minShapes x:1x3x64x64 --optShapes x:1x3x256x256 --maxShapes x:4x3x512x512
+  stepcell build model.onnx --flavor tensorrt-rtx --compute-capability 8.6,8.9
+"""
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine to write [MODEL with .engine].")
+@click.option(
+    "--flavor",
+    type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
+    help="Which TensorRT builds, and later runs, the engine; auto prefers tensorrt where it is installed.",
+)
+@click.option(
+    "--plugin",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="The fused gate kernel: where it can be had, insisted on, or not at all.",
+)
+@click.option("--minShapes", "--min-shapes", "min_shapes", metavar=_SHAPES, help="Smallest sizes [--optShapes].")
+@click.option("--optShapes", "--opt-shapes", "opt_shapes", metavar=_SHAPES, help="Sizes to tune for [as exported].")
+@click.option("--maxShapes", "--max-shapes", "max_shapes", metavar=_SHAPES, help="Largest sizes [--optShapes].")
+@click.option(
+    "--compute-capability",
+    metavar="8.6,8.9",
+    help="GPUs to build for [TensorRT-RTX: 8.0, 8.6, 8.9, 12.0 and later; TensorRT: this machine's].",
+)
+@click.option(
+    "--timingCacheFile",
+    "--timing-cache-file",
+    "timing_cache",
+    metavar="FILE",
+    help="Kernel timings to reuse and add to; TensorRT-RTX ignores it.",
+)
+@click.option(
+    "--builderOptimizationLevel",
+    "--builder-optimization-level",
+    "optimization_level",
+    type=click.IntRange(0, 5),
+    help="0: fast build, 5: fast engine [TensorRT's default].",
+)
+@click.option(
+    "--memPoolSize", "--mem-pool-size", "memory_pool", metavar="workspace:MiB", help="Limit of scratch memory."
+)
+@click.option(
+    "--versionCompatible",
+    "--version-compatible",
+    "version_compatible",
+    is_flag=True,
+    help="The engine also loads in later TensorRT versions; not with TensorRT-RTX.",
+)
+@click.option("--verbose", is_flag=True, help="Show everything TensorRT says.")
+@json_option
+def command(
+    model: Path,
+    output: Path | None,
+    flavor: Any,
+    plugin: Any,
+    min_shapes: str | None,
+    opt_shapes: str | None,
+    max_shapes: str | None,
+    compute_capability: str | None,
+    timing_cache: str | None,
+    optimization_level: int | None,
+    memory_pool: str | None,
+    version_compatible: bool,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Build a TensorRT engine from MODEL, a file that `stepcell export` wrote.
+
+    Precision is what the model was exported with; shapes are given for data inputs only, those of
+    the states follow. The contract and the fingerprint go into a .json file beside the engine.
+    TensorRT-RTX needs no GPU to build.
+    """
+    options = BuildOptions(
+        flavor=flavor,
+        plugin=plugin,
+        min_shapes=parse_shapes(min_shapes, option="--minShapes") if min_shapes is not None else {},
+        opt_shapes=parse_shapes(opt_shapes, option="--optShapes") if opt_shapes is not None else {},
+        max_shapes=parse_shapes(max_shapes, option="--maxShapes") if max_shapes is not None else {},
+        compute_capabilities=parse_targets(compute_capability) if compute_capability is not None else (),
+        timing_cache=timing_cache,
+        optimization_level=optimization_level,
+        workspace_mib=parse_memory_pool(memory_pool) if memory_pool is not None else None,
+        version_compatible=version_compatible,
+        verbose=verbose,
+    )
+    engine = output or model.with_suffix(".engine")
+    with working(f"building {engine}"):
+        info = build_engine(model, engine, options)
+    _report(info)
+    if as_json:
+        print_json(info)
+
+
+def _report(info: EngineInfo) -> None:
+    built, fingerprint = info.contents, info.contents.fingerprint
+    precision, layers = built.contract.precision, built.compute_layers
+    total, right = sum(layers.values()), layers.get(precision, 0)
+    log(f"layers:  {right} of {total} convolutions and matrix products in {precision}, by the types in the network")
+    if right < total:
+        others = ", ".join(f"{count} in {dtype}" for dtype, count in layers.items() if dtype != precision)
+        log(f"warning: the model is {precision}, but {others}; check the casts in the graph")
+    if info.warnings:
+        log(f"note:    TensorRT gave {len(info.warnings)} warnings; --verbose shows them")
+    target = f"{fingerprint.flavor} {fingerprint.tensorrt} for {', '.join(fingerprint.compute_capabilities)}"
+    stage("built", info.engine, built.build_seconds, f"{data_shapes(built.contract, built.profiles)}, {target}")

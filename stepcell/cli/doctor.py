@@ -1,0 +1,34 @@
+"""`stepcell doctor`."""
+
+from __future__ import annotations
+
+import msgspec
+import click
+
+from stepcell.cli.common import json_option
+from stepcell.console import print_json, table
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  stepcell doctor
+  stepcell doctor --json
+"""
+)
+@json_option
+def command(as_json: bool) -> None:
+    """Say what this machine can do, what each missing piece costs and the command that adds it."""
+    from stepcell.runtime.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json({"findings": [msgspec.structs.asdict(finding) for finding in findings]})
+        return
+    rows = [["ok" if f.ok else "-", f.what, f.found, "" if f.ok else f.costs] for f in findings]
+    table("", ["", "what", "found", "without it"], rows, to_stdout=True)
+    remedies = [f for f in findings if not f.ok and f.remedy]
+    if remedies:
+        click.echo("\nto add what is missing:")
+        for finding in remedies:
+            click.echo(f"  {finding.what}: {finding.remedy}")

@@ -1,0 +1,109 @@
+"""`stepcell inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stepcell.cli.common import json_option
+from stepcell.console import print_json, table
+from stepcell.contract import Spec, StepContract, TensorSpec
+from stepcell.files import human_size
+
+if TYPE_CHECKING:
+    from stepcell.runtime.engine.sidecar import Sidecar
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  stepcell inspect model.onnx
+  stepcell inspect model.engine --json
+"""
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def command(file: Path, as_json: bool) -> None:
+    """Print what FILE, an .onnx model or a TensorRT engine, takes, returns and remembers.
+
+    An engine is compared with its sidecar; TensorRT and a GPU are not needed.
+    """
+    from stepcell.runtime.engine.check import read_engine
+    from stepcell.runtime.engine.graph import read_onnx
+
+    if file.suffix == ".onnx":
+        model = read_onnx(file)
+        if as_json:
+            print_json(model.contract)
+        else:
+            _print_contract(model.contract, f"{file}  {human_size(len(model.data))}  SHA-256 {model.sha256[:12]}...")
+        return
+    plan, sidecar = read_engine(file)
+    if as_json:
+        print_json(sidecar)
+    else:
+        _print_contract(sidecar.contract, f"{file}  {human_size(len(plan))}")
+        _print_engine(sidecar)
+
+
+def _print_contract(contract: StepContract, title: str) -> None:
+    click.echo(title)
+    click.echo(f"family {contract.family}, {contract.precision} compute, contract {contract.schema}\n")
+    rows = [_row("input", spec.name, spec) for spec in contract.inputs]
+    rows += [_row("output", spec.name, spec) for spec in contract.outputs]
+    rows += [_row("state", state.name, state) for state in contract.states]
+    table("", ["", "name", "shape", "dtype", "notes"], rows, to_stdout=True)
+    if contract.cells:
+        cells = []
+        for cell in contract.cells:
+            kind = cell.op or "ordinary nodes: a file holds one variant of an op"
+            variant = ", ".join(
+                [f"{cell.kernel[0]}x{cell.kernel[1]}", *([f"reset {cell.reset}"] if cell.reset else [])]
+                + [f"{cell.gates} gates", *(["peephole"] if cell.peephole else [])]
+            )
+            cells.append([cell.name, kind, str(cell.hidden), variant])
+        table("\ncells", ["name", "op", "hidden", "variant"], cells, to_stdout=True)
+    facts = [[key, _short(value)] for key, value in contract.source.items()]
+    if contract.parity:
+        worst = ", ".join(f"{name} {error:.1e}" for name, error in contract.parity.max_abs_error.items())
+        facts.append(["parity", f"{contract.parity.steps} steps against {contract.parity.reference}: max error {worst}"])
+    table("\nsource", ["", ""], facts, to_stdout=True)
+
+
+def _print_engine(sidecar: Sidecar) -> None:
+    fingerprint = sidecar.fingerprint
+    rows = [
+        ["built with", f"{fingerprint.flavor} {fingerprint.tensorrt} on {fingerprint.platform}"],
+        ["compute capability", ", ".join(fingerprint.compute_capabilities)],
+        ["plugin", fingerprint.plugin_version or "none, native layers"],
+        ["from", f"{sidecar.onnx}, SHA-256 {fingerprint.onnx_sha256[:12]}..."],
+        ["plan", f"SHA-256 {fingerprint.plan_sha256[:12]}..., as in the sidecar"],
+        ["build", f"{sidecar.build_seconds:.1f} s by stepcell {sidecar.stepcell}"],
+    ]
+    table("\nengine", ["", ""], rows, to_stdout=True)
+    sizes = [
+        [name, *("x".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max))]
+        for name, profile in sidecar.profiles.items()
+    ]
+    table("\nsizes", ["name", "min", "opt", "max"], sizes, to_stdout=True)
+
+
+def _row(kind: str, name: str, spec: Spec) -> list[str]:
+    shape = " x ".join(str(dim) for dim in spec.shape)
+    if not isinstance(spec, TensorSpec):
+        return [kind, name, shape, spec.dtype, f"{spec.input} -> {spec.output}, starts at {spec.init}"]
+    notes = [spec.layout or ""]
+    if spec.range is not None:
+        notes.append(f"range {spec.range[0]:g} to {spec.range[1]:g}")
+    if spec.mean is not None or spec.std is not None:
+        notes.append(f"mean {spec.mean}, std {spec.std}")
+    if spec.pad_multiple > 1:
+        notes.append(f"height, width multiples of {spec.pad_multiple}")
+    return [kind, name, shape, spec.dtype, ", ".join(filter(None, notes))]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
