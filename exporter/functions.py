@@ -106,34 +106,36 @@ ConvGRU <pads, gates, reset> (x, h, W_x, b, W_h, W_n) => (h_next, y) {{
 
 
 def _conv_gru_after(variant: Variant) -> str:
+    # Two convolutions, since the candidate needs both halves apart. One convolution with zeros in
+    # its weight would save a kernel and cost a third more arithmetic.
     act, constants = _activations(variant)
     return f"""
 ConvGRU <pads, gates, reset> (x, h, W_x, b, W_h, W_n, b_hn) => (h_next, y) {{
   {constants}
-  zero = Constant<value: tensor = int64[1] {{0}}>()
-  two_c = Shape<start: int = 0, end: int = 1>(W_h)
-  three_c = Shape<start: int = 0, end: int = 1>(W_x)
-  W_xg = Slice(W_x, zero, two_c, zero)
-  W_xn = Slice(W_x, two_c, three_c, zero)
-  b_g = Slice(b, zero, two_c, zero)
-  b_n = Slice(b, two_c, three_c, zero)
-  W_g = Concat<axis: int = 1>(W_xg, W_h)
+  W_hh = Concat<axis: int = 0>(W_h, W_n)
+  b_hn_wide = Cast<to: int = 1>(b_hn)
+  axes = Constant<value: tensor = int64[2] {{1, 2}}>()
+  b_hn_map = Unsqueeze(b_hn_wide, axes)
   h_narrow = CastLike(h, x)
   h_wide = Cast<to: int = 1>(h)
-  xh = Concat<axis: int = 1>(x, h_narrow)
-  a_g = {_CONV}(xh, W_g, b_g)
-  a_z, a_r = Split<axis: int = 1, num_outputs: int = 2>(a_g)
+  a = {_CONV}(x, W_x, b)
+  g = {_CONV}(h_narrow, W_hh)
+  a_z, a_r, a_n = Split<axis: int = 1, num_outputs: int = 3>(a)
+  g_z, g_r, g_n = Split<axis: int = 1, num_outputs: int = 3>(g)
   a_z_wide = Cast<to: int = 1>(a_z)
   a_r_wide = Cast<to: int = 1>(a_r)
-  z = {act["sigmoid"].format("a_z_wide")}
-  r = {act["sigmoid"].format("a_r_wide")}
-  a_xn = {_CONV}(x, W_xn, b_n)
-  a_hn = {_CONV}(h_narrow, W_n, b_hn)
-  a_xn_wide = Cast<to: int = 1>(a_xn)
-  a_hn_wide = Cast<to: int = 1>(a_hn)
-  r_a_hn = Mul(r, a_hn_wide)
-  a_n = Add(a_xn_wide, r_a_hn)
-  n = {act["tanh"].format("a_n")}
+  a_n_wide = Cast<to: int = 1>(a_n)
+  g_z_wide = Cast<to: int = 1>(g_z)
+  g_r_wide = Cast<to: int = 1>(g_r)
+  g_n_wide = Cast<to: int = 1>(g_n)
+  s_z = Add(a_z_wide, g_z_wide)
+  s_r = Add(a_r_wide, g_r_wide)
+  z = {act["sigmoid"].format("s_z")}
+  r = {act["sigmoid"].format("s_r")}
+  c_n = Add(g_n_wide, b_hn_map)
+  r_c_n = Mul(r, c_n)
+  s_n = Add(a_n_wide, r_c_n)
+  n = {act["tanh"].format("s_n")}
   {_BLEND}
 }}"""
 
