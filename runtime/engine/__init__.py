@@ -1,0 +1,1 @@
+"""TensorRT engines: building them, and checking them before they are loaded."""

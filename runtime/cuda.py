@@ -1,0 +1,235 @@
+"""The one door to CUDA: devices, streams, events, memory and copies, every status checked.
+
+Built on the CUDA runtime of `cuda-bindings` (extra `cuda`). Asking what devices there are works
+on every machine, also without a driver and without the extra.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from stepcell.errors import DeviceError, MissingDependencyError
+from stepcell.files import human_size
+from stepcell.missing import require
+
+__all__ = [
+    "DeviceBuffer",
+    "Discovery",
+    "Event",
+    "Gpu",
+    "PinnedArray",
+    "Stream",
+    "check",
+    "copy_to_device",
+    "copy_to_host",
+    "discover",
+    "use_device",
+]
+
+_HINTS = {
+    "cudaErrorMemoryAllocation": "fewer streams, smaller frames, or close other programs that use the GPU",
+    "cudaErrorInsufficientDriver": "there is no NVIDIA driver, or an older one than CUDA needs; see `nvidia-smi`",
+    "cudaErrorNoDevice": "no GPU is visible; see `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+    "cudaErrorInvalidDevice": "see `stepcell doctor` for the devices of this machine",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        index: its CUDA number.
+        name: such as "NVIDIA GeForce RTX 4090".
+        compute_capability: such as "8.9".
+        memory_bytes: its total memory.
+    """
+
+    index: int
+    name: str
+    compute_capability: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What there is.
+
+    Attributes:
+        devices: empty where CUDA cannot be used.
+        driver: newest CUDA version the driver supports, such as "13.0"; None: no driver.
+        problem: why there is no device, in one sentence; empty where there is one.
+    """
+
+    devices: tuple[Gpu, ...]
+    driver: str | None
+    problem: str
+
+
+def _runtime() -> ModuleType:
+    return require("cuda.bindings.runtime", extra="cuda", purpose="running on a GPU")
+
+
+def check(result: Sequence[Any]) -> Any:
+    """The value of a CUDA runtime call, which returns `(status, value...)`.
+
+    Raises:
+        DeviceError: the status is not success; the message has CUDA's name for it.
+    """
+    status, *values = result
+    if status.value != 0:
+        raise _error(status)
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _error(status: Any) -> DeviceError:
+    runtime = _runtime()
+    name = runtime.cudaGetErrorName(status)[1].decode()
+    sentence = runtime.cudaGetErrorString(status)[1].decode()
+    return DeviceError(f"CUDA: {name}: {sentence}", hint=_HINTS.get(name))
+
+
+def discover() -> Discovery:
+    """The GPUs of this machine. Never fails: what is missing is said in `problem`."""
+    try:
+        runtime = _runtime()
+    except MissingDependencyError as error:
+        return Discovery((), None, f"{error.message} ({error.hint})")
+    try:
+        version = check(runtime.cudaDriverGetVersion())
+        driver = f"{version // 1000}.{version % 1000 // 10}" if version else None
+        devices = tuple(_gpu(runtime, index) for index in range(check(runtime.cudaGetDeviceCount())))
+    except DeviceError as error:
+        return Discovery((), None, error.message)
+    return Discovery(devices, driver, "" if devices else "CUDA finds no device")
+
+
+def _gpu(runtime: ModuleType, index: int) -> Gpu:
+    properties = check(runtime.cudaGetDeviceProperties(index))
+    return Gpu(
+        index=index,
+        name=properties.name.split(b"\0")[0].decode(),
+        compute_capability=f"{properties.major}.{properties.minor}",
+        memory_bytes=int(properties.totalGlobalMem),
+    )
+
+
+def use_device(index: int) -> None:
+    """Make a GPU the current one of this thread."""
+    check(_runtime().cudaSetDevice(index))
+
+
+class Stream:
+    """A queue of work on the current device, independent of the default stream."""
+
+    def __init__(self) -> None:
+        runtime = _runtime()
+        self.handle = int(check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+
+    def synchronize(self) -> None:
+        """Wait until everything queued so far is done; errors of that work are raised here."""
+        check(_runtime().cudaStreamSynchronize(self.handle))
+
+    def close(self) -> None:
+        handle, self.handle = self.handle, 0
+        if handle:
+            check(_runtime().cudaStreamDestroy(handle))
+
+
+class Event:
+    """A point in a stream's work, for timing."""
+
+    def __init__(self) -> None:
+        self._handle: Any = check(_runtime().cudaEventCreate())
+
+    def record(self, stream: Stream) -> None:
+        check(_runtime().cudaEventRecord(self._handle, stream.handle))
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """Time between two recorded events of work that is done."""
+        return float(check(_runtime().cudaEventElapsedTime(earlier._handle, self._handle)))
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            check(_runtime().cudaEventDestroy(handle))
+
+
+def _address(result: Sequence[Any], nbytes: int, what: str) -> int:
+    try:
+        return int(check(result))
+    except DeviceError as error:
+        raise DeviceError(f"{error.message} (asked for {human_size(nbytes)} of {what})", hint=error.hint) from error
+
+
+class DeviceBuffer:
+    """Memory on the current device; `address` is what TensorRT is given."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.address = _address(_runtime().cudaMalloc(nbytes), nbytes, "GPU memory")
+
+    def clear(self, stream: Stream) -> None:
+        """Queue filling it with zeros."""
+        check(_runtime().cudaMemsetAsync(self.address, 0, self.nbytes, stream.handle))
+
+    def clear_slice(self, index: int, shape: Sequence[int], axis: int, itemsize: int, stream: Stream) -> None:
+        """Queue filling one index of one axis with zeros, the buffer seen as a C-ordered array.
+
+        Args:
+            shape: the array's shape; its size is that of the buffer.
+            itemsize: bytes of an element.
+        """
+        outer, inner = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :])) * itemsize
+        start, pitch = self.address + index * inner, shape[axis] * inner
+        check(_runtime().cudaMemset2DAsync(start, pitch, 0, inner, outer, stream.handle))
+
+    def close(self) -> None:
+        address, self.address = self.address, 0
+        if address:
+            check(_runtime().cudaFree(address))
+
+
+class PinnedArray:
+    """An array in page-locked host memory, from and to which copies are truly asynchronous."""
+
+    def __init__(self, shape: Sequence[int], dtype: DTypeLike) -> None:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        runtime = _runtime()
+        self._address = _address(runtime.cudaHostAlloc(size, runtime.cudaHostAllocDefault), size, "pinned host memory")
+        memory: Any = (ctypes.c_ubyte * size).from_address(self._address)
+        self.array: NDArray[Any] = np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Free the memory. `array` must not be used any more."""
+        address, self._address = self._address, 0
+        if address:
+            check(_runtime().cudaFreeHost(address))
+
+
+def copy_to_device(buffer: DeviceBuffer, array: NDArray[Any], stream: Stream) -> None:
+    """Queue a copy from the host. `array` must be C-contiguous and live until the copy is done."""
+    _copy(buffer.address, array.ctypes.data, _size(buffer, array), "cudaMemcpyHostToDevice", stream)
+
+
+def copy_to_host(array: NDArray[Any], buffer: DeviceBuffer, stream: Stream) -> None:
+    """Queue a copy to the host. `array` must be C-contiguous; it is filled once the stream is done."""
+    _copy(array.ctypes.data, buffer.address, _size(buffer, array), "cudaMemcpyDeviceToHost", stream)
+
+
+def _size(buffer: DeviceBuffer, array: NDArray[Any]) -> int:
+    assert array.flags.c_contiguous, array.strides
+    assert array.nbytes == buffer.nbytes, (array.shape, array.nbytes, buffer.nbytes)
+    return buffer.nbytes
+
+
+def _copy(target: int, source: int, nbytes: int, kind: str, stream: Stream) -> None:
+    runtime = _runtime()
+    check(runtime.cudaMemcpyAsync(target, source, nbytes, getattr(runtime.cudaMemcpyKind, kind), stream.handle))

@@ -1,0 +1,163 @@
+"""From an ONNX file to a TensorRT engine with its sidecar."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from stepcell.console import log
+from stepcell.errors import DeviceError, OutputError, UsageError
+from stepcell.files import atomic_path, read_bytes, write_atomic
+from stepcell.plugins import plugin_unavailable
+from stepcell.runtime import cuda
+from stepcell.runtime.engine.flavor import TensorRT, load_tensorrt
+from stepcell.runtime.engine.graph import read_onnx
+from stepcell.runtime.engine.options import BuildOptions, check_options
+from stepcell.runtime.engine.plan import build_plan
+from stepcell.runtime.engine.profile import data_shapes, derive_profiles
+from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, sidecar_path, this_platform
+
+__all__ = ["EngineInfo", "build_engine"]
+
+# What TensorRT-RTX builds for when nothing is asked, by its documentation: "and later" included,
+# Turing (7.5) not. Asking for these four by name would leave "and later" out.
+RTX_DEFAULT = ("8.0", "8.6", "8.9", "12.0+")
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build made.
+
+    Attributes:
+        engine, sidecar: the two files.
+        warnings: what TensorRT warned of.
+        contents: the sidecar's document.
+    """
+
+    engine: str
+    sidecar: str
+    warnings: tuple[str, ...]
+    contents: Sidecar
+
+
+def build_engine(
+    onnx: Path, engine: Path, options: BuildOptions | None = None, *, say: Callable[[str], None] = log
+) -> EngineInfo:
+    """Build an engine; both files are put in place when everything has succeeded.
+
+    Args:
+        onnx: a model exported by stepcell (its contract is in the metadata).
+        engine: the plan to write; the sidecar goes beside it.
+        options: what to build; the defaults build float16 models for this flavour's usual GPUs.
+        say: takes one line for a person, for every choice that was made for the user.
+
+    Raises:
+        InputError, ContractError: the model cannot be read, or has no contract.
+        UsageError: an option does not fit the model or the flavour.
+        MissingDependencyError, PluginError: no TensorRT, or no plugin although it was insisted on.
+        DeviceError: the flavour builds on a GPU and there is none.
+        BuildError: TensorRT refused the model.
+        OutputError: the files cannot be written.
+    """
+    options = options or BuildOptions()
+    library = load_tensorrt(options.flavor)
+    check_options(options, library)
+    _check_output(onnx, engine)
+    file = read_onnx(onnx)
+    profiles = derive_profiles(file.contract, options)
+    targets = _targets(library, options)
+    cache = _timing_cache(library, options, say)
+    timings = None if cache is None else read_bytes(cache) if cache.is_file() else b""
+    if file.contract.symbols and not (options.min_shapes or options.opt_shapes or options.max_shapes):
+        sizes = data_shapes(file.contract, profiles)
+        say(f"sizes:   {sizes}, as exported; others: --minShapes, --optShapes, --maxShapes")
+    if file.contract.cells and options.plugin == "auto":
+        say(f"plugin:  off; {plugin_unavailable(library.flavor)}")
+
+    # The sidecar is moved first and the plan last; whatever a crash leaves, a plan that is not
+    # the one in the sidecar's fingerprint is refused. Opening both also tries the output folder
+    # before the build rather than after it.
+    with atomic_path(engine) as plan_file, atomic_path(sidecar_path(engine)) as sidecar_file:
+        started = time.perf_counter()
+        plan = build_plan(library, file, profiles, options, timings)
+        seconds = time.perf_counter() - started
+        fingerprint = Fingerprint(
+            flavor=library.flavor,
+            tensorrt=library.version,
+            compute_capabilities=targets,
+            platform=this_platform(),
+            plugin_version=None,
+            plugin_sha256=None,
+            onnx_sha256=file.sha256,
+            plan_sha256=hashlib.sha256(plan.data).hexdigest(),
+            plan_bytes=len(plan.data),
+        )
+        sidecar = Sidecar(
+            onnx=onnx.name,
+            fingerprint=fingerprint,
+            profiles=profiles,
+            options=options,
+            compute_layers=plan.compute_layers,
+            build_seconds=round(seconds, 3),
+            contract=file.contract,
+        ).sealed()
+        plan_file.write_bytes(plan.data)
+        sidecar_file.write_text(sidecar.to_json())
+    if cache is not None and plan.timing_cache is not None:
+        write_atomic(cache, plan.timing_cache)
+    return EngineInfo(
+        engine=str(engine),
+        sidecar=str(sidecar_path(engine)),
+        warnings=plan.warnings,
+        contents=sidecar,
+    )
+
+
+def _check_output(onnx: Path, engine: Path) -> None:
+    for written in (engine, sidecar_path(engine)):
+        if written.resolve() == onnx.resolve():
+            raise UsageError(f"--output: {written} is the model itself", hint="such as -o model.engine")
+
+
+def _timing_cache(library: TensorRT, options: BuildOptions, say: Callable[[str], None]) -> Path | None:
+    if options.timing_cache is None:
+        return None
+    if library.is_rtx:
+        say("warning: --timingCacheFile is ignored: TensorRT-RTX times nothing while it builds")
+        return None
+    path = Path(options.timing_cache)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: its folder does not exist")
+    return path
+
+
+def _targets(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
+    """Compute capabilities the engine will run on."""
+    asked = options.compute_capabilities
+    if library.is_rtx:
+        known = [name for name in library.module.ComputeCapability.__members__ if name.startswith("SM")]
+        supported = {f"{name[2:-1]}.{name[-1]}": name for name in known}
+        unknown = [target for target in asked if target not in supported]
+        if unknown:
+            raise UsageError(
+                f"--compute-capability: {library.name} {library.version} does not build for {', '.join(unknown)} "
+                f"(it does for {', '.join(supported)})"
+            )
+        return asked or RTX_DEFAULT
+    found = cuda.discover()
+    if not found.devices:
+        raise DeviceError(
+            f"{library.name} builds on the GPU that will run the engine, and there is none: {found.problem}",
+            hint="build on the device itself; --flavor tensorrt-rtx builds for RTX cards with no GPU",
+        )
+    here = found.devices[0]
+    if asked and asked != (here.compute_capability,):
+        raise UsageError(
+            f"--compute-capability: {library.name} builds only for the GPU it runs on "
+            f"({here.name}: {here.compute_capability}), got {', '.join(asked)}",
+            hint="leave it away and build on the target device",
+        )
+    return (here.compute_capability,)

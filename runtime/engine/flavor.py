@@ -1,0 +1,140 @@
+"""The TensorRT that is installed: Enterprise (`tensorrt`) or TensorRT-RTX (`tensorrt_rtx`).
+
+Both have the same Python interface where stepcell uses it, so everything else takes the module
+from here and never asks which one it is, except where the flavours truly differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from stepcell.console import log
+from stepcell.errors import MissingDependencyError, UsageError
+from stepcell.missing import require
+
+__all__ = ["FLAVORS", "Flavor", "Messages", "TensorRT", "dtype_name", "load_tensorrt", "make_logger"]
+
+Flavor = Literal["tensorrt", "tensorrt-rtx"]
+FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
+
+_MODULES: dict[Flavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS: dict[Flavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_NAMES: dict[Flavor, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+_DTYPES = {
+    "HALF": "float16",
+    "FLOAT": "float32",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+    "BF16": "bfloat16",
+}
+# Nodes of functions have the same names in every cell; nothing here looks one up by name.
+_UNQUERYABLE = "already exists, the output tensors of this new instance will not be queryable"
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported TensorRT.
+
+    Attributes:
+        flavor: which one it is.
+        module: the vendor's Python module.
+    """
+
+    flavor: Flavor
+    module: Any
+
+    @property
+    def is_rtx(self) -> bool:
+        return self.flavor == "tensorrt-rtx"
+
+    @property
+    def name(self) -> str:
+        """For people: "TensorRT-RTX"."""
+        return _NAMES[self.flavor]
+
+    @property
+    def version(self) -> str:
+        """As the module gives it: "1.7.1.116", "10.3.0"."""
+        return str(self.module.__version__)
+
+
+def load_tensorrt(flavor: str = "auto") -> TensorRT:
+    """Import a TensorRT flavour.
+
+    Args:
+        flavor: "tensorrt", "tensorrt-rtx", or "auto": the Enterprise flavour where it imports,
+            else TensorRT-RTX.
+
+    Raises:
+        UsageError: no such flavour.
+        MissingDependencyError: it is not installed, or does not load.
+    """
+    for known in FLAVORS:
+        if flavor == known:
+            purpose = f"the flavour {flavor!r}"
+            return TensorRT(known, require(_MODULES[known], extra=_EXTRAS[known], purpose=purpose))
+    if flavor != "auto":
+        raise UsageError(f"flavor: expected auto, {' or '.join(FLAVORS)}, got {flavor!r}")
+    reasons = []
+    for candidate in FLAVORS:
+        try:
+            found = load_tensorrt(candidate)
+        except MissingDependencyError as error:
+            reasons.append(error.message)
+            continue
+        if reasons and "does not load" in reasons[0]:  # it is there and broken: not to be passed over in silence
+            log(f"note: {reasons[0]}; {found.name} is used instead")
+        return found
+    raise MissingDependencyError(
+        "no TensorRT is installed: " + "; ".join(reasons),
+        hint="pip install 'stepcell[rtx]' builds with no GPU; a Jetson brings the module tensorrt with JetPack",
+    )
+
+
+def dtype_name(dtype: Any) -> str:
+    """A TensorRT `DataType` as the contract spells it; its own name where the contract has none."""
+    name = str(dtype.name)
+    return _DTYPES.get(name, name.lower())
+
+
+@dataclass
+class Messages:
+    """What TensorRT said while it worked."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def explain(self) -> str:
+        """The errors as one line. What only repeats that the machine has no driver is left out
+        when another error is there: TensorRT-RTX adds it to every error.
+        """
+        about_model = [text for text in self.errors if "catchCudaError" not in text]
+        return "; ".join(dict.fromkeys(about_model or self.errors)) or "TensorRT gave no reason"
+
+
+def make_logger(trt: Any, messages: Messages, *, verbose: bool = False) -> Any:
+    """A `trt.ILogger` that collects errors and warnings instead of printing them.
+
+    Args:
+        trt: the vendor's module.
+        messages: where they are collected.
+        verbose: also show everything TensorRT says, as it says it.
+    """
+    base: Any = trt.ILogger
+
+    class Logger(base):  # type: ignore[misc]  # the base is known only once a flavour is loaded
+        def __init__(self) -> None:
+            base.__init__(self)  # the bindings require it by name; super() leaves it half made
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                messages.errors.append(msg)
+            elif severity == trt.ILogger.WARNING and _UNQUERYABLE not in msg:
+                messages.warnings.append(msg)
+            if verbose:
+                log(f"[{severity.name.lower()}] {msg}")
+
+    return Logger()

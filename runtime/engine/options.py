@@ -1,0 +1,109 @@
+"""What the user asks of a build, as data."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from stepcell.errors import PluginError, UsageError
+from stepcell.plugins import plugin_unavailable
+from stepcell.runtime.engine.flavor import TensorRT
+from stepcell.shapes import format_shapes
+
+__all__ = ["BuildOptions", "check_options", "parse_memory_pool", "parse_targets"]
+
+
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that decides how an engine is built; recorded in its sidecar.
+
+    Attributes:
+        flavor: "auto", "tensorrt" or "tensorrt-rtx".
+        plugin: "auto" uses the fused plugin where it can be had, "on" insists, "off" never.
+        min_shapes, opt_shapes, max_shapes: shapes by data input; states follow from them.
+        compute_capabilities: GPUs to build for, such as ("8.6", "8.9"); empty: the flavour's default.
+        timing_cache: file that remembers kernel timings between builds, or None.
+        optimization_level: 0 (fast build) to 5 (fast engine); None: TensorRT's default.
+        workspace_mib: limit of scratch memory in MiB; None: TensorRT's default.
+        version_compatible: the engine also loads in later TensorRT versions.
+        verbose: show everything TensorRT says.
+    """
+
+    flavor: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
+    plugin: Literal["auto", "on", "off"] = "auto"
+    min_shapes: dict[str, tuple[int, ...]] = {}
+    opt_shapes: dict[str, tuple[int, ...]] = {}
+    max_shapes: dict[str, tuple[int, ...]] = {}
+    compute_capabilities: tuple[str, ...] = ()
+    timing_cache: str | None = None
+    optimization_level: int | None = None
+    workspace_mib: int | None = None
+    version_compatible: bool = False
+    verbose: bool = False
+
+    def arguments(self) -> list[str]:
+        """The options of `stepcell build` that ask for this, defaults left out."""
+        words: list[str] = []
+        for option, value in (
+            ("--flavor", self.flavor if self.flavor != "auto" else ""),
+            ("--plugin", self.plugin if self.plugin != "auto" else ""),
+            ("--minShapes", format_shapes(self.min_shapes)),
+            ("--optShapes", format_shapes(self.opt_shapes)),
+            ("--maxShapes", format_shapes(self.max_shapes)),
+            ("--compute-capability", ",".join(self.compute_capabilities)),
+            ("--timingCacheFile", self.timing_cache or ""),
+            ("--builderOptimizationLevel", "" if self.optimization_level is None else str(self.optimization_level)),
+            ("--memPoolSize", "" if self.workspace_mib is None else f"workspace:{self.workspace_mib}"),
+        ):
+            words += [option, value] if value else []
+        return [*words, "--versionCompatible"] if self.version_compatible else words
+
+
+def check_options(options: BuildOptions, library: TensorRT) -> None:
+    """Refuse what the flavour cannot do, before any work.
+
+    Raises:
+        PluginError: the plugin was insisted on and cannot be had.
+        UsageError: an option has no meaning for this flavour, or a value out of range.
+    """
+    if options.plugin == "on":
+        other = "; it needs the Enterprise flavour, for which this version brings none yet" if library.is_rtx else ""
+        raise PluginError(
+            f"--plugin on: {plugin_unavailable(library.flavor)}{other}",
+            hint="leave --plugin away, or --plugin off: the engine then uses native layers only",
+        )
+    if options.version_compatible and library.is_rtx:
+        raise UsageError(
+            "--versionCompatible: TensorRT-RTX engines load only in the version that built them",
+            hint="leave it away, and build again after an update; the build takes seconds",
+        )
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        raise UsageError(f"--builderOptimizationLevel: expected 0 to 5, got {options.optimization_level}")
+    if options.workspace_mib is not None and options.workspace_mib < 1:
+        raise UsageError(f"--memPoolSize: expected at least 1 MiB, got {options.workspace_mib}")
+
+
+def parse_memory_pool(text: str) -> int:
+    """MiB of trtexec's `workspace:MiB`; the suffixes M and G are understood.
+
+    Raises:
+        UsageError: another form, or another pool.
+    """
+    found = re.fullmatch(r"workspace:(\d+)(M|MiB|G|GiB)?", text.strip(), re.ASCII)
+    if not found:
+        raise UsageError(f"--memPoolSize: expected workspace:MiB, got {text!r}", hint="such as workspace:1024")
+    return int(found[1]) * (1024 if (found[2] or "M")[0] == "G" else 1)
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+    """Compute capabilities of `8.6,8.9`, each once, in order.
+
+    Raises:
+        UsageError: a part is not MAJOR.MINOR.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not re.fullmatch(r"\d{1,2}\.\d", part, re.ASCII):
+            raise UsageError(f"--compute-capability: expected MAJOR.MINOR[,...], got {text!r}", hint="such as 8.6,8.9")
+    return tuple(dict.fromkeys(parts))

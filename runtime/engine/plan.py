@@ -1,0 +1,124 @@
+"""The one path through TensorRT: parse, add the sizes, build. The same for both flavours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stepcell.errors import BuildError
+from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger
+from stepcell.runtime.engine.graph import OnnxFile, check_graph, check_network
+from stepcell.runtime.engine.options import BuildOptions
+from stepcell.runtime.engine.profile import Profile
+
+__all__ = ["BuiltPlan", "build_plan"]
+
+_COMPUTE_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """What TensorRT made.
+
+    Attributes:
+        data: the serialised engine.
+        compute_layers: convolutions and matrix products by the dtype they compute in.
+        timing_cache: kernel timings to keep for the next build; None where none were asked for.
+        warnings: what TensorRT warned of, each once.
+    """
+
+    data: bytes
+    compute_layers: dict[str, int]
+    timing_cache: bytes | None
+    warnings: tuple[str, ...]
+
+
+def build_plan(
+    library: TensorRT,
+    file: OnnxFile,
+    profiles: Mapping[str, Profile],
+    options: BuildOptions,
+    timing_cache: bytes | None,
+) -> BuiltPlan:
+    """Parse and build.
+
+    Args:
+        timing_cache: timings of earlier builds, empty for none yet; None: keep none.
+
+    Raises:
+        BuildError: an operator, the graph or the sizes are refused, or no engine came out.
+        ContractError: what was parsed is not what the contract says.
+    """
+    trt, messages = library.module, Messages()
+    logger = make_logger(trt, messages, verbose=options.verbose)
+    builder = trt.Builder(logger)
+    # Precision is what the graph says. TensorRT without this flag (11 made it the only way) needs none.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, logger)
+    check_graph(file, parser.supports_operator)
+    if not parser.parse(file.data):
+        reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise BuildError(f"{file.path}: {library.name} refused the model: {'; '.join(reasons) or messages.explain()}")
+    check_network(network, file.contract)
+    config = _configure(trt, builder, options)
+    if library.is_rtx and options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, target in enumerate(options.compute_capabilities):
+            capability = getattr(trt.ComputeCapability, "SM" + target.replace(".", ""))
+            _require(config.set_compute_capability(capability, index), f"compute capability {target}", messages)
+    if file.contract.symbols:
+        profile = builder.create_optimization_profile()
+        for name, shapes in profiles.items():
+            profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
+        _require(config.add_optimization_profile(profile) >= 0, "the sizes", messages)
+    if timing_cache is not None:
+        timing = config.create_timing_cache(timing_cache)
+        if not config.set_timing_cache(timing, ignore_mismatch=False):  # another device's: start anew
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(f"{file.path}: {library.name} {library.version} built no engine: {messages.explain()}")
+    if timing_cache is not None:
+        timing_cache = bytes(config.get_timing_cache().serialize())
+    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, tuple(dict.fromkeys(messages.warnings)))
+
+
+def _configure(trt: Any, builder: Any, options: BuildOptions) -> Any:
+    config = builder.create_builder_config()
+    # TensorRT computes float32 convolutions in TF32 (10-bit mantissa, as float16 has) unless told
+    # not to. A model exported as float32 was meant to be float32.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    return config
+
+
+def _compute_layers(network: Any) -> dict[str, int]:
+    """Dtypes of convolutions and matrix products.
+
+    Read from the strongly typed network, whose types TensorRT may not change; the finished engine
+    can be asked only where there is a GPU.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    return dict(Counter(dtype_name(layer.get_output_type(0)) for layer in layers if layer.type.name in _COMPUTE_LAYERS))
+
+
+def _parser_error(error: Any) -> str:
+    """Node, operator and reason of one error of the ONNX parser."""
+    names = [*error.local_function_stack(), *([error.node_name()] if error.node_name() else [])]
+    node = f"node {' > '.join(names)}, " if names else ""
+    operator = f"operator {error.node_operator()}: " if error.node_operator() else ""
+    lines = [line for line in error.desc().splitlines() if "catchCudaError" not in line]
+    return node + operator + " ".join(" ".join(lines).split())
+
+
+def _require(accepted: bool, what: str, messages: Messages) -> None:
+    if not accepted:
+        raise BuildError(f"TensorRT refused {what}: {messages.explain()}")

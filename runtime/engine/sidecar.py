@@ -1,0 +1,166 @@
+"""The sidecar: `model.engine.json` beside `model.engine`.
+
+The engine stays a raw TensorRT plan that the vendor's tools load; everything else that is known
+about it is here: the state contract, and the fingerprint that is compared before the plan is
+loaded. The last field is a SHA-256 of the file itself (with zeros in its place), so a changed
+byte anywhere is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+from pathlib import Path
+
+import msgspec
+
+from stepcell import __version__
+from stepcell.contract import StepContract
+from stepcell.errors import EngineMismatchError
+from stepcell.files import read_bytes
+from stepcell.runtime.engine.flavor import Flavor
+from stepcell.runtime.engine.options import BuildOptions
+from stepcell.runtime.engine.profile import Profile
+
+__all__ = ["SCHEMA", "Fingerprint", "Sidecar", "read_sidecar", "rebuild_command", "sidecar_path", "this_platform"]
+
+SCHEMA = "1.0"
+_ZEROS = "0" * 64
+
+
+class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine was built from and for.
+
+    Attributes:
+        flavor, tensorrt: flavour and exact version of the TensorRT that built it.
+        compute_capabilities: GPUs it runs on; "12.0+" stands for 12.0 and later.
+        platform: system and machine, such as "Linux-x86_64".
+        plugin_version, plugin_sha256: the fused plugin inside, or None: native layers only.
+        onnx_sha256: of the ONNX file.
+        plan_sha256, plan_bytes: of the engine file.
+    """
+
+    flavor: Flavor
+    tensorrt: str
+    compute_capabilities: tuple[str, ...]
+    platform: str
+    plugin_version: str | None
+    plugin_sha256: str | None
+    onnx_sha256: str
+    plan_sha256: str
+    plan_bytes: int
+
+
+class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole document.
+
+    Attributes:
+        schema: version `major.minor` of this document; an unknown major version is refused.
+        stepcell: version that built the engine.
+        onnx: name of the ONNX file.
+        fingerprint: compared before the plan is loaded.
+        profiles: sizes by graph input, data inputs first, then states.
+        options: what the build was asked for.
+        compute_layers: how many convolutions and matrix products compute in which dtype.
+        build_seconds: how long TensorRT took.
+        contract: the state contract of the ONNX file.
+        checksum: SHA-256 of the file with zeros in place of this field.
+    """
+
+    schema: str = SCHEMA
+    stepcell: str = __version__
+    onnx: str
+    fingerprint: Fingerprint
+    profiles: dict[str, Profile]
+    options: BuildOptions
+    compute_layers: dict[str, int]
+    build_seconds: float
+    contract: StepContract
+    checksum: str = _ZEROS
+
+    def sealed(self) -> Sidecar:
+        """The same document with its checksum filled in."""
+        blank = msgspec.structs.replace(self, checksum=_ZEROS)
+        return msgspec.structs.replace(self, checksum=_digest(blank._text()))
+
+    def to_json(self) -> str:
+        """The file's text, sealed."""
+        return self.sealed()._text()
+
+    def _text(self) -> str:
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+
+
+class _Head(msgspec.Struct):
+    schema: str
+    checksum: str
+    contract: msgspec.Raw
+
+
+def sidecar_path(engine: Path) -> Path:
+    """`model.engine.json` for `model.engine`."""
+    return engine.with_name(engine.name + ".json")
+
+
+def this_platform() -> str:
+    """System and machine of this process, such as "Linux-aarch64"."""
+    return f"{platform.system()}-{platform.machine()}"
+
+
+def read_sidecar(engine: Path) -> Sidecar:
+    """Read the document beside an engine and check that it is the one that was written.
+
+    Raises:
+        EngineMismatchError: it is missing, damaged, changed, or of an unknown major version.
+        ContractError: the contract inside is of an unknown version.
+    """
+    path = sidecar_path(engine)
+    if not path.is_file():
+        raise EngineMismatchError(
+            f"{path}: not found; without it nothing is known about {engine.name}: what built it, for which GPU, "
+            "and what its states are",
+            hint="copy the .json file along with the engine, or build the engine again with `stepcell build`",
+        )
+    data = read_bytes(path)
+    rebuild = "copy the file again, or build the engine again with `stepcell build`"
+    try:
+        head = msgspec.json.decode(data, type=_Head)
+        text = data.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise EngineMismatchError(f"{path}: is damaged: {error}", hint=rebuild) from error
+    found = _digest(text.replace(head.checksum, _ZEROS)) if len(head.checksum) == len(_ZEROS) else "nothing comparable"
+    if head.schema.split(".")[0] != SCHEMA.split(".")[0]:
+        raise EngineMismatchError(
+            f"{path}: schema {head.schema} is not supported; this stepcell reads {SCHEMA.split('.')[0]}.x",
+            hint="update stepcell, or build the engine again with this version",
+        )
+    if found != head.checksum:
+        raise EngineMismatchError(
+            f"{path}: was changed after it was written: its checksum says {head.checksum}, its content gives {found}",
+            hint=rebuild,
+        )
+    StepContract.from_json(bytes(head.contract), subject=f"{path}: contract")
+    try:
+        return msgspec.json.decode(data, type=Sidecar)
+    except msgspec.DecodeError as error:
+        raise EngineMismatchError(f"{path}: cannot be used: {error}", hint=rebuild) from error
+
+
+def rebuild_command(sidecar: Sidecar, engine: Path, *, compute_capability: str | None = None) -> str:
+    """The `stepcell build` command that makes this engine again.
+
+    Args:
+        compute_capability: build for this GPU instead of those it was built for.
+    """
+    flavor = sidecar.fingerprint.flavor
+    options = msgspec.structs.replace(sidecar.options, flavor=flavor)
+    if compute_capability is not None and flavor == "tensorrt-rtx":
+        options = msgspec.structs.replace(options, compute_capabilities=(compute_capability,))
+    beside = engine.parent / sidecar.onnx
+    source = beside if beside.is_file() else Path(sidecar.onnx)
+    return shlex.join(["stepcell", "build", str(source), "-o", str(engine), *options.arguments()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
