@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python demo.py
+	$(BIN)/python -m stepcell.models.zoo.demo
 
 test: setup
 	$(BIN)/python -m pytest

@@ -1,0 +1,5 @@
+"""What the device needs: the step loop, its back ends, streams and statistics. No torch, no triton."""
+
+from stepcell.runtime.loop import StepLoop
+
+__all__ = ["StepLoop"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,13 +33,12 @@ def _recognise(gates: int, kind: str) -> Callable[[Tensors], dict[str, object]]:
 
 
 def _convert(
-    rnn: type[nn.GRU] | type[nn.LSTM], cell: type[GRUCell] | type[LSTMCell]
+    rnn: Callable[..., nn.RNNBase], from_torch: Callable[[Any, int], GRUCell | LSTMCell]
 ) -> Callable[[Tensors, Mapping[str, object]], dict[str, Tensor]]:
     def convert(tensors: Tensors, arguments: Mapping[str, object]) -> dict[str, Tensor]:
         module = rnn(**arguments)
         module.load_state_dict(dict(tensors))
-        cells = [cell.from_torch(module, layer) for layer in range(module.num_layers)]
-        return DenseStack(cells).state_dict()
+        return DenseStack([from_torch(module, layer) for layer in range(module.num_layers)]).state_dict()
 
     return convert
 
@@ -63,7 +63,7 @@ GRU = Family(
     summary="torch.nn.GRU",
     recognise=_recognise(3, "GRU"),
     build=_build(GRUCell),
-    convert=_convert(nn.GRU, GRUCell),
+    convert=_convert(nn.GRU, GRUCell.from_torch),
     arguments=_ARGUMENTS,
 )
 LSTM = Family(
@@ -71,6 +71,6 @@ LSTM = Family(
     summary="torch.nn.LSTM",
     recognise=_recognise(4, "LSTM"),
     build=_build(LSTMCell),
-    convert=_convert(nn.LSTM, LSTMCell),
+    convert=_convert(nn.LSTM, LSTMCell.from_torch),
     arguments=_ARGUMENTS,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HELD_OUT", "TRAINING", "add_noise", "clip_path", "psnr", "read_clip"]
+__all__ = ["HELD_OUT", "TRAINING", "add_noise", "clip_path", "psnr", "read_clip", "read_frames"]
 
 TRAINING = ("bikes", "bigbuckbunny")
 HELD_OUT = "carphone_pristine"
@@ -31,16 +31,18 @@ def clip_path(name: str) -> Path:
 
 def read_clip(name: str, *, shrink: int = 1) -> NDArray[np.uint8]:
     """All frames as (T, H, W, 3) RGB, optionally area-averaged to 1/shrink of the size."""
+    return read_frames(clip_path(name), shrink=shrink)
+
+
+def read_frames(path: Path, *, shrink: int = 1) -> NDArray[np.uint8]:
+    """The same for any video file."""
     import av
 
     frames = []
-    with av.open(str(clip_path(name))) as container:
+    with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             small = frame.reformat(
-                width=frame.width // shrink,
-                height=frame.height // shrink,
-                format="rgb24",
-                interpolation="AREA",
+                width=frame.width // shrink, height=frame.height // shrink, format="rgb24", interpolation="AREA"
             )
             frames.append(small.to_ndarray())
     return np.stack(frames)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
 import click
+import msgspec
 
 from stepcell.cli.common import json_option
 from stepcell.console import print_json, table

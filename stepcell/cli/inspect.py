@@ -59,16 +59,16 @@ def _print_contract(contract: StepContract, title: str) -> None:
         cells = []
         for cell in contract.cells:
             kind = cell.op or "ordinary nodes: a file holds one variant of an op"
-            variant = ", ".join(
-                [f"{cell.kernel[0]}x{cell.kernel[1]}", *([f"reset {cell.reset}"] if cell.reset else [])]
-                + [f"{cell.gates} gates", *(["peephole"] if cell.peephole else [])]
-            )
-            cells.append([cell.name, kind, str(cell.hidden), variant])
+            variant = [f"{cell.kernel[0]}x{cell.kernel[1]}", f"{cell.gates} gates"]
+            variant += [f"reset {cell.reset}"] if cell.reset else []
+            variant += ["peephole"] if cell.peephole else []
+            cells.append([cell.name, kind, str(cell.hidden), ", ".join(variant)])
         table("\ncells", ["name", "op", "hidden", "variant"], cells, to_stdout=True)
     facts = [[key, _short(value)] for key, value in contract.source.items()]
     if contract.parity:
         worst = ", ".join(f"{name} {error:.1e}" for name, error in contract.parity.max_abs_error.items())
-        facts.append(["parity", f"{contract.parity.steps} steps against {contract.parity.reference}: max error {worst}"])
+        parity = contract.parity
+        facts.append(["parity", f"{parity.steps} steps against {parity.reference}: max error {worst}"])
     table("\nsource", ["", ""], facts, to_stdout=True)
 
 

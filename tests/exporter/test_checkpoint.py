@@ -86,7 +86,9 @@ def test_damaged_files(name: str, damage: str, tmp_path: Path) -> None:
     else:
         safetensors.torch.save_file({"weight": torch.zeros(100)}, path)
     content = path.read_bytes()
-    path.write_bytes({"truncated": content[: len(content) // 2], "text": b"hello world, no weights", "empty": b""}[damage])
+    path.write_bytes(
+        {"truncated": content[: len(content) // 2], "text": b"hello world, no weights", "empty": b""}[damage]
+    )
     with pytest.raises(CheckpointError, match=r"not a (valid|PyTorch)"):
         load_checkpoint(path)
 

@@ -48,7 +48,9 @@ def stepped_by_the_metadata_alone(path: Path, frames: np.ndarray) -> dict[str, n
     (x,), states = contract["inputs"], contract["states"]
     sizes = dict(zip(x["shape"], frames.shape[1:], strict=True))
     feeds = {
-        state["input"]: np.zeros([d if isinstance(d, int) else eval(d, {}, sizes) for d in state["shape"]], state["dtype"])
+        state["input"]: np.zeros(
+            [d if isinstance(d, int) else eval(d, {}, sizes) for d in state["shape"]], state["dtype"]
+        )
         for state in states
     }
     names = [*(output["name"] for output in contract["outputs"]), *(state["output"] for state in states)]
@@ -90,7 +92,9 @@ def test_graph_holds_ops_with_their_definition_and_no_loop(model: CellStack, tmp
     assert not {node.op_type for node in proto.graph.node} & {"Loop", "Scan", "GRU", "LSTM", "RNN"}
     assert [value.name for value in proto.graph.input] == list(contract.graph_inputs)
     assert [value.name for value in proto.graph.output] == list(contract.graph_outputs)
-    assert "/" not in proto.SerializeToString().decode("latin1").partition("site-packages")[1], "no paths of this machine"
+    assert "/" not in proto.SerializeToString().decode("latin1").partition("site-packages")[1], (
+        "no paths of this machine"
+    )
 
 
 def test_second_variant_of_an_op_becomes_ordinary_nodes(tmp_path: Path) -> None:
@@ -145,7 +149,11 @@ def test_float16_state_is_written_where_asked(denoiser: Denoiser, tmp_path: Path
         ({"opset": 17}, UsageError, "expected 18 to 23, got 17"),
         ({"shapes": {"frame": (1, 3, 64, 64)}}, UsageError, "no such input"),
         ({"dynamic": ["time"]}, UsageError, "no such symbol"),
-        ({"shapes": {"x": (1, 1, 64, 64)}}, Exception, r"expected shape \(batch, 3, height, width\), got \(1, 1, 64, 64\)"),
+        (
+            {"shapes": {"x": (1, 1, 64, 64)}},
+            Exception,
+            r"expected shape \(batch, 3, height, width\), got \(1, 1, 64, 64\)",
+        ),
         ({"shapes": {"x": (1, 3, 63, 64)}}, Exception, "multiples of 2"),
     ],
 )

@@ -13,7 +13,7 @@ from stepcell.cli import main
 from stepcell.models import save_checkpoint
 from stepcell.models.zoo.denoiser import Denoiser
 
-MODULE = '''
+MODULE = """
 import torch
 from torch import nn
 from stepcell.contract import StateSpec, TensorSpec
@@ -35,7 +35,7 @@ def make(channels=3):
 
 def broken():
     raise RuntimeError("no data set here")
-'''
+"""
 
 
 def call(*arguments: object) -> Result:

@@ -16,9 +16,14 @@ from stepcell.shapes import format_shapes, parse_shapes
 def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half of the new")
-        raise RuntimeError
+
+    def break_half_way() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_half_way()
     assert path.read_text() == "old"
     write_atomic(path, "new")
     assert path.read_text() == "new"
@@ -47,7 +52,9 @@ def test_hint_is_part_of_the_text() -> None:
     assert str(InputError("x: wrong", hint="do this")) == "x: wrong\nHint: do this"
 
 
-@pytest.mark.parametrize(("size", "text"), [(7, "7 B"), (1_234_567, "1.2 MB"), (5_000, "5.0 kB"), (3 * 10**9, "3.0 GB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(7, "7 B"), (1_234_567, "1.2 MB"), (5_000, "5.0 kB"), (3 * 10**9, "3.0 GB")]
+)
 def test_sizes_for_people(size: int, text: str) -> None:
     assert human_size(size) == text
 
@@ -58,7 +65,9 @@ def test_shapes_as_trtexec_spells_them() -> None:
     assert parse_shapes(format_shapes(shapes), option="--shape") == shapes
 
 
-@pytest.mark.parametrize("text", ["", "x", "x:", ":1x2", "x:1x-2", "x:1x0", "x:1.5", "x:1xtwo", "x:1,x:2", "x:1x2,", "x:²"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "x:", ":1x2", "x:1x-2", "x:1x0", "x:1.5", "x:1xtwo", "x:1,x:2", "x:1x2,", "x:²"]
+)
 def test_bad_shapes(text: str) -> None:
     with pytest.raises(UsageError, match="--shape"):
         parse_shapes(text, option="--shape")
