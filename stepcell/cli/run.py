@@ -196,4 +196,4 @@ def _summary(report: RunReport) -> None:
     table("", ["ms per frame", "first", "mean", "p50", "p90", "p95", "p99", "max"], rows)
     ending = {"interrupted": ", stopped by a signal", "error": ", broken off"}.get(report.stopped, "")
     rate = f"{report.frames} frames of {width}x{height}, {report.frames_per_second:.1f} frames/s"
-    stage("run", report.output or report.input, report.seconds, rate + ending)
+    stage("run", report.output or "no output", report.seconds, rate + ending)

@@ -1,0 +1,139 @@
+"""Frames through PyAV (FFmpeg): video files, URLs, cameras, folders of pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError
+from stepcell.missing import require
+
+__all__ = ["BT709", "CAMERA", "FolderSource", "VideoSource", "natural_key"]
+
+CAMERA = re.compile(r"camera:(\d{1,3})")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+BT709 = 1  # FFmpeg's number for it, the same for matrix, primaries and transfer
+# A lost URL ends the run with an error instead of hanging: seconds to open, seconds between packets.
+URL_TIMEOUT = (10.0, 10.0)
+
+
+class VideoSource:
+    """A video file, a URL or `camera:N` (Video4Linux).
+
+    Raises:
+        InputError: it cannot be opened, or has no picture stream.
+        MissingDependencyError: PyAV is not installed.
+    """
+
+    def __init__(self, name: str) -> None:
+        av = require("av", extra="video", purpose="reading video")
+        self.name = name
+        self._error: type[Exception] = av.FFmpegError
+        camera = CAMERA.fullmatch(name)
+        try:
+            if camera:
+                self._container = av.open(f"/dev/video{camera[1]}", format="v4l2")
+            elif "://" in name:
+                self._container = av.open(name, timeout=URL_TIMEOUT)
+            else:
+                self._container = av.open(f"file:{name}")  # a colon in a file name is no protocol
+        except (av.FFmpegError, OSError) as error:
+            what = "camera" if camera else "video"
+            raise InputError(f"{name}: cannot be opened as {what} ({_reason(error)})") from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise InputError(f"{name}: has no video stream")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        live = camera or "://" in name
+        self.fps: Fraction | None = self._stream.average_rate or self._stream.guessed_rate
+        self.length: int | None = None if live else self._stream.frames or None
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        number = 0
+        shape = None
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.is_corrupt:
+                    raise InputError(f"{self.name}: broken or cut off at frame {number}")
+                for frame in packet.decode():
+                    pixels = _pixels(frame)
+                    if pixels.shape != (shape := shape or pixels.shape):
+                        raise InputError(f"{self.name}: frame {number} is {pixels.shape}, the first one {shape}")
+                    yield pixels
+                    number += 1
+        except (self._error, OSError) as error:
+            raise InputError(f"{self.name}: broken at frame {number} ({_reason(error)})") from error
+        if number == 0:
+            raise InputError(f"{self.name}: holds no frame")
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class FolderSource:
+    """The pictures of a folder, in natural order: frame2.png before frame10.png.
+
+    Raises:
+        InputError: there is none.
+        MissingDependencyError: PyAV is not installed.
+    """
+
+    fps: Fraction | None = None
+
+    def __init__(self, folder: Path) -> None:
+        require("av", extra="video", purpose="reading pictures")
+        self.name = str(folder)
+        files = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file()]
+        self._files = sorted(files, key=lambda path: natural_key(path.name))
+        if not files:
+            raise InputError(f"{folder}: holds no picture ({', '.join(PICTURES)})")
+        self.length: int | None = len(files)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        shape = None
+        for path in self._files:
+            pixels = _read_picture(path)
+            if pixels.shape != (shape := shape or pixels.shape):
+                raise InputError(f"{path}: is {pixels.shape}, the first picture {shape}")
+            yield pixels
+
+    def close(self) -> None:
+        pass
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key that compares runs of digits as numbers."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", name))
+    parts[1::2] = [int(part) for part in parts[1::2]]
+    return parts, name  # the name itself decides between 1.png and 01.png
+
+
+def _read_picture(path: Path) -> NDArray[np.uint8]:
+    source = VideoSource(str(path))
+    try:
+        return next(iter(source))
+    finally:
+        source.close()
+
+
+def _pixels(frame: Any) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB, or (H, W, 1) where the stream is grey; turned upright as its metadata says."""
+    kind = frame.format
+    grey = len(kind.components) <= 2 and not kind.has_palette  # one of luma, one of alpha
+    # PyAV up to 16 decodes BT.709 with the matrix of BT.601 unless both are named, and not alike.
+    matrix = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 and not grey else {}
+    array: NDArray[np.uint8] = frame.to_ndarray(format="gray" if grey else "rgb24", **matrix)
+    turns = round(getattr(frame, "rotation", 0) / 90)  # counter-clockwise; phones film sideways
+    upright = np.rot90(array, turns)
+    return upright.reshape(*upright.shape[:2], 1 if grey else 3)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

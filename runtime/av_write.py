@@ -1,0 +1,146 @@
+"""Pixels through PyAV (FFmpeg): video files and folders of pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import OutputError
+from stepcell.missing import require
+from stepcell.runtime.av_read import BT709
+from stepcell.runtime.sinks import TemporaryFile
+
+__all__ = ["FolderSink", "VideoSink", "encoder_for"]
+
+# Near to lossless for the eye, and fast enough to keep up with a stream on a small CPU.
+_H264 = ("libx264", {"crf": "18", "preset": "veryfast"})
+_MPEG4 = ("mpeg4", {"qmin": "2", "qmax": "4"})
+
+
+class VideoSink:
+    """A video file: H.264 where FFmpeg has the encoder, else MPEG-4; yuv420p, constant frame rate.
+
+    yuv420p has whole 2x2 blocks only: a frame of odd width or height is extended by repeating its
+    last column or row.
+
+    Raises:
+        OutputError: the file cannot be written.
+        MissingDependencyError: PyAV is not installed.
+    """
+
+    takes_pixels = True
+
+    def __init__(self, path: Path, fps: Fraction) -> None:
+        av = require("av", extra="video", purpose="writing video")
+        self._av = av
+        self.name = str(path)
+        self._fps = fps.limit_denominator(65535)  # what MPEG-4 can hold
+        self._temporary = TemporaryFile(path)
+        self._container = av.open(str(self._temporary.path), "w")
+        self._stream: Any = None
+
+    def write(self, frame: NDArray[Any]) -> None:
+        height, width, channels = frame.shape
+        with self._writing():
+            if self._stream is None:
+                self._add_stream(width + width % 2, height + height % 2)
+            even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            grey = channels == 1
+            picture = self._av.VideoFrame.from_ndarray(even[..., 0] if grey else even, "gray" if grey else "rgb24")
+            picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
+            self._container.mux(self._stream.encode(picture))
+
+    def close(self) -> None:
+        with self._writing():
+            if self._stream is not None:
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+        self._temporary.keep()
+
+    def abandon(self) -> None:
+        with contextlib.suppress(self._av.FFmpegError, OSError):
+            self._container.close()
+        self._temporary.drop()
+
+    def _add_stream(self, width: int, height: int) -> None:
+        name, options = encoder_for(self._av.codecs_available)
+        stream = self._container.add_stream(name, rate=self._fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        self._stream = stream
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._av.FFmpegError, OSError) as error:
+            raise OutputError(f"{self.name}: cannot be written ({error.strerror or error})") from error
+
+
+class FolderSink:
+    """A folder of 000000.png, 000001.png, ...; made under a temporary name, renamed on `close()`.
+
+    Raises:
+        OutputError: it exists and holds something, or cannot be made.
+        MissingDependencyError: PyAV is not installed.
+    """
+
+    takes_pixels = True
+
+    def __init__(self, folder: Path) -> None:
+        self._av = require("av", extra="video", purpose="writing pictures")
+        self.name = str(folder)
+        self._folder = folder
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "holds files" if folder.is_dir() else "is a file"
+            raise OutputError(f"{folder}: {what} already", hint="name a new or an empty folder")
+        try:
+            self._temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
+        self._codec: Any = None
+        self._count = 0
+
+    def write(self, frame: NDArray[Any]) -> None:
+        grey = frame.shape[2] == 1
+        kind = "gray" if grey else "rgb24"
+        try:
+            if self._codec is None:
+                self._codec = self._av.CodecContext.create("png", "w")
+                self._codec.height, self._codec.width = frame.shape[:2]
+                self._codec.pix_fmt, self._codec.time_base = kind, Fraction(1, 25)
+                self._codec.thread_count = 1  # more would hold frames back
+            pixels = np.ascontiguousarray(frame[..., 0] if grey else frame)
+            (packet,) = self._codec.encode(self._av.VideoFrame.from_ndarray(pixels, kind))
+            (self._temporary / f"{self._count:06d}.png").write_bytes(bytes(packet))
+        except (self._av.FFmpegError, OSError) as error:
+            raise OutputError(f"{self.name}: cannot be written ({error.strerror or error})") from error
+        self._count += 1
+
+    def close(self) -> None:
+        umask = os.umask(0)
+        os.umask(umask)
+        try:
+            self._temporary.chmod(0o777 & ~umask)
+            self._temporary.replace(self._folder)  # an empty folder gives way, a full one does not
+        except OSError as error:
+            self.abandon()
+            raise OutputError(f"{self.name}: cannot be written ({error.strerror})") from error
+
+    def abandon(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def encoder_for(available: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Name and options of the best encoder for .mp4 among those FFmpeg has."""
+    return _H264 if _H264[0] in available else _MPEG4

@@ -1,0 +1,90 @@
+"""What a step loop asks of the thing that runs the graph, and the names of devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from stepcell.contract import StepContract
+from stepcell.errors import UsageError
+
+__all__ = ["Backend", "Device"]
+
+
+class Backend(Protocol):
+    """One loaded model with its states, on one device.
+
+    `StepLoop` checks every argument before it gets here and never calls two methods at once.
+
+    Attributes:
+        contract: dtypes as the back end really runs them (a float16 model in its float32 form
+            has a float32 contract).
+        device: what really runs: "cpu", "cuda:0".
+        description: the same for people: "ONNX Runtime 1.31.1, CPU".
+    """
+
+    contract: StepContract
+    device: str
+    description: str
+
+    def configure(self, symbols: Mapping[str, int]) -> None:
+        """Fix the sizes: allocate every buffer, states at their initial value.
+
+        May be called again, with other sizes.
+
+        Raises:
+            DeviceError: the buffers do not fit in memory.
+            InputError: the model was built for other sizes (an engine's profile).
+        """
+        ...
+
+    def step(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """One step. Inputs have the contract's dtypes and the configured shapes, C-contiguous.
+
+        The returned arrays belong to the caller: no later step writes to them. A step that
+        fails leaves the states as they were before it.
+        """
+        ...
+
+    def reset(self, slots: Sequence[bool] | None = None) -> None:
+        """States to their initial value: all of them, or the rows of the batch axis that are True."""
+        ...
+
+    def read_state(self) -> dict[str, NDArray[Any]]:
+        """A copy of every state, by name."""
+        ...
+
+    def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Replace every state; names, dtypes and shapes are the contract's."""
+        ...
+
+    def close(self) -> None:
+        """Free device memory. Calling it twice is allowed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by kind ("cpu" or "cuda") and number."""
+
+    kind: str
+    index: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Device:
+        """`cpu`, `cuda` or `cuda:N`.
+
+        Raises:
+            UsageError: anything else.
+        """
+        match = re.fullmatch(r"(cpu)|cuda(?::(\d{1,3}))?", text)
+        if match is None:
+            raise UsageError(f"device: expected cpu, cuda or cuda:N, got {text!r}")
+        return cls("cpu") if match[1] else cls("cuda", int(match[2] or 0))
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"

@@ -1,0 +1,133 @@
+"""Opening an ONNX file in ONNX Runtime: on the device that was asked for, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+from stepcell.console import log
+from stepcell.contract import METADATA_KEY, StepContract
+from stepcell.errors import ContractError, DeviceError, InputError
+from stepcell.files import read_bytes
+from stepcell.missing import require
+from stepcell.runtime.backend import Device
+from stepcell.runtime.float32 import to_float32
+
+__all__ = ["open_session"]
+
+_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named alike
+
+
+def open_session(path: Path, device: Device, *, keep_float16: bool, threads: int | None) -> tuple[Any, StepContract]:
+    """An `onnxruntime.InferenceSession` and the contract of what it runs.
+
+    On the CPU a float16 model is opened in its float32 form unless `keep_float16`; the contract
+    then says float32, and the log says so once. Errors: see `OrtBackend`.
+    """
+    ort = require("onnxruntime", extra="ort", purpose="running a model")
+    if not path.is_file():
+        read_bytes(path)  # says why it cannot be read
+    session = _create(ort, path, str(path), device, threads)
+    contract = _contract(session, path)
+    if device.kind == "cpu" and contract.precision == "float16" and not keep_float16:
+        onnx = require("onnx", extra="ort", purpose="running a float16 model in float32")
+        wide = to_float32(onnx.load(str(path)))
+        session = _create(ort, path, wide.SerializeToString(), device, threads)
+        contract = _contract(session, path)
+        log(f"{path}: float16 is slow on a CPU: running the same weights in float32")
+    _check_graph(session, contract, path)
+    return session, contract
+
+
+def _create(ort: Any, path: Path, model: str | bytes, device: Device, threads: int | None) -> Any:
+    options = ort.SessionOptions()
+    options.use_deterministic_compute = True
+    # Idle threads sleep instead of spinning: the cores also decode and encode, and where they are
+    # shared, spinning was measured to cost 40% of the frames per second.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.kind == "cuda":
+        _require_cuda(ort, device)
+        # The graph's dtypes say the precision: a float32 convolution is not computed in TF32.
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index, "use_tf32": "0"}))
+    try:
+        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        reason = str(error).strip().splitlines()[0]
+        if "Protobuf" in type(error).__name__:
+            raise InputError(f"{path}: not an ONNX model ({reason})") from error
+        if device.kind == "cuda":
+            raise DeviceError(f"{path}: cannot be opened on {device}: {reason}") from error
+        raise InputError(f"{path}: ONNX Runtime cannot run this model: {reason}") from error
+    if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise DeviceError(
+            f"{device}: ONNX Runtime did not load its CUDA provider",
+            hint="its messages above say which library is missing; `stepcell doctor` shows what loads",
+        )
+    return session
+
+
+def _require_cuda(ort: Any, device: Device) -> None:
+    """Ask for CUDA only where it can work: the request itself prints errors where it cannot."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise DeviceError(
+            f"{device}: this ONNX Runtime ({ort.__version__}) was built without CUDA",
+            hint="install onnxruntime-gpu in the place of onnxruntime, or use --device cpu",
+        )
+    count = _device_count()
+    if device.index >= count:
+        raise DeviceError(
+            f"{device}: this machine has {count or 'no'} CUDA device{'' if count == 1 else 's'}",
+            hint="use --device cpu; `stepcell doctor` shows what this machine can do",
+        )
+    if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN from wheels, where they are installed
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+
+
+def _device_count() -> int:
+    """CUDA devices as the driver counts them; the driver alone, since ONNX Runtime needs no CUDA package."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _contract(session: Any, path: Path) -> StepContract:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        raise ContractError(
+            f"{path}: has no state contract (metadata key {METADATA_KEY}), so its states cannot be wired",
+            hint="export the checkpoint with `stepcell export`, which writes one",
+        )
+    return StepContract.from_json(text, subject=str(path))
+
+
+def _check_graph(session: Any, contract: StepContract, path: Path) -> None:
+    """The contract must name every input and output of the graph, with its dtype."""
+    sides = (
+        ("inputs", session.get_inputs(), contract.graph_inputs),
+        ("outputs", session.get_outputs(), contract.graph_outputs),
+    )
+    for side, tensors, specs in sides:
+        expected: dict[str, str] = {name: spec.dtype for name, spec in specs.items()}
+        actual = {t.name: _DTYPES.get(t.type, t.type.removeprefix("tensor(").removesuffix(")")) for t in tensors}
+        if actual != expected:
+            raise ContractError(
+                f"{path}: the graph's {side} differ from its contract: expected {_listing(expected)}, "
+                f"got {_listing(actual)}",
+                hint="the file was changed after its export; export it again",
+            )
+
+
+def _listing(dtypes: dict[str, str]) -> str:
+    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(dtypes.items()))

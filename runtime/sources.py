@@ -1,0 +1,152 @@
+"""Where frames come from: video, camera, folder of pictures, array or raw frames on stdin.
+
+A source is iterated once. Video, pictures and raw frames come as pixels (H, W, C) uint8, C = 3
+(RGB) or 1 (grey); a float array comes as tensors (C, H, W). A frame that cannot be read raises
+InputError with its number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError, UsageError
+from stepcell.files import read_bytes
+
+__all__ = ["ArraySource", "RawSource", "Source", "open_source", "parse_size"]
+
+STDIN = "-"
+
+
+class Source(Protocol):
+    """A stream of frames.
+
+    Attributes:
+        name: as the user wrote it; "stdin" for `-`.
+        fps: frames per second, where the source knows.
+        length: number of frames, where the source knows.
+    """
+
+    name: str
+    fps: Fraction | None
+    length: int | None
+
+    def __iter__(self) -> Iterator[NDArray[Any]]: ...
+
+    def close(self) -> None: ...
+
+
+def open_source(text: str, *, channels: int = 3, size: tuple[int, int] | None = None) -> Source:
+    """Open what the user named.
+
+    Args:
+        text: a video file or URL, a folder of .png/.jpg, a .npy, `camera:N`, or `-` for stdin.
+        channels: of the raw frames on stdin: 3 (rgb24) or 1 (gray8).
+        size: (width, height) of the raw frames on stdin.
+
+    Raises:
+        UsageError: `-` without a size, or a size without `-`.
+        InputError: it does not exist or cannot be read as frames.
+    """
+    from stepcell.runtime.av_read import CAMERA, FolderSource, VideoSource
+
+    if (text == STDIN) != (size is not None):
+        raise UsageError("--size: raw frames on stdin (--input -) need it, and nothing else takes it")
+    if size is not None:
+        import sys
+
+        return RawSource(sys.stdin.buffer, size, channels)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or CAMERA.fullmatch(text):
+        return VideoSource(text)
+    path = Path(text)
+    if path.is_dir():
+        return FolderSource(path)
+    if not path.is_file():
+        read_bytes(path)  # says why it cannot be read
+    return ArraySource(path) if path.suffix == ".npy" else VideoSource(text)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`640x480` as (width, height).
+
+    Raises:
+        UsageError: another form.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise UsageError(f"--size: expected WIDTHxHEIGHT, got {text!r}", hint="such as 640x480")
+    return int(match[1]), int(match[2])
+
+
+class ArraySource:
+    """A .npy file: (T, H, W, C) uint8 pixels, or (T, C, H, W) floats already in the model's range."""
+
+    fps: Fraction | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        try:
+            # Mapped, not read: a long clip does not have to fit in memory.
+            self._array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path}: not a readable .npy array ({error})") from error
+        array = self._array
+        pixels = array.dtype == np.uint8
+        if not (pixels or array.dtype.kind == "f") or array.ndim != 4:
+            raise InputError(
+                f"{path}: expected pixels (T, H, W, C) uint8 or tensors (T, C, H, W) float, "
+                f"got {array.shape} {array.dtype}",
+                hint="a greyscale clip (T, H, W) takes a channel axis: frames[..., None]" if array.ndim == 3 else None,
+            )
+        channels = array.shape[3 if pixels else 1]
+        if channels not in (1, 3) or 0 in array.shape:
+            raise InputError(
+                f"{path}: expected 1 or 3 channels and at least one frame, got {array.shape} {array.dtype}"
+            )
+        self.length: int | None = len(array)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        for frame in self._array:
+            yield np.asarray(frame)
+
+    def close(self) -> None:
+        pass
+
+
+class RawSource:
+    """Raw frames on a byte stream, row by row without gaps: rgb24 or gray8.
+
+    Args:
+        stream: such as `sys.stdin.buffer`; it is left open.
+        size: (width, height).
+        channels: 3 or 1.
+    """
+
+    fps: Fraction | None = None
+    length: int | None = None
+
+    def __init__(self, stream: BinaryIO, size: tuple[int, int], channels: int) -> None:
+        self.name = "stdin"
+        self._stream = stream
+        self._shape = (size[1], size[0], channels)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        size = int(np.prod(self._shape))
+        number = 0
+        while data := self._stream.read(size):
+            if len(data) < size:
+                raise InputError(
+                    f"stdin: ended inside frame {number}: {len(data)} of {size} bytes",
+                    hint=f"the sender must use {self._shape[1]}x{self._shape[0]} and {self._shape[2]} bytes a pixel",
+                )
+            yield np.frombuffer(data, np.uint8).reshape(self._shape)
+            number += 1
+
+    def close(self) -> None:
+        pass

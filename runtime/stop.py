@@ -1,0 +1,39 @@
+"""Stopping a stream cleanly on ctrl-C and SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+__all__ = ["StopRequest"]
+
+
+class StopRequest:
+    """Turns ctrl-C and SIGTERM into a clean stop between two frames.
+
+    A signal that comes while a source is waited for (a camera, stdin) interrupts the wait; any
+    other takes effect after the frame at hand, so that no file is cut off in the middle. A second
+    one interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.waiting = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside the block (main thread only)."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.signal is not None
+        self.signal = signal.Signals(number)
+        if self.waiting or again:
+            raise KeyboardInterrupt

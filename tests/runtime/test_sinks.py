@@ -1,0 +1,140 @@
+"""What is written can be read again, and nothing of the user's is lost."""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from stepcell.errors import OutputError, UsageError
+from stepcell.runtime.av_read import FolderSource, VideoSource
+from stepcell.runtime.av_write import VideoSink, encoder_for
+from stepcell.runtime.sinks import ArraySink, RawSink, Sink, open_sink
+
+FPS = Fraction(30000, 1001)
+
+
+def noise(count: int, *shape: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
+
+
+def write_all(sink: Sink, frames: NDArray[np.uint8]) -> None:
+    for frame in frames:
+        sink.write(frame)
+    sink.close()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+@pytest.mark.parametrize("shape", [(48, 64, 3), (33, 47, 3), (1, 1, 3), (48, 64, 1)], ids=str)
+def test_video_is_playable_and_has_the_colours(suffix: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    colours = np.uint8([[200, 40, 30], [20, 60, 200], [128, 128, 128], [10, 180, 90]])[:, : shape[2]]
+    path = tmp_path / f"out{suffix}"
+    write_all(open_sink(str(path), FPS), np.broadcast_to(colours[:, None, None], (4, *shape)))
+    source = VideoSource(str(path))
+    assert source.fps == pytest.approx(float(FPS), rel=1e-3)
+    frames = np.stack(list(source))
+    assert frames.shape == (4, shape[0] + shape[0] % 2, shape[1] + shape[1] % 2, 3)
+    assert np.abs(frames[:, : shape[0], : shape[1]].astype(int) - colours[:, None, None]).max() <= 4
+
+
+def test_video_is_close_to_the_frames(clip_path: Path, tmp_path: Path) -> None:
+    frames = np.stack(list(VideoSource(str(clip_path))))[:30]
+    write_all(VideoSink(tmp_path / "out.mp4", FPS), frames)
+    again = np.stack(list(VideoSource(str(tmp_path / "out.mp4"))))
+    error = np.mean((again.astype(float) - frames) ** 2)
+    assert 10 * np.log10(255**2 / error) > 33
+
+
+def test_encoder_is_chosen_from_what_there_is() -> None:
+    assert encoder_for({"libx264", "mpeg4"})[0] == "libx264"
+    assert encoder_for({"mpeg4", "png"})[0] == "mpeg4"
+
+
+def test_mpeg4_where_there_is_no_h264(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    monkeypatch.setattr(av, "codecs_available", {"mpeg4"})
+    write_all(VideoSink(tmp_path / "out.mp4", FPS), np.full((5, 32, 32, 3), 100, np.uint8))
+    frames = list(VideoSource(str(tmp_path / "out.mp4")))
+    assert len(frames) == 5
+    assert np.abs(frames[2].astype(int) - 100).max() <= 4
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 3), (9, 7, 1)], ids=str)
+def test_folder_of_pictures_is_exact(shape: tuple[int, ...], tmp_path: Path) -> None:
+    frames = noise(12, *shape)
+    write_all(open_sink(str(tmp_path / "out"), FPS), frames)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir())[:2] == ["000000.png", "000001.png"]
+    np.testing.assert_array_equal(list(FolderSource(tmp_path / "out")), frames)
+
+
+def test_empty_folder_is_used(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_all(open_sink(str(tmp_path / "out"), FPS), noise(2, 4, 4, 3))
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+@pytest.mark.parametrize("count", [1, 12])
+def test_array_is_exact(dtype: str, count: int, tmp_path: Path) -> None:
+    frames = noise(count, 3, 5, 4).astype(dtype)
+    write_all(ArraySink(tmp_path / "out.npy"), frames)
+    again = np.load(tmp_path / "out.npy")
+    assert again.dtype == dtype
+    np.testing.assert_array_equal(again, frames)
+
+
+def test_raw_frames_are_exact() -> None:
+    stream = io.BytesIO()
+    frames = noise(3, 4, 6, 3)
+    write_all(RawSink(stream), frames)
+    assert stream.getvalue() == frames.tobytes()
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.npy", "out"])
+def test_abandoned_output_leaves_nothing(name: str, tmp_path: Path) -> None:
+    for count in (0, 3):
+        sink = open_sink(str(tmp_path / name), FPS)
+        for frame in noise(count, 16, 16, 3):
+            sink.write(frame)
+        sink.abandon()
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.npy"])
+def test_old_file_stays_until_the_new_one_is_whole(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("precious")
+    sink = open_sink(str(path), FPS)
+    sink.write(noise(1, 16, 16, 3)[0])
+    assert path.read_text() == "precious"
+    sink.abandon()
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["none/out.mp4", "none/out.npy", "none/out", "full.mp4", "full.npy", "full", "file"])
+def test_outputs_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+    for folder in ("full.mp4", "full.npy", "full"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "precious").touch()
+    (tmp_path / "file").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match=name):
+        open_sink(str(tmp_path / name), FPS)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unknown_kind_of_output(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--output: expected"):
+        open_sink(str(tmp_path / "out.gif"), FPS)
+
+
+def test_full_disk_is_an_output_error() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with open("/dev/full", "wb", buffering=0) as stream, pytest.raises(OutputError, match="No space left"):  # noqa: PTH123
+        RawSink(stream).write(noise(1, 4, 4, 3)[0])  # type: ignore[arg-type]
