@@ -29,6 +29,7 @@ __all__ = [
     "check",
     "copy_to_device",
     "copy_to_host",
+    "device_count",
     "discover",
     "use_device",
 ]
@@ -96,15 +97,32 @@ def _error(status: Any) -> DeviceError:
     return DeviceError(f"CUDA: {name}: {sentence}", hint=_HINTS.get(name))
 
 
+def device_count() -> int:
+    """GPUs as the driver counts them. It alone is asked: ONNX Runtime needs no CUDA package of Python's."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
 def discover() -> Discovery:
     """The GPUs of this machine. Never fails: what is missing is said in `problem`."""
     try:
         runtime = _runtime()
     except MissingDependencyError as error:
-        return Discovery((), None, f"{error.message} ({error.hint})")
+        count = device_count()
+        if not count:
+            return Discovery((), None, "no NVIDIA driver is installed, or it sees no GPU")
+        return Discovery((), None, f"the driver sees {count} of them, but {error.message} ({error.hint})")
     try:
         version = check(runtime.cudaDriverGetVersion())
-        driver = f"{version // 1000}.{version % 1000 // 10}" if version else None
+        if not version:
+            return Discovery((), None, "no NVIDIA driver is installed")
+        driver = f"{version // 1000}.{version % 1000 // 10}"
         devices = tuple(_gpu(runtime, index) for index in range(check(runtime.cudaGetDeviceCount())))
     except DeviceError as error:
         return Discovery((), None, error.message)

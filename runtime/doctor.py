@@ -48,7 +48,7 @@ def examine() -> list[Finding]:
             "pip install 'stepcell[export]'",
         ),
         _onnxruntime(),
-        _onnxruntime_cuda(gpus),
+        _onnxruntime_cuda(),
         *(_tensorrt(flavor) for flavor in FLAVORS),
         Finding(
             what="fused plugin",
@@ -88,7 +88,7 @@ def _onnxruntime() -> Finding:
     return _packages("ONNX Runtime", ("onnxruntime",), "running an .onnx file", "pip install 'stepcell[ort]'")
 
 
-def _onnxruntime_cuda(gpus: cuda.Discovery) -> Finding:
+def _onnxruntime_cuda() -> Finding:
     """Whether the CUDA provider really runs a model; asking for it prints noise where it cannot."""
     what, costs = "ONNX Runtime CUDA", "an .onnx file runs on the CPU only"
     remedy = "pip install 'stepcell[ort]' in the place of onnxruntime; CUDA and cuDNN libraries must be found"
@@ -98,7 +98,7 @@ def _onnxruntime_cuda(gpus: cuda.Discovery) -> Finding:
         return Finding(what=what, ok=False, found="no onnxruntime", costs=costs, remedy=remedy)
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return Finding(what=what, ok=False, found="not in this build of onnxruntime", costs=costs, remedy=remedy)
-    if not gpus.devices:
+    if not cuda.device_count():
         return Finding(what=what, ok=False, found="built in, but there is no GPU", costs=costs)
     session = onnxruntime.InferenceSession(_identity_model(), providers=["CUDAExecutionProvider"])
     loaded = "CUDAExecutionProvider" in session.get_providers()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, DeviceError, InputError
 from stepcell.files import read_bytes
 from stepcell.missing import require
+from stepcell.runtime import cuda
 from stepcell.runtime.backend import Device
 from stepcell.runtime.float32 import to_float32
 
@@ -79,7 +79,7 @@ def _require_cuda(ort: Any, device: Device) -> None:
             f"{device}: this ONNX Runtime ({ort.__version__}) was built without CUDA",
             hint="install onnxruntime-gpu in the place of onnxruntime, or use --device cpu",
         )
-    count = _device_count()
+    count = cuda.device_count()
     if device.index >= count:
         raise DeviceError(
             f"{device}: this machine has {count or 'no'} CUDA device{'' if count == 1 else 's'}",
@@ -88,18 +88,6 @@ def _require_cuda(ort: Any, device: Device) -> None:
     if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN from wheels, where they are installed
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
-
-
-def _device_count() -> int:
-    """CUDA devices as the driver counts them; the driver alone, since ONNX Runtime needs no CUDA package."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
 
 
 def _contract(session: Any, path: Path) -> StepContract:

@@ -13,12 +13,14 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stepcell.files import human_size
 
 __all__ = ["console", "log", "print_json", "stage", "table", "working"]
 
 HEARTBEAT_SECONDS = 10.0
+_FILE_WIDTH = 160
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -36,12 +38,22 @@ def stage(verb: str, path: Path | str, seconds: float, detail: str = "") -> None
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: bool = False) -> None:
     """A table for a person; results that were asked for go to stdout."""
-    grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    grid = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        show_header=any(columns),
+    )
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*row)
-    (Console(highlight=False) if to_stdout else console).print(grid)
+        grid.add_row(*map(Text, row))  # as it is: `stepcell[rtx]` is no markup
+    output = Console(highlight=False, stderr=not to_stdout)
+    if not output.is_terminal:
+        output.width = _FILE_WIDTH  # a log is not folded at the 80 columns of no terminal
+    output.print(grid)
 
 
 def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
@@ -62,20 +74,11 @@ def working(what: str) -> Iterator[None]:
             text = f"{what} ... {time.monotonic() - started:.0f} s"
             status.update(text) if status else log(text)
 
-    if console.is_terminal:
-        with console.status(what) as status:
-            thread = threading.Thread(target=beat, args=(status,), daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                done.set()
-                thread.join()
-        return
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with console.status(what) if console.is_terminal else contextlib.nullcontext() as status:
+        thread = threading.Thread(target=beat, args=(status,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

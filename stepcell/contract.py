@@ -125,12 +125,12 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         parity: result of the check after export; None before it ran.
     """
 
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    states: tuple[StateSpec, ...]
     schema: str = SCHEMA
     family: str = "module"
     precision: Literal["float16", "float32"] = "float32"
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StateSpec, ...]
     cells: tuple[CellSpec, ...] = ()
     example: dict[str, int] = {}
     source: dict[str, Any] = {}

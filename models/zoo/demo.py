@@ -27,7 +27,7 @@ from stepcell.models.zoo.clips import HELD_OUT, add_noise, psnr, read_clip, read
 SIGMA = 25.0  # standard deviation of the noise, in 0 to 255
 SEED = 2026
 SHOWN = 60  # frame of the picture
-ZOOM = 3
+ZOOM = 2
 CHECKPOINT = Path(__file__).with_name("denoiser.safetensors")
 SMALLEST, LARGEST = "x:1x3x64x64", "x:1x3x1080x1920"  # sizes the engine takes
 
@@ -86,7 +86,7 @@ def compare(path: Path, *pictures: Frames) -> None:
     for picture, name in zip(pictures, ("noisy", "denoised", "clean"), strict=True):
         tile = cv2.resize(picture, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_NEAREST)
         for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-            cv2.putText(tile, name, (12, 30), cv2.FONT_HERSHEY_SIMPLEX, 0.8, colour, thickness, cv2.LINE_AA)
+            cv2.putText(tile, name, (10, 24), cv2.FONT_HERSHEY_SIMPLEX, 0.7, colour, thickness, cv2.LINE_AA)
         tiles.append(tile)
     done, data = cv2.imencode(".png", cv2.cvtColor(np.hstack(tiles), cv2.COLOR_RGB2BGR))
     assert done

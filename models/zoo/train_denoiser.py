@@ -2,7 +2,7 @@
 
     python -m stepcell.models.zoo.train_denoiser -o denoiser.safetensors
 
-About 50 minutes on 2 CPU cores. The loss it prints is on training crops.
+About an hour on 2 CPU cores. The loss it prints is on training crops.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def sample(
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the checkpoint goes.")
-@click.option("--iterations", default=12000, show_default=True)
+@click.option("--iterations", default=10000, show_default=True)
 @click.option("--batch", default=8, show_default=True)
 @click.option("--steps", default=10, show_default=True, help="Frames per sequence.")
 @click.option("--crop", default=64, show_default=True)

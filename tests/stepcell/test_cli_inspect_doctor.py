@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepcell.cli import main
+from stepcell.console import table
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 
@@ -77,7 +78,9 @@ def test_files_that_are_nothing(tmp_path: Path) -> None:
     assert "is not an ONNX model" in result.output
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", value[:1], value[1:])), tmp_path / "plain.onnx")
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", value[:1], value[1:])), tmp_path / "plain.onnx"
+    )
     result = call("inspect", tmp_path / "plain.onnx")
     assert result.exit_code == 1
     assert "has no state contract" in result.output
@@ -110,3 +113,8 @@ def test_doctor_on_a_bare_device() -> None:
     for what in ("export", "ONNX Runtime", "TensorRT-RTX", "CUDA bindings", "video"):
         assert not findings[what]["ok"]
         assert findings[what]["remedy"].startswith("pip install")
+
+
+def test_table_keeps_extras_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    table("", ["remedy"], [["pip install 'stepcell[rtx]'"]], to_stdout=True)
+    assert "stepcell[rtx]" in capsys.readouterr().out
