@@ -19,7 +19,7 @@ from stepcell.exporter.graph import attach_functions, embed_contract, tidy
 from stepcell.exporter.parity import check_parity
 from stepcell.exporter.plan import contract_for
 from stepcell.exporter.trace import onnx_from_module
-from stepcell.files import write_atomic
+from stepcell.files import atomic_path
 from stepcell.models.step import StepModule, is_step_module
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
@@ -70,14 +70,23 @@ def export_onnx(
     assert isinstance(model, StepModule)
     if opset not in OPSETS:
         raise UsageError(f"--opset: expected {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
-    model = copy.deepcopy(model).float().eval()
-    contract = contract_for(model, precision=precision, state_dtype=state_dtype, shapes=shapes or {}, dynamic=dynamic)
-    contract = msgspec.structs.replace(
-        contract,
-        family=family,
-        source={**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
-    )
-    proto = onnx_from_module(_in_precision(model, precision), contract, opset)
+    with atomic_path(path) as temporary:  # first of all, so that a bad path is not found out after the work
+        proto, contract = _onnx_and_contract(
+            copy.deepcopy(model).float().eval(),
+            contract_for(model, precision=precision, state_dtype=state_dtype, shapes=shapes or {}, dynamic=dynamic),
+            opset,
+            family,
+            {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
+        )
+        temporary.write_bytes(proto.SerializeToString())
+    return contract
+
+
+def _onnx_and_contract(
+    model: nn.Module, contract: StepContract, opset: int, family: str, source: dict[str, object]
+) -> tuple[onnx.ModelProto, StepContract]:
+    contract = msgspec.structs.replace(contract, family=family, source=source)
+    proto = onnx_from_module(_in_precision(model, contract.precision), contract, opset)
     tidy(proto, contract)
     contract = attach_functions(proto, contract)
     embed_contract(proto, contract)
@@ -85,8 +94,7 @@ def export_onnx(
     parity = check_parity(model, proto.SerializeToString(), contract)
     contract = msgspec.structs.replace(contract, parity=parity)
     embed_contract(proto, contract)
-    write_atomic(path, proto.SerializeToString())
-    return contract
+    return proto, contract
 
 
 def _in_precision(model: nn.Module, precision: str) -> nn.Module:

@@ -319,7 +319,7 @@ def test_model_without_a_contract(accumulator: Model) -> None:
 def test_contract_of_another_graph(accumulator: Model) -> None:
     path = accumulator()
     model = onnx.load(path)
-    model.metadata_props[0].value = model.metadata_props[0].value.replace('"float32"', '"float64"', 1)
+    model.metadata_props[0].value = model.metadata_props[0].value.replace('"dtype": "float32"', '"dtype": "float64"', 1)
     onnx.save(model, path)
     with pytest.raises(ContractError, match=r"inputs differ from its contract: expected .*x float64.* got .*x float32"):
         StepLoop.open(path)

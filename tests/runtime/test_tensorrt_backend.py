@@ -128,8 +128,13 @@ def test_discovery_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise MissingDependencyError("running on a GPU needs the package 'cuda'", hint="pip install 'stepcell[cuda]'")
 
     monkeypatch.setattr(cuda, "_runtime", missing)
-    found = cuda.discover()
-    assert found == cuda.Discovery((), None, "running on a GPU needs the package 'cuda' (pip install 'stepcell[cuda]')")
+    assert cuda.discover().problem
+    for count, problem in (
+        (0, "no NVIDIA driver is installed, or it sees no GPU"),
+        (2, "the driver sees 2 of them, but running on a GPU needs the package 'cuda' (pip install 'stepcell[cuda]')"),
+    ):
+        monkeypatch.setattr(cuda, "device_count", lambda count=count: count)
+        assert cuda.discover() == cuda.Discovery((), None, problem)
 
 
 def test_every_cuda_status_becomes_an_error_with_its_name() -> None:
