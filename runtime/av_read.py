@@ -21,6 +21,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 BT709 = 1  # FFmpeg's number for it, the same for matrix, primaries and transfer
 # A lost URL ends the run with an error instead of hanging: seconds to open, seconds between packets.
 URL_TIMEOUT = (10.0, 10.0)
+# A file is cut off where this much of its declared length is missing; headers round.
+CUT_OFF, CUT_OFF_SECONDS = 0.9, 0.5
 
 
 class VideoSource:
@@ -54,10 +56,17 @@ class VideoSource:
         live = camera or "://" in name
         self.fps: Fraction | None = self._stream.average_rate or self._stream.guessed_rate
         self.length: int | None = None if live else self._stream.frames or None
+        self._seconds = None if live else self._declared_seconds()
+
+    def _declared_seconds(self) -> float | None:
+        """How long the file says its pictures go on; None where it does not say."""
+        if self._stream.duration is not None:
+            return float(self._stream.duration * self._stream.time_base)
+        alone = len(self._container.streams) == 1  # else the length may be that of the sound
+        return self._container.duration / 1e6 if alone and self._container.duration else None
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
-        number = 0
-        shape = None
+        number, shape, first, last = 0, None, 0.0, 0.0
         try:
             for packet in self._container.demux(self._stream):
                 if packet.is_corrupt:
@@ -67,11 +76,18 @@ class VideoSource:
                     if pixels.shape != (shape := shape or pixels.shape):
                         raise InputError(f"{self.name}: frame {number} is {pixels.shape}, the first one {shape}")
                     yield pixels
+                    last = frame.time or last
+                    first = first if number else last
                     number += 1
         except (self._error, OSError) as error:
             raise InputError(f"{self.name}: broken at frame {number} ({_reason(error)})") from error
         if number == 0:
             raise InputError(f"{self.name}: holds no frame")
+        if self._seconds is not None and last - first < CUT_OFF * self._seconds - CUT_OFF_SECONDS:
+            # Some formats (Matroska) end a cut file like a whole one.
+            raise InputError(
+                f"{self.name}: cut off: its header says {self._seconds:.1f} s, {last - first:.1f} s are there"
+            )
 
     def close(self) -> None:
         self._container.close()

@@ -221,7 +221,7 @@ def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:
         if axis in "HW" and size % spec.pad_multiple:
             raise InputError(
                 f"{spec.name}: height and width must be multiples of {spec.pad_multiple}, got {tuple(shape)}",
-                hint="`stepcell run` pads and crops by itself; in code, pad the frame first",
+                hint="take the next multiple up; `stepcell run` pads frames to it and crops the results by itself",
             )
 
 

@@ -260,3 +260,14 @@ def test_sizes() -> None:
 def test_size_belongs_to_stdin(name: str, size: tuple[int, int] | None) -> None:
     with pytest.raises(StepcellError, match="--size"):
         open_source(name, size=size)
+
+
+def test_matroska_that_was_cut_off_gives_its_frames_and_then_says_so(clip_path: Path, tmp_path: Path) -> None:
+    whole = remux(clip_path, tmp_path / "whole.mkv")
+    assert sum(1 for _ in VideoSource(str(tmp_path / "whole.mkv"))) == 120
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    seen = 0
+    with pytest.raises(InputError, match=r"cut off: its header says 4\.0 s, |broken"):
+        for _ in VideoSource(str(tmp_path / "cut.mkv")):
+            seen += 1
+    assert 20 < seen < 100
