@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := stepcell models exporter runtime plugins tests
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test gpu-check lint clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +19,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The same promises on a GPU; without one it says what was not run.
+gpu-check: setup
+	$(BIN)/python -m pytest tests/gpu -v -s
 
 lint: setup
 	$(BIN)/ruff check .
