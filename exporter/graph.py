@@ -18,6 +18,8 @@ from stepcell.exporter.functions import DOMAIN, Variant, function_for, variant_o
 
 __all__ = ["attach_functions", "embed_contract", "tidy"]
 
+_INLINED = "a file holds one variant of an op, and another one is more frequent"
+
 
 def tidy(model: onnx.ModelProto, contract: StepContract) -> None:
     """Name nodes by module path and sizes by the contract's symbols; drop the tracer's notes.
@@ -64,7 +66,7 @@ def attach_functions(model: onnx.ModelProto, contract: StepContract) -> StepCont
         del model.functions[:]
     model.functions.extend(function_for(variant, opset) for variant in kept.values())
     cells = tuple(
-        msgspec.structs.replace(cell, op=None) if cell.name.replace(".", "/") in inlined else cell
+        msgspec.structs.replace(cell, op=None, reason=_INLINED) if cell.name.replace(".", "/") in inlined else cell
         for cell in contract.cells
     )
     return msgspec.structs.replace(contract, cells=cells)

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 
 from stepcell.contract import CellSpec, StateSpec, TensorSpec
 from stepcell.dims import bind, resolve
-from stepcell.models.cells import ConvGRUCell, ConvLSTMCell
 
-__all__ = ["StepModule", "cell_specs", "initial_states", "is_step_module", "run_sequence"]
+__all__ = ["RecurrentCell", "StepModule", "cell_specs", "initial_states", "is_step_module", "run_sequence"]
+
+
+@runtime_checkable
+class RecurrentCell(Protocol):
+    """A cell that the contract lists: canonical ones, and those made of ordinary nodes."""
+
+    def cell_spec(self, name: str) -> CellSpec: ...
 
 
 @runtime_checkable
@@ -45,11 +51,9 @@ def is_step_module(module: object) -> bool:
 
 
 def cell_specs(module: nn.Module) -> tuple[CellSpec, ...]:
-    """The canonical cells inside a module, named by their path."""
+    """The recurrent cells inside a module (whatever has a `cell_spec` method), named by their path."""
     return tuple(
-        child.cell_spec(path or "cell")
-        for path, child in module.named_modules()
-        if isinstance(child, (ConvGRUCell, ConvLSTMCell))
+        child.cell_spec(path or "cell") for path, child in module.named_modules() if isinstance(child, RecurrentCell)
     )
 
 

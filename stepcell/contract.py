@@ -92,7 +92,11 @@ Spec = TensorSpec | StateSpec
 
 
 class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One recurrent cell of the graph: `op` is a stepcell op, or None for ordinary nodes."""
+    """One recurrent cell of the graph.
+
+    Attributes:
+        op: a stepcell op, or None: the cell is made of ordinary nodes, and `reason` says why.
+    """
 
     name: str
     op: str | None
@@ -101,6 +105,7 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reset: Literal["before", "after"] | None = None
     gates: Literal["soft", "hard"] = "soft"
     peephole: bool = False
+    reason: str | None = None
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):

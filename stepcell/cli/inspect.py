@@ -58,7 +58,7 @@ def _print_contract(contract: StepContract, title: str) -> None:
     if contract.cells:
         cells = []
         for cell in contract.cells:
-            kind = cell.op or "ordinary nodes: a file holds one variant of an op"
+            kind = cell.op or f"ordinary nodes: {cell.reason}"
             variant = [f"{cell.kernel[0]}x{cell.kernel[1]}", f"{cell.gates} gates"]
             variant += [f"reset {cell.reset}"] if cell.reset else []
             variant += ["peephole"] if cell.peephole else []
