@@ -21,11 +21,15 @@ class CellStack(nn.Module):
 
     inputs: x (batch, Cx, height, width); states: `h`, or `h0`, `c0`, `h1`, ... in a deeper stack;
     output: y (batch, C, height, width), the hidden state of the last cell in x's dtype.
+
+    Args:
+        cells: from the input to the output.
+        numbered: number the states of a single cell too (`h0`), as stacked upstream models do.
     """
 
     map_shape: tuple[str, ...] = ("height", "width")
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
+    def __init__(self, cells: Sequence[Cell], *, numbered: bool = False) -> None:
         super().__init__()
         if not cells:
             raise ValueError("cells: expected at least one, got none")
@@ -37,7 +41,7 @@ class CellStack(nn.Module):
         self.inputs = [TensorSpec(name="x", shape=("batch", cells[0].input_size, *self.map_shape), layout=layout)]
         self.outputs = [TensorSpec(name="y", shape=("batch", cells[-1].hidden_size, *self.map_shape), layout=layout)]
         hidden = [cell.hidden_size for cell in cells for _ in cell.states]
-        names = state_names([cell.states for cell in cells])
+        names = state_names([cell.states for cell in cells], numbered=numbered)
         self.states = [
             StateSpec(name=name, shape=("batch", size, *self.map_shape))
             for name, size in zip(names, hidden, strict=True)
@@ -62,8 +66,8 @@ class DenseStack(CellStack):
 
     map_shape = ()
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        super().__init__(cells)
+    def __init__(self, cells: Sequence[Cell], *, numbered: bool = False) -> None:
+        super().__init__(cells, numbered=numbered)
         if any(cell.kernel_size != (1, 1) for cell in cells):
             raise ValueError("cells: a dense stack needs kernel size 1")
 

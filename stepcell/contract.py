@@ -230,13 +230,14 @@ def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:
             )
 
 
-def state_names(cells: Sequence[Sequence[str]]) -> list[str]:
+def state_names(cells: Sequence[Sequence[str]], *, numbered: bool = False) -> list[str]:
     """Names for a stack of cells: `h`; `h0`, `c0`, `h1`, ...; zero-padded above ten cells.
 
     Args:
         cells: for each cell the names of its own states, such as `("h",)` or `("h", "c")`.
+        numbered: number them also where there is one cell.
     """
-    if len(cells) == 1:
+    if len(cells) == 1 and not numbered:
         return list(cells[0])
     width = len(str(len(cells) - 1))
     return [f"{name}{index:0{width}d}" for index, names in enumerate(cells) for name in names]

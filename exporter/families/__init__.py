@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -14,7 +15,12 @@ from stepcell.exporter.families.torch_rnn import GRU, LSTM
 
 __all__ = ["FAMILIES", "Family", "load_strictly", "step_model"]
 
-FAMILIES = {family.name: family for family in (DENOISER, CONV_GRU, CONV_LSTM, GRU, LSTM)}
+# Modules of this package with one published family each, as FAMILY.
+_PUBLISHED: tuple[str, ...] = ()
+_published = (importlib.import_module(f"{__name__}.{name}").FAMILY for name in _PUBLISHED)
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (DENOISER, CONV_GRU, CONV_LSTM, GRU, LSTM, *_published)
+}
 
 
 def step_model(

@@ -1,0 +1,76 @@
+"""Weights of published cells, rewritten for the canonical ones. All exact.
+
+A gate is a convolution over a concatenation of x and h: weight (C, Cx + C, kh, kw) and bias (C) or
+None. `blocks` cuts a packed convolution into such gates, in upstream's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["Gate", "blocks", "gate", "gru_tensors", "lstm_tensors", "prefixed"]
+
+Gate = tuple[Tensor, Tensor | None]
+
+
+def gate(tensors: Mapping[str, Tensor], name: str) -> Gate:
+    """The convolution `name` of a state_dict: `name.weight` and, where there is one, `name.bias`."""
+    return tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+
+
+def blocks(packed: Gate, count: int) -> list[Gate]:
+    """Cut a convolution of several gates, packed along its outputs."""
+    weight, bias = packed
+    biases = bias.chunk(count) if bias is not None else [None] * count
+    return list(zip(weight.chunk(count), biases, strict=True))
+
+
+def gru_tensors(z: Gate, r: Gate, n: Gate, *, x_first: bool = True, keeps_old: bool = False) -> dict[str, Tensor]:
+    """Tensors of a `ConvGRUCell` with reset "before".
+
+    Args:
+        z, r, n: update gate, reset gate, candidate; the candidate's hidden part sees r . h.
+        x_first: whether x comes before h in the concatenation.
+        keeps_old: upstream blends h' = z . h + (1 - z) . n; its update gate is negated, since
+            1 - sigmoid(a) = sigmoid(-a).
+    """
+    sign = -1 if keeps_old else 1
+    halves = [_halves(weight, x_first) for weight, _ in (z, r, n)]
+    (z_x, z_h), (r_x, r_h), (n_x, n_h) = halves
+    return {
+        "weight_x": torch.cat([sign * z_x, r_x, n_x]),
+        "weight_h": torch.cat([sign * z_h, r_h]),
+        "weight_n": n_h.clone(),
+        "bias": torch.cat([sign * _bias(z), _bias(r), _bias(n)]),
+    }
+
+
+def lstm_tensors(i: Gate, f: Gate, o: Gate, g: Gate, *, x_first: bool = True) -> dict[str, Tensor]:
+    """Tensors of a `ConvLSTMCell`: input, forget and output gate, candidate."""
+    halves = [_halves(weight, x_first) for weight, _ in (i, f, o, g)]
+    return {
+        "weight_x": torch.cat([x for x, _ in halves]),
+        "weight_h": torch.cat([h for _, h in halves]),
+        "bias": torch.cat([_bias(each) for each in (i, f, o, g)]),
+    }
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under `prefix.`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _halves(weight: Tensor, x_first: bool) -> tuple[Tensor, Tensor]:
+    hidden = weight.shape[0]  # a gate has as many outputs as the state has channels
+    inputs = weight.shape[1] - hidden
+    if x_first:
+        return weight[:, :inputs], weight[:, inputs:]
+    return weight[:, hidden:], weight[:, :hidden]
+
+
+def _bias(gate: Gate) -> Tensor:
+    weight, bias = gate
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias

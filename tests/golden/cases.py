@@ -1,0 +1,163 @@
+"""Golden cases: vectors recorded from public implementations, one folder each.
+
+A case holds `checkpoint.pth` (upstream's state_dict), `io.npz` (inputs, states, outputs in float32,
+and in float64 as `NAME_f64`) and `case.json` (constructor, layouts, resets, tolerance). They lie in
+the folder named by STEPCELL_GOLDEN, or beside the checkout; a few are kept in `tests/data/golden`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import StepcellError
+from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
+from stepcell.runtime import StepLoop
+
+__all__ = ["Case", "find_cases", "worst_error"]
+
+ROOT = Path(__file__).parent.parent.parent
+PLACES = (
+    Path(os.environ.get("STEPCELL_GOLDEN", ROOT.parent / "shared" / "golden")),
+    ROOT / "tests" / "data" / "golden",
+)
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded run."""
+
+    path: Path
+
+    @property
+    def system(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}/{self.path.name}"
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        return json.loads((self.path / "case.json").read_text())  # type: ignore[no-any-return]
+
+    @cached_property
+    def arrays(self) -> dict[str, Array]:
+        with np.load(self.path / "io.npz") as file:
+            return {name: file[name] for name in file}
+
+    @property
+    def tolerance(self) -> float:
+        return float(self.meta["suggested_atol_float32"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `--set` gets: upstream's constructor arguments, and how it was run."""
+        known = FAMILIES[self.system].arguments
+        return {**self.meta["constructor"], **{k: v for k, v in self.meta["run_options"].items() if k in known}}
+
+    @property
+    def inputs(self) -> dict[str, tuple[Array, bool]]:
+        """Each input with time first where it has time, and whether it has."""
+        found = {}
+        for name, array in self.meta["arrays"].items():
+            if array["role"] == "input":
+                found[name] = (self._time_first(name, array["layout"]), "T" in array["layout"])
+        return found
+
+    @property
+    def steps(self) -> int:
+        lengths = [a["shape"][a["layout"].index("T")] for a in self.meta["arrays"].values() if "T" in a["layout"]]
+        return max(lengths)
+
+    @property
+    def resets(self) -> dict[int, list[bool]]:
+        """Rows to clear before each step; upstream's masks say 1 for keep."""
+        return {event["before_step"]: [not keep for keep in event["mask"]] for event in self.meta["events"]}
+
+    def states(self, kind: str) -> dict[str, Array]:
+        """`init` or `final` states by name; a layered one (L, B, F) becomes one per layer."""
+        found = {}
+        for key, array in self.meta["arrays"].items():
+            if key.startswith(f"{kind}_") and not key.endswith("_f64") and "state" in array["role"]:
+                name = key.removeprefix(f"{kind}_")
+                value = self.arrays[key + "_f64"] if key + "_f64" in self.arrays else self.arrays[key]
+                if array["layout"] == "LBF":
+                    found.update({f"{name}{layer}": value[layer] for layer in range(len(value))})
+                else:
+                    found[name] = value
+        return found
+
+    def expected(self, name: str) -> Array:
+        """An output in float64, time first; it may hold the last steps only."""
+        key = name + "_f64" if name + "_f64" in self.arrays else name
+        return self._time_first(key, self.meta["arrays"][key]["layout"])
+
+    def _time_first(self, name: str, layout: str) -> Array:
+        array = self.arrays[name]
+        return np.moveaxis(array, layout.index("T"), 0) if "T" in layout else array
+
+
+def find_cases(system: str | None = None) -> list[Case]:
+    """Every case that lies in one of the places, each once."""
+    found = {}
+    for place in PLACES:
+        for path in sorted(place.glob("*/*/case.json")):
+            case = Case(path.parent)
+            if system in (None, case.system):
+                found.setdefault(case.name, case)
+    return list(found.values())
+
+
+def worst_error(case: Case, folder: Path, precision: str = "float32") -> dict[str, float]:
+    """Export the case's checkpoint, step the file through its frames, and compare.
+
+    Returns:
+        Largest absolute difference to upstream in float64, over all steps, per output and state.
+    """
+    model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), case.system, case.settings)
+    path = folder / f"{case.path.name}-{precision}.onnx"
+    export_onnx(model, path, precision=precision, family=case.system)  # type: ignore[arg-type]
+    worst: dict[str, float] = {}
+
+    def compare(name: str, got: Array, truth: Array) -> None:
+        assert got.shape == truth.shape, f"{case.name}: {name}: got {got.shape}, upstream has {truth.shape}"
+        worst[name] = max(worst.get(name, 0.0), float(np.abs(got.astype(np.float64) - truth).max()))
+
+    with StepLoop.open(path) as loop:
+        contract = loop.contract
+        missing = {spec.name for spec in contract.inputs} - set(case.inputs)
+        zeros = {spec.name: _zeros(spec.shape, case) for spec in contract.inputs if spec.name in missing}
+        if initial := case.states("init"):
+            loop.load_state(initial)
+        for step in range(case.steps):
+            if step in case.resets:
+                loop.reset(case.resets[step])
+            frame = {name: (array[step] if moving else array) for name, (array, moving) in case.inputs.items()}
+            outputs = loop.step(**{name: frame.get(name, zeros.get(name)) for name in [*frame, *zeros]})
+            for spec in contract.outputs:
+                truth = case.expected(spec.name)
+                if (index := step - case.steps + len(truth)) >= 0:
+                    compare(spec.name, outputs[spec.name], truth[index])
+        finals = loop.state()
+    for name, truth in case.states("final").items():
+        if name not in finals:
+            raise StepcellError(f"{case.name}: no state {name}; the model has {', '.join(finals)}")
+        compare(name, finals[name], truth)
+    return worst
+
+
+def _zeros(shape: tuple[Any, ...], case: Case) -> Array:
+    """The input of a case that was recorded without one: upstream feeds zeros."""
+    batch, *_, height, width = next(iter(case.states("final").values())).shape
+    sizes = {"batch": batch, "height": height, "width": width}
+    return np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in shape], np.float32)
