@@ -67,12 +67,17 @@ def _choose(checkpoint: Checkpoint, name: str | None) -> tuple[Family, dict[str,
             return FAMILIES[name], FAMILIES[name].recognise(checkpoint.tensors)
         except NotThisFamily as reason:
             raise CheckpointError(f"{checkpoint.path}: not a checkpoint of family {name}: {reason}") from reason
-    refused = []
+    fitting, refused = [], []
     for family in FAMILIES.values():
         try:
-            return family, family.recognise(checkpoint.tensors)
+            fitting.append((family, family.recognise(checkpoint.tensors)))
         except NotThisFamily as reason:
             refused.append(f"{family.name}: {reason}")
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(family.name for family, _ in fitting)
+        raise CheckpointError(f"{checkpoint.path}: fits several families: {names}", hint="name one with --family")
     raise CheckpointError(
         f"{checkpoint.path}: of no known family ({'; '.join(refused)})",
         hint="name it with --family, or give your own module with --module package.module:factory",

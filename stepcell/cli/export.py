@@ -120,6 +120,7 @@ def _load(
         assert checkpoint is not None
         content = load_checkpoint(checkpoint)
         model, name, used = step_model(content, family, arguments)
+        log(f"family:  {name} ({', '.join(f'{key}={value}' for key, value in used.items())})")
         return model, name, {"checkpoint_sha256": content.sha256, "arguments": used}
     model = module_from_factory(module, arguments)
     source: dict[str, object] = {"module": module, "arguments": arguments}

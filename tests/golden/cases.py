@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,18 +17,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from stepcell.errors import StepcellError
 from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
 from stepcell.runtime import StepLoop
 
-__all__ = ["Case", "find_cases", "worst_error"]
+__all__ = ["KEPT", "RECORDED", "ROOT", "Case", "find_cases", "worst_error"]
 
 ROOT = Path(__file__).parent.parent.parent
-PLACES = (
-    Path(os.environ.get("STEPCELL_GOLDEN", ROOT.parent / "shared" / "golden")),
-    ROOT / "tests" / "data" / "golden",
-)
+RECORDED = Path(os.environ.get("STEPCELL_GOLDEN", ROOT.parent / "shared" / "golden"))
+KEPT = ROOT / "tests" / "data" / "golden"
+PLACES = (RECORDED, KEPT)
 
 Array = NDArray[Any]
 
@@ -107,24 +108,25 @@ class Case:
         return np.moveaxis(array, layout.index("T"), 0) if "T" in layout else array
 
 
-def find_cases(system: str | None = None) -> list[Case]:
-    """Every case that lies in one of the places, each once."""
-    found = {}
-    for place in PLACES:
-        for path in sorted(place.glob("*/*/case.json")):
-            case = Case(path.parent)
-            if system in (None, case.system):
-                found.setdefault(case.name, case)
-    return list(found.values())
+def find_cases(system: str | None = None, places: Sequence[Path] = PLACES) -> list[Case]:
+    """Every case of a system (or of all) that lies in one of the places."""
+    paths = [path for place in places for path in sorted(place.glob("*/*/case.json"))]
+    return [case for case in map(Case, (path.parent for path in paths)) if system in (None, case.system)]
 
 
-def worst_error(case: Case, folder: Path, precision: str = "float32") -> dict[str, float]:
+def worst_error(
+    case: Case, folder: Path, precision: str = "float32", change: Callable[[nn.Module], None] = lambda _: None
+) -> dict[str, float]:
     """Export the case's checkpoint, step the file through its frames, and compare.
+
+    Args:
+        change: done to the canonical model before the export, to see that a mistake would show.
 
     Returns:
         Largest absolute difference to upstream in float64, over all steps, per output and state.
     """
     model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), case.system, case.settings)
+    change(model)
     path = folder / f"{case.path.name}-{precision}.onnx"
     export_onnx(model, path, precision=precision, family=case.system)  # type: ignore[arg-type]
     worst: dict[str, float] = {}

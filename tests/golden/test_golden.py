@@ -3,21 +3,104 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from stepcell.exporter import FAMILIES
+from stepcell.models import ConvGRUCell, ConvLSTMCell
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import Case, find_cases, worst_error
+from cases import KEPT, RECORDED, Case, find_cases, worst_error
 
 CASES = [case for case in find_cases() if case.system in FAMILIES]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def label(case: Case) -> str:
+    return case.name + ("-kept" if case.path.is_relative_to(KEPT) else "")
+
+
+@pytest.mark.parametrize("case", CASES, ids=map(label, CASES))
 def test_exported_file_equals_upstream(case: Case, tmp_path: Path) -> None:
     worst = worst_error(case, tmp_path)
     print(f"{case.name}: " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
     assert worst, "nothing was compared"
     assert max(worst.values()) <= case.tolerance
+
+
+def test_every_published_family_has_a_case() -> None:
+    published = set(FAMILIES) - {"denoiser", "convgru", "convlstm", "gru", "lstm"}
+    assert published == {case.system for case in CASES}
+
+
+# Mistakes that load without an error, applied on purpose: each must be off by far more than the tolerance.
+
+
+def _cell(model: nn.Module) -> ConvGRUCell | ConvLSTMCell:
+    return next(child for child in model.modules() if isinstance(child, (ConvGRUCell, ConvLSTMCell)))
+
+
+def _reorder(parameter: Tensor, order: list[int], count: int) -> None:
+    blocks = parameter.detach().clone().chunk(count)
+    parameter.data.copy_(torch.cat([blocks[index] for index in order]))
+
+
+def gate_order(model: nn.Module) -> None:
+    cell = _cell(model)
+    _reorder(cell.weight_x, [1, 0, 2], 3)
+    _reorder(cell.bias, [1, 0, 2], 3)
+    _reorder(cell.weight_h, [1, 0], 2)
+
+
+def concatenation_order(model: nn.Module) -> None:
+    cell = _cell(model)
+    assert isinstance(cell, ConvGRUCell)
+    x, h = cell.weight_x.detach().clone(), torch.cat([cell.weight_h, cell.weight_n]).detach()
+    cell.weight_x.data.copy_(h)
+    cell.weight_h.data.copy_(x[: 2 * cell.hidden_size])
+    cell.weight_n.data.copy_(x[2 * cell.hidden_size :])
+
+
+def update_rule(model: nn.Module) -> None:
+    cell = _cell(model)
+    for parameter in (cell.weight_x, cell.weight_h, cell.bias):
+        parameter.data[: cell.hidden_size].neg_()
+
+
+def reset_placement(model: nn.Module) -> None:
+    cell = _cell(model)
+    assert isinstance(cell, ConvGRUCell)
+    cell.reset, cell.bias_n = "after", nn.Parameter(torch.zeros(cell.hidden_size))
+
+
+def padding(model: nn.Module) -> None:
+    """Everything one pixel to the right, as with all the padding on one side."""
+    cell = _cell(model)
+    cell.weight_x.data.copy_(cell.weight_x.roll(1, dims=3))
+    cell.weight_h.data.copy_(cell.weight_h.roll(1, dims=3))
+
+
+def hard_gates(model: nn.Module) -> None:
+    _cell(model).gates = "hard"
+
+
+def packing(model: nn.Module) -> None:
+    """i, f, g, o as torch.nn.LSTM has it, in place of i, f, o, g."""
+    cell = _cell(model)
+    for parameter in (cell.weight_x, cell.weight_h, cell.bias):
+        _reorder(parameter, [0, 1, 3, 2], 4)
+
+
+MISTAKES = [(change, "rvm_convgru") for change in (gate_order, concatenation_order, update_rule, reset_placement)]
+MISTAKES += [(padding, "rvm_convgru"), (hard_gates, "rvm_convgru"), (packing, "ndrplz_convlstm")]
+
+
+@pytest.mark.parametrize(("change", "system"), MISTAKES, ids=[change.__name__ for change, _ in MISTAKES])
+def test_a_wrong_convention_does_not_pass(change: Callable[[nn.Module], None], system: str, tmp_path: Path) -> None:
+    case = find_cases(system, [RECORDED, KEPT])[0]
+    error = max(worst_error(case, tmp_path, change=change).values())
+    print(f"{change.__name__}: off by {error:.2f}")
+    assert error > 1000 * case.tolerance

@@ -1,0 +1,62 @@
+"""Make the small cases of tests/data/golden: the first steps of a recorded case, under 100 kB.
+
+    python tests/golden/keep.py
+
+Initial states and inputs stay; of the outputs only the kept steps in float64, rounded to float32
+where that saves space; final states belong to the whole run and are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+from cases import KEPT, RECORDED, Case, find_cases
+
+from stepcell.exporter import FAMILIES
+
+STEPS = 3
+LIMIT = 100_000
+
+
+def keep(case: Case) -> int:
+    """Write the small form; returns its size in bytes."""
+    target = KEPT / case.system / case.path.name
+    target.mkdir(parents=True, exist_ok=True)
+    meta = {key: case.meta[key] for key in ("schema", "system", "case", "upstream", "constructor", "run_options")}
+    meta |= {"events": [event for event in case.meta["events"] if event["before_step"] < STEPS]}
+    # float64 outputs stored in float32 are off by up to half a unit in the last place
+    meta |= {"suggested_atol_float32": case.tolerance, "arrays": {}}
+    arrays = {}
+    for name, entry in case.meta["arrays"].items():
+        output = entry["role"].startswith("output") and not name.endswith("_f64")
+        if output or entry["role"] in ("input", "initial state"):
+            wide = case.arrays.get(name + "_f64") if output else None  # it may hold the last steps only
+            source = name + "_f64" if wide is not None and list(wide.shape) == entry["shape"] else name
+            array, layout = case.arrays[source], entry["layout"]
+            if "T" in layout:
+                array = np.take(array, range(min(STEPS, array.shape[layout.index("T")])), layout.index("T"))
+            arrays[name] = array.astype(np.float32) if array.dtype == np.float64 else array
+            meta["arrays"][name] = {**entry, "shape": list(array.shape)}
+    np.savez_compressed(target / "io.npz", **arrays)
+    (target / "case.json").write_text(json.dumps(meta, indent=1) + "\n")
+    shutil.copyfile(case.path / "checkpoint.pth", target / "checkpoint.pth")
+    return sum(path.stat().st_size for path in target.iterdir())
+
+
+def main() -> None:
+    """Keep the smallest case of every family that fits."""
+    for system in FAMILIES:
+        cases = find_cases(system, [RECORDED])
+        sizes = sorted((sum(f.stat().st_size for f in case.path.iterdir()), case.name, case) for case in cases)
+        for _, name, case in sizes:
+            size = keep(case)
+            print(f"{name}: {size} bytes{'' if size < LIMIT else ', too large'}")
+            if size < LIMIT:
+                break
+            shutil.rmtree(KEPT / name)
+
+
+if __name__ == "__main__":
+    main()
