@@ -54,14 +54,15 @@ class VideoSource:
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         live = camera or "://" in name
-        self.fps: Fraction | None = self._stream.average_rate or self._stream.guessed_rate
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        self.fps: Fraction | None = Fraction(rate) if rate else None  # PyAV 19 has a type of its own
         self.length: int | None = None if live else self._stream.frames or None
         self._seconds = None if live else self._declared_seconds()
 
     def _declared_seconds(self) -> float | None:
         """How long the file says its pictures go on; None where it does not say."""
         if self._stream.duration is not None:
-            return float(self._stream.duration * self._stream.time_base)
+            return float(self._stream.duration * Fraction(self._stream.time_base))
         alone = len(self._container.streams) == 1  # else the length may be that of the sound
         return self._container.duration / 1e6 if alone and self._container.duration else None
 
