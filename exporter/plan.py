@@ -56,10 +56,9 @@ def contract_for(
         raise UsageError(f"--dynamic {unknown[0]}: no such symbol", hint=f"symbols: {', '.join(known) or 'none'}")
 
     multiple = _multiple(model.inputs)
-    example = {}
-    for symbol in known:
-        default = _DEFAULT_SIZES.get(symbol, -(-_DEFAULT_SIZE // multiple) * multiple)
-        example[symbol] = symbols.get(symbol, default)
+    defaults = {**_DEFAULT_SIZES, **getattr(model, "examples", {})}
+    padded = _up(_DEFAULT_SIZE, multiple)
+    example = {symbol: symbols.get(symbol, defaults.get(symbol, padded)) for symbol in known}
     fixed = {symbol: size for symbol, size in symbols.items() if symbol not in dynamic}
 
     def data(spec: TensorSpec) -> TensorSpec:
@@ -105,13 +104,17 @@ def sizes_for_check(contract: StepContract) -> list[dict[str, int]]:
         if symbol == "batch":
             first[symbol], second[symbol] = 1, 3
         else:
-            first[symbol] = min(first[symbol], (5 + index) * 8 * multiple)
-            second[symbol] = (3 + index) * multiple
+            first[symbol] = min(first[symbol], _up(40 + 8 * index, multiple))
+            second[symbol] = min(second[symbol], _up(23 + 7 * index, multiple))
     return [first, second] if contract.symbols else [first]
 
 
 def _multiple(inputs: Sequence[TensorSpec]) -> int:
     return max([spec.pad_multiple for spec in inputs], default=1)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _concrete(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

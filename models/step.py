@@ -33,6 +33,8 @@ class StepModule(Protocol):
         inputs: data inputs, in the order of `forward`'s first arguments.
         outputs: data outputs, in the order `forward` returns them.
         states: hidden states, in the order of `forward`'s remaining arguments and results.
+
+    A module may also have `examples`, a dict: sizes to export with for symbols that 256 does not suit.
     """
 
     @property

@@ -16,7 +16,32 @@ from stepcell.exporter.families.torch_rnn import GRU, LSTM
 __all__ = ["FAMILIES", "Family", "load_strictly", "step_model"]
 
 # Modules of this package with one published family each, as FAMILY.
-_PUBLISHED: tuple[str, ...] = ()
+_PUBLISHED = (
+    "jacobkimmel_convgru",
+    "mangrick_gru_rcn",
+    "openeb_convrnn",
+    "seed000_gru_heads",
+    "seed003_convlstm_heads",
+    "aserdega_convgru",
+    "aserdega_convlstm",
+    "automan000_peephole_convlstm",
+    "e2vid_firenet",
+    "e2vid_recurrent",
+    "happyjin_convgru",
+    "jhhuang96_convrnn",
+    "ndrplz_convlstm",
+    "openeb_event_to_video",
+    "openeb_firenet",
+    "raft_convgru",
+    "raft_sepconvgru",
+    "raft_stereo_convgru",
+    "raft_update_block",
+    "rvm_convgru",
+    "rvm_decoder",
+    "rvm_full",
+    "rvt_dws_convlstm",
+    "skillful_convgru",
+)
 _published = (importlib.import_module(f"{__name__}.{name}").FAMILY for name in _PUBLISHED)
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (DENOISER, CONV_GRU, CONV_LSTM, GRU, LSTM, *_published)
@@ -52,6 +77,8 @@ def step_model(
     try:
         model = chosen.build(**arguments)
         tensors = chosen.convert(checkpoint.tensors, arguments)
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: no {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: {error}") from error
     load_strictly(model, tensors, f"{checkpoint.path}: family {chosen.name}")
@@ -69,6 +96,8 @@ def _choose(checkpoint: Checkpoint, name: str | None) -> tuple[Family, dict[str,
             raise CheckpointError(f"{checkpoint.path}: not a checkpoint of family {name}: {reason}") from reason
     fitting, refused = [], []
     for family in FAMILIES.values():
+        if family.by_name:
+            continue
         try:
             fitting.append((family, family.recognise(checkpoint.tensors)))
         except NotThisFamily as reason:

@@ -32,6 +32,7 @@ class Family:
         recognise: arguments inferred from names and shapes of tensors; raises NotThisFamily.
         build: the canonical step model for these arguments.
         convert: state_dict of the canonical model from the checkpoint's tensors.
+        by_name: taken only with `--family`, since its checkpoints are those of another family too.
     """
 
     name: str
@@ -40,3 +41,4 @@ class Family:
     build: Callable[..., nn.Module]
     convert: Callable[[Tensors, Mapping[str, object]], dict[str, Tensor]] = identity
     arguments: Mapping[str, str] = field(default_factory=dict)
+    by_name: bool = False
