@@ -32,6 +32,8 @@ def test_exported_file_equals_upstream(case: Case, tmp_path: Path) -> None:
 
 
 def test_every_published_family_has_a_case() -> None:
+    if not RECORDED.is_dir():
+        pytest.skip(f"needs all recorded cases in {RECORDED}; STEPCELL_GOLDEN names another folder")
     published = set(FAMILIES) - {"denoiser", "convgru", "convlstm", "gru", "lstm"}
     assert published == {case.system for case in CASES}
 
