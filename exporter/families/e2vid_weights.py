@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from stepcell.exporter.families.family import NotThisFamily, Tensors
-from stepcell.exporter.families.weights import Gate, blocks, gru_tensors, lstm_tensors, prefixed
+from stepcell.exporter.families.weights import Gate, blocks, fold_norm, gru_tensors, lstm_tensors, prefixed
 from stepcell.models.e2vid_blocks import BlockType
 
 __all__ = ["Reader", "block_type_of", "count", "has_frame_norm", "norm_of"]
-
-_NORM_EPS = 1e-5
 
 
 class Reader:
@@ -69,16 +67,11 @@ class Reader:
         return self._take(f"{name}.weight"), self._tensors.pop(f"{self._prefix}{name}.bias", None)
 
     def _folded(self, conv: str, norm: str, outputs_axis: int) -> dict[str, Tensor]:
-        weight, bias = self._gate(conv)
-        mean, variance = self._take(f"{norm}.running_mean"), self._take(f"{norm}.running_var")
-        # Once per checkpoint: float64 costs nothing and the result is rounded only once.
-        scale = torch.rsqrt(variance.double() + _NORM_EPS)
-        shift = (_bias(bias, len(mean)).double() - mean.double()) * scale
-        if self._norm == "BN":
-            gain = self._take(f"{norm}.weight").double()
-            scale, shift = scale * gain, shift * gain + self._take(f"{norm}.bias").double()
-        shape = [-1 if axis == outputs_axis else 1 for axis in range(4)]
-        return _named(weight * scale.view(shape), shift)
+        names = ("running_mean", "running_var", *(("weight", "bias") if self._norm == "BN" else ()))
+        weight, bias = fold_norm(
+            self._gate(conv), {name: self._take(f"{norm}.{name}") for name in names}, outputs_axis=outputs_axis
+        )
+        return {"weight": weight, "bias": bias}
 
 
 def _bias(bias: Tensor | None, size: int) -> Tensor:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.families.weights import Gate, blocks, gate, gru_tensors, prefixed
+from stepcell.exporter.families.weights import Gate, blocks, fold_norm, gate, gru_tensors, prefixed, under
 from stepcell.models.cells import ConvGRUCell
 from stepcell.models.openeb import ConvRNNOptions, cell_model, conv_rnn
 from stepcell.models.separable import CellModel
 
-__all__ = ["FAMILY", "convs", "fold_batch_norm", "part", "recognise_rnn", "rnn_tensors"]
-
-_EPS = 1e-5  # of nn.BatchNorm2d
+__all__ = ["FAMILY", "convs", "fold_batch_norm", "recognise_rnn", "rnn_tensors"]
 
 
 def recognise_rnn(tensors: Tensors) -> dict[str, object]:
@@ -53,7 +50,7 @@ def rnn_tensors(tensors: Tensors, options: ConvRNNOptions) -> dict[str, Tensor]:
     norm = "conv_x2h.module.1" if options.norm == "BatchNorm2d" else None
     if not options.fused:
         front = convs(tensors, "conv_x2h.module.0", "front.0", norm)
-        cell = part(tensors, "timepool")
+        cell = under(tensors, "timepool")
         return {**front, **prefixed("cell", _cell(cell, canonical=not options.separable_hidden))}
     weight, bias = fold_batch_norm(gate(tensors, "conv_x2h.module.0"), tensors, norm)
     hidden, hidden_bias = gate(tensors, "timepool.conv_h2h")
@@ -67,12 +64,7 @@ def fold_batch_norm(conv: Gate, tensors: Tensors, norm: str | None) -> tuple[Ten
         return weight.clone(), bias.clone()
     if f"{norm}.running_var" not in tensors:
         raise ValueError(f"norm: no tensor {norm}.running_var in the checkpoint")
-    gamma, beta, mean, var = (
-        tensors[f"{norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gamma / torch.sqrt(var + _EPS)
-    folded = weight.double() * scale[:, None, None, None], (bias.double() - mean) * scale + beta
-    return folded[0].to(weight.dtype), folded[1].to(weight.dtype)
+    return fold_norm(conv, under(tensors, norm))
 
 
 def convs(tensors: Tensors, source: str, target: str, norm: str | None = None) -> dict[str, Tensor]:
@@ -134,11 +126,6 @@ def _options(kwargs: Mapping[str, Any]) -> ConvRNNOptions:
     # Upstream accepts "GRU" too; "LSTM" gets an input convolution of the wrong size there.
     cell = kwargs.get("cell", "lstm")
     return ConvRNNOptions(**{**kwargs, "cell": "gru" if cell == "GRU" else cell})
-
-
-def part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix.`, without it."""
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def _kernel(weight: Tensor) -> int | list[int]:

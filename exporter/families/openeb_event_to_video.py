@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.families.openeb_convrnn import convs, part, recognise_rnn, rnn_tensors
-from stepcell.exporter.families.weights import prefixed
+from stepcell.exporter.families.openeb_convrnn import convs, recognise_rnn, rnn_tensors
+from stepcell.exporter.families.weights import prefixed, under
 from stepcell.models.openeb import ConvRNNOptions
 from stepcell.models.openeb_networks import EventToVideo
 
@@ -25,7 +25,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
         "out_channels": tensors["predictor.0.weight"].shape[0],
         "num_layers": len({name.split(".")[2] for name in tensors if name.startswith("unet.encoders.")}),
         "base": base,
-        "cell": recognise_rnn(part(tensors, "unet.encoders.0"))["cell"],
+        "cell": recognise_rnn(under(tensors, "unet.encoders.0"))["cell"],
     }
 
 
@@ -58,7 +58,7 @@ def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
     for side, first in (("encoders", 0), ("decoders", 1)):  # decoder 0 is the middle
         layers = sorted({int(name.split(".")[2]) for name in tensors if name.startswith(f"unet.{side}.")})
         for layer in layers[first:]:
-            own = part(tensors, f"unet.{side}.{layer}")
+            own = under(tensors, f"unet.{side}.{layer}")
             options = ConvRNNOptions(**recognise_rnn(own))  # type: ignore[arg-type]
             found |= prefixed(f"{side}.{layer - first}", rnn_tensors(own, options))
     return found

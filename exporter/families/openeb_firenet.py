@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.families.openeb_convrnn import convs, part, rnn_tensors
-from stepcell.exporter.families.weights import prefixed
+from stepcell.exporter.families.openeb_convrnn import convs, rnn_tensors
+from stepcell.exporter.families.weights import prefixed, under
 from stepcell.models.openeb import ConvRNNOptions
 from stepcell.models.openeb_networks import FireNet
 
@@ -38,7 +38,7 @@ def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
         if f"{block}.module.downsample.0.weight" in tensors:
             found[f"{block}.downsample.weight"] = tensors[f"{block}.module.downsample.0.weight"]
     for layer in _LAYERS:
-        own = part(tensors, layer)
+        own = under(tensors, layer)
         hidden = own["timepool.conv_h2h.weight"].shape[1]
         found |= prefixed(layer, rnn_tensors(own, ConvRNNOptions(hidden, hidden)))
     return found

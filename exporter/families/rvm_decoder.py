@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
 from stepcell.exporter.families.rvm_convgru import cell_tensors
-from stepcell.exporter.families.weights import prefixed
+from stepcell.exporter.families.weights import fold_norm, gate, prefixed, under
 from stepcell.models.rvm import RecurrentDecoder
 
 __all__ = ["FAMILY", "decoder_channels", "decoder_names", "decoder_tensors", "folded"]
@@ -51,12 +51,9 @@ def decoder_tensors(tensors: Tensors, prefix: str = "") -> dict[str, Tensor]:
 
 
 def folded(tensors: Tensors, conv: str, norm: str, target: str, eps: float = 1e-5) -> dict[str, Tensor]:
-    """A convolution without bias and the BatchNorm after it, in eval mode, as one convolution."""
-    variance = tensors[f"{norm}.running_var"].double()
-    scale = tensors[f"{norm}.weight"].double() / (variance + eps).sqrt()
-    bias = tensors[f"{norm}.bias"].double() - tensors[f"{norm}.running_mean"].double() * scale
-    weight = tensors[f"{conv}.weight"].double() * scale[:, None, None, None]
-    return {f"{target}.weight": weight.float(), f"{target}.bias": bias.float()}
+    """A convolution and the BatchNorm after it, in eval mode, as one convolution."""
+    weight, bias = fold_norm(gate(tensors, conv), under(tensors, norm), eps=eps)
+    return {f"{target}.weight": weight, f"{target}.bias": bias}
 
 
 def _convs() -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Gate", "blocks", "gate", "gru_tensors", "lstm_tensors", "prefixed"]
+__all__ = ["Gate", "blocks", "fold_norm", "gate", "gru_tensors", "lstm_tensors", "prefixed", "under"]
 
 Gate = tuple[Tensor, Tensor | None]
 
@@ -56,6 +56,31 @@ def lstm_tensors(i: Gate, f: Gate, o: Gate, g: Gate, *, x_first: bool = True) ->
         "weight_h": torch.cat([h for _, h in halves]),
         "bias": torch.cat([_bias(each) for each in (i, f, o, g)]),
     }
+
+
+def fold_norm(
+    conv: Gate, norm: Mapping[str, Tensor], *, eps: float = 1e-5, outputs_axis: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A convolution and the norm behind it, in eval mode, as one convolution.
+
+    Args:
+        norm: `running_mean` and `running_var`, and `weight` and `bias` where it has them.
+        outputs_axis: of the convolution's weight; 1 in a transposed convolution.
+    """
+    weight, mean = conv[0], norm["running_mean"].double()
+    # in float64, so that the result is rounded once
+    scale = torch.rsqrt(norm["running_var"].double() + eps)
+    shift = -mean * scale if conv[1] is None else (conv[1].double() - mean) * scale
+    if "weight" in norm:
+        gain = norm["weight"].double()
+        scale, shift = scale * gain, shift * gain + norm["bias"].double()
+    shape = [-1 if axis == outputs_axis else 1 for axis in range(weight.dim())]
+    return (weight.double() * scale.view(shape)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix.`, without it."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
