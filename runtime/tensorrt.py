@@ -68,11 +68,11 @@ class TensorRTBackend:
         self.contract: StepContract = checked.sidecar.contract
         gpu = _find_gpu(engine, device)
         self.device = str(device)
-        self.description = f"{checked.library.name} {checked.library.version}, {gpu.name}"
+        self.description = f"{checked.tensorrt.name} {checked.tensorrt.version}, {gpu.name}"
         self._path = engine
         self._index = device.index
         self._sidecar = checked.sidecar
-        self._trt: Any = checked.library.module
+        self._trt: Any = checked.tensorrt.module
         self._messages = Messages()
         self._logger = make_logger(self._trt, self._messages)
         self._inputs: dict[str, _Data] = {}
@@ -93,7 +93,7 @@ class TensorRTBackend:
         self._engine: Any = self._runtime.deserialize_cuda_engine(checked.plan)
         if self._engine is None:
             raise EngineMismatchError(
-                f"{self._path}: {checked.library.name} cannot load it: {self._messages.explain()}",
+                f"{self._path}: {checked.tensorrt.name} cannot load it: {self._messages.explain()}",
                 hint=f"rebuild: {rebuild_command(checked.sidecar, self._path)}",
             )
         self._check_tensors()

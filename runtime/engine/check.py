@@ -25,7 +25,7 @@ class CheckedEngine:
 
     plan: bytes
     sidecar: Sidecar
-    library: TensorRT
+    tensorrt: TensorRT
 
 
 def read_engine(engine: Path) -> tuple[bytes, Sidecar]:

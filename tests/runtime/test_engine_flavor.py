@@ -89,7 +89,7 @@ def test_enterprise_path_from_build_to_check(
     assert info.contents.fingerprint.flavor == "tensorrt"
     assert info.contents.fingerprint.compute_capabilities == ("8.7",)
     assert any("brings no fused plugin yet" in line for line in said)
-    assert check_engine(engine).library.flavor == "tensorrt"
+    assert check_engine(engine).tensorrt.flavor == "tensorrt"
 
 
 @pytest.mark.usefixtures("both")

@@ -194,7 +194,7 @@ class Machine:
         self.engine = PretendedEngine(self.gpu, onnx, self.contract)
         runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: self.engine if plan == checked.plan else None)
         module = SimpleNamespace(
-            __version__=checked.library.version,
+            __version__=checked.tensorrt.version,
             ILogger=tensorrt_rtx.ILogger,
             TensorIOMode=tensorrt_rtx.TensorIOMode,
             Runtime=lambda _: runtime,
