@@ -60,19 +60,21 @@ def check_parity(model: nn.Module, onnx_bytes: bytes, contract: StepContract, st
     reference = _torch_step(copy.deepcopy(model).double(), contract, wide=True)
     exported = stepper(onnx_bytes, contract)
     worst = {spec.name: 0.0 for spec in contract.graph_outputs.values()}
+    amplified = False
     for sizes in sizes_for_check(contract):
         for frames in (frames_random, frames_smooth):
             found = _differences(reference, exported, contract, sizes, frames, steps)
             for difference in found:
                 worst = {name: max(value, difference[name].error) for name, value in worst.items()}
             if any(each.beyond for difference in found for each in difference.values()):
+                amplified = True
                 narrow = copy.deepcopy(model).half() if contract.precision == "float16" else model
                 module = _torch_step(narrow, contract, wide=False)
                 yardstick = _differences(reference, module, contract, sizes, frames, steps)
                 where = f"{frames.__name__.removeprefix('frames_')} frames, sizes {dict(sizes)}"
                 _require_within(found, yardstick, contract.precision, where)
     _check_liveness(exported, contract, sizes_for_check(contract)[-1])
-    return Parity(steps=steps, reference="torch float64", max_abs_error=worst)
+    return Parity(steps=steps, reference="torch float64", max_abs_error=worst, amplified=amplified)
 
 
 def stepper(onnx_bytes: bytes, contract: StepContract) -> Step:

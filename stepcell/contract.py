@@ -109,11 +109,15 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
-    """What the check after export found: worst absolute difference over all steps."""
+    """What the check after export found: worst absolute difference over all steps.
+
+    `amplified`: beyond the usual limit, as PyTorch in the same precision is; see docs/export.md.
+    """
 
     steps: int
     reference: str
     max_abs_error: dict[str, float]
+    amplified: bool = False
 
 
 class StepContract(msgspec.Struct, frozen=True, kw_only=True):

@@ -105,6 +105,12 @@ def command(
         log("note: a float16 state loses every update smaller than its last bit: at z = 0.001 it stalls at 76 %")
     assert contract.parity is not None
     stage("export", output, time.monotonic() - started, _errors(contract.parity))
+    if contract.parity.amplified:
+        remedy = ", or export with --precision float32" if precision == "float16" else ""
+        log(
+            f"warning: this model amplifies rounding: in {precision} PyTorch itself is as far from float64; "
+            f"try it on your own data{remedy}"
+        )
     if as_json:
         print_json(contract)
 
