@@ -72,6 +72,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
         dtype: how it is stored between steps (float32 unless asked otherwise).
         batch_axis: the axis that counts streams.
         init: its value before the first step.
+        original_input, original_output: what the file that was adopted called the two ends.
     """
 
     name: str
@@ -81,6 +82,8 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     init: Literal["zeros"] = "zeros"
     input: str = ""
     output: str = ""
+    original_input: str | msgspec.UnsetType = msgspec.UNSET
+    original_output: str | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         # Written out in the JSON so that a reader needs no rule, derived so that they cannot differ.
