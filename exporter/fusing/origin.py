@@ -1,0 +1,116 @@
+"""Where values of a graph come from and lead to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+
+from onnxscript import ir
+
+__all__ = ["ancestors", "cell_name", "descendants", "first_kernel", "is_made_inside", "obstacle"]
+
+_NORMALISATION = {
+    "InstanceNormalization",
+    "GroupNormalization",
+    "LayerNormalization",
+    "BatchNormalization",
+    "ReduceMean",
+}
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def descendants(value: ir.Value) -> set[ir.Value]:
+    """Every value that is computed from this one, and the value itself.
+
+    What goes through the body of a Loop or If is not followed out of it.
+    """
+    found, waiting = {value}, [value]
+    while waiting:
+        for node in waiting.pop().consumers():
+            new = [output for output in node.outputs if output not in found]
+            found.update(new)
+            waiting.extend(new)
+    return found
+
+
+def ancestors(value: ir.Value) -> Iterator[ir.Value]:
+    """The value and what it is computed from, nearest first; sizes (Shape) are not followed."""
+    found, waiting = {value}, [value]
+    for current in waiting:
+        yield current
+        node = current.producer()
+        if node is None or node.op_type in ("Shape", "Size"):
+            continue
+        new = [v for v in node.inputs if v is not None and v not in found]
+        found.update(new)
+        waiting.extend(dict.fromkeys(new))
+
+
+def is_made_inside(value: ir.Value) -> bool:
+    """Whether a value depends on no input of the graph, except through sizes."""
+    return not any(v.is_graph_input() for v in ancestors(value))
+
+
+def obstacle(source: ir.Value, refused: dict[ir.Value, str]) -> str:
+    """What lies between a gate and the convolution of the state, in words."""
+    if source in refused:
+        return refused[source]
+    for value in _until_convolution(source):
+        node = value.producer()
+        if node is not None and node.op_type in _NORMALISATION:
+            return f"normalisation ({node.op_type}) between the convolution and the gate"
+    for value in _until_convolution(source):
+        if value in refused:
+            return refused[value]
+    node = source.producer()
+    return f"{node.op_type if node is not None else source.name} between the convolution of the state and the gate"
+
+
+def first_kernel(values: Iterable[ir.Value]) -> tuple[int, int]:
+    """The largest kernel of the convolutions that directly make these values; (1, 1) if there is none."""
+    sizes = [(1, 1)]
+    for value in values:
+        for made in _until_convolution(value):
+            node = made.producer()
+            if node is not None and node.op_type == "Conv" and (weight := node.inputs[1]) is not None:
+                shape = weight.shape
+                if shape is not None and len(shape) == 4 and isinstance(shape[2], int) and isinstance(shape[3], int):
+                    sizes.append((shape[2], shape[3]))
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def cell_name(value: ir.Value, taken: Iterable[str], number: int) -> str:
+    """The module that computes a value, from the names that exporters leave, else "cell" and a number."""
+    node = value.producer()
+    name = ""
+    if node is not None:
+        try:
+            scopes = json.loads(node.metadata_props.get(_SCOPES, "[]").replace("'", '"'))
+        except ValueError:
+            scopes = []
+        if len(scopes) > 1:
+            name = str(scopes[-2])
+        elif "/" in (node.name or ""):
+            name = str(node.name).strip("/").rpartition("/")[0]
+    name = re.sub(r"[^0-9A-Za-z_.]+", ".", name).strip(".") or f"cell{number}"
+    used = set(taken)
+    unique = name
+    copy = 1
+    while unique in used:
+        copy += 1
+        unique = f"{name}_{copy}"
+    return unique
+
+
+def _until_convolution(value: ir.Value) -> Iterator[ir.Value]:
+    """The value and what it is made of, up to and including results of convolutions."""
+    found, waiting = {value}, [value]
+    for current in waiting:
+        yield current
+        node = current.producer()
+        if node is None or node.op_type == "Conv":
+            continue
+        new = [v for v in node.inputs if v is not None and v not in found and v.const_value is None]
+        found.update(new)
+        waiting.extend(dict.fromkeys(new))
