@@ -1,0 +1,104 @@
+"""`stepcell fuse`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stepcell.cli.common import json_option
+from stepcell.console import log, print_json, stage, table, working
+from stepcell.errors import UsageError
+from stepcell.missing import require
+from stepcell.shapes import parse_shapes
+
+if TYPE_CHECKING:
+    from stepcell.exporter.fusing.fuse import FuseReport
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  stepcell fuse model.onnx -o fused.onnx
+  stepcell fuse model.onnx -o fused.onnx --state mem_a=trace_p --state mem_b=trace_q
+  stepcell fuse model.onnx -o fused.onnx --shape src:1x3x256x256
+"""
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="ONNX file to write.")
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    metavar="IN=OUT",
+    help="Output OUT is the next value of input IN; an empty OUT: IN is no state.",
+)
+@click.option("--shape", metavar="x:1x3x256x256", help="Fix the sizes of an input; without it all stay as they are.")
+@json_option
+def command(model: Path, output: Path, states: Sequence[str], shape: str | None, as_json: bool) -> None:
+    """Adopt MODEL, an ONNX file of one step that another program exported.
+
+    States are found by name and by the cells of the graph, ConvGRU and ConvLSTM cells become one op
+    each, and the state contract is written into the file. It is compared with MODEL over 100 steps
+    before it is put in place; beyond the tolerance the exit code is 3 and no file is left behind.
+    """
+    pairs = _parse_states(states)
+    shapes = parse_shapes(shape, option="--shape") if shape else {}
+    for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
+        require(package, extra="export", purpose="`stepcell fuse`")
+    from stepcell.exporter.fusing.fuse import fuse_onnx
+
+    started = time.monotonic()
+    with working(f"fusing {model}"):
+        report = fuse_onnx(model, output, states=pairs, shapes=shapes)
+    _print_report(report)
+    parity = report.contract.parity
+    assert parity is not None
+    worst = max(parity.max_abs_error.values(), default=0.0)
+    nodes = f"{report.nodes_before} -> {report.nodes_after} nodes"
+    stage("fuse", output, time.monotonic() - started, f"{nodes}, max error over {parity.steps} steps: {worst:.1e}")
+    if parity.amplified:
+        log("warning: this model amplifies rounding: the original is as far from itself where its last bit changes")
+    if as_json:
+        print_json(report)
+
+
+def _parse_states(states: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for state in states:
+        source, equals, target = state.partition("=")
+        if not equals or not source:
+            raise UsageError(f"--state: expected IN=OUT, got {state!r}", hint="such as --state h_in=h_out")
+        if source in pairs:
+            raise UsageError(f"--state {source}: given twice")
+        pairs[source] = target
+    return pairs
+
+
+def _print_report(report: FuseReport) -> None:
+    contract = report.contract
+    if contract.states:
+        rows = [
+            [state.name, str(state.original_input), str(state.original_output), " x ".join(map(str, state.shape))]
+            for state in contract.states
+        ]
+        table("states", ["name", "input was", "output was", "shape"], rows)
+    else:
+        log("states   none: every step stands alone")
+    if contract.cells:
+        rows = [
+            [
+                cell.name,
+                cell.op or f"left as it is: {cell.reason}",
+                str(cell.hidden),
+                f"{cell.kernel[0]}x{cell.kernel[1]}",
+                report.transforms.get(cell.name, ""),
+            ]
+            for cell in contract.cells
+        ]
+        table("cells", ["name", "op", "hidden", "kernel", "weights"], rows)
+    for note in report.notes:
+        log(f"note: {note}")
