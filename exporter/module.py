@@ -1,4 +1,4 @@
-"""A step model from the user's own code: `package.module:factory`."""
+"""A module from the user's own code: `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import nn
 
 from stepcell.errors import ExportError, UsageError
-from stepcell.models.step import is_step_module
 
 __all__ = ["module_from_factory"]
 
@@ -19,12 +18,12 @@ def module_from_factory(spec: str, arguments: Mapping[str, object]) -> nn.Module
     """Import `package.module` from the path or the current folder and call its factory.
 
     Args:
-        spec: `package.module:factory`; the factory returns a step model.
+        spec: `package.module:factory`; the factory returns a torch module.
         arguments: keyword arguments for it.
 
     Raises:
         UsageError: another form, no such module or no such name in it.
-        ExportError: the factory fails or returns something else than a step model.
+        ExportError: the factory fails or returns something else than a torch module.
     """
     name, _, attribute = spec.partition(":")
     if not name or not attribute:
@@ -43,9 +42,8 @@ def module_from_factory(spec: str, arguments: Mapping[str, object]) -> nn.Module
         model = factory(**arguments)
     except Exception as error:  # the user's code may raise anything
         raise ExportError(f"--module {spec}: the factory failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module) or not is_step_module(model):
+    if not isinstance(model, nn.Module):
         raise ExportError(
-            f"--module {spec}: expected a torch module with inputs, outputs and states, got {type(model).__name__}",
-            hint="see docs/export.md, 'Your own module'",
+            f"--module {spec}: expected a torch module, got {type(model).__name__}", hint="see docs/own-module.md"
         )
     return model

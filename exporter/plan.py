@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import nn
 
-from stepcell.contract import DType, StepContract, TensorSpec
+from stepcell.contract import DType, InitialValue, StateSpec, StepContract, TensorSpec
 from stepcell.dims import bind, substitute, symbols_of
 from stepcell.errors import ExportError, UsageError
 from stepcell.models.step import StepModule, cell_specs
@@ -43,6 +43,8 @@ def contract_for(
 
     Raises:
         UsageError: a shape does not fit the model, or `dynamic` names no symbol of it.
+        ExportError: `initial` names no state.
+        ContractError: a value of `initial` does not fit its state.
     """
     symbols: dict[str, int] = {}
     by_name = {spec.name: spec for spec in model.inputs}
@@ -65,10 +67,20 @@ def contract_for(
         dtype = precision if spec.dtype.startswith("float") else spec.dtype
         return msgspec.structs.replace(spec, shape=substitute(spec.shape, fixed), dtype=dtype)
 
-    states = tuple(
-        msgspec.structs.replace(state, shape=substitute(state.shape, fixed), dtype=_state_dtype(state_dtype))
-        for state in model.states
-    )
+    initial = getattr(model, "initial", {})
+    strangers = sorted(set(initial) - {state.name for state in model.states})
+    if strangers:
+        raise ExportError(f"initial: the model has no state {strangers[0]!r}")
+
+    def remembered(state: StateSpec) -> StateSpec:
+        dtype = _state_dtype(state_dtype)
+        spec = msgspec.structs.replace(state, shape=substitute(state.shape, fixed), dtype=dtype)
+        if state.name not in initial:
+            return spec
+        value = initial[state.name].detach().cpu().to(TORCH_DTYPES[dtype]).numpy()
+        return msgspec.structs.replace(spec, init=InitialValue.of(value))
+
+    states = tuple(map(remembered, model.states))
     assert isinstance(model, nn.Module)
     contract = StepContract(
         inputs=tuple(map(data, model.inputs)),

@@ -13,24 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepcell.contract import StateSpec, TensorSpec, state_names
+from stepcell.event_spec import EventSpec, EventWindow
 from stepcell.models.cells import ConvGRUCell, ConvLSTMCell
 from stepcell.models.e2vid_blocks import BlockType, Residual, Upsample, advance, recurrent_block
 
-__all__ = ["E2VIDRecurrent", "FireNet", "SkipType"]
+__all__ = ["EVENT_WINDOW", "E2VIDRecurrent", "FireNet", "SkipType"]
 
 SkipType = Literal["sum", "concat", "no_skip"]
+EVENT_WINDOW = "0.35events/pixel"  # what the networks were published with
 
 
 class FireNet(nn.Module):
     """Scheerlinck et al. 2020: head and residual blocks at full resolution, some with a cell after them.
 
     inputs: x (batch, num_bins, height, width); states: `h0` (`c0`) of the head, then of each block
-    that has a cell; output: y (batch, 1, height, width), unbounded.
+    that has a cell; output: y (batch, 1, height, width), trained towards [0, 1] but not bound to it.
 
     Args:
         kernel_size: of the head's convolution; everything else is 3x3.
         recurrent_after: residual blocks that are followed by a cell.
         frame_norm: instance normalisation inside the residual blocks.
+        event_window: the events of one step, as `EventWindow.parse` takes it.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class FireNet(nn.Module):
         recurrent_after: Collection[int] = (0,),
         recurrent_block_type: BlockType = "convgru",
         frame_norm: bool = False,
+        event_window: str = EVENT_WINDOW,
     ) -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -55,8 +59,8 @@ class FireNet(nn.Module):
         cells = [recurrent_block(recurrent_block_type, channels) for _ in range(count)]
         self.cells = nn.ModuleList(cells)
         self.prediction = nn.Conv2d(channels, 1, 1)
-        self.inputs = [TensorSpec(name="x", shape=("batch", num_bins, "height", "width"), layout="NCHW")]
-        self.outputs = [TensorSpec(name="y", shape=("batch", 1, "height", "width"), layout="NCHW")]
+        self.inputs = [_events(num_bins, event_window)]
+        self.outputs = [TensorSpec(name="y", shape=("batch", 1, "height", "width"), layout="NCHW", range=(0.0, 1.0))]
         self.states = [
             StateSpec(name=name, shape=("batch", channels, "height", "width"))
             for name in state_names([cell.states for cell in cells], numbered=True)
@@ -85,6 +89,7 @@ class E2VIDRecurrent(nn.Module):
         skip_type: how a decoder joins the skip.
         use_upsample_conv: as `Upsample`'s `resize`.
         frame_norm: instance normalisation inside the residual blocks.
+        event_window: as for `FireNet`.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class E2VIDRecurrent(nn.Module):
         skip_type: SkipType = "sum",
         use_upsample_conv: bool = True,
         frame_norm: bool = False,
+        event_window: str = EVENT_WINDOW,
     ) -> None:
         super().__init__()
         if num_encoders < 1:
@@ -116,10 +122,7 @@ class E2VIDRecurrent(nn.Module):
             Upsample(joined * size, size // 2, resize=use_upsample_conv) for size in reversed(sizes[1:])
         )
         self.prediction = nn.Conv2d(joined * sizes[0], 1, 1)
-        frame = TensorSpec(
-            name="x", shape=("batch", num_bins, "height", "width"), layout="NCHW", pad_multiple=2**num_encoders
-        )
-        self.inputs = [frame]
+        self.inputs = [_events(num_bins, event_window, pad_multiple=2**num_encoders)]
         self.outputs = [TensorSpec(name="y", shape=("batch", 1, "height", "width"), layout="NCHW", range=(0.0, 1.0))]
         self.states = _pyramid(cells)
 
@@ -140,6 +143,17 @@ class E2VIDRecurrent(nn.Module):
         if self.skip_type == "concat":
             return torch.cat([x, skip], dim=1)
         return x + skip if self.skip_type == "sum" else x
+
+
+def _events(num_bins: int, window: str, *, pad_multiple: int = 1) -> TensorSpec:
+    spec = EventSpec(
+        representation="voxel_grid",
+        bins=num_bins,
+        window=EventWindow.parse(window, subject="event_window"),
+        normalise=True,
+    )
+    shape = ("batch", num_bins, "height", "width")
+    return TensorSpec(name="x", shape=shape, layout="NCHW", pad_multiple=pad_multiple, events=spec)
 
 
 def _pyramid(cells: list[ConvGRUCell | ConvLSTMCell]) -> list[StateSpec]:

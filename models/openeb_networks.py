@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stepcell.contract import StateSpec, TensorSpec
 from stepcell.dims import Dim
+from stepcell.event_spec import EventSpec, EventWindow
 from stepcell.models.openeb import ConvRNNOptions, conv_rnn
 from stepcell.models.separable import CellModel
 
@@ -31,13 +32,14 @@ class FireNet(nn.Module):
         cin: channels of the event frame.
         cout: channels of the result.
         base: channels of the features, a multiple of 4.
+        event_window: the events of one step, as `EventWindow.parse` takes it; OpenEB's demo has 5 ms.
     """
 
-    def __init__(self, cin: int = 1, cout: int = 1, base: int = 12) -> None:
+    def __init__(self, cin: int = 1, cout: int = 1, base: int = 12, event_window: str = "5ms") -> None:
         super().__init__()
         if base % 4:
             raise ValueError(f"base: expected a multiple of 4, got {base}")
-        self.inputs = [TensorSpec(name="x", shape=("batch", cin, "height", "width"), layout="NCHW")]
+        self.inputs = [_events(cin, event_window)]
         self.outputs = [TensorSpec(name="y", shape=("batch", cout, "height", "width"), layout="NCHW")]
         # Upstream's names; they are not in the order of execution.
         self.conv0, self.conv1 = _ExciteBlock(cin, base), _ExciteBlock(base, base)
@@ -63,10 +65,17 @@ class EventToVideo(nn.Module):
         num_layers: levels of the U-Net.
         base: channels of the head; level K has base * 2 ** K.
         cell: "lstm" or "gru".
+        event_window: as for `FireNet`; OpenEB's demo has 30 ms or 30,000 events, whichever come first.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_layers: int = 3, base: int = 4, cell: str = "lstm"
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int = 3,
+        base: int = 4,
+        cell: str = "lstm",
+        event_window: str = "30ms",
     ) -> None:
         super().__init__()
         if num_layers < 1:
@@ -91,7 +100,7 @@ class EventToVideo(nn.Module):
         def maps(channels: int) -> tuple[Dim, ...]:
             return ("batch", channels, "height", "width")
 
-        self.inputs = [TensorSpec(name="x", shape=maps(in_channels), layout="NCHW")]
+        self.inputs = [_events(in_channels, event_window)]
         self.outputs = [
             TensorSpec(name="gray", shape=maps(out_channels), layout="NCHW", range=(0.0, 1.0)),
             TensorSpec(name="flow", shape=maps(2), layout="NCHW"),
@@ -171,3 +180,11 @@ def _states(suffix: str, layer: CellModel, divisor: int = 1) -> Sequence[StateSp
         StateSpec(name=f"{state.name}_{suffix}", shape=("batch", state.shape[1], at("height"), at("width")))
         for state in layer.states
     ]
+
+
+def _events(channels: int, window: str) -> TensorSpec:
+    """Upstream's event_volume has a bin for each channel of the input."""
+    spec = EventSpec(
+        representation="event_volume", bins=channels, window=EventWindow.parse(window, subject="event_window")
+    )
+    return TensorSpec(name="x", shape=("batch", channels, "height", "width"), layout="NCHW", events=spec)

@@ -7,7 +7,7 @@ and which lists its inputs, outputs and states as specs. New states come in the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ class StepModule(Protocol):
         outputs: data outputs, in the order `forward` returns them.
         states: hidden states, in the order of `forward`'s remaining arguments and results.
 
-    A module may also have `examples`, a dict: sizes to export with for symbols that 256 does not suit.
+    A module may also have `examples`, a dict: sizes to export with for symbols that 256 does not suit;
+    and `initial`, a mapping: by name the value of a state before its first step where that is not
+    zero, of the state's shape without its batch axis, 1 in the place of an axis allowed.
     """
 
     @property
@@ -60,7 +62,9 @@ def cell_specs(module: nn.Module) -> tuple[CellSpec, ...]:
 
 
 def initial_states(model: StepModule, *inputs: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Zero states of the right shapes for these inputs, on the device of the first one.
+    """States before the first step, of the right shapes for these inputs, on the device of the first one.
+
+    They are zero, or what the module's `initial` says, gradients included.
 
     Args:
         dtype: dtype of the states; the first input's by default.
@@ -68,10 +72,17 @@ def initial_states(model: StepModule, *inputs: Tensor, dtype: torch.dtype | None
     symbols: dict[str, int] = {}
     for spec, tensor in zip(model.inputs, inputs, strict=True):
         symbols = bind(spec.name, spec.shape, tensor.shape, symbols)
-    return tuple(
-        torch.zeros(resolve(state.shape, symbols), dtype=dtype or inputs[0].dtype, device=inputs[0].device)
-        for state in model.states
-    )
+    values = getattr(model, "initial", {})
+    options: dict[str, Any] = {"dtype": dtype or inputs[0].dtype, "device": inputs[0].device}
+    states = []
+    for state in model.states:
+        shape = resolve(state.shape, symbols)
+        value = values[state.name].to(**options) if state.name in values else None
+        if value is None:
+            states.append(torch.zeros(shape, **options))
+        else:
+            states.append(value.unsqueeze(state.batch_axis).expand(shape).contiguous())
+    return tuple(states)
 
 
 def run_sequence(
@@ -81,7 +92,7 @@ def run_sequence(
 
     Args:
         x: (T, B, ...) frames.
-        states: states before the first frame; zeros by default.
+        states: states before the first frame; those of `initial_states` by default.
 
     Returns:
         y (T, B, ...) and the states after the last frame.

@@ -18,6 +18,7 @@ from stepcell.models.zoo import denoiser as zoo
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# (\w+\.py)\n")  # a first line that names the file a block stands for
 # Commands of the README that CI calls itself, and what needs hardware a test has not.
 MAKE = {"make demo", "make test"}
 NEEDS_GPU = ("--device cuda", "camera:")
@@ -55,6 +56,8 @@ def test_blocks_run(document: Path, workplace: Path) -> None:
         if language == "python":
             if "class Tracker" in block:
                 Path("tracker.py").write_text(block)
+            if named := FILE.match(block):
+                Path(named[1]).write_text(block)
             exec(compile(block, document.name, "exec"), namespace)
             continue
         for line in commands(block):

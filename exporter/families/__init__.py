@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -49,13 +49,17 @@ FAMILIES: dict[str, Family] = {
 
 
 def step_model(
-    checkpoint: Checkpoint, family: str | None = None, overrides: Mapping[str, object] | None = None
+    checkpoint: Checkpoint,
+    family: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[nn.Module, str, dict[str, object]]:
     """Build the canonical step model of a checkpoint and load its weights.
 
     Args:
         family: a name in FAMILIES; by default what the file says or its tensors show.
         overrides: arguments that go before the inferred ones.
+        shapes: of data inputs, where the family needs sizes that the tensors do not determine.
 
     Returns:
         The module in float32, the family's name and the arguments it was built with.
@@ -73,10 +77,13 @@ def step_model(
             hint="it takes " + ", ".join(f"{key} ({text})" for key, text in chosen.arguments.items()),
         )
     own = checkpoint.arguments if checkpoint.family == chosen.name else {}
-    arguments = {**inferred, **own, **overrides}
+    sized = chosen.from_shapes(shapes or {}, {**inferred, **own, **overrides})
+    arguments = {**inferred, **sized, **own, **overrides}
     try:
         model = chosen.build(**arguments)
-        tensors = chosen.convert(checkpoint.tensors, arguments)
+        # save_checkpoint writes the step model's own tensors, in no need of conversion.
+        canonical = checkpoint.family == chosen.name and set(checkpoint.tensors) == set(model.state_dict())
+        tensors = checkpoint.tensors if canonical else chosen.convert(checkpoint.tensors, arguments)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: no {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
@@ -93,6 +100,8 @@ def _choose(checkpoint: Checkpoint, name: str | None) -> tuple[Family, dict[str,
         try:
             return FAMILIES[name], FAMILIES[name].recognise(checkpoint.tensors)
         except NotThisFamily as reason:
+            if name == checkpoint.family and checkpoint.arguments:  # written by save_checkpoint, which says it all
+                return FAMILIES[name], {}
             raise CheckpointError(f"{checkpoint.path}: not a checkpoint of family {name}: {reason}") from reason
     fitting, refused = [], []
     for family in FAMILIES.values():

@@ -9,7 +9,7 @@ from torch import Tensor
 from stepcell.exporter.families.e2vid_weights import Reader, block_type_of, count, has_frame_norm, norm_of
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
 from stepcell.exporter.families.weights import prefixed
-from stepcell.models.e2vid import FireNet
+from stepcell.models.e2vid import EVENT_WINDOW, FireNet
 from stepcell.models.e2vid_blocks import BlockType
 
 __all__ = ["FAMILY"]
@@ -50,6 +50,7 @@ def _build(
     norm: str | None = None,
     num_encoders: int | None = None,
     use_upsample_conv: bool = True,
+    event_window: str = EVENT_WINDOW,
 ) -> FireNet:
     del num_encoders, use_upsample_conv  # the shared configuration has them, this network nothing to use them for
     if skip_type == "concat":
@@ -62,6 +63,7 @@ def _build(
         recurrent_after=_recurrent_after(recurrent_blocks or {"resblock": [0]}, num_residual_blocks),
         recurrent_block_type=recurrent_block_type,
         frame_norm=has_frame_norm(norm),
+        event_window=event_window,
     )
 
 
@@ -103,5 +105,6 @@ FAMILY = Family(
         "norm": '"BN", "IN" or null',
         "num_encoders": "no effect",
         "use_upsample_conv": "no effect",
+        "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
 )

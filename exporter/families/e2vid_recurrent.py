@@ -9,7 +9,7 @@ from torch import Tensor
 from stepcell.exporter.families.e2vid_weights import Reader, block_type_of, count, has_frame_norm, norm_of
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
 from stepcell.exporter.families.weights import prefixed
-from stepcell.models.e2vid import E2VIDRecurrent, SkipType
+from stepcell.models.e2vid import EVENT_WINDOW, E2VIDRecurrent, SkipType
 from stepcell.models.e2vid_blocks import BlockType
 
 __all__ = ["FAMILY"]
@@ -45,6 +45,7 @@ def _build(
     skip_type: SkipType = "sum",
     norm: str | None = None,
     use_upsample_conv: bool = True,
+    event_window: str = EVENT_WINDOW,
 ) -> E2VIDRecurrent:
     return E2VIDRecurrent(
         num_bins,
@@ -55,6 +56,7 @@ def _build(
         skip_type=skip_type,
         use_upsample_conv=use_upsample_conv,
         frame_norm=has_frame_norm(norm),
+        event_window=event_window,
     )
 
 
@@ -95,5 +97,6 @@ FAMILY = Family(
         "skip_type": '"sum", "concat" or "no_skip"',
         "norm": '"BN", "IN" or null',
         "use_upsample_conv": "bilinear resize and convolution, instead of a transposed convolution",
+        "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
 )

@@ -39,11 +39,12 @@ def _build(
     archi: str = "all_rnn",
     separable: bool = False,
     separable_hidden: bool = False,
+    event_window: str = "30ms",
 ) -> EventToVideo:
     if archi != "all_rnn":
         raise ValueError(f"archi: upstream has 'all_rnn' only, got {archi!r}")
     del separable, separable_hidden  # upstream takes them and hands them to nothing
-    return EventToVideo(in_channels, out_channels, num_layers, base, cell)
+    return EventToVideo(in_channels, out_channels, num_layers, base, cell, event_window)
 
 
 def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
@@ -79,5 +80,6 @@ FAMILY = Family(
         "archi": '"all_rnn"',
         "separable": "without effect, as upstream",
         "separable_hidden": "without effect, as upstream",
+        "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
 )

@@ -54,5 +54,6 @@ FAMILY = Family(
         "cin": "channels of the event frame",
         "cout": "channels of the result",
         "base": "channels of the features, a multiple of 4",
+        "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
 )

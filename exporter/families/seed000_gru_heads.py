@@ -50,6 +50,15 @@ def _convert(tensors: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor
     return prefixed("cells", GRU.convert(tensors, {**known, **layers}))
 
 
+def _from_shapes(shapes: Mapping[str, Sequence[int]], arguments: Mapping[str, Any]) -> dict[str, object]:
+    x, indices = shapes.get("x", ()), shapes.get("roi_indices", ())
+    if arguments.get("head") == "rows" and len(x) == 4:
+        return {"map_size": list(x[2:])}
+    if arguments.get("head") == "roi" and len(indices) == 2:
+        return {"regions": indices[1]}
+    return {}
+
+
 FAMILY = Family(
     name="seed000_gru_heads",
     summary="torch.nn.GRU behind global average pooling, rows or regions of a feature map",
@@ -57,6 +66,7 @@ FAMILY = Family(
     by_name=True,
     build=_build,
     convert=_convert,
+    from_shapes=_from_shapes,
     arguments={
         "input_size": "features of the GRU: channels, for rows channels x width",
         "hidden_size": "features of the state",
@@ -64,7 +74,7 @@ FAMILY = Family(
         "bias": "whether the layers have biases",
         "batch_first": "axis order of upstream's sequences; no effect here",
         "head": '"gap" (mean over the map), "rows" (a position per row) or "roi" (a position per region)',
-        "map_size": f"rows: [height, width] of the feature map, by default {list(_MAP_SIZE)}",
-        "regions": f"roi: regions per frame, by default {_REGIONS}",
+        "map_size": f"rows: [height, width] of the feature map; that of --shape, or {list(_MAP_SIZE)}",
+        "regions": f"roi: regions per frame; that of --shape, or {_REGIONS}",
     },
 )

@@ -81,6 +81,11 @@ def _convert(tensors: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor
     return {**{name.replace("conv1.", "conv."): tensor for name, tensor in rest.items()}, **prefixed("cells", lstm)}
 
 
+def _from_shapes(shapes: Mapping[str, Sequence[int]], arguments: Mapping[str, Any]) -> dict[str, object]:
+    x = shapes.get("x", ())
+    return {"fc_spatial": list(x[2:])} if arguments.get("cls") == _FCL and len(x) == 4 else {}
+
+
 def _part(tensors: Tensors) -> dict[str, Tensor]:
     return {name.removeprefix(_LSTM): tensor for name, tensor in tensors.items() if name.startswith(_LSTM)}
 
@@ -91,6 +96,7 @@ FAMILY = Family(
     recognise=_recognise,
     build=_build,
     convert=_convert,
+    from_shapes=_from_shapes,
     arguments={
         "cls": f"{_GAP}, {_FCL} or {_HYBRID}",
         "input_channels": "channels of the input",
@@ -98,6 +104,6 @@ FAMILY = Family(
         "lstm_hidden_size": "features of the state",
         "lstm_layers": "LSTM layers on top of each other",
         "fc_units": f"outputs of the linear layer, by default {_FC_UNITS[_FCL]} (FCL), {_FC_UNITS[_HYBRID]} (hybrid)",
-        "fc_spatial": f"{_FCL}: [height, width] of the map its linear layer reads, by default {list(_SPATIAL)}",
+        "fc_spatial": f"{_FCL}: [height, width] of the map fc reads; that of --shape, or {list(_SPATIAL)}",
     },
 )

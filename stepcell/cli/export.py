@@ -36,17 +36,24 @@ def _list_families(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     epilog="""\b
 Examples:
   stepcell export denoiser.safetensors -o denoiser.onnx
-  stepcell export net.pth -o net.onnx --module my_package.net:make --set channels=32
+  stepcell export net.pth -o net.onnx --module my_package.net:make --set channels=32 --shape x:1x3x256x256
   stepcell export gru.pth --family gru --shape x:1x64 --precision float32
 """
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="ONNX file to write [CHECKPOINT with .onnx].")
 @click.option("--family", help="Model family; recognised from the tensors by default.")
-@click.option("--module", metavar="PKG.MOD:FACTORY", help="Your own step model; the checkpoint is loaded into it.")
+@click.option("--module", metavar="PKG.MOD:FACTORY", help="Your own module; the checkpoint is loaded into it.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Argument of the family or factory; JSON.")
 @click.option("--shape", metavar="x:1x3x256x256", help="Fix the sizes of a data input; without it all are dynamic.")
 @click.option("--dynamic", metavar="batch,height,width", help="Sizes that stay dynamic although --shape is given.")
+@click.option(
+    "--state",
+    "returned",
+    multiple=True,
+    metavar="NAME=POSITION",
+    help="With --module: the argument NAME takes what forward returned at POSITION; found by itself where it is last.",
+)
 @click.option("--precision", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option(
     "--state-dtype",
@@ -66,6 +73,7 @@ def command(
     settings: Sequence[str],
     shape: str | None,
     dynamic: str | None,
+    returned: Sequence[str],
     precision: Any,
     state_dtype: Any,
     opset: int,
@@ -84,19 +92,26 @@ def command(
         output = Path(checkpoint.name if checkpoint else module.rpartition(":")[2]).with_suffix(".onnx")  # type: ignore[union-attr]
     arguments = parse_settings(settings)
     shapes = parse_shapes(shape, option="--shape") if shape else {}
+    symbols = [symbol.strip() for symbol in dynamic.split(",")] if dynamic else []
+    positions = _positions(returned)
+    if positions and module is None:
+        raise UsageError("--state: is for --module; a family knows its states")
     _require_torch()
     from stepcell.exporter import export_onnx
+    from stepcell.models.step import is_step_module
 
     started = time.monotonic()
     with working(f"exporting {output}"):
-        model, name, source = _load(checkpoint, family, module, arguments)
+        model, name, source = _load(checkpoint, family, module, arguments, shapes)
+        if not is_step_module(model):
+            model, shapes = _adopt(model, module, shapes, symbols, positions, precision)
         contract = export_onnx(
             model,
             output,
             precision=precision,
             state_dtype=state_dtype,
             shapes=shapes,
-            dynamic=[symbol.strip() for symbol in dynamic.split(",")] if dynamic else (),
+            dynamic=symbols,
             opset=opset,
             family=name,
             source=source,
@@ -116,7 +131,7 @@ def command(
 
 
 def _load(
-    checkpoint: Path | None, family: str | None, module: str | None, arguments: dict[str, Any]
+    checkpoint: Path | None, family: str | None, module: str | None, arguments: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[nn.Module, str, dict[str, object]]:
     from stepcell.exporter import load_checkpoint, step_model
     from stepcell.exporter.families import load_strictly
@@ -125,7 +140,7 @@ def _load(
     if module is None:
         assert checkpoint is not None
         content = load_checkpoint(checkpoint)
-        model, name, used = step_model(content, family, arguments)
+        model, name, used = step_model(content, family, arguments, shapes)
         log(f"family:  {name} ({', '.join(f'{key}={value}' for key, value in used.items())})")
         return model, name, {"checkpoint_sha256": content.sha256, "arguments": used}
     model = module_from_factory(module, arguments)
@@ -135,6 +150,45 @@ def _load(
         load_strictly(model, content.tensors, f"{checkpoint}: --module {module}")
         source["checkpoint_sha256"] = content.sha256
     return model, "module", source
+
+
+def _adopt(
+    model: nn.Module,
+    module: str | None,
+    shapes: dict[str, Any],
+    dynamic: list[str],
+    positions: dict[str, int],
+    precision: str,
+) -> tuple[nn.Module, dict[str, Any]]:
+    from stepcell.exporter.adopt import adopt
+
+    if not shapes:
+        raise UsageError(
+            f"--module {module}: {type(model).__name__} lists no inputs and states, so it is called to find them: "
+            "needs --shape with the shape of each data input",
+            hint="such as --shape x:1x3x64x64; see docs/own-module.md",
+        )
+    adopted = adopt(model, shapes, dynamic=dynamic, returned=positions)
+    for note in adopted.notes:
+        log(note)
+    if precision == "float16" and adopted.narrow_states:
+        names = ", ".join(adopted.narrow_states)
+        log(
+            f"note: {names}: computed by the module's own code, in float16; try --precision float32 if it is too narrow"
+        )
+    return adopted, dict(adopted.example_shapes)
+
+
+def _positions(returned: Sequence[str]) -> dict[str, int]:
+    positions: dict[str, int] = {}
+    for text in returned:
+        name, _, position = text.partition("=")
+        if not name or not position.lstrip("-").isdecimal():
+            raise UsageError(f"--state: expected NAME=POSITION, got {text!r}", hint="such as --state h=1")
+        if name in positions:
+            raise UsageError(f"--state {name}: given twice")
+        positions[name] = int(position)
+    return positions
 
 
 def _errors(parity: Parity) -> str:

@@ -121,3 +121,65 @@ def test_every_command_has_help_with_examples() -> None:
         result = call(name, "--help")
         assert result.exit_code == 0
         assert f"stepcell {name}" in result.output.partition("Examples:")[2], name
+
+
+NOTEBOOK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.conv_rz, self.conv_n = (nn.Conv2d(3 + channels, n * channels, 3, padding=1) for n in (2, 1))
+        self.channels, self.h = channels, None
+
+    def forward(self, x):
+        h = torch.zeros(len(x), self.channels, *x.shape[2:]) if self.h is None else self.h
+        r, z = torch.sigmoid(self.conv_rz(torch.cat([h, x], 1))).chunk(2, 1)
+        self.h = z * h + (1 - z) * torch.tanh(self.conv_n(torch.cat([r * h, x], 1)))
+        return self.h
+
+class Counts(Net):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) + (self.calls > 9)
+"""
+
+
+def test_any_module_is_adopted_and_its_checkpoint_loaded(checkpoint: Path) -> None:
+    Path("notebook.py").write_text(NOTEBOOK)
+    weights = {"conv_rz.weight": (8, 7, 3, 3), "conv_rz.bias": (8,), "conv_n.weight": (4, 7, 3, 3), "conv_n.bias": (4,)}
+    torch.save({name: torch.randn(shape) for name, shape in weights.items()}, "n.pth")
+    arguments = ["n.pth", "--module", "notebook:Net", "--shape", "x:1x3x16x24", "--dynamic", "batch", "-o", "n.onnx"]
+    result = call("export", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    contract = json.loads(result.stdout)
+    assert contract["inputs"][0]["shape"] == ["batch", 3, 16, 24]
+    assert [(cell["op"], cell["reset"]) for cell in contract["cells"]] == [("stepcell::ConvGRU", "before")]
+    assert contract["states"][0]["input"] == "state_in.h"
+    assert len(contract["source"]["checkpoint_sha256"]) == 64
+    assert "is stepcell::ConvGRU, 4 channels, kernel 3x3, reset before" in result.stderr
+    assert "state:   h (batch, 4, 16, 24), attribute h" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--module", "notebook2:Net"], 2, "needs --shape with the shape of each data input"),
+        (["--module", "notebook2:Net", "--shape", "frame:1x3x8x8"], 2, "frame: forward has no such argument"),
+        (["--module", "notebook2:Net", "--shape", "x:1x2x8x8"], 1, "Net: forward failed"),
+        (["--module", "notebook2:Net", "--shape", "x:1x3x8x8", "--state", "h"], 2, "--state: expected NAME=POSITION"),
+        (["--module", "notebook2:Net", "--shape", "x:1x3x8x8", "--state", "h=1", "--state", "h=0"], 2, "given twice"),
+        (["--module", "notebook2:Net", "--shape", "x:1x3x8x8", "--dynamic", "time"], 2, "no such symbol"),
+        (["--module", "notebook2:Counts", "--shape", "x:1x3x8x8"], 3, "differs from the original"),
+        (["d.safetensors", "--state", "h=1"], 2, "--state: is for --module"),
+    ],
+)
+def test_bad_calls_with_a_module_of_ones_own(checkpoint: Path, arguments: list[str], code: int, message: str) -> None:
+    Path("notebook2.py").write_text(NOTEBOOK)
+    result = call("export", *arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert not list(Path().glob("*.onnx"))

@@ -1,0 +1,151 @@
+"""Which sizes follow from which: found by calling a module at several sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from stepcell.dims import Dim
+from stepcell.errors import ExportError
+
+__all__ = ["Shapes", "symbolic_shapes"]
+
+Measure = Callable[[Mapping[str, Sequence[int]]], list[tuple[int, ...]]]
+
+_AXES = {"batch": 0, "height": 2, "width": 3}
+_MULTIPLES = (1, 2, 4, 8, 16, 32)
+_FAR = 64  # a multiple of each, far enough to tell `size // 32` from a constant
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes with symbols.
+
+    Attributes:
+        inputs: by name.
+        measured: of everything that was measured.
+        batch_axes: of the same, where the batch lies; 0 where nothing tells.
+        pad_multiple: height and width must be multiples of it.
+    """
+
+    inputs: dict[str, tuple[Dim, ...]]
+    measured: list[tuple[Dim, ...]]
+    batch_axes: list[int]
+    pad_multiple: int
+
+
+def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str], measure: Measure) -> Shapes:
+    """Shapes in which the sizes named in `dynamic` are symbols, the others numbers.
+
+    Args:
+        inputs: example shapes; axis 0 is the batch, axes 2 and 3 of four are height and width.
+        dynamic: of batch, height, width.
+        measure: shapes of outputs and states for given input shapes; may raise anything.
+
+    Raises:
+        ExportError: the module does not run at other sizes, or its sizes follow no simple rule.
+    """
+    base = measure(inputs)
+    shapes: list[list[Dim]] = [list(shape) for shape in base]
+    named: dict[str, list[Dim]] = {name: list(shape) for name, shape in inputs.items()}
+    batch_axes, multiple = [0] * len(base), 1
+    for symbol in _AXES:
+        if symbol != "batch" and symbol not in dynamic:
+            continue
+        rules = _rules(symbol, inputs, base, measure)
+        if symbol == "batch" and rules is not None:
+            changing = [[axis for axis, rule in enumerate(shape) if isinstance(rule, str)] for shape in rules[1]]
+            batch_axes = [axes[0] if axes else 0 for axes in changing]
+        if symbol not in dynamic:
+            continue
+        if rules is None:
+            raise ExportError(
+                f"--dynamic {symbol}: the module does not run at other sizes, or its sizes follow no simple rule",
+                hint="leave it out; --shape then fixes the size",
+            )
+        multiple = max(multiple, rules[0])
+        for shape, found in zip(shapes, rules[1], strict=True):
+            for axis, rule in enumerate(found):
+                if isinstance(rule, str):
+                    if isinstance(shape[axis], str):
+                        raise ExportError(f"--dynamic {symbol}: a size follows from two symbols: {shape[axis]}, {rule}")
+                    shape[axis] = rule
+        for shape in named.values():
+            for axis in _axes(symbol, shape):
+                shape[axis] = _scaled(symbol, int(shape[axis]), _size(symbol, inputs))
+    return Shapes(
+        {name: tuple(shape) for name, shape in named.items()}, [tuple(s) for s in shapes], batch_axes, multiple
+    )
+
+
+def _rules(
+    symbol: str, inputs: Mapping[str, Sequence[int]], base: Sequence[tuple[int, ...]], measure: Measure
+) -> tuple[int, list[tuple[Dim, ...]]] | None:
+    """The smallest multiple that works, and every measured size as a rule of the symbol."""
+    size = _size(symbol, inputs)
+    for multiple in (1,) if symbol == "batch" else _MULTIPLES:
+        if size % multiple:
+            return None
+        deltas = (1, 2) if symbol == "batch" else (multiple, 2 * multiple, 3 * multiple, _FAR)
+        try:
+            found = [base, *(measure(_resized(symbol, inputs, size, size + delta)) for delta in deltas)]
+        except Exception:  # whatever the user's code raises at a size it is not made for
+            continue
+        sizes = [size, *(size + delta for delta in deltas)]
+        rules = [
+            tuple(_rule(symbol, sizes, values) for values in zip(*shapes, strict=True))
+            for shapes in zip(*found, strict=True)
+        ]
+        if all(rule is not None for shape in rules for rule in shape):
+            return multiple, rules  # type: ignore[return-value]
+    return None
+
+
+def _rule(symbol: str, sizes: Sequence[int], values: Sequence[int]) -> Dim | None:
+    """A number, or an expression such as `height`, `height // 4`, `(height + 3) // 4`, `height * 2`."""
+    if len(set(values)) == 1:
+        return values[0]
+    pairs = list(zip(sizes, values, strict=True))
+    for k in range(1, 129):
+        for a in range(-k, k + 1):
+            if all(value == (size + a) // k for size, value in pairs):
+                shifted = symbol if a == 0 else f"{symbol} + {a}" if a > 0 else f"{symbol} - {-a}"
+                return shifted if k == 1 else f"{symbol} // {k}" if a == 0 else f"({shifted}) // {k}"
+    for k in range(2, 33):
+        if all(value == size * k for size, value in pairs):
+            return f"{symbol} * {k}"
+    return None
+
+
+def _axes(symbol: str, shape: Sequence[object]) -> list[int]:
+    return [_AXES[symbol]] if symbol == "batch" or len(shape) == 4 else []
+
+
+def _size(symbol: str, inputs: Mapping[str, Sequence[int]]) -> int:
+    """The value of a symbol: that of the first input which has it."""
+    for shape in inputs.values():
+        for axis in _axes(symbol, shape):
+            return shape[axis]
+    raise ExportError(f"--dynamic {symbol}: no input has four axes (batch, channels, height, width)")
+
+
+def _scaled(symbol: str, size: int, whole: int) -> Dim:
+    """The size of another input as a part or a multiple of the symbol; fixed where it is neither."""
+    if size == whole:
+        return symbol
+    if whole % size == 0:
+        return f"{symbol} // {whole // size}"
+    return f"{symbol} * {size // whole}" if size % whole == 0 else size
+
+
+def _resized(symbol: str, inputs: Mapping[str, Sequence[int]], whole: int, size: int) -> dict[str, tuple[int, ...]]:
+    resized = {}
+    for name, shape in inputs.items():
+        new = list(shape)
+        for axis in _axes(symbol, shape):
+            if whole % new[axis] == 0:
+                new[axis] = size // (whole // new[axis])
+            elif new[axis] % whole == 0:
+                new[axis] = size * (new[axis] // whole)
+        resized[name] = tuple(new)
+    return resized

@@ -1,0 +1,51 @@
+"""Nested tuples, lists and dicts as a flat list of leaves and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Spec", "flatten", "map_leaves"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The structure of a container; a leaf has no kind. Named tuples and kinds of dict keep their class.
+
+    torch has such trees too, as a private module whose specs warn when they are copied.
+    """
+
+    kind: type | None = None
+    keys: tuple[Any, ...] | None = None
+    children: tuple[Spec, ...] = ()
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """The container again, with these leaves."""
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Iterator[Any]) -> Any:
+        if self.kind is None:
+            return next(leaves)
+        values = [child._build(leaves) for child in self.children]
+        if self.keys is not None:
+            return self.kind(zip(self.keys, values, strict=True))
+        return self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)
+
+
+def flatten(value: Any) -> tuple[list[Any], Spec]:
+    """Leaves in order, and the structure; whatever is no tuple, list or dict is a leaf, None too."""
+    if isinstance(value, dict):
+        keys, values = tuple(value), list(value.values())
+    elif isinstance(value, (tuple, list)):
+        keys, values = None, list(value)
+    else:
+        return [value], Spec()
+    parts = [flatten(each) for each in values]
+    return [leaf for leaves, _ in parts for leaf in leaves], Spec(type(value), keys, tuple(spec for _, spec in parts))
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same container with `function` of every leaf."""
+    leaves, spec = flatten(value)
+    return spec.unflatten([function(leaf) for leaf in leaves])
