@@ -1,16 +1,18 @@
-"""Pictures to tensors and back: scale, pad, crop, as the contract says."""
+"""Pictures and event tensors to inputs, outputs to pictures: scale, pad, crop, as the contract says."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
-from stepcell.errors import InputError, StepcellError
+from stepcell.errors import InputError, StepcellError, UsageError
+from stepcell.event_spec import EventSpec, EventWindow
 
-__all__ = ["FrameAdapter", "image_input", "is_image", "pad_up", "to_pixels"]
+__all__ = ["FrameAdapter", "event_input", "image_input", "is_image", "pad_up", "to_pixels"]
 
 PIXELS = {1: "greyscale (1 channel)", 3: "colour (3 channels, RGB)"}
 
@@ -21,18 +23,18 @@ def is_image(spec: TensorSpec) -> bool:
 
 
 def image_input(contract: StepContract) -> TensorSpec:
-    """The one data input, where it is a picture of a single stream.
+    """The one data input, where it is a picture or an event tensor of a single stream.
 
     Raises:
-        InputError: there are several inputs, or the one is not a picture, or its batch is fixed
-            at more than one.
+        InputError: there are several inputs, or the one is neither, or its batch is fixed at more
+            than one.
     """
     hint = "step it from Python with stepcell.runtime.StepLoop (docs/run.md)"
     names = ", ".join(f"{spec.name} {spec.shape}" for spec in contract.inputs)
-    if len(contract.inputs) != 1 or not is_image(contract.inputs[0]):
+    if len(contract.inputs) != 1 or not (is_image(contract.inputs[0]) or contract.inputs[0].events):
         raise InputError(
             f"this model takes {names or 'no input'}; a stream of frames needs exactly one input, "
-            "of layout NCHW with 1 or 3 channels",
+            "of layout NCHW with 1 or 3 channels, or one of events",
             hint=hint,
         )
     spec = contract.inputs[0]
@@ -41,16 +43,36 @@ def image_input(contract: StepContract) -> TensorSpec:
     return spec
 
 
+def event_input(spec: TensorSpec, window: str | None = None) -> EventSpec | None:
+    """How the input is made of events, with another window where one is asked for; None: it is a picture.
+
+    Args:
+        window: as `--event-window` takes it, such as `30ms`.
+
+    Raises:
+        UsageError: another form of window, or one for a model of pictures.
+    """
+    events = spec.events
+    if isinstance(events, msgspec.UnsetType):
+        if window is not None:
+            raise UsageError(f"--event-window: {spec.name} takes pictures, not events")
+        return None
+    if window is None:
+        return events
+    return msgspec.structs.replace(events, window=EventWindow.parse(window, subject="--event-window"))
+
+
 class FrameAdapter:
     """Frames of one size into the input tensor of a model, and its outputs back to that size.
 
     Args:
         spec: the model's picture input.
         frame: the first frame: pixels (H, W, C) uint8 RGB or grey, or a tensor (C, H, W) of floats,
-            taken as already scaled and normalised.
+            taken as already scaled and normalised; or an event tensor (C, H, W).
 
     Raises:
-        InputError: another number of channels, or a size the model was not exported for.
+        InputError: pictures for a model of events, another number of channels, or a size the model
+            was not exported for.
     """
 
     def __init__(self, spec: TensorSpec, frame: NDArray[Any]) -> None:
@@ -58,7 +80,11 @@ class FrameAdapter:
         self.shape = frame.shape
         self._pixels = frame.dtype == np.uint8
         height, width, channels = frame.shape if self._pixels else (*frame.shape[1:], frame.shape[0])
-        _check_channels(spec, channels)
+        if not spec.events:
+            _check_channels(spec, channels)
+        elif self._pixels or channels != spec.shape[1]:
+            got = "pixels" if self._pixels else f"{channels} channels"
+            raise InputError(f"{spec.name}: the model takes events, {spec.events}: {spec.shape[1]} channels; got {got}")
         self.size: tuple[int, int] = (height, width)
         self.padded = (pad_up(height, spec.pad_multiple), pad_up(width, spec.pad_multiple))
         for fixed, size in zip(spec.shape[2:], self.padded, strict=True):
@@ -68,12 +94,13 @@ class FrameAdapter:
                     f"got {width}x{height}",
                     hint="export it with --dynamic height,width, or resize the clip",
                 )
-        self._tensor = np.empty((1, channels, *self.padded), spec.dtype)
+        self._tensor = np.zeros((1, channels, *self.padded), spec.dtype)
         self._table = _pixel_table(spec, channels) if self._pixels else None
 
     def to_input(self, frame: NDArray[Any]) -> NDArray[Any]:
-        """(1, C, H, W) in the model's dtype, padded at the bottom and right by repeating the edge.
+        """(1, C, H, W) in the model's dtype, padded at the bottom and right.
 
+        A picture is continued with its edge, events with zeros: beside the sensor there are none.
         The same array every time: it is read by the step and overwritten by the next frame.
 
         Raises:
@@ -88,6 +115,8 @@ class FrameAdapter:
         else:
             for channel, table in enumerate(self._table):
                 inner[channel] = np.take(table, frame[..., channel], mode="clip")  # "clip" skips a range check
+        if self.spec.events:
+            return self._tensor
         if height < self.padded[0]:
             self._tensor[0, :, height:, :width] = inner[:, -1:, :]
         if width < self.padded[1]:

@@ -1,13 +1,14 @@
-"""Where frames come from: video, camera, folder of pictures, array or raw frames on stdin.
+"""Where frames come from: video, camera, folder of pictures, array, raw frames on stdin, or events.
 
 A source is iterated once. Video, pictures and raw frames come as pixels (H, W, C) uint8, C = 3
-(RGB) or 1 (grey); a float array comes as tensors (C, H, W). A frame that cannot be read raises
-InputError with its number.
+(RGB) or 1 (grey); a float array and events come as tensors (C, H, W). A frame that cannot be read
+raises InputError with its number.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError, UsageError
+from stepcell.event_spec import EventSpec
 from stepcell.files import read_bytes
 
 __all__ = ["ArraySource", "RawSource", "Source", "open_source", "parse_size"]
@@ -31,33 +33,51 @@ class Source(Protocol):
         name: as the user wrote it; "stdin" for `-`.
         fps: frames per second, where the source knows.
         length: number of frames, where the source knows.
+        live: it goes on from now when it is opened again, and not from its first frame.
+        seconds: when the frame that came last was taken, on the source's own clock; None where
+            frames have no time.
     """
 
     name: str
     fps: Fraction | None
     length: int | None
+    live: bool
+    seconds: float | None
 
     def __iter__(self) -> Iterator[NDArray[Any]]: ...
 
     def close(self) -> None: ...
 
 
-def open_source(text: str, *, channels: int = 3, size: tuple[int, int] | None = None) -> Source:
+def open_source(
+    text: str, *, channels: int = 3, size: tuple[int, int] | None = None, events: EventSpec | None = None
+) -> Source:
     """Open what the user named.
 
     Args:
-        text: a video file or URL, a folder of .png/.jpg, a .npy, `camera:N`, or `-` for stdin.
+        text: a video file or URL, a folder of .png/.jpg, a .npy, `camera:N`, or `-` for stdin; for a
+            model of events a .dat, .raw or .npz file of them.
         channels: of the raw frames on stdin: 3 (rgb24) or 1 (gray8).
-        size: (width, height) of the raw frames on stdin.
+        size: (width, height) of the raw frames on stdin, or of the sensor where a file of events
+            does not say.
+        events: how the model's input is made of events, where it is.
 
     Raises:
-        UsageError: `-` without a size, or a size without `-`.
-        InputError: it does not exist or cannot be read as frames.
+        UsageError: `-` without a size, or a size that nothing takes.
+        InputError: it does not exist, cannot be read as frames, or is not what the model takes.
     """
     from stepcell.runtime.av_read import CAMERA, FolderSource, VideoSource
+    from stepcell.runtime.events.source import EVENT_FILES, EventSource
+
+    if (events is not None) != (Path(text).suffix in EVENT_FILES):
+        wanted = "events" if events is not None else "pictures"
+        files = ", ".join(EVENT_FILES) if events is not None else "a video, pictures or .npy"
+        raise InputError(f"{text}: the model takes {wanted}", hint=f"give it {files}")
+    if events is not None:
+        return EventSource(Path(text), events, size)
 
     if (text == STDIN) != (size is not None):
-        raise UsageError("--size: raw frames on stdin (--input -) need it, and nothing else takes it")
+        raise UsageError("--size: raw frames on stdin (--input -) need it, and of pictures nothing else takes it")
     if size is not None:
         import sys
 
@@ -88,6 +108,8 @@ class ArraySource:
     """A .npy file: (T, H, W, C) uint8 pixels, or (T, C, H, W) floats already in the model's range."""
 
     fps: Fraction | None = None
+    live = False
+    seconds: float | None = None
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -130,6 +152,8 @@ class RawSource:
 
     fps: Fraction | None = None
     length: int | None = None
+    live = True
+    seconds: float | None = None  # when it came in
 
     def __init__(self, stream: BinaryIO, size: tuple[int, int], channels: int) -> None:
         self.name = "stdin"
@@ -145,6 +169,7 @@ class RawSource:
                     f"stdin: ended inside frame {number}: {len(data)} of {size} bytes",
                     hint=f"the sender must use {self._shape[1]}x{self._shape[0]} and {self._shape[2]} bytes a pixel",
                 )
+            self.seconds = time.monotonic()
             yield np.frombuffer(data, np.uint8).reshape(self._shape)
             number += 1
 

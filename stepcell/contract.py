@@ -7,13 +7,17 @@ field: docs/contract.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from stepcell.dims import Dim, bind, resolve, symbols_of
 from stepcell.errors import ContractError, InputError
+from stepcell.event_spec import EventSpec
 
 __all__ = [
     "METADATA_KEY",
@@ -22,6 +26,7 @@ __all__ = [
     "STATE_OUT",
     "CellSpec",
     "DType",
+    "InitialValue",
     "Parity",
     "Spec",
     "StateSpec",
@@ -38,6 +43,7 @@ STATE_IN = "state_in."
 STATE_OUT = "state_out."
 
 DType = Literal["float16", "float32", "float64", "int32", "int64", "bool", "uint8"]
+MAX_INITIAL_BYTES = 4 << 20  # of one state's initial value: a contract stays a document
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +57,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
         range: smallest and largest value the model was trained on, for images; None: unscaled.
         mean, std: per-channel normalisation applied after scaling to `range`, or None.
         pad_multiple: height and width are padded up to a multiple of this before the step.
+        events: how it is made of the events of an event camera, where it is.
     """
 
     name: str
@@ -61,6 +68,37 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     pad_multiple: int = 1
+    events: EventSpec | msgspec.UnsetType = msgspec.UNSET
+
+
+class InitialValue(msgspec.Struct, frozen=True, kw_only=True):
+    """What a state holds before its first step, where that is not zero; the same for every stream.
+
+    Attributes:
+        shape: the state's without its batch axis; 1 where all positions of an axis are alike, as
+            in (C, 1, 1).
+        dtype: of the numbers in `data`.
+        data: the numbers in C order, little-endian; base64 in JSON.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Literal["float16", "float32", "float64"]
+    data: bytes
+
+    @classmethod
+    def of(cls, value: ArrayLike) -> InitialValue:
+        """From an array of floats, without the batch axis."""
+        array = np.ascontiguousarray(value)
+        name: Any = array.dtype.newbyteorder("=").name
+        return cls(shape=np.shape(value), dtype=name, data=array.astype(array.dtype.newbyteorder("<")).tobytes())
+
+    def array(self) -> NDArray[Any]:
+        """The numbers; `StepContract.check` has seen that they fill the shape."""
+        little: NDArray[Any] = np.frombuffer(self.data, np.dtype(self.dtype).newbyteorder("<"))
+        return little.astype(self.dtype).reshape(self.shape)
+
+    def __str__(self) -> str:
+        return f"a value of shape {' x '.join(map(str, self.shape)) or '1'}"
 
 
 class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +109,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
         shape: as in `TensorSpec`; every symbol also occurs in a data input.
         dtype: how it is stored between steps (float32 unless asked otherwise).
         batch_axis: the axis that counts streams.
-        init: its value before the first step.
+        init: its value before the first step: "zeros", or a learned one.
         original_input, original_output: what the file that was adopted called the two ends.
     """
 
@@ -79,7 +117,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[Dim, ...]
     dtype: DType = "float32"
     batch_axis: int = 0
-    init: Literal["zeros"] = "zeros"
+    init: Literal["zeros"] | InitialValue = "zeros"
     input: str = ""
     output: str = ""
     original_input: str | msgspec.UnsetType = msgspec.UNSET
@@ -89,6 +127,13 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
         # Written out in the JSON so that a reader needs no rule, derived so that they cannot differ.
         msgspec.structs.force_setattr(self, "input", STATE_IN + self.name)
         msgspec.structs.force_setattr(self, "output", STATE_OUT + self.name)
+
+    def initial(self, shape: Sequence[int]) -> NDArray[Any]:
+        """The state before its first step, in its dtype, as a read-only view of `shape` (sizes, batch included)."""
+        value = np.zeros((), self.dtype)
+        if isinstance(self.init, InitialValue):
+            value = np.expand_dims(self.init.array().astype(self.dtype), self.batch_axis)
+        return np.broadcast_to(value, tuple(shape))
 
 
 Spec = TensorSpec | StateSpec
@@ -208,7 +253,7 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         return contract
 
     def check(self, subject: str = "contract") -> None:
-        """Raise ContractError where names repeat or a size cannot be derived."""
+        """Raise ContractError where names repeat, a size cannot be derived or an initial value does not fit."""
         names = [*(spec.name for spec in self.inputs), *(state.name for state in self.states)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -220,6 +265,10 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
                 raise ContractError(
                     f"{subject}: {spec.name}: shape {spec.shape} uses {sorted(unknown)}, which no input defines"
                 )
+        for state in self.states:
+            _check_initial(state, subject)
+        for spec in self.inputs:
+            _check_events(spec, subject)
 
 
 class _Version(msgspec.Struct):
@@ -235,6 +284,48 @@ def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:
                 f"{spec.name}: height and width must be multiples of {spec.pad_multiple}, got {tuple(shape)}",
                 hint="take the next multiple up; `stepcell run` pads frames to it and crops the results by itself",
             )
+
+
+def _check_events(spec: TensorSpec, subject: str) -> None:
+    """A tensor of events has a channel for each bin, and a window that holds something."""
+    events = spec.events
+    if isinstance(events, msgspec.UnsetType):
+        return
+    if spec.layout != "NCHW" or len(spec.shape) != 4 or not spec.dtype.startswith("float"):
+        raise ContractError(
+            f"{subject}: {spec.name}: events need floats of layout NCHW, got {spec.dtype} {spec.layout} {spec.shape}"
+        )
+    if events.bins < 1 or spec.shape[1] != events.channels:
+        raise ContractError(
+            f"{subject}: {spec.name}: {events.bins} bins with polarity {events.polarity} make "
+            f"{events.channels} channels, the shape has {spec.shape[1]}"
+        )
+    if not 0 < events.window.size < math.inf:
+        raise ContractError(f"{subject}: {spec.name}: expected a window above zero, got {events.window}")
+
+
+def _check_initial(state: StateSpec, subject: str) -> None:
+    """An initial value must fit the state at every size it may have."""
+    if not isinstance(state.init, InitialValue):
+        return
+    name, init = f"{subject}: {state.name}: initial value", state.init
+    if not state.dtype.startswith("float"):
+        raise ContractError(f"{name}: only states of floats have one, this one is {state.dtype}")
+    if not 0 <= state.batch_axis < len(state.shape):
+        raise ContractError(f"{name}: batch_axis {state.batch_axis} is no axis of {state.shape}")
+    dims = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
+    if len(init.shape) != len(dims) or any(size not in (1, dim) for size, dim in zip(init.shape, dims, strict=True)):
+        raise ContractError(
+            f"{name}: expected shape {dims} or 1 in the place of an axis, got {init.shape}",
+            hint="a value per position needs a fixed height and width: export with --shape",
+        )
+    size = math.prod(init.shape) * np.dtype(init.dtype).itemsize
+    if size > MAX_INITIAL_BYTES or len(init.data) != size:
+        raise ContractError(
+            f"{name}: expected {size} bytes of {init.dtype}, at most {MAX_INITIAL_BYTES}, got {len(init.data)}"
+        )
+    if not np.isfinite(init.array()).all():
+        raise ContractError(f"{name}: holds NaN or Inf")
 
 
 def state_names(cells: Sequence[Sequence[str]], *, numbered: bool = False) -> list[str]:

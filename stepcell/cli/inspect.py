@@ -101,6 +101,8 @@ def _row(kind: str, name: str, spec: Spec) -> list[str]:
         notes.append(f"mean {spec.mean}, std {spec.std}")
     if spec.pad_multiple > 1:
         notes.append(f"height, width multiples of {spec.pad_multiple}")
+    if spec.events:
+        notes.append(str(spec.events))
     return [kind, name, shape, spec.dtype, ", ".join(filter(None, notes))]
 
 

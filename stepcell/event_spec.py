@@ -1,0 +1,88 @@
+"""How the events of an event camera become the input tensor of a model.
+
+Part of the contract: `TensorSpec.events`. docs/events.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from stepcell.errors import UsageError
+
+__all__ = ["EventSpec", "EventWindow"]
+
+_TEXT = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|events/pixel|events)")
+_MICROSECONDS = {"us": 1, "ms": 1000, "s": 1_000_000}
+
+
+class EventWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """How many events go into one step.
+
+    Attributes:
+        size: in `unit`, above zero.
+        unit: "us": a fixed time in microseconds; "events": a fixed number; "events/pixel": a fixed
+            number per pixel of the sensor.
+    """
+
+    size: float
+    unit: Literal["us", "events", "events/pixel"]
+
+    @classmethod
+    def parse(cls, text: str, *, subject: str = "window") -> EventWindow:
+        """From `5000us`, `30ms`, `15000events` or `0.35events/pixel`.
+
+        Raises:
+            UsageError: another form, or less than one event or microsecond.
+        """
+        match = _TEXT.fullmatch(text)
+        if match is not None:
+            size, unit = float(match[1]), match[2]
+            if unit in _MICROSECONDS:
+                size, unit = float(round(size * _MICROSECONDS[unit])), "us"
+            if size > 0 and (unit == "events/pixel" or size == int(size)):
+                return cls(size=size, unit=unit)  # type: ignore[arg-type]  # the pattern has no other
+        raise UsageError(
+            f"{subject}: expected a time or a number of events, got {text!r}",
+            hint="such as 5000us, 30ms, 15000events or 0.35events/pixel",
+        )
+
+    def count(self, pixels: int) -> int | None:
+        """Events of one window on a sensor of so many pixels; None where it is by time."""
+        if self.unit == "us":
+            return None
+        return max(1, int(self.size * pixels if self.unit == "events/pixel" else self.size))
+
+    def __str__(self) -> str:
+        return f"{self.size:g} {self.unit}"
+
+
+class EventSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What each channel of an event tensor holds.
+
+    Attributes:
+        representation: "voxel_grid", "event_volume" or "histogram": how an event is shared out
+            among the time bins (`stepcell.runtime.events.tensor`).
+        bins: time bins from the first event of a window to its last.
+        polarity: "signed": one channel a bin, where a falling event counts as -1; "split": first
+            the bins of the falling events, then those of the rising ones, all counted as +1.
+        window: the events of one step.
+        normalise: the non-zero values are shifted and scaled to mean 0 and standard deviation 1.
+    """
+
+    representation: Literal["voxel_grid", "event_volume", "histogram"]
+    bins: int
+    polarity: Literal["signed", "split"] = "signed"
+    window: EventWindow
+    normalise: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of the tensor."""
+        return self.bins * (2 if self.polarity == "split" else 1)
+
+    def __str__(self) -> str:
+        norm = ", normalised" if self.normalise else ""
+        return f"{self.representation} of {self.bins} bins, {self.polarity}{norm}, {self.window} a step"
