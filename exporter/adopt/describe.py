@@ -106,12 +106,21 @@ def _slot_name(slot: Slot, state: Lifted, *, alone: bool) -> str:
 
 
 def _output_names(outputs: Any) -> list[str]:
-    """The keys of a dict of tensors; `y`, or `y0`, `y1`, ... otherwise."""
-    if isinstance(outputs, Mapping) and all(isinstance(value, Tensor) for value in outputs.values()):
-        return [str(key) for key in outputs]
+    """The keys of dicts where every tensor has one of its own; `y`, or `y0`, `y1`, ... otherwise."""
     leaves = flatten(outputs)[0]
     foreign = [type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]
     if foreign:
         raise ExportError(f"forward returns a {foreign[0]}; a step returns tensors", hint="in tuples, lists and dicts")
-    count = sum(isinstance(leaf, Tensor) for leaf in leaves)
-    return ["y"] if count == 1 else [f"y{index}" for index in range(count)]
+    keys = [key for key, leaf in zip(_keys(outputs), leaves, strict=True) if leaf is not None]
+    if all(keys) and len(set(keys)) == len(keys):
+        return keys
+    return ["y"] if len(keys) == 1 else [f"y{index}" for index in range(len(keys))]
+
+
+def _keys(value: Any, key: str = "") -> list[str]:
+    """Of every leaf the innermost dict key above it."""
+    if isinstance(value, Mapping):
+        return [name for own, child in value.items() for name in _keys(child, str(own))]
+    if isinstance(value, (tuple, list)):
+        return [name for child in value for name in _keys(child, key)]
+    return [key]

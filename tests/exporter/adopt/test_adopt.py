@@ -517,3 +517,13 @@ def test_the_module_is_left_as_it_is() -> None:
     assert torch.get_default_dtype() == torch.float32
     assert isinstance(net.cell, Cell)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_outputs_in_a_dict_beside_the_state_keep_their_keys() -> None:
+    class Named(Base):
+        def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+            state = self.cell(self.features(x), state)
+            return {"mask": self.head(state), "heat": state}, state
+
+    adopted = adopt(Named().eval(), {"x": (1, 3, 8, 8)})
+    assert [spec.name for spec in adopted.outputs] == ["mask", "heat"]
