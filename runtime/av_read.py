@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -53,11 +54,12 @@ class VideoSource:
             raise InputError(f"{name}: has no video stream")
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
-        live = camera or "://" in name
+        self.live = bool(camera) or "://" in name
+        self.seconds: float | None = None
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps: Fraction | None = Fraction(rate) if rate else None  # PyAV 19 has a type of its own
-        self.length: int | None = None if live else self._stream.frames or None
-        self._seconds = None if live else self._declared_seconds()
+        self.length: int | None = None if self.live else self._stream.frames or None
+        self._seconds = None if self.live else self._declared_seconds()
 
     def _declared_seconds(self) -> float | None:
         """How long the file says its pictures go on; None where it does not say."""
@@ -76,6 +78,7 @@ class VideoSource:
                     pixels = _pixels(frame)
                     if pixels.shape != (shape := shape or pixels.shape):
                         raise InputError(f"{self.name}: frame {number} is {pixels.shape}, the first one {shape}")
+                    self.seconds = time.monotonic() if frame.time is None and self.live else frame.time
                     yield pixels
                     last = frame.time or last
                     first = first if number else last
@@ -103,6 +106,8 @@ class FolderSource:
     """
 
     fps: Fraction | None = None
+    live = False
+    seconds: float | None = None
 
     def __init__(self, folder: Path) -> None:
         require("av", extra="video", purpose="reading pictures")

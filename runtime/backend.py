@@ -42,11 +42,16 @@ class Backend(Protocol):
         """
         ...
 
-    def step(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def step(self, inputs: Mapping[str, NDArray[Any]], idle: Sequence[int] = ()) -> dict[str, NDArray[Any]]:
         """One step. Inputs have the contract's dtypes and the configured shapes, C-contiguous.
 
         The returned arrays belong to the caller: no later step writes to them. A step that
         fails leaves the states as they were before it.
+
+        Args:
+            idle: rows of the batch axis that take no part: their states stay as they were, bit by
+                bit, and their outputs mean nothing. Each costs a copy of its states on the device;
+                none is copied where all rows step.
         """
         ...
 

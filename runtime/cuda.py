@@ -7,6 +7,7 @@ on every machine, also without a driver and without the extra.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,8 +26,11 @@ __all__ = [
     "Event",
     "Gpu",
     "PinnedArray",
+    "Rows",
     "Stream",
     "check",
+    "clear_row",
+    "copy_row",
     "copy_to_device",
     "copy_to_host",
     "device_count",
@@ -198,28 +202,63 @@ class DeviceBuffer:
         """Queue filling it with zeros."""
         check(_runtime().cudaMemsetAsync(self.address, 0, self.nbytes, stream.handle))
 
-    def clear_slice(self, index: int, shape: Sequence[int], axis: int, itemsize: int, stream: Stream) -> None:
-        """Queue filling one index of one axis with zeros, the buffer seen as a C-ordered array.
-
-        Args:
-            shape: the array's shape; its size is that of the buffer.
-            itemsize: bytes of an element.
-        """
-        outer, inner = int(np.prod(shape[:axis])), int(np.prod(shape[axis + 1 :])) * itemsize
-        start, pitch = self.address + index * inner, shape[axis] * inner
-        check(_runtime().cudaMemset2DAsync(start, pitch, 0, inner, outer, stream.handle))
-
     def close(self) -> None:
         address, self.address = self.address, 0
         if address:
             check(_runtime().cudaFree(address))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """One axis of a C-ordered array on the device, to be copied or cleared index by index.
+
+    Attributes:
+        address: of the array.
+        outer: product of the sizes before the axis.
+        count: size of the axis.
+        inner: bytes of one index of the axis within one of `outer`.
+    """
+
+    address: int
+    outer: int
+    count: int
+    inner: int
+
+    @classmethod
+    def of(cls, address: int, shape: Sequence[int], axis: int, itemsize: int) -> Rows:
+        """Args: shape and bytes of an element of the array, and which axis."""
+        return cls(address, math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]) * itemsize)
+
+
+def clear_row(rows: Rows, index: int, stream: Stream) -> None:
+    """Queue filling one index with zeros."""
+    start, pitch = rows.address + index * rows.inner, rows.count * rows.inner
+    check(_runtime().cudaMemset2DAsync(start, pitch, 0, rows.inner, rows.outer, stream.handle))
+
+
+def copy_row(target: Rows, index: int, source: Rows, source_index: int, stream: Stream) -> None:
+    """Queue a copy of one index of `source`, of the same sizes but for the axis, on the device."""
+    assert (target.outer, target.inner) == (source.outer, source.inner), (target, source)
+    runtime = _runtime()
+    check(
+        runtime.cudaMemcpy2DAsync(
+            target.address + index * target.inner,
+            target.count * target.inner,
+            source.address + source_index * source.inner,
+            source.count * source.inner,
+            target.inner,
+            target.outer,
+            runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
+            stream.handle,
+        )
+    )
+
+
 class PinnedArray:
     """An array in page-locked host memory, from and to which copies are truly asynchronous."""
 
     def __init__(self, shape: Sequence[int], dtype: DTypeLike) -> None:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize
         runtime = _runtime()
         self._address = _address(runtime.cudaHostAlloc(size, runtime.cudaHostAllocDefault), size, "pinned host memory")
         memory: Any = (ctypes.c_ubyte * size).from_address(self._address)

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepcell.console import log
-from stepcell.contract import StateSpec, StepContract
-from stepcell.errors import DeviceError, InputError, StateError, StepcellError, UsageError
-from stepcell.runtime.backend import Backend, Device
+from stepcell.contract import StepContract
+from stepcell.errors import InputError, StateError, StepcellError, UsageError
+from stepcell.runtime.backend import Backend
 from stepcell.runtime.inputs import as_input, require_finite
+from stepcell.runtime.opening import open_backend
+from stepcell.runtime.slots import Slot, SlotTable
+from stepcell.runtime.snapshot import Snapshot, contract_hash, read_snapshot, write_snapshot
+from stepcell.runtime.states import as_flags, as_states, forget_rows, require_shapes
 from stepcell.runtime.statistics import Latency
 
 __all__ = ["StepLoop"]
 
-ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
-
 
 class StepLoop:
     """Steps a recurrent model; made by `StepLoop.open`, best in a `with` statement.
+
+    Opened without `slots`, all rows of the batch step together: `step(x=batch)`. With `slots=N`
+    streams come and go as rows of one batch: `attach`, `step_slots`, `detach`.
 
     The first step fixes the sizes (batch, height, width, ...); `reset()` frees them. A call that
     raises leaves the states as they were. A loop serves one thread at a time.
@@ -33,14 +36,17 @@ class StepLoop:
         contract: names, shapes and dtypes of what the model takes, returns and remembers, as it
             runs here: a float16 model in its float32 form on a CPU says float32.
         name: the file, for messages.
-        statistics: latency of `step`, from call to return.
+        statistics: latency of `step` and `step_slots`, from call to return.
     """
 
-    def __init__(self, backend: Backend, *, name: str = "model", check_finite: bool = True) -> None:
+    def __init__(
+        self, backend: Backend, *, name: str = "model", slots: int | None = None, check_finite: bool = True
+    ) -> None:
         self._backend = backend
         self.name = name
         self._check_finite = check_finite
         self._inputs = {spec.name: spec for spec in backend.contract.inputs}
+        self._slots = None if slots is None else SlotTable(backend.contract, slots)
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the inputs, once fixed
         self._symbols: dict[str, int] | None = None  # what the back end's buffers are made for
         self._pending: dict[str, NDArray[Any]] | None = None  # a state loaded before the first step
@@ -54,6 +60,7 @@ class StepLoop:
         path: str | Path,
         device: str = "cpu",
         *,
+        slots: int | None = None,
         allow_fallback: bool = False,
         keep_float16: bool = False,
         threads: int | None = None,
@@ -64,28 +71,28 @@ class StepLoop:
         Args:
             path: `.onnx` runs in ONNX Runtime; `.engine`, `.plan` and `.trt` in TensorRT.
             device: "cpu", "cuda" or "cuda:N". It is used, or the call fails.
+            slots: how many streams at most share the batch, each with a memory of its own.
             allow_fallback: use the CPU where CUDA does not load, and log it (ONNX files only).
             keep_float16: run a float16 ONNX file in float16 on the CPU too, which is slower.
             threads: for one step of an ONNX file on the CPU; None: one per core.
             check_finite: refuse inputs with NaN or Inf, which a state would remember for ever.
 
         Raises:
-            UsageError: an unknown device or kind of file.
+            UsageError: an unknown device or kind of file, or a model whose batch cannot be slots.
             InputError: the file cannot be read or is not a model.
             ContractError: the file has no contract, or one that does not fit its graph.
             DeviceError: the device is absent or does not load, or an engine was asked to run on the CPU.
             EngineMismatchError: the engine does not fit its sidecar, this TensorRT or this device.
             MissingDependencyError: ONNX Runtime or TensorRT is not installed.
         """
-        path, place = Path(path), Device.parse(device)
-        if path.suffix in ENGINE_SUFFIXES:
-            backend = _open_engine(path, place)
-        elif path.suffix == ".onnx":
-            backend = _open_onnx(path, place, allow_fallback, keep_float16, threads)
-        else:
-            kinds = ", ".join((".onnx", *ENGINE_SUFFIXES))
-            raise UsageError(f"{path}: expected a model file ({kinds}), got suffix {path.suffix!r}")
-        return cls(backend, name=str(path), check_finite=check_finite)
+        backend = open_backend(
+            Path(path), device, allow_fallback=allow_fallback, keep_float16=keep_float16, threads=threads
+        )
+        try:
+            return cls(backend, name=str(path), slots=slots, check_finite=check_finite)
+        except UsageError:
+            backend.close()
+            raise
 
     @property
     def device(self) -> str:
@@ -97,8 +104,13 @@ class StepLoop:
         """Back end, version and device, for people."""
         return self._backend.description
 
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """The attached slots by name; empty for a loop without slots."""
+        return {} if self._slots is None else self._slots.attached
+
     def step(self, /, **inputs: ArrayLike) -> dict[str, NDArray[Any]]:
-        """One step: data inputs by name in, data outputs by name out.
+        """One step of the whole batch: data inputs by name in, data outputs by name out.
 
         Args:
             inputs: numpy arrays, or anything numpy reads without a copy (`__array__`, DLPack on
@@ -110,11 +122,17 @@ class StepLoop:
 
         Raises:
             InputError: a name, shape, dtype or value that does not fit.
+            UsageError: the loop has slots.
             DeviceError: the device failed or ran out of memory.
         """
         self._require_open()
+        if self._slots is not None:
+            raise UsageError(f"{self.name}: opened with slots, which are stepped by step_slots({{slot: inputs}})")
         started = time.perf_counter()
         arrays = self._arrays(inputs)
+        if self._check_finite:
+            for name, array in arrays.items():
+                require_finite(name, array)
         shapes = {name: array.shape for name, array in arrays.items()}
         if shapes != self._shapes:
             self._fix_sizes(shapes)
@@ -122,29 +140,84 @@ class StepLoop:
         self.statistics.add(time.perf_counter() - started)
         return outputs
 
-    def reset(self, slots: Sequence[bool] | None = None) -> None:
-        """Forget.
+    def attach(self, name: str | None = None) -> Slot:
+        """A free slot, its states at their initial value.
 
         Args:
-            slots: for each row of the batch whether to set its states to their initial value; the
-                others keep theirs, bit by bit. None: all of them, and the sizes are free again.
+            name: of the stream, for messages, reports and snapshots; by default the row's number.
+
+        Raises:
+            StateError: all slots are in use, or the name is taken.
+            UsageError: the loop has no slots.
+        """
+        slot = self._table().attach(name)
+        self._reset_rows(self._table().mask([slot]))
+        return slot
+
+    def detach(self, slot: Slot) -> None:
+        """Free a slot; from now on it is refused everywhere.
+
+        Raises:
+            StateError: it is not attached.
+        """
+        self._table().detach(slot)
+
+    def step_slots(self, frames: Mapping[Slot, Mapping[str, ArrayLike]]) -> dict[Slot, dict[str, NDArray[Any]]]:
+        """One step of the slots that have a frame; the others keep their states, bit by bit.
+
+        The whole batch is computed, whatever the number of frames.
+
+        Args:
+            frames: for each slot its inputs by name, as `step` takes them, with a batch of one.
+
+        Returns:
+            For each of them its outputs, with a batch of one; the caller's.
+
+        Raises:
+            InputError: as for `step`, with the slot's name; no slot has stepped then.
+            StateError: a slot is not attached.
+            UsageError: the loop has no slots.
+            DeviceError: the device failed or ran out of memory.
+        """
+        table = self._table()
+        table.require(frames)
+        if not frames:
+            return {}
+        started = time.perf_counter()
+        arrays = {slot: self._slot_arrays(slot, inputs) for slot, inputs in frames.items()}
+        batch = table.pack(arrays)
+        if self._check_finite:
+            self._require_finite(batch, arrays)
+        shapes = {name: array.shape for name, array in batch.items()}
+        if shapes != self._shapes:
+            self._fix_sizes(shapes)
+        outputs = self._backend.step(batch, table.idle(frames))
+        self.statistics.add(time.perf_counter() - started)
+        return table.unpack(outputs, frames)
+
+    def reset(self, slots: Sequence[bool] | Collection[Slot] | None = None) -> None:
+        """Forget: states to their initial value, assigned, so that NaN is cleared too.
+
+        Args:
+            slots: which; the others keep their states, bit by bit. A loop with slots takes `Slot`s,
+                one without a boolean for each row of the batch. None: all of them, and the sizes
+                are free again.
 
         Raises:
             InputError: not one boolean per row of the batch.
-            StateError: `slots` before the first step, when the sizes are not known.
+            StateError: booleans before the first step, when the sizes are not known; a slot that
+                is not attached.
         """
         self._require_open()
         if slots is None:
             self._shapes, self._pending = None, None
-            return
-        self._require_sizes()
-        rows = {shape[spec.batch_axis] for spec, shape in self._states()}
-        flags = np.asarray(slots)
-        if flags.dtype != bool or flags.ndim != 1 or (rows and {len(flags)} != rows):
-            raise InputError(
-                f"slots: expected {max(rows, default=1)} booleans, one per row of the batch, got {slots!r}"
-            )
-        self._backend.reset(flags.tolist())
+        elif self._slots is not None:
+            chosen: list[Any] = list(slots)
+            self._slots.require(chosen)
+            self._reset_rows(self._slots.mask(chosen))
+        else:
+            self._require_sizes()
+            self._reset_rows(as_flags(slots, self.contract, self._state_shapes()))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """A copy of every state, by name.
@@ -164,24 +237,55 @@ class StepLoop:
                 floats. Before the first step the sizes are not known: that step compares them.
         """
         self._require_open()
-        names = [spec.name for spec in self.contract.states]
-        if set(state) != set(names):
-            raise StateError(
-                f"states: expected {', '.join(names) or 'none'}, got {', '.join(map(str, state)) or 'none'}",
-                hint="the snapshot belongs to another model" if state else None,
-            )
-        arrays = {}
-        for spec in self.contract.states:
-            array = np.array(state[spec.name])
-            if array.dtype.kind != np.dtype(spec.dtype).kind or array.ndim != len(spec.shape):
-                raise StateError(
-                    f"{spec.name}: expected {spec.dtype} of shape {spec.shape}, got {array.dtype} {array.shape}"
-                )
-            arrays[spec.name] = np.ascontiguousarray(array, spec.dtype)
+        arrays = as_states(self.contract, state, None if self._slots is None else self._slots.count)
         if self._shapes is None:
             self._pending = arrays
         else:
             self._write(arrays)
+
+    def save(self, path: str | Path, *, frame: int = 0, metadata: Mapping[str, str] | None = None) -> None:
+        """Write all states and the slots' names to a file that `restore` goes on from.
+
+        Args:
+            path: a .safetensors file; it is replaced as a whole or not at all.
+            frame: frames stepped so far, or whatever number the caller goes on from.
+            metadata: the caller's own, to be found again in what `restore` returns.
+
+        Raises:
+            StateError: before the first step, when the states have no size.
+            OutputError: the file cannot be written.
+        """
+        states = self.state()
+        snapshot = Snapshot(
+            contract_hash=contract_hash(self.contract),
+            frame=frame,
+            slots=None if self._slots is None else {name: slot.index for name, slot in self.slots.items()},
+            rows=None if self._slots is None else self._slots.count,
+            metadata=dict(metadata or {}),
+        )
+        write_snapshot(Path(path), states, snapshot)
+
+    def restore(self, path: str | Path) -> Snapshot:
+        """Go on from a snapshot of this model, taken on whatever back end; also before the first step.
+
+        The slots that were attached are attached again, and no others: `slots` has them by name. A
+        slot that is attached in the same row under the same name stays good.
+
+        Raises:
+            InputError: the file cannot be read, is damaged or is no snapshot.
+            StateError: it belongs to another model, another number of slots or, as `load_state`
+                says, other sizes.
+        """
+        self._require_open()
+        states, snapshot = read_snapshot(Path(path), self.contract)
+        rows = None if self._slots is None else self._slots.count
+        if snapshot.rows != rows:
+            wanted, got = (f"slots={count}" if count else "no slots" for count in (snapshot.rows, rows))
+            raise StateError(f"{path}: taken of a loop with {wanted}, this one has {got}")
+        self.load_state(states)
+        if self._slots is not None:
+            self._slots.replace(snapshot.slots or {})
+        return snapshot
 
     def close(self) -> None:
         """Free the model; calling it twice is allowed."""
@@ -198,14 +302,38 @@ class StepLoop:
     ) -> None:
         self.close()
 
+    def _table(self) -> SlotTable:
+        self._require_open()
+        if self._slots is None:
+            raise UsageError(f"{self.name}: opened without slots", hint="StepLoop.open(..., slots=N)")
+        return self._slots
+
+    def _slot_arrays(self, slot: Slot, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+        try:
+            return self._arrays(inputs)
+        except InputError as error:
+            raise InputError(f"slot {slot.name}: {error.message}", hint=error.hint) from error
+
+    def _require_finite(self, batch: Mapping[str, NDArray[Any]], frames: Mapping[Slot, Any]) -> None:
+        """One look at the whole batch; only where that fails one at each slot, for its name."""
+        try:
+            for name, array in batch.items():
+                require_finite(name, array)
+        except InputError:
+            for slot, arrays in frames.items():
+                for name, array in arrays.items():
+                    require_finite(f"slot {slot.name}: {name}", array)
+
+    def _reset_rows(self, rows: Sequence[bool]) -> None:
+        if self._shapes is not None:
+            self._backend.reset(rows)
+        elif self._pending is not None:  # without either, the first step starts from the initial values
+            forget_rows(self.contract, self._pending, rows)
+
     def _arrays(self, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         if inputs.keys() != self._inputs.keys():
             raise InputError(f"step: expected inputs {', '.join(self._inputs)}, got {', '.join(inputs) or 'none'}")
-        arrays = {name: as_input(spec, inputs[name]) for name, spec in self._inputs.items()}
-        if self._check_finite:
-            for name, array in arrays.items():
-                require_finite(name, array)
-        return arrays
+        return {name: as_input(spec, inputs[name]) for name, spec in self._inputs.items()}
 
     def _fix_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if self._shapes is not None:
@@ -227,17 +355,11 @@ class StepLoop:
         self._shapes = shapes
 
     def _write(self, arrays: dict[str, NDArray[Any]]) -> None:
-        for spec, shape in self._states():
-            if arrays[spec.name].shape != shape:
-                raise StateError(
-                    f"{spec.name}: expected shape {shape} for these inputs, got {arrays[spec.name].shape}",
-                    hint="a state belongs to one frame size; reset() forgets it",
-                )
+        require_shapes(arrays, self._state_shapes())
         self._backend.write_state(arrays)
 
-    def _states(self) -> list[tuple[StateSpec, tuple[int, ...]]]:
-        shapes = self.contract.state_shapes(self._symbols or {})
-        return [(spec, shapes[spec.name]) for spec in self.contract.states]
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.contract.state_shapes(self._symbols or {})
 
     def _require_open(self) -> None:
         if self._closed:
@@ -246,27 +368,3 @@ class StepLoop:
     def _require_sizes(self) -> None:
         if self._shapes is None:
             raise StateError(f"{self.name}: no step has run yet, so the states have no size")
-
-
-def _open_onnx(path: Path, device: Device, allow_fallback: bool, keep_float16: bool, threads: int | None) -> Backend:
-    from stepcell.runtime.ort import OrtBackend
-
-    try:
-        return OrtBackend(path, device, keep_float16=keep_float16, threads=threads)
-    except DeviceError as error:
-        if device.kind == "cpu" or not allow_fallback:
-            raise
-        log(f"{error.message}: running on the CPU instead, as allowed")
-    return OrtBackend(path, Device("cpu"), keep_float16=keep_float16, threads=threads)
-
-
-def _open_engine(path: Path, device: Device) -> Backend:
-    if device.kind == "cpu":
-        raise DeviceError(
-            f"{path}: a TensorRT engine runs on a GPU only, and the device asked for is the CPU",
-            hint="--device cuda, or run the .onnx file that the engine was built from",
-        )
-    from stepcell.runtime.tensorrt import TensorRTBackend
-
-    backend: Backend = TensorRTBackend(path, device)
-    return backend

@@ -4,64 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
+from stepcell.console import log
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, OutputError, StepcellError
 from stepcell.runtime.frames import FrameAdapter, image_input, is_image, to_pixels
 from stepcell.runtime.loop import StepLoop
+from stepcell.runtime.policies import STATES_EVERY, Cause, ResetPolicy, ResetWatch, non_finite, non_finite_rows
+from stepcell.runtime.report import RunReport, Stopped, StreamError
+from stepcell.runtime.saving import SnapshotWriter
 from stepcell.runtime.sinks import Sink
 from stepcell.runtime.sources import Source
-from stepcell.runtime.statistics import Latency, LatencySummary, Stopwatch
+from stepcell.runtime.statistics import Latency, Stopwatch
 from stepcell.runtime.stop import StopRequest
 
-__all__ = ["RunReport", "StreamError", "run_stream"]
-
-Stopped = Literal["end of input", "limit", "interrupted", "error"]
-
-
-class RunReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run did; `docs/run.md` explains the fields.
-
-    Attributes:
-        frames: frames stepped, and written where there is an output.
-        seconds: wall time from the first read to the closed output.
-        frames_per_second: frames by seconds, everything included.
-        step, decode, convert, encode: time per frame in `StepLoop.step`, in reading, in scaling
-            both ways, in writing. Each keeps its first one apart.
-    """
-
-    model: str
-    backend: str
-    device: str
-    input: str
-    output: str | None
-    output_tensor: str | None
-    frame_size: tuple[int, int] | None  # width, height
-    frames: int
-    resets: int
-    stopped: Stopped
-    error: str | None
-    seconds: float
-    frames_per_second: float
-    step: LatencySummary
-    decode: LatencySummary
-    convert: LatencySummary
-    encode: LatencySummary
-
-
-class StreamError(StepcellError):
-    """A stream that broke half-way: the cause's message and exit code, and the report so far."""
-
-    def __init__(self, cause: StepcellError, report: RunReport) -> None:
-        kept = f" ({report.output} holds the {report.frames} frames before it)"
-        whole = report.frames > 0 and report.output is not None and not isinstance(cause, OutputError)
-        super().__init__(cause.message + (kept if whole else ""), hint=cause.hint)
-        self.exit_code = cause.exit_code
-        self.report = report
+__all__ = ["run_stream"]
 
 
 def run_stream(
@@ -69,7 +30,9 @@ def run_stream(
     source: Source,
     sink: Sink | None = None,
     *,
-    reset_every: int | None = None,
+    resets: ResetWatch | None = None,
+    snapshots: SnapshotWriter | None = None,
+    start: int = 0,
     limit: int | None = None,
     stop: StopRequest | None = None,
     on_frame: Callable[[int], None] | None = None,
@@ -77,13 +40,17 @@ def run_stream(
     """Step every frame of `source` and write the results to `sink`, which is closed at the end.
 
     However the stream ends, what was written is finished as a valid file and kept; where nothing
-    was written, a file that was there before is left alone.
+    was written, a file that was there before is left alone. A snapshot that cannot be written is
+    logged and counted, and the stream goes on.
 
     Args:
-        loop: a model with one picture input; it is reset and its statistics start anew.
+        loop: a model with one picture input; its statistics start anew.
         source: frames; closed at the end.
         sink: None: the frames are only stepped.
-        reset_every: forget before every this many frames.
+        resets: says when to forget; by default only NaN and Inf are looked for, and end the stream.
+        snapshots: writes the states now and then, and when the stream has ended without an error.
+        start: frames of this stream that `loop` has stepped already: it keeps its states, and a
+            source that starts from its beginning is read up to there. 0: the loop is reset.
         limit: stop after this many frames.
         stop: asked before every frame; a stopped run returns its report.
         on_frame: called with the number of frames done after each.
@@ -92,11 +59,11 @@ def run_stream(
         StreamError: a frame could not be read, stepped or written; with the report so far.
         KeyboardInterrupt: ctrl-C where `stop` did not listen; the sink is closed all the same.
     """
-    run = _Run(loop, source, sink, stop or StopRequest())
+    run = _Run(loop, source, sink, resets or ResetWatch(ResetPolicy()), snapshots, start, stop or StopRequest())
     stopped: Stopped = "error"
     failure: StepcellError | None = None
     try:
-        stopped = run.frames(reset_every, limit, on_frame)
+        stopped = run.frames(limit, on_frame)
     except StepcellError as error:
         failure = error
     except KeyboardInterrupt:
@@ -106,6 +73,8 @@ def run_stream(
     finally:
         source.close()
         failure = run.finish_sink(failure)
+    if failure is None and snapshots is not None and run.count and run.between_frames:
+        snapshots.save(loop, run.number)
     report = run.report("error" if failure else stopped, failure)
     if failure is not None:
         raise StreamError(failure, report) from failure
@@ -115,37 +84,72 @@ def run_stream(
 class _Run:
     """The counters of one run."""
 
-    def __init__(self, loop: StepLoop, source: Source, sink: Sink | None, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        loop: StepLoop,
+        source: Source,
+        sink: Sink | None,
+        resets: ResetWatch,
+        snapshots: SnapshotWriter | None,
+        start: int,
+        stop: StopRequest,
+    ) -> None:
         self.loop, self.source, self.sink, self.stop = loop, source, sink, stop
+        self.resets, self.snapshots, self.start = resets, snapshots, start
         self.decode, self.convert, self.encode = Latency(), Latency(), Latency()
         self.count = 0
-        self.resets = 0
+        self.between_frames = True  # else a second ctrl-C came, and nobody knows whether the states are new
         self.output: TensorSpec | None = None
         self.adapter: FrameAdapter | None = None
         self.started = time.perf_counter()
 
-    def frames(self, reset_every: int | None, limit: int | None, on_frame: Callable[[int], None] | None) -> Stopped:
+    @property
+    def number(self) -> int:
+        """Of the frame at hand, in its stream."""
+        return self.start + self.count
+
+    def frames(self, limit: int | None, on_frame: Callable[[int], None] | None) -> Stopped:
         spec = image_input(self.loop.contract)
         self.output = _choose_output(self.loop.contract, self.sink) if self.sink else None
-        self.loop.reset()
+        if self.start == 0:
+            self.loop.reset()
         self.loop.statistics = Latency()
         frames = iter(self.source)
+        if not self.source.live:
+            self._skip(frames)
         while limit is None or self.count < limit:
             if self.stop.signal is not None:
                 return "interrupted"
             frame = self._read(frames)
             if frame is None:
-                if self.count == 0:
+                if self.number == 0:
                     raise InputError(f"{self.source.name}: holds no frame")
                 return "end of input"
-            if reset_every is not None and self.count and self.count % reset_every == 0:
-                self.loop.reset()
-                self.resets += 1
+            cause = self.resets.due(self.number, frame, self.source.seconds)
+            if cause is not None and self.number:
+                self._reset(cause)
+            self.between_frames = False
             self._step(spec, frame)
             self.count += 1
+            self.between_frames = True
+            if self.snapshots is not None and self.snapshots.due(self.number):
+                self.snapshots.save(self.loop, self.number)
             if on_frame is not None:
                 on_frame(self.count)
         return "limit"
+
+    def _skip(self, frames: Iterator[NDArray[Any]]) -> None:
+        """Read what was stepped before; the policies see it, so that they go on where they were."""
+        for number in range(self.start):
+            frame = None if self.stop.signal is not None else self._read(frames)
+            if frame is not None:
+                self.resets.due(number, frame, self.source.seconds)
+            elif self.stop.signal is None:
+                raise InputError(
+                    f"{self.source.name}: ends at frame {number}, before frame {self.start} to go on from",
+                    hint="was the snapshot taken of another input?",
+                )
+        self.decode = Latency()
 
     def _read(self, frames: Iterator[NDArray[Any]]) -> NDArray[Any] | None:
         started = time.perf_counter()
@@ -158,13 +162,19 @@ class _Run:
             self.decode.add(time.perf_counter() - started)
         return frame
 
+    def _reset(self, cause: Cause) -> None:
+        self.loop.reset([True] if self.count or cause == "non-finite" else None)
+        self.resets.counts[cause] += 1
+        if cause != "every":
+            log(f"frame {self.number}: states reset ({cause})")
+
     def _step(self, spec: TensorSpec, frame: NDArray[Any]) -> None:
         started = time.perf_counter()
         if self.adapter is None:
             self.adapter = FrameAdapter(spec, frame)
         tensor = self.adapter.to_input(frame)
         seconds = time.perf_counter() - started
-        outputs = self.loop.step(**{spec.name: tensor})
+        outputs = self._guarded_step({spec.name: tensor})
         if self.sink is None or self.output is None:
             self.convert.add(seconds)
             return
@@ -175,10 +185,43 @@ class _Run:
         elif result.ndim and len(result) == 1:
             result = result[0]  # the batch of one stream
         if self.sink.takes_pixels:
+            if self.resets.policy.on_nonfinite == "reset":
+                # What is left has been logged, and a picture has no NaN.
+                result = np.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0)
             result = to_pixels(self.output, result)
         self.convert.add(seconds + time.perf_counter() - started)
         with Stopwatch(self.encode):
             self.sink.write(result)
+
+    def _guarded_step(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """A step, and a second one from the initial state where the first returns NaN or Inf."""
+        outputs, policy = self.loop.step(**inputs), self.resets.policy.on_nonfinite
+        if policy == "ignore":
+            return outputs
+        due = (self.count + 1) % STATES_EVERY == 0
+        due = due or (self.snapshots is not None and self.snapshots.due(self.number + 1))
+        spoilt = self._non_finite(outputs, and_states=due)
+        if spoilt is None:
+            return outputs
+        if policy == "stop":
+            raise StepcellError(
+                f"frame {self.number}: {spoilt}: the model returned NaN or Inf",
+                hint="--on-nonfinite reset goes on from the initial state; float16 models overflow beyond 65504",
+            )
+        log(f"frame {self.number}: {spoilt}: the model returned NaN or Inf")
+        self._reset("non-finite")
+        outputs = self.loop.step(**inputs)
+        spoilt = self._non_finite(outputs, and_states=True)
+        if spoilt is not None:
+            log(f"frame {self.number}: {spoilt}: NaN or Inf from the initial state too")
+            self._reset("non-finite")
+        return outputs
+
+    def _non_finite(self, outputs: dict[str, NDArray[Any]], *, and_states: bool) -> str | None:
+        found = non_finite(outputs)
+        if found is None and and_states:
+            found = next(iter(non_finite_rows(self.loop.contract, self.loop.state()).values()), None)
+        return found
 
     def finish_sink(self, failure: StepcellError | None) -> StepcellError | None:
         """Keep what was written, unless it was the writing that failed."""
@@ -204,8 +247,11 @@ class _Run:
             output=self.sink.name if self.sink else None,
             output_tensor=self.output.name if self.output else None,
             frame_size=(self.adapter.size[1], self.adapter.size[0]) if self.adapter else None,
+            first_frame=self.start,
             frames=self.count,
-            resets=self.resets,
+            resets=self.resets.counts,
+            snapshots=self.snapshots.written if self.snapshots else 0,
+            failed_snapshots=self.snapshots.failed if self.snapshots else 0,
             stopped=stopped,
             error=failure.message if failure else None,
             seconds=round(seconds, 3),

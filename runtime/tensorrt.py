@@ -38,11 +38,21 @@ class _Data:
 
 @dataclass(frozen=True)
 class _State:
-    """A state: `buffers[parity]` is read by the next step, the other one written."""
+    """A state: `buffers[parity]` is read by the next step, the other one written.
+
+    `initial` is one row of its initial value on the device; None: zeros.
+    """
 
     spec: StateSpec
     shape: tuple[int, ...]
     buffers: tuple[cuda.DeviceBuffer, cuda.DeviceBuffer]
+    initial: cuda.DeviceBuffer | None
+
+    def rows(self, buffer: cuda.DeviceBuffer, count: int | None = None) -> cuda.Rows:
+        """A buffer of this state by rows of its batch axis; `count`: of another number of rows."""
+        axis = self.spec.batch_axis
+        shape = (*self.shape[:axis], count or self.shape[axis], *self.shape[axis + 1 :])
+        return cuda.Rows.of(buffer.address, shape, axis, np.dtype(self.spec.dtype).itemsize)
 
 
 class TensorRTBackend:
@@ -123,7 +133,7 @@ class TensorRTBackend:
                 )
 
     def configure(self, symbols: Mapping[str, int]) -> None:
-        """Fix the sizes and allocate every buffer; states start at zero.
+        """Fix the sizes and allocate every buffer; states start at their initial value.
 
         Raises:
             InputError: sizes the engine was not built for.
@@ -158,17 +168,27 @@ class TensorRTBackend:
             shape = resolve(state.shape, symbols)
             nbytes = int(np.prod(shape)) * np.dtype(state.dtype).itemsize
             buffers = (self._own(cuda.DeviceBuffer(nbytes)), self._own(cuda.DeviceBuffer(nbytes)))
-            self._states[state.name] = _State(state, shape, buffers)
+            self._states[state.name] = _State(state, shape, buffers, self._initial(state, shape))
         for name, data in {**self._inputs, **self._outputs}.items():
             self._bind(name, data.device)
         self.reset()
+
+    def _initial(self, state: StateSpec, shape: tuple[int, ...]) -> cuda.DeviceBuffer | None:
+        if state.init == "zeros":
+            return None
+        axis = state.batch_axis
+        row = np.ascontiguousarray(state.initial((*shape[:axis], 1, *shape[axis + 1 :])))
+        buffer: cuda.DeviceBuffer = self._own(cuda.DeviceBuffer(row.nbytes))
+        cuda.copy_to_device(buffer, row, self._stream)
+        self._stream.synchronize()
+        return buffer
 
     def _data(self, spec: Spec, symbols: Mapping[str, int]) -> _Data:
         host = self._own(cuda.PinnedArray(resolve(spec.shape, symbols), spec.dtype))
         return _Data(host, self._own(cuda.DeviceBuffer(host.array.nbytes)))
 
-    def step(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """One step; see `Backend.step`. Nothing is allocated on the device and no state is copied.
+    def step(self, inputs: Mapping[str, NDArray[Any]], idle: Sequence[int] = ()) -> dict[str, NDArray[Any]]:
+        """One step; see `Backend.step`. Nothing is allocated on the device; only idle rows of states are copied.
 
         Raises:
             DeviceError: TensorRT or CUDA failed; the states are those before the step.
@@ -184,6 +204,8 @@ class TensorRTBackend:
             self._bind(state.spec.input, state.buffers[self._parity])
             self._bind(state.spec.output, state.buffers[1 - self._parity])
         self._accept(self._context.execute_async_v3(self._stream.handle), "the step")
+        if idle:
+            self._keep(idle)
         computed.record(self._stream)
         for data in self._outputs.values():
             cuda.copy_to_host(data.host.array, data.device, self._stream)
@@ -191,6 +213,13 @@ class TensorRTBackend:
         self._stream.synchronize()
         self._parity = 1 - self._parity
         return {name: data.host.array.copy() for name, data in self._outputs.items()}
+
+    def _keep(self, idle: Sequence[int]) -> None:
+        """Queue copies of idle rows from the buffers the step reads to those it writes."""
+        for state in self._states.values():
+            old, new = (state.rows(state.buffers[parity]) for parity in (self._parity, 1 - self._parity))
+            for row in idle:
+                cuda.copy_row(new, row, old, row, self._stream)
 
     def step_milliseconds(self) -> dict[str, float]:
         """Time on the GPU of the last step: "copy_in", "compute", "copy_out"."""
@@ -202,19 +231,21 @@ class TensorRTBackend:
         }
 
     def reset(self, slots: Sequence[bool] | None = None) -> None:
-        """Zero all states, or the rows of their batch axis that are True; the others are not touched."""
+        """All states to their initial value, or the rows of their batch axis that are True and no others."""
         cuda.use_device(self._index)
         for state in self._states.values():
-            current, axis = state.buffers[self._parity], state.spec.batch_axis
-            if slots is None:
-                for buffer in state.buffers:
-                    buffer.clear(self._stream)
+            current, count = state.buffers[self._parity], state.shape[state.spec.batch_axis]
+            if slots is not None and len(slots) != count:
+                raise StateError(f"reset: expected {count} slots, got {len(slots)}")
+            if slots is None and state.initial is None:
+                current.clear(self._stream)
                 continue
-            if len(slots) != state.shape[axis]:
-                raise StateError(f"reset: expected {state.shape[axis]} slots, got {len(slots)}")
-            for slot in (index for index, chosen in enumerate(slots) if chosen):
-                itemsize = np.dtype(state.spec.dtype).itemsize
-                current.clear_slice(slot, state.shape, axis, itemsize, self._stream)
+            rows = state.rows(current)
+            for row in range(count) if slots is None else np.flatnonzero(slots).tolist():
+                if state.initial is None:
+                    cuda.clear_row(rows, row, self._stream)
+                else:
+                    cuda.copy_row(rows, row, state.rows(state.initial, 1), 0, self._stream)
 
     def read_state(self) -> dict[str, NDArray[Any]]:
         """A copy of every state on the host."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -16,15 +16,19 @@ from stepcell.cli.common import json_option
 from stepcell.console import console, log, print_json, stage, table
 from stepcell.errors import OutputError, UsageError
 from stepcell.files import write_atomic
-from stepcell.runtime.frames import image_input
+from stepcell.runtime.frames import event_input, image_input
 from stepcell.runtime.loop import StepLoop
+from stepcell.runtime.policies import OnNonFinite, ResetPolicy, ResetWatch, reset_on_signal
+from stepcell.runtime.report import RunReport, StreamError
+from stepcell.runtime.saving import SnapshotWriter
 from stepcell.runtime.sinks import Sink, open_sink
 from stepcell.runtime.sources import open_source, parse_size
 from stepcell.runtime.stop import StopRequest
-from stepcell.runtime.stream import RunReport, StreamError, run_stream
+from stepcell.runtime.stream import run_stream
 
 __all__ = ["command"]
 
+SNAPSHOT_EVERY = 250  # frames: ten seconds of a camera
 DEFAULT_FPS = Fraction(25)  # of an output whose input has no rate of its own
 PLAIN_SECONDS = 5.0  # between two lines where stderr is not a terminal
 
@@ -46,13 +50,15 @@ Examples:
   stepcell run model.onnx --input frames --output denoised
   stepcell run model.onnx --input clip.mp4 --limit 100 --json
   stepcell run model.engine --device cuda --input camera:0 --output out.mp4
+  stepcell run model.onnx --input camera:0 --snapshot state.safetensors --resume
   decoder | stepcell run model.onnx --input - --size 640x480 --output - | encoder
 """
 )
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "-i", "--input", "source_name", required=True, metavar="SOURCE",
-    help="Video file or URL, folder of .png/.jpg, .npy, camera:N, or - for raw rgb24 frames on stdin.",
+    help="Video file or URL, folder of .png/.jpg, .npy, camera:N, or - for raw rgb24 frames on stdin; "
+    "for a model of events .dat, .raw or .npz.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", "sink_name", metavar="SINK",
@@ -65,8 +71,27 @@ Examples:
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for one step.  [default: one per core]")
 @click.option("--fps", "fps_text", metavar="N", help="Frame rate of the output.  [default: the input's, else 25]")
 @click.option("--reset-every", type=click.IntRange(1), metavar="N", help="Forget the past before every N frames.")
+@click.option(
+    "--reset-gap", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+    help="Forget the past where two frames are further apart than this.",
+)  # fmt: skip
+@click.option("--reset-on-cut", is_flag=True, help="Forget the past at a scene cut.")
+@click.option(
+    "--on-nonfinite", type=click.Choice(["stop", "reset", "ignore"]), default="stop", show_default=True,
+    help="NaN or Inf in an output or a state: end the run, forget the past and go on, or take no notice.",
+)  # fmt: skip
+@click.option(
+    "--snapshot", "snapshot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Write the states there (.safetensors), now and then and at the end.",
+)  # fmt: skip
+@click.option("--snapshot-every", type=click.IntRange(1), metavar="N", help="After every N frames.  [default: 250]")
+@click.option("--resume", is_flag=True, help="Go on from --snapshot, where there is one, at the frame after it.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Stop after N frames.")
-@click.option("--size", "size_text", metavar="WxH", help="Size of raw frames on stdin.")
+@click.option("--size", "size_text", metavar="WxH", help="Size of raw frames on stdin, or of an event camera.")
+@click.option(
+    "--event-window", metavar="WINDOW",
+    help="Events of one step: 30ms, 15000events or 0.35events/pixel.  [default: the contract's]",
+)  # fmt: skip
 @click.option(
     "--report", "report_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the report there, as JSON."
 )
@@ -83,19 +108,31 @@ def command(
     threads: int | None,
     fps_text: str | None,
     reset_every: int | None,
+    reset_gap: float | None,
+    reset_on_cut: bool,
+    on_nonfinite: OnNonFinite,
+    snapshot_path: Path | None,
+    snapshot_every: int | None,
+    resume: bool,
     limit: int | None,
     size_text: str | None,
+    event_window: str | None,
     report_path: Path | None,
     as_json: bool,
 ) -> None:
     """Run the step loop over a stream of frames.
 
     Frames are padded to the model's multiple and cropped back, and scaled as its contract says.
-    Ctrl-C stops after the frame at hand; what was written is a valid file.
+    Ctrl-C stops after the frame at hand; what was written is a valid file. SIGUSR1 makes it forget
+    the past.
     """
     size = parse_size(size_text) if size_text else None
     fps = _parse_rate(fps_text) if fps_text else None
-    _check_names(model, source_name, sink_name, report_path, as_json)
+    if snapshot_path is None and (resume or snapshot_every is not None):
+        raise UsageError("--resume and --snapshot-every need --snapshot FILE")
+    _check_names(model, source_name, {"--output": sink_name, "--report": report_path, "--snapshot": snapshot_path})
+    if as_json and sink_name == "-":
+        raise UsageError("--json and --output - both write to stdout", hint="--report FILE writes the report to a file")
 
     def deliver(report: RunReport) -> None:
         _summary(report)
@@ -105,21 +142,37 @@ def command(
             print_json(report)
 
     stop = StopRequest()
+    resets = ResetWatch(ResetPolicy(reset_every, reset_gap, reset_on_cut, on_nonfinite))
     with (
         stop.listening(),
+        reset_on_signal(resets),
         StepLoop.open(model, device, allow_fallback=allow_fallback, keep_float16=keep_float16, threads=threads) as loop,
     ):
         log(f"{model}: {loop.description}")
-        channels = image_input(loop.contract).shape[1]
-        source = open_source(source_name, channels=int(channels), size=size)
+        start = _resume(loop, snapshot_path) if resume and snapshot_path else 0
+        spec = image_input(loop.contract)
+        events = event_input(spec, event_window)
+        source = open_source(source_name, channels=int(spec.shape[1]), size=size, events=events)
         sink: Sink | None = None
         if sink_name is not None:
             sink = open_sink(sink_name, fps or source.fps or DEFAULT_FPS)
-        total = min(filter(None, (source.length, limit)), default=None)
+        snapshots = None
+        if snapshot_path is not None:
+            snapshots = SnapshotWriter(snapshot_path, snapshot_every or SNAPSHOT_EVERY, source.name)
+        left = None if source.length is None else max(0, source.length - start)
+        total = min(filter(None, (left, limit)), default=None)
         try:
             with _progress(loop, total) as display:
                 report = run_stream(
-                    loop, source, sink, reset_every=reset_every, limit=limit, stop=stop, on_frame=display.frame
+                    loop,
+                    source,
+                    sink,
+                    resets=resets,
+                    snapshots=snapshots,
+                    start=start,
+                    limit=limit,
+                    stop=stop,
+                    on_frame=display.frame,
                 )
         except StreamError as error:
             deliver(error.report)
@@ -129,20 +182,28 @@ def command(
         ctx.exit(128 + stop.signal)
 
 
-def _check_names(model: Path, source: str, sink: str | None, report: Path | None, as_json: bool) -> None:
+def _resume(loop: StepLoop, path: Path) -> int:
+    """Frames that were stepped before; 0 where there is no snapshot yet, as at a service's first start."""
+    if not path.exists():
+        log(f"{path}: no snapshot yet: starting from the beginning")
+        return 0
+    snapshot = loop.restore(path)
+    log(f"{path}: going on at frame {snapshot.frame} of {snapshot.metadata.get('input', 'an unnamed input')}")
+    return snapshot.frame
+
+
+def _check_names(model: Path, source: str, written: Mapping[str, str | Path | None]) -> None:
     """Nothing may be written over something that is read, or twice."""
-    if as_json and sink == "-":
-        raise UsageError("--json and --output - both write to stdout", hint="--report FILE writes the report to a file")
     files = {"the model": str(model), "--input": source}
-    for option, name in (("--output", sink), ("--report", str(report) if report else None)):
+    for option, name in written.items():
         if name is None or name == "-":
             continue
         for other, taken in files.items():
             if Path(name).resolve() == Path(taken).resolve():
                 raise UsageError(f"{option} {name}: is {other} as well", hint="choose another name")
-        files[option] = name
-    if report is not None and not report.absolute().parent.is_dir():
-        raise OutputError(f"--report {report}: its folder does not exist")  # said now, not after the run
+        files[option] = str(name)
+        if isinstance(name, Path) and not name.absolute().parent.is_dir():
+            raise OutputError(f"{option} {name}: its folder does not exist")  # said now, not after the run
 
 
 class _Display:
@@ -194,6 +255,9 @@ def _summary(report: RunReport) -> None:
             figures = (times.mean_ms, times.p50_ms, times.p90_ms, times.p95_ms, times.p99_ms, times.max_ms)
             rows.append([part, f"{times.first_ms:.2f}", *("" if f is None else f"{f:.2f}" for f in figures)])
     table("", ["ms per frame", "first", "mean", "p50", "p90", "p95", "p99", "max"], rows)
+    counted = ", ".join(f"{count} {cause}" for cause, count in report.resets.items() if count)
+    if counted:
+        log(f"resets: {counted}")
     ending = {"interrupted": ", stopped by a signal", "error": ", broken off"}.get(report.stopped, "")
     rate = f"{report.frames} frames of {width}x{height}, {report.frames_per_second:.1f} frames/s"
     stage("run", report.output or "no output", report.seconds, rate + ending)

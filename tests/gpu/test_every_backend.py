@@ -9,47 +9,78 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.exporter import export_onnx
+from stepcell.models import CellStack, ConvGRUCell
+from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime import StepLoop, cuda
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
+from stepcell.runtime.policies import ResetPolicy, ResetWatch
+from stepcell.runtime.report import RunReport
+from stepcell.runtime.saving import SnapshotWriter
+from stepcell.runtime.sinks import ArraySink
+from stepcell.runtime.sources import open_source
+from stepcell.runtime.stream import run_stream
 
 SHAPE = (2, 3, 64, 96)
 STEPS = 1000
+SLOTS = 3
 # float16 compute against the float32 form of the same weights, over all steps (outputs and states
 # of the small denoiser lie in about -1 to 2).
 TOLERANCE = {"cpu": 0.0, "cuda-onnx": 2e-2, "cuda-engine": 2e-2}
 
 
+class Place:
+    """Opens a model on one back end."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self._folder = kind, folder
+        self.device = "cpu" if kind == "cpu" else "cuda"
+
+    def open(self, onnx: Path, *, slots: int | None = None) -> StepLoop:
+        path = onnx
+        if self.kind == "cuda-engine":
+            path = self._folder / f"{onnx.stem}.engine"
+            if not path.exists():
+                one, many = (1, *SHAPE[1:]), (SLOTS, *SHAPE[1:])
+                options = BuildOptions(min_shapes={"x": one}, opt_shapes={"x": SHAPE}, max_shapes={"x": many})
+                build_engine(onnx, path, options)
+        loop = StepLoop.open(path, device=self.device, slots=slots)
+        print(loop.description)
+        return loop
+
+
 @pytest.fixture(params=list(TOLERANCE))
-def loop(request: pytest.FixtureRequest, denoiser_onnx: Path, tmp_path: Path) -> Iterator[StepLoop]:
-    """One back end; the kind is in `request.param`."""
-    path, device = denoiser_onnx, "cpu"
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """One back end."""
     if request.param != "cpu":
         found = cuda.discover()
         if not found.devices:
             pytest.skip(f"needs a GPU: {found.problem}")
-        device = "cuda"
         print(f"\n{found.devices[0].name}, driver for CUDA {found.driver}, {platform.platform()}")
     if request.param == "cuda-onnx" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu: this onnxruntime has no CUDA provider")
-    if request.param == "cuda-engine":
-        path = tmp_path / "model.engine"
-        build_engine(denoiser_onnx, path, BuildOptions(opt_shapes={"x": SHAPE}))
-    with StepLoop.open(path, device=device) as opened:
-        print(opened.description)
+    return Place(request.param, tmp_path)
+
+
+@pytest.fixture
+def loop(place: Place, denoiser_onnx: Path) -> Iterator[StepLoop]:
+    with place.open(denoiser_onnx) as opened:
         yield opened
 
 
 @pytest.fixture
-def tolerance(request: pytest.FixtureRequest) -> float:
-    return TOLERANCE[request.node.callspec.params["loop"]]
+def tolerance(place: Place) -> float:
+    return TOLERANCE[place.kind]
 
 
 @pytest.fixture
@@ -121,3 +152,110 @@ def test_a_refused_step_changes_nothing(loop: StepLoop) -> None:
     with pytest.raises(InputError, match="NaN"):
         loop.step(x=second)
     np.testing.assert_array_equal(loop.state()["h"], before)
+
+
+def test_slots_equal_loops_of_their_own(place: Place, denoiser_onnx: Path, tolerance: float) -> None:
+    """Streams at rates of 1, 2 and 3; the same tolerance as against the CPU, since a batch may be tiled otherwise."""
+    clips = [frames(100, seed=seed)[:, :1] for seed in range(SLOTS)]
+    alone = [place.open(denoiser_onnx) for _ in clips]
+    error = 0.0
+    with place.open(denoiser_onnx, slots=SLOTS) as loop:
+        slots = [loop.attach() for _ in clips]
+        for number in range(100):
+            if number == 50:
+                loop.detach(slots[1])
+                slots[1] = loop.attach("late")
+                alone[1].reset()
+            due = [stream for stream in range(SLOTS) if number % (stream + 1) == 0]
+            outputs = loop.step_slots({slots[stream]: {"x": clips[stream][number]} for stream in due})
+            for stream in due:
+                error = max(error, worst(outputs[slots[stream]]["y"], alone[stream].step(x=clips[stream][number])["y"]))
+    for each in alone:
+        each.close()
+    print(f"worst difference between slots and loops of their own: {error:.2e}")
+    assert error <= tolerance
+
+
+def test_idle_slots_and_neighbours_of_nan_are_untouched(place: Place, denoiser_onnx: Path) -> None:
+    xs = frames(20)[:, :1]
+    with place.open(denoiser_onnx, slots=SLOTS) as loop:
+        well, sick, idle = (loop.attach(name) for name in ("well", "sick", "idle"))
+        loop.step_slots({slot: {"x": xs[0]} for slot in (well, sick, idle)})
+        state = loop.state()
+        state["h"][sick.index] = np.nan
+        loop.load_state(state)
+        kept = state["h"][idle.index].tobytes()
+        for x in xs[1:]:
+            outputs = loop.step_slots({well: {"x": x}, sick: {"x": x}})
+            assert np.isfinite(outputs[well]["y"]).all()
+            assert np.isnan(outputs[sick]["y"]).any()
+        after = loop.state()["h"]
+        assert after[idle.index].tobytes() == kept
+        loop.reset([sick])
+        cleared = loop.state()["h"]
+        assert not cleared[sick.index].any()
+        for slot in (well, idle):
+            assert cleared[slot.index].tobytes() == after[slot.index].tobytes()
+
+
+def test_snapshot_goes_to_the_cpu_and_back(place: Place, denoiser_onnx: Path, tolerance: float, tmp_path: Path) -> None:
+    path, xs = tmp_path / "state.safetensors", frames(12)[:, :1]
+    with place.open(denoiser_onnx, slots=2) as loop, StepLoop.open(denoiser_onnx, slots=2) as cpu:
+        slot = loop.attach("front")
+        for x in xs[:6]:
+            loop.step_slots({slot: {"x": x}})
+        loop.save(path, frame=6)
+        expected = [loop.step_slots({slot: {"x": x}})[slot]["y"] for x in xs[6:]]
+        assert cpu.restore(path).frame == 6
+        front = cpu.slots["front"]
+        found = [cpu.step_slots({front: {"x": x}})[front]["y"] for x in xs[6:]]
+        error = max(map(worst, found, expected))
+        cpu.restore(path)
+        cpu.step_slots({front: {"x": xs[6]}})
+        cpu.save(path, frame=7)
+        loop.restore(path)
+        again = [loop.step_slots({slot: {"x": x}})[slot]["y"] for x in xs[7:]]
+        error = max([error, *map(worst, again, expected[1:])])
+    print(f"worst difference after a snapshot changed places: {error:.2e}")
+    assert error <= tolerance
+
+
+def test_learned_initial_states(place: Place, exported: Path, tolerance: float) -> None:
+    torch.manual_seed(0)
+    stack = CellStack([ConvGRUCell(3, 8)])
+    stack.initial = {"h": torch.linspace(-1, 1, 8).reshape(8, 1, 1)}
+    path = exported / f"initial-{place.kind}.onnx"
+    export_onnx(stack, path)
+    xs = frames(3)
+    with place.open(path) as loop, StepLoop.open(path) as cpu:
+        for mask in ([True, True], [True, False]):
+            error = max(worst(loop.step(x=x)["y"], cpu.step(x=x)["y"]) for x in xs)
+            assert error <= tolerance
+            loop.reset(mask)
+            state = loop.state()["h"]
+            np.testing.assert_allclose(state[0].mean((1, 2)), np.linspace(-1, 1, 8), atol=1e-3)
+            cpu.load_state({"h": state})
+
+
+def test_policies_over_a_stream(place: Place, denoiser_onnx: Path, tmp_path: Path, tolerance: float) -> None:
+    """A run with a scene cut, every N and a snapshot half-way, against the same run on the CPU."""
+    clip = read_clip("bikes")[60:90, ::4, ::6][:, :64, :96].copy()
+    np.save(tmp_path / "clip.npy", clip)
+
+    def run(opened: StepLoop, name: str, **options: Any) -> RunReport:
+        source, sink = open_source(str(tmp_path / "clip.npy")), ArraySink(tmp_path / name)
+        resets = ResetWatch(ResetPolicy(every=20, cut=True, on_nonfinite="reset"))
+        return run_stream(opened, source, sink, resets=resets, **options)
+
+    path = tmp_path / "state.safetensors"
+    with place.open(denoiser_onnx) as loop, StepLoop.open(denoiser_onnx) as cpu:
+        report = run(loop, "found.npy")
+        assert report.resets == {"every": 1, "gap": 0, "cut": 1, "demand": 0, "non-finite": 0}
+        run(cpu, "expected.npy")
+        found, expected = (np.load(tmp_path / f"{name}.npy") for name in ("found", "expected"))
+        assert worst(found, expected) <= tolerance
+        run(loop, "first.npy", limit=11, snapshots=SnapshotWriter(path, 100, "clip"))
+        start = loop.restore(path).frame
+        run(loop, "rest.npy", start=start)
+    assert start == 11
+    np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), found[start:])

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepcell.cli import main
+from stepcell.models.zoo.clips import clip_path as find_clip
 from stepcell.runtime.sources import open_source
 
 Model = Callable[..., Path]
@@ -55,7 +57,7 @@ def test_json_on_stdout_and_no_output(accumulator: Model, small_clip: Path) -> N
     result = run(accumulator(), "-i", small_clip, "--limit", 5, "--reset-every", 2, "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    assert (report["frames"], report["resets"], report["stopped"], report["output"]) == (5, 2, "limit", None)
+    assert (report["frames"], report["resets"]["every"], report["stopped"], report["output"]) == (5, 2, "limit", None)
 
 
 @pytest.mark.parametrize("rate", ["50", "29.97", "30000/1001"])
@@ -120,6 +122,88 @@ def test_signal_half_way_leaves_a_playable_file(accumulator: Model, tmp_path: Pa
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
+def test_killed_and_resumed_equals_an_uninterrupted_run(denoiser_onnx: Path, clip_path: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a real clip, every policy on; the numbers are compared bit by bit."""
+    snapshot, report = tmp_path / "state.safetensors", tmp_path / "run.json"
+    command = [*STEPCELL, "run", str(denoiser_onnx), "-i", str(clip_path), "--threads", "1", "--report", str(report)]
+    command += ["--reset-every", "50", "--reset-on-cut", "--reset-gap", "1"]
+    subprocess.run([*command, "-o", str(tmp_path / "whole.npy")], check=True, capture_output=True, timeout=120)
+    whole = np.load(tmp_path / "whole.npy")
+    command += ["--snapshot", str(snapshot), "--snapshot-every", "7", "--resume"]
+
+    with subprocess.Popen([*command, "-o", str(tmp_path / "killed.npy")], stderr=subprocess.PIPE) as process:
+        while not snapshot.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed.npy").exists()
+
+    done = subprocess.run([*command, "-o", str(tmp_path / "rest.npy")], check=True, capture_output=True, timeout=120)
+    start = json.loads(report.read_text())["first_frame"]
+    assert start % 7 == 0
+    assert 7 <= start < len(whole), "killed before its end"
+    assert f"going on at frame {start} of {clip_path}" in " ".join(done.stderr.decode().split())
+    np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), whole[start:])
+    assert json.loads(report.read_text())["resets"]["every"] == len([n for n in (50, 100) if n >= start])
+
+    again = subprocess.run(command, check=True, capture_output=True, timeout=120)  # there is nothing left
+    assert json.loads(report.read_text())["frames"] == 0
+    assert b"going on at frame 120" in again.stderr
+
+
+def test_limit_and_resume_go_through_a_clip_piece_by_piece(
+    accumulator: Model, small_clip: Path, tmp_path: Path
+) -> None:
+    model = accumulator()
+    run(model, "-i", small_clip, "-o", tmp_path / "whole.npy")
+    pieces = []
+    for piece in range(3):
+        output = tmp_path / f"{piece}.npy"
+        options = ["--snapshot", tmp_path / "state.safetensors", "--resume", "--limit", 5]
+        assert run(model, "-i", small_clip, "-o", output, *options).exit_code == 0
+        pieces.append(np.load(output))
+    assert [len(piece) for piece in pieces] == [5, 5, 2]
+    np.testing.assert_array_equal(np.concatenate(pieces), np.load(tmp_path / "whole.npy"))
+
+
+def test_snapshot_of_another_model(accumulator: Model, denoiser_onnx: Path, small_clip: Path, tmp_path: Path) -> None:
+    options = ["-i", small_clip, "--snapshot", tmp_path / "state.safetensors", "--resume"]
+    assert run(accumulator(), *options).exit_code == 0
+    result = run(denoiser_onnx, *options)
+    assert result.exit_code == 1
+    assert "a snapshot of another model" in " ".join(result.stderr.split())
+
+
+def test_cuts_of_a_real_clip_are_in_the_report(accumulator: Model) -> None:
+    result = run(accumulator(), "-i", find_clip("bikes"), "--reset-on-cut", "--reset-gap", 1, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["resets"] == {"every": 0, "gap": 0, "cut": 5, "demand": 0, "non-finite": 0}
+    assert "frame 76: states reset (cut)" in result.stderr
+    assert "resets: 5 cut" in result.stderr
+
+
+def test_sigusr1_forgets_the_past(accumulator: Model) -> None:
+    command = [*STEPCELL, "run", str(accumulator()), "-i", "-", "--size", "64x64", "-o", "-"]
+    frame = b"\x01" * (64 * 64 * 3)  # more than stdout holds back
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        found = []
+        for number in range(4):
+            if number == 2:
+                process.send_signal(signal.SIGUSR1)
+            process.stdin.write(frame)
+            process.stdin.flush()
+            found.append(process.stdout.read(len(frame))[0])
+        process.stdin.close()
+        errors = process.stderr.read().decode()
+        assert process.wait(60) == 0
+    assert found == [1, 2, 1, 2]
+    assert "frame 2: states reset (demand)" in errors
+
+
 def test_broken_clip_keeps_what_was_written(accumulator: Model, tmp_path: Path) -> None:
     clip = np.zeros((6, 3, 8, 8), np.float32)
     clip[4] = np.nan
@@ -148,6 +232,14 @@ def test_broken_clip_keeps_what_was_written(accumulator: Model, tmp_path: Path) 
         (["-i", "CLIP", "-o", "none/out.mp4"], 1, "none/out.mp4: cannot be written"),
         (["-i", "CLIP", "-o", "out.gif"], 2, "--output: expected"),
         (["-i", "CLIP", "-o", "-", "--json"], 2, "both write to stdout"),
+        (["-i", "CLIP", "--reset-gap", "1"], 1, "frame 0: has no time"),
+        (["-i", "CLIP", "--reset-gap", "0"], 2, "--reset-gap"),
+        (["-i", "CLIP", "--resume"], 2, "need --snapshot FILE"),
+        (["-i", "CLIP", "--snapshot-every", "3"], 2, "need --snapshot FILE"),
+        (["-i", "CLIP", "--snapshot", "CLIP"], 2, "is --input as well"),
+        (["-i", "CLIP", "--snapshot", "none/s.safetensors"], 1, "its folder does not exist"),
+        (["-i", "CLIP", "--snapshot", "CLIP", "--resume"], 2, "is --input as well"),
+        (["-i", "CLIP", "--on-nonfinite", "panic"], 2, "--on-nonfinite"),
         (["-i", "CLIP", "--fps", "0"], 2, "--fps: expected"),
         (["-i", "CLIP", "--fps", "fast"], 2, "--fps: expected"),
         (["-i", "CLIP", "--limit", "0"], 2, "--limit"),

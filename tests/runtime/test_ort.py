@@ -1,9 +1,14 @@
 """The ONNX Runtime back end: its buffers, its devices, and the float32 form of float16 models."""
 
+# ruff: noqa: N802, N815  # CUDA's names
+
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,12 +18,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import DeviceError
-from stepcell.runtime import StepLoop
+from stepcell.runtime import StepLoop, cuda
 from stepcell.runtime.backend import Device
 from stepcell.runtime.float32 import to_float32
 from stepcell.runtime.ort import OrtBackend
 
 Model = Callable[..., Path]
+OK = SimpleNamespace(value=0)
 
 
 def test_two_buffers_take_turns(accumulator: Model) -> None:
@@ -33,6 +39,85 @@ def test_two_buffers_take_turns(accumulator: Model) -> None:
         assert pair[1 - step % 2].host.max() == step - 1, "the state the step read is untouched"
     backend.close()
     backend.close()
+
+
+class RowsOnTheHost:
+    """The calls of CUDA that idle rows need, on host memory; queued until the stream is waited for."""
+
+    cudaStreamNonBlocking = 1
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDeviceToDevice=3)
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[int, ...]] = []
+        self.streams = 0
+
+    def cudaSetDevice(self, index: int) -> tuple[Any]:
+        return (OK,)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, int]:
+        self.streams += 1
+        return OK, 7
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Any]:
+        self.streams -= 1
+        return (OK,)
+
+    def cudaMemcpy2DAsync(self, *arguments: int) -> tuple[Any]:
+        self.queue.append(arguments)
+        return (OK,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:
+        for target, target_pitch, source, pitch, width, height, kind, on in self.queue:
+            assert (kind, on) == (3, stream)
+            for row in range(height):
+                ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
+        self.queue = []
+        return (OK,)
+
+
+def test_idle_rows_on_cuda_are_copied_at_their_addresses(accumulator: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real tensors of ONNX Runtime, the addresses it gives, and copies that CUDA would make."""
+    gpu = RowsOnTheHost()
+    monkeypatch.setattr(cuda, "_runtime", lambda: gpu)
+    backend = OrtBackend(accumulator(), Device("cpu"))
+    backend.configure({"batch": 3, "height": 2, "width": 2})
+    old, new = backend._states["h"]
+    old.host[:] = np.arange(36).reshape(old.host.shape)
+    new.host[:] = -1
+    kept = old.host.copy()
+    backend._device = Device("cuda")
+    backend._keep([0, 2])
+    assert not gpu.queue, "waited for"
+    np.testing.assert_array_equal(new.host[[0, 2]], kept[[0, 2]])
+    assert (new.host[1] == -1).all()
+    backend._keep([1])
+    assert gpu.streams == 1
+    backend.close()
+    assert gpu.streams == 0
+
+
+@pytest.mark.parametrize("size", [8, 512], ids=["copied", "bound"])
+def test_outputs_of_any_size_belong_to_the_caller(accumulator: Model, size: int) -> None:
+    backend = OrtBackend(accumulator(), Device("cpu"))
+    backend.configure({"batch": 1, "height": size, "width": size})
+    assert bool(backend._large) == (size == 512)
+    x = np.ones((1, 3, size, size), np.float32)
+    outputs = [backend.step({"x": x})["y"] for _ in range(5)]
+    outputs[2][:] = 100
+    assert [y.max() for y in outputs] == [1, 2, 100, 4, 5]
+    assert backend.step({"x": x})["y"].max() == 6
+
+
+def test_the_caller_s_array_may_change_between_steps(accumulator: Model) -> None:
+    backend = OrtBackend(accumulator(), Device("cpu"))
+    backend.configure({"batch": 1, "height": 2, "width": 2})
+    same, found = np.zeros((1, 3, 2, 2), np.float32), []
+    for step in range(4):  # the same array, written to again, as the frames of a stream are
+        same[:] = step
+        found.append(backend.step({"x": same})["y"])
+    for _ in range(4):  # and arrays that come and go
+        found.append(backend.step({"x": np.ones_like(same)})["y"])
+    assert [float(y.max()) for y in found] == [float(y.min()) for y in found] == [0, 1, 3, 6, 7, 8, 9, 10]
 
 
 def test_absent_device_is_refused_or_replaced_as_allowed(accumulator: Model, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -10,13 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnx import helper
 
+from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import DeviceError, InputError, OutputError, StepcellError
+from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime import StepLoop
+from stepcell.runtime.policies import ResetPolicy, ResetWatch
+from stepcell.runtime.report import RunReport, StreamError
+from stepcell.runtime.saving import SnapshotWriter
 from stepcell.runtime.sinks import ArraySink, open_sink
 from stepcell.runtime.sources import open_source
 from stepcell.runtime.stop import StopRequest
-from stepcell.runtime.stream import StreamError, run_stream
+from stepcell.runtime.stream import run_stream
 
 Model = Callable[..., Path]
 
@@ -27,6 +34,8 @@ class Frames:
     name = "frames"
     fps: Fraction | None = None
     length: int | None = None
+    live = False
+    seconds: float | None = None
 
     def __init__(self, frames: list[Any]) -> None:
         self._frames = frames
@@ -49,7 +58,11 @@ def clip(count: int, value: int = 1, shape: tuple[int, ...] = (5, 6, 3)) -> list
 def test_clip_equals_stepping_by_hand(denoiser_onnx: Path, clip_path: Path, tmp_path: Path) -> None:
     with StepLoop.open(denoiser_onnx) as loop:
         report = run_stream(
-            loop, open_source(str(clip_path)), ArraySink(tmp_path / "out.npy"), reset_every=50, limit=100
+            loop,
+            open_source(str(clip_path)),
+            ArraySink(tmp_path / "out.npy"),
+            resets=ResetWatch(ResetPolicy(every=50)),
+            limit=100,
         )
         loop.reset()
         for number, (frame, y) in enumerate(
@@ -59,7 +72,7 @@ def test_clip_equals_stepping_by_hand(denoiser_onnx: Path, clip_path: Path, tmp_
                 loop.reset()
             x = np.divide(frame.transpose(2, 0, 1)[None], np.float32(255), dtype=np.float32)
             np.testing.assert_array_equal(loop.step(x=x)["y"][0], y, err_msg=f"frame {number}")
-    assert (report.frames, report.resets, report.stopped) == (100, 1, "limit")
+    assert (report.frames, report.resets["every"], report.stopped) == (100, 1, "limit")
     assert report.frame_size == (176, 144)
     assert report.frames_per_second == pytest.approx(100 / report.seconds, rel=0.05)
     for times in (report.step, report.decode, report.convert, report.encode):
@@ -164,8 +177,6 @@ def test_stop_request_ends_between_two_frames(accumulator: Model, tmp_path: Path
 
     def after(count: int) -> None:
         if count == 2:
-            import signal
-
             signal.raise_signal(signal.SIGTERM)
 
     with stop.listening(), StepLoop.open(accumulator()) as loop:
@@ -216,3 +227,186 @@ def test_nan_output_is_an_error_in_pictures(accumulator: Model, tmp_path: Path) 
         with pytest.raises(StreamError, match="y: the model returned NaN or Inf") as caught:
             run_stream(loop, Frames(frames), open_sink(str(tmp_path / "out.mp4"), Fraction(25)))
     assert caught.value.report.frames == 1
+
+
+def test_gaps_and_cuts_reset_and_are_counted(accumulator: Model, tmp_path: Path) -> None:
+    """Scene a, then b with a gap in its time; the sum of the ones since the last reset is what comes out."""
+    a, b = (np.random.default_rng(seed).integers(0, 2, (3, 32, 32)).astype(np.float32) for seed in (0, 1))
+    source = Timed([a, a, a, b, b, b], [0.0, 0.04, 0.08, 0.12, 5.0, 5.04])
+    resets = ResetWatch(ResetPolicy(gap=1.0, cut=True))
+    with StepLoop.open(accumulator()) as loop:
+        report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), resets=resets)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), [a, 2 * a, 3 * a, b, b, 2 * b])
+    assert report.resets == {"every": 0, "gap": 1, "cut": 1, "demand": 0, "non-finite": 0}
+
+
+class Timed(Frames):
+    """Frames with times."""
+
+    def __init__(self, frames: list[Any], times: list[float]) -> None:
+        super().__init__(frames)
+        self._times = times
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        for seconds, frame in zip(self._times, self._frames, strict=True):
+            self.seconds = seconds
+            yield frame
+
+
+def test_a_call_resets_before_the_next_frame(accumulator: Model, tmp_path: Path) -> None:
+    resets = ResetWatch(ResetPolicy())
+    with StepLoop.open(accumulator()) as loop:
+        report = run_stream(
+            loop,
+            Frames(clip(5)),
+            ArraySink(tmp_path / "out.npy"),
+            resets=resets,
+            on_frame=lambda count: resets.demand() if count == 3 else None,
+        )
+    assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == [1, 2, 3, 1, 2]
+    assert report.resets["demand"] == 1
+
+
+BAD = np.full((3, 4, 4), 3e38, np.float32)  # finite, and twice of it is not
+
+
+def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = np.ones((3, 4, 4), np.float32)
+    with StepLoop.open(accumulator()) as loop:
+        report = run_stream(
+            loop,
+            Frames([one, BAD, BAD, one]),
+            ArraySink(tmp_path / "out.npy"),
+            resets=ResetWatch(ResetPolicy(on_nonfinite="reset")),
+        )
+    # The third frame is stepped again from the initial state, so that every frame has its result.
+    assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == np.float32([1, 3e38, 3e38, 3e38]).tolist()
+    assert report.resets["non-finite"] == 1
+    assert "frame 2: y: the model returned NaN or Inf" in capsys.readouterr().err
+
+
+def test_non_finite_stops_or_is_ignored_as_asked(accumulator: Model, tmp_path: Path) -> None:
+    frames = [BAD, BAD, BAD]
+    with StepLoop.open(accumulator()) as loop:
+        with pytest.raises(StreamError, match="frame 1: y: the model returned NaN or Inf") as caught:
+            run_stream(loop, Frames(frames))
+        assert caught.value.report.frames == 1
+        ignore = ResetWatch(ResetPolicy(on_nonfinite="ignore"))
+        assert run_stream(loop, Frames(frames), resets=ignore).resets["non-finite"] == 0
+
+
+def test_a_frame_that_is_never_finite_does_not_end_the_stream(accumulator: Model, tmp_path: Path) -> None:
+    inf = np.full((3, 4, 4), np.inf, np.float32)
+    one = np.ones((3, 4, 4), np.float32)
+    for name in ("out.npy", "out.mp4"):
+        with StepLoop.open(accumulator(range=(0.0, 1.0)), check_finite=False) as loop:
+            report = run_stream(
+                loop,
+                Frames([one, inf, one]),
+                open_sink(str(tmp_path / name), Fraction(25)),
+                resets=ResetWatch(ResetPolicy(on_nonfinite="reset")),
+            )
+            assert loop.state()["h"].max() == 1
+        assert (report.frames, report.resets["non-finite"]) == (3, 2)
+    assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == [1, np.inf, 1]
+
+
+def test_states_alone_are_looked_at_now_and_then(hidden: Path) -> None:
+    with StepLoop.open(hidden) as loop:
+        report = run_stream(loop, Frames([BAD] * 250), resets=ResetWatch(ResetPolicy(on_nonfinite="reset")))
+    assert report.resets["non-finite"] == 2
+
+
+def test_a_snapshot_never_holds_nan(hidden: Path, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with StepLoop.open(hidden) as loop:
+        with pytest.raises(StreamError, match="frame 9: h: the model returned NaN or Inf"):
+            run_stream(loop, Frames([BAD] * 20), snapshots=SnapshotWriter(path, 10, "frames"))
+        assert not path.exists()
+
+
+@pytest.fixture
+def hidden(write_model: Model, tmp_path: Path) -> Path:
+    """y = x, h' = h + x: what the state does never shows."""
+    spec = TensorSpec(name="x", shape=("batch", 3, "height", "width"), layout="NCHW")
+    contract = StepContract(
+        inputs=(spec,),
+        outputs=(TensorSpec(name="y", shape=spec.shape, layout="NCHW"),),
+        states=(StateSpec(name="h", shape=spec.shape),),
+    )
+    nodes = [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Add", ["state_in.h", "x"], ["state_out.h"])]
+    return write_model(tmp_path / "hidden.onnx", contract, nodes)
+
+
+@pytest.mark.parametrize("start", [1, 56, 71, 100], ids=["1", "at a cut", "at a gap", "at the end"])
+def test_resumed_run_equals_an_uninterrupted_one(denoiser_onnx: Path, tmp_path: Path, start: int) -> None:
+    """With every policy that looks at frames, over the five scenes of a real clip."""
+    frames = read_clip("bikes", shrink=4)[20:120]
+    path = tmp_path / "state.safetensors"
+
+    def run(loop: StepLoop, name: str, **options: Any) -> RunReport:
+        source = Timed(list(frames), [number / 25 + (number > 70) for number in range(len(frames))])
+        resets = ResetWatch(ResetPolicy(every=33, gap=0.5, cut=True))
+        return run_stream(loop, source, ArraySink(tmp_path / name), resets=resets, **options)
+
+    with StepLoop.open(denoiser_onnx) as loop:
+        report = run(loop, "whole.npy")
+        assert report.resets == {"every": 3, "gap": 1, "cut": 2, "demand": 0, "non-finite": 0}
+        run(loop, "first.npy", limit=start, snapshots=SnapshotWriter(path, 1000, "bikes"))
+    with StepLoop.open(denoiser_onnx) as loop:
+        snapshot = loop.restore(path)
+        assert snapshot.frame == start
+        report = run(loop, "rest.npy", start=snapshot.frame)
+    assert (report.first_frame, report.frames) == (start, 100 - start)
+    whole = np.load(tmp_path / "whole.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "first.npy"), whole[:start])
+    if start < 100:
+        np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), whole[start:])
+
+
+def test_a_shorter_input_cannot_be_resumed(accumulator: Model, tmp_path: Path) -> None:
+    with StepLoop.open(accumulator()) as loop, pytest.raises(StreamError, match="ends at frame 3, before frame 5"):
+        run_stream(loop, Frames(clip(3)), start=5)
+
+
+def test_a_live_source_just_goes_on(accumulator: Model, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    source = Frames(clip(3))
+    source.live = True
+    with StepLoop.open(accumulator()) as loop:
+        report = run_stream(loop, Frames(clip(7)), snapshots=SnapshotWriter(path, 5, "frames"))
+        assert (report.snapshots, report.failed_snapshots) == (2, 0)
+    with StepLoop.open(accumulator()) as loop:
+        start = loop.restore(path).frame
+        report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), start=start)
+    assert (report.first_frame, report.frames) == (7, 3)
+    assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == [8, 9, 10]
+
+
+def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
+    accumulator: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = SnapshotWriter(tmp_path / "gone" / "state.safetensors", 2, "frames")
+    with StepLoop.open(accumulator()) as loop:
+        report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), snapshots=writer)
+    assert (report.snapshots, report.failed_snapshots) == (0, 3)
+    assert len(np.load(tmp_path / "out.npy")) == 5
+    assert "frame 2: no snapshot" in capsys.readouterr().err
+
+
+def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Model, tmp_path: Path) -> None:
+    """The frame at hand may have stepped or not: a snapshot of it could not say which."""
+    path, stop = tmp_path / "state.safetensors", StopRequest()
+
+    class Interrupted(BrokenSink):
+        def write(self, frame: NDArray[Any]) -> None:
+            super().write(frame)
+            if self.calls.count("write") == 4:
+                stop.signal = signal.SIGINT
+                raise KeyboardInterrupt
+
+    with StepLoop.open(accumulator()) as loop:
+        writer = SnapshotWriter(path, 2, "frames")
+        report = run_stream(loop, Frames(clip(9)), Interrupted(""), snapshots=writer, stop=stop)
+        assert (report.frames, report.stopped, report.snapshots) == (3, "interrupted", 1)
+        assert loop.restore(path).frame == 2

@@ -1,11 +1,16 @@
 """The TensorRT back end where there is no GPU: its refusals, and its names against the real bindings."""
 
+# ruff: noqa: N802, N815  # CUDA's names
+
 from __future__ import annotations
 
 import ast
+import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorrt_rtx
 
@@ -153,8 +158,6 @@ def test_every_cuda_status_becomes_an_error_with_its_name() -> None:
 
 def test_cuda_calls_take_their_arguments() -> None:
     """Each call reaches the real CUDA runtime: without a driver it fails there, and not on an argument."""
-    import numpy as np
-
     if cuda.discover().devices:
         pytest.skip("needs a machine without a GPU: the addresses used here are not real")
     stream = object.__new__(cuda.Stream)
@@ -164,6 +167,7 @@ def test_cuda_calls_take_their_arguments() -> None:
     event = object.__new__(cuda.Event)
     event._handle = 0
     array = np.zeros(2, np.float32)
+    rows = cuda.Rows.of(buffer.address, array.shape, 0, 4)
     for call in (
         lambda: cuda.use_device(0),
         cuda.Stream,
@@ -174,7 +178,8 @@ def test_cuda_calls_take_their_arguments() -> None:
         lambda: event.record(stream),
         lambda: event.milliseconds_since(event),
         lambda: buffer.clear(stream),
-        lambda: buffer.clear_slice(0, (2,), 0, 4, stream),
+        lambda: cuda.clear_row(rows, 0, stream),
+        lambda: cuda.copy_row(rows, 0, rows, 1, stream),
         lambda: cuda.copy_to_device(buffer, array, stream),
         lambda: cuda.copy_to_host(array, buffer, stream),
     ):
@@ -182,23 +187,39 @@ def test_cuda_calls_take_their_arguments() -> None:
             call()
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_slice_of_any_axis_is_cleared(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
-    import ctypes
-    from types import SimpleNamespace
+class PretendedMemory:
+    """Both calls that work on rows, on host memory."""
 
-    import numpy as np
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDeviceToDevice=3)
 
-    def memset2d(address: int, pitch: int, value: int, width: int, height: int, stream: int) -> tuple[Any]:
+    def cudaMemset2DAsync(
+        self, address: int, pitch: int, value: int, width: int, height: int, stream: int
+    ) -> tuple[Any]:
         for row in range(height):
             ctypes.memset(address + row * pitch, value, width)
         return (SimpleNamespace(value=0),)
 
-    monkeypatch.setattr(cuda, "_runtime", lambda: SimpleNamespace(cudaMemset2DAsync=memset2d))
+    def cudaMemcpy2DAsync(
+        self, target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, kind: int, stream: int
+    ) -> tuple[Any]:
+        for row in range(height):
+            ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
+        return (SimpleNamespace(value=0),)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_rows_of_any_axis_are_cleared_and_copied(monkeypatch: pytest.MonkeyPatch, axis: int) -> None:
+    monkeypatch.setattr(cuda, "_runtime", PretendedMemory)
+    stream = object.__new__(cuda.Stream)
+    stream.handle = 0
     array = np.ones((2, 3, 4), np.float32)
     expected = array.copy()
-    expected[(slice(None),) * axis + (1,)] = 0
-    buffer, stream = object.__new__(cuda.DeviceBuffer), object.__new__(cuda.Stream)
-    buffer.nbytes, buffer.address, stream.handle = array.nbytes, array.ctypes.data, 0
-    buffer.clear_slice(1, array.shape, axis, 4, stream)
+    rows = cuda.Rows.of(array.ctypes.data, array.shape, axis, 4)
+    index: tuple[Any, ...] = (slice(None),) * axis
+    cuda.clear_row(rows, 1, stream)
+    expected[(*index, 1)] = 0
+    np.testing.assert_array_equal(array, expected)
+    other = np.random.default_rng(0).random([5 if a == axis else n for a, n in enumerate(array.shape)], np.float32)
+    cuda.copy_row(rows, 0, cuda.Rows.of(other.ctypes.data, other.shape, axis, 4), 4, stream)
+    expected[(*index, 0)] = other[(*index, 4)]
     np.testing.assert_array_equal(array, expected)

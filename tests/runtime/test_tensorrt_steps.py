@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract
 from stepcell.errors import DeviceError, EngineMismatchError, InputError, StateError
-from stepcell.runtime import cuda, tensorrt
+from stepcell.runtime import StepLoop, cuda, tensorrt
 from stepcell.runtime.backend import Backend, Device
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.check import CheckedEngine, check_engine
@@ -42,13 +42,14 @@ class PretendedCuda:
 
     cudaStreamNonBlocking = 1
     cudaHostAllocDefault = 0
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
 
     def __init__(self) -> None:
         self.memory: dict[int, Any] = {}
         self.queue: list[Callable[[], Any]] = []
         self.limit = 10**9
         self.allocations = 0
+        self.row_copies = 0
 
     def cudaMalloc(self, size: int) -> tuple[Any, int]:
         self.allocations += 1
@@ -74,6 +75,19 @@ class PretendedCuda:
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple[Any]:
         return self._queued(lambda: ctypes.memmove(target, source, size))
+
+    def cudaMemcpy2DAsync(
+        self, target: int, target_pitch: int, source: int, pitch: int, width: int, height: int, kind: int, stream: int
+    ) -> tuple[Any]:
+        assert kind == self.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        assert stream == 7, "not on the stream of the back end"
+        self.row_copies += 1
+
+        def copy() -> None:
+            for row in range(height):
+                ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
+
+        return self._queued(copy)
 
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[Any]:
         return self._queued(lambda: ctypes.memset(address, value, size))
@@ -208,6 +222,12 @@ class Machine:
     def open(self) -> TensorRTBackend:
         return TensorRTBackend(self.path, Device("cuda", 0))
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of a tensor of a stack, whose maps are all as large as its frames."""
+        channels = {**self.contract.graph_inputs, **self.contract.graph_outputs}[name].shape[1]
+        assert isinstance(channels, int)
+        return (2, channels, 16, 24)
+
 
 @pytest.fixture
 def machine(denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
@@ -257,13 +277,7 @@ def test_many_steps_equal_plain_onnx_runtime(machine: Machine, backend: Backend)
 def test_several_states_of_different_kinds(stack_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(stack_onnx, tmp_path, monkeypatch)
     backend = machine.open()
-    machine.engine.get_tensor_shape = lambda name: (2, channels(name), 16, 24)  # type: ignore[method-assign]
-
-    def channels(name: str) -> int:
-        spec = {**machine.contract.graph_inputs, **machine.contract.graph_outputs}[name]
-        assert isinstance(spec.shape[1], int)
-        return spec.shape[1]
-
+    machine.engine.get_tensor_shape = machine.shape_of  # type: ignore[method-assign]
     backend.configure(SYMBOLS)
     clip = frames(9)
     expected = reference(stack_onnx, machine.contract, clip)
@@ -309,6 +323,101 @@ def test_reset_selects_slots_and_keeps_the_others(machine: Machine, backend: Bac
     np.testing.assert_array_equal(state[1], 0)
     with pytest.raises(StateError, match="expected 2 slots, got 3"):
         backend.reset([True] * 3)
+
+
+def test_idle_rows_keep_their_states_and_only_they_are_copied(machine: Machine, backend: Backend) -> None:
+    backend.configure({**SYMBOLS, "batch": 3})
+    clip = frames(12, 3)
+    for frame in clip[:2]:
+        backend.step({"x": frame})
+    assert machine.gpu.row_copies == 0
+    before, allocations = backend.read_state()["h"], machine.gpu.allocations
+    busy = reference(machine.onnx, machine.contract, clip)
+    for frame, outputs in zip(clip[2:], busy[2:], strict=True):
+        y = backend.step({"x": frame}, idle=[0, 2])["y"]
+        np.testing.assert_array_equal(y[1], outputs["y"][1])
+        state = backend.read_state()["h"]
+        assert state[0].tobytes() == before[0].tobytes()
+        assert state[2].tobytes() == before[2].tobytes()
+        np.testing.assert_array_equal(state[1], outputs["state_out.h"][1])
+    assert machine.gpu.row_copies == 2 * len(clip[2:])
+    assert machine.gpu.allocations == allocations
+
+
+def test_failed_step_with_idle_rows_keeps_the_state(machine: Machine, backend: Backend) -> None:
+    backend.configure(SYMBOLS)
+    first, second = frames(2)
+    backend.step({"x": first})
+    before = backend.read_state()["h"]
+    machine.engine.refuse = True
+    with pytest.raises(DeviceError):
+        backend.step({"x": second}, idle=[1])
+    np.testing.assert_array_equal(backend.read_state()["h"], before)
+
+
+def test_loop_with_slots_equals_the_same_loop_on_the_cpu(machine: Machine, tmp_path: Path) -> None:
+    """The loop's logic on this back end: slots at different rates, resets, and a snapshot there and back."""
+    path = tmp_path / "state.safetensors"
+    cpu = StepLoop.open(machine.onnx, slots=3, keep_float16=True)
+    gpu = StepLoop(machine.open(), name="engine", slots=3)
+    clip = frames(40, 1)
+    names = ["a", "b", "c"]
+    for number, frame in enumerate(clip):
+        for loop in (cpu, gpu):
+            if number == 0:
+                for name in names[:2]:
+                    loop.attach(name)
+            if number == 10:
+                loop.detach(loop.slots["a"])
+                loop.attach("c")
+            if number == 20:
+                loop.reset([loop.slots["b"]])
+        if number == 15:
+            gpu.save(path)
+            cpu.restore(path)
+        if number == 25:
+            cpu.save(path)
+            gpu.restore(path)
+        expected, found = (
+            loop.step_slots(
+                {slot: {"x": frame} for index, slot in enumerate(loop.slots.values()) if number % (index + 1) == 0}
+            )
+            for loop in (cpu, gpu)
+        )
+        for (cpu_slot, wanted), (gpu_slot, got) in zip(expected.items(), found.items(), strict=True):
+            assert cpu_slot.name == gpu_slot.name
+            np.testing.assert_array_equal(got["y"], wanted["y"], err_msg=f"step {number}")
+    rows = [slot.index for slot in gpu.slots.values()]
+    np.testing.assert_array_equal(gpu.state()["h"][rows], cpu.state()["h"][rows])
+    cpu.close()
+    gpu.close()
+    assert not machine.gpu.memory
+
+
+def test_learned_initial_states(learned_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(learned_onnx, tmp_path, monkeypatch)
+    machine.engine.get_tensor_shape = machine.shape_of  # type: ignore[method-assign]
+    backend = machine.open()
+    backend.configure(SYMBOLS)
+    start = {state.name: state.initial((2, state.shape[1], 16, 24)) for state in machine.contract.states}  # type: ignore[arg-type]
+    assert start["h0"].any()
+    assert start["c1"].any()
+    for slots in (None, [True, True]):
+        for name, value in backend.read_state().items():
+            np.testing.assert_array_equal(value, start[name], err_msg=name)
+        for frame in frames(3):
+            backend.step({"x": frame.astype(np.float32)})
+        backend.reset(slots)
+    backend.step({"x": frames(1)[0].astype(np.float32)})
+    before = backend.read_state()
+    before["h0"][1] = np.nan
+    backend.write_state(before)
+    backend.reset([False, True])
+    for name, value in backend.read_state().items():
+        np.testing.assert_array_equal(value[1], start[name][1])
+        np.testing.assert_array_equal(value[0], before[name][0])
+    backend.close()
+    assert not machine.gpu.memory
 
 
 def test_snapshot_comes_back(machine: Machine, backend: Backend) -> None:
