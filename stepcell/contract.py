@@ -173,7 +173,8 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         schema: version `major.minor`; an unknown major version is refused.
-        family: name of the model family, or "module" for a user's own module.
+        family: name of the model family; "module" for a user's own module, "adopted" for another
+            program's ONNX file.
         precision: compute dtype of the graph ("float16" or "float32").
         inputs, outputs, states: in the order of the ONNX graph.
         cells: recurrent cells in the graph.

@@ -93,7 +93,8 @@ def _print_engine(sidecar: Sidecar) -> None:
 def _row(kind: str, name: str, spec: Spec) -> list[str]:
     shape = " x ".join(str(dim) for dim in spec.shape)
     if not isinstance(spec, TensorSpec):
-        return [kind, name, shape, spec.dtype, f"{spec.input} -> {spec.output}, starts at {spec.init}"]
+        was = f", was {spec.original_input} -> {spec.original_output}" if spec.original_input else ""
+        return [kind, name, shape, spec.dtype, f"{spec.input} -> {spec.output}, starts at {spec.init}{was}"]
     notes = [spec.layout or ""]
     if spec.range is not None:
         notes.append(f"range {spec.range[0]:g} to {spec.range[1]:g}")

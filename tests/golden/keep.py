@@ -1,6 +1,6 @@
 """Make the small cases of tests/data/golden: the first steps of a recorded case, under 100 kB.
 
-    python tests/golden/keep.py
+    python -m tests.golden.keep
 
 Initial states and inputs stay; of the outputs only the kept steps in float64, rounded to float32
 where that saves space; final states belong to the whole run and are left out. A case that is still
@@ -14,9 +14,9 @@ import json
 import shutil
 
 import numpy as np
-from cases import KEPT, RECORDED, Case, find_cases
 
 from stepcell.exporter import FAMILIES
+from tests.golden.cases import KEPT, RECORDED, Case, find_cases
 
 CUTS = ((3, None), (2, 1))  # steps, streams
 LIMIT = 100_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from stepcell.exporter import FAMILIES
 from stepcell.models import ConvGRUCell, ConvLSTMCell
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import KEPT, RECORDED, Case, find_cases, worst_error
+from tests.golden.cases import KEPT, RECORDED, Case, find_cases, worst_error
+from tests.golden.report import DOCUMENT, families
 
 CASES = [case for case in find_cases() if case.system in FAMILIES]
 
@@ -29,6 +27,10 @@ def test_exported_file_equals_upstream(case: Case, tmp_path: Path) -> None:
     print(f"{case.name}: " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
     assert worst, "nothing was compared"
     assert max(worst.values()) <= case.tolerance
+
+
+def test_the_document_lists_every_family() -> None:
+    assert DOCUMENT.read_text().startswith(families()), "run python -m tests.golden.report --families"
 
 
 def test_every_published_family_has_a_case() -> None:
