@@ -50,12 +50,7 @@ def examine() -> list[Finding]:
         _onnxruntime(),
         _onnxruntime_cuda(),
         *(_tensorrt(flavor) for flavor in FLAVORS),
-        Finding(
-            what="fused plugin",
-            ok=False,
-            found="not in this version",
-            costs=plugin_unavailable("tensorrt").partition("; ")[2],
-        ),
+        _plugin(),
         _gpu(gpus),
         _packages(
             "CUDA bindings",
@@ -129,6 +124,24 @@ def _tensorrt(flavor: str) -> Finding:
         reason = "not installed" if "not installed" in error.message else error.message
         return Finding(what=name, ok=False, found=reason, costs=costs, remedy=remedy)
     return Finding(what=name, ok=True, found=library.version)
+
+
+def _plugin() -> Finding:
+    """Running an engine with the plugin takes TensorRT and a driver door; building one takes Triton too."""
+    what, costs = "fused plugin", "engines run recurrent cells as TensorRT's own layers"
+    try:
+        module = load_tensorrt("tensorrt").module
+    except StepcellError:
+        return Finding(what=what, ok=False, found="needs TensorRT; TensorRT-RTX cannot host it", costs=costs)
+    reason = plugin_unavailable("tensorrt", module)
+    if reason:
+        return Finding(what=what, ok=False, found=reason.partition(";")[0], costs=costs)
+    return _packages(
+        what,
+        ("triton",),
+        "`build --plugin` needs it to compile kernels; running engines does not",
+        "pip install 'stepcell[kernels]'",
+    )
 
 
 def _gpu(gpus: cuda.Discovery) -> Finding:

@@ -12,12 +12,12 @@ import msgspec
 from stepcell.console import log
 from stepcell.errors import DeviceError, OutputError, UsageError
 from stepcell.files import atomic_path, read_bytes, write_atomic
-from stepcell.plugins import plugin_unavailable
+from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.flavor import TensorRT, load_tensorrt
+from stepcell.runtime.engine.form import build_form
 from stepcell.runtime.engine.graph import read_onnx
 from stepcell.runtime.engine.options import BuildOptions, check_options
-from stepcell.runtime.engine.plan import build_plan
 from stepcell.runtime.engine.profile import data_shapes, derive_profiles
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, sidecar_path, this_platform
 
@@ -74,23 +74,22 @@ def build_engine(
     if file.contract.symbols and not (options.min_shapes or options.opt_shapes or options.max_shapes):
         sizes = data_shapes(file.contract, profiles)
         say(f"sizes:   {sizes}, as exported; others: --minShapes, --optShapes, --maxShapes")
-    if file.contract.cells and options.plugin == "auto":
-        say(f"plugin:  off; {plugin_unavailable(library.flavor)}")
 
     # The sidecar is moved first and the plan last; whatever a crash leaves, a plan that is not
     # the one in the sidecar's fingerprint is refused. Opening both also tries the output folder
     # before the build rather than after it.
     with atomic_path(engine) as plan_file, atomic_path(sidecar_path(engine)) as sidecar_file:
         started = time.perf_counter()
-        plan = build_plan(library, file, profiles, options, timings)
+        plan, plugin = build_form(library, file, profiles, options, timings, targets[0], say)
         seconds = time.perf_counter() - started
+        with_plugin = plugin is not None and plugin.used and not plugin.portable  # that one needs nothing to run
         fingerprint = Fingerprint(
             flavor=library.flavor,
             tensorrt=library.version,
             compute_capabilities=targets,
             platform=this_platform(),
-            plugin_version=None,
-            plugin_sha256=None,
+            plugin_version=PLUGIN_VERSION if with_plugin else None,
+            plugin_sha256=interface_digest() if with_plugin else None,
             onnx_sha256=file.sha256,
             plan_sha256=hashlib.sha256(plan.data).hexdigest(),
             plan_bytes=len(plan.data),
@@ -103,6 +102,7 @@ def build_engine(
             compute_layers=plan.compute_layers,
             build_seconds=round(seconds, 3),
             contract=file.contract,
+            plugin=plugin,
         ).sealed()
         plan_file.write_bytes(plan.data)
         sidecar_file.write_text(sidecar.to_json())

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from stepcell.errors import EngineMismatchError
 from stepcell.files import read_bytes
+from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
+from stepcell.plugins.registry import register
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.flavor import Messages, TensorRT, load_tensorrt, make_logger
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, read_sidecar, rebuild_command, this_platform
 
-__all__ = ["CheckedEngine", "check_engine", "covers", "read_engine"]
+__all__ = ["CheckedEngine", "check_engine", "covers", "read_engine", "register_plugins"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ def check_engine(engine: Path, *, device: int = 0) -> CheckedEngine:
     return CheckedEngine(plan, sidecar, library)
 
 
+def register_plugins(checked: CheckedEngine) -> None:
+    """What a plan needs in TensorRT's registry before it can be loaded.
+
+    Raises:
+        PluginError: TensorRT refuses the plugin.
+    """
+    if checked.sidecar.fingerprint.plugin_version is not None:
+        register(checked.tensorrt.module)
+
+
 def covers(targets: tuple[str, ...], capability: str) -> bool:
     """Whether an engine built for `targets` runs on a GPU of this compute capability."""
     for target in targets:
@@ -95,7 +107,10 @@ def _differences(built: Fingerprint, library: TensorRT, version_compatible: bool
     if compared(built.platform) != compared(here):
         found.append(f"built on {built.platform}, this is {here}")
     if built.plugin_version is not None:
-        found.append(f"built with plugin {built.plugin_version}, this stepcell has none")
+        if built.plugin_version != PLUGIN_VERSION:
+            found.append(f"built with plugin version {built.plugin_version}, this stepcell has {PLUGIN_VERSION}")
+        elif built.plugin_sha256 != interface_digest():
+            found.append(f"built with plugin interface {built.plugin_sha256}, this stepcell has {interface_digest()}")
     return found
 
 

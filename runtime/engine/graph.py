@@ -30,13 +30,21 @@ _STANDARD = ("", "ai.onnx")
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A model with its contract; `data` is what `sha256` covers and what TensorRT parses."""
+    """A model with its contract.
+
+    Attributes:
+        data: what TensorRT parses.
+        sha256: of the file.
+        model: `data`, decoded.
+        plugins: operators (domain, name) that a registered plugin takes.
+    """
 
     path: Path
     data: bytes
     sha256: str
     model: ModelProto
     contract: StepContract
+    plugins: frozenset[tuple[str, str]] = frozenset()
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -92,7 +100,7 @@ def check_graph(file: OnnxFile, supports: Callable[[str], bool]) -> None:
         functions[function.domain, function.name] = function
     for where, node in _walk(file.model.graph.node, functions, ()):
         domain, name = ("" if node.domain in _STANDARD else node.domain), node.op_type
-        if (domain, name) in functions or (not domain and supports(name)):
+        if (domain, name) in functions or (domain, name) in file.plugins or (not domain and supports(name)):
             continue
         reason = "TensorRT does not support this operator"
         if domain:

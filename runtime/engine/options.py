@@ -20,7 +20,10 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         flavor: "auto", "tensorrt" or "tensorrt-rtx".
-        plugin: "auto" uses the fused plugin where it can be had, "on" insists, "off" never.
+        plugin: "auto" uses the fused plugin where it can be had and is faster, "on" insists, "off" never;
+            "portable" insists on the form that programs without stepcell can load.
+        kernels: folder with the plugin's compiled kernels; None: the user's cache. What is missing is
+            compiled and put there, which needs Triton.
         min_shapes, opt_shapes, max_shapes: shapes by data input; states follow from them.
         compute_capabilities: GPUs to build for, such as ("8.6", "8.9"); empty: the flavour's default.
         timing_cache: file that remembers kernel timings between builds, or None.
@@ -31,7 +34,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     flavor: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
-    plugin: Literal["auto", "on", "off"] = "auto"
+    plugin: Literal["auto", "on", "off", "portable"] = "auto"
+    kernels: str | None = None
     min_shapes: dict[str, tuple[int, ...]] = {}
     opt_shapes: dict[str, tuple[int, ...]] = {}
     max_shapes: dict[str, tuple[int, ...]] = {}
@@ -48,6 +52,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         for option, value in (
             ("--flavor", self.flavor if self.flavor != "auto" else ""),
             ("--plugin", self.plugin if self.plugin != "auto" else ""),
+            ("--kernels", self.kernels or ""),
             ("--minShapes", format_shapes(self.min_shapes)),
             ("--optShapes", format_shapes(self.opt_shapes)),
             ("--maxShapes", format_shapes(self.max_shapes)),
@@ -67,10 +72,13 @@ def check_options(options: BuildOptions, library: TensorRT) -> None:
         PluginError: the plugin was insisted on and cannot be had.
         UsageError: an option has no meaning for this flavour, or a value out of range.
     """
-    if options.plugin == "on":
-        other = "; it needs the Enterprise flavour, for which this version brings none yet" if library.is_rtx else ""
+    reason = plugin_unavailable(library.flavor, library.module)
+    if not reason and options.plugin == "portable" and not hasattr(library.module, "QuickPluginCreationRequest"):
+        reason = f"TensorRT {library.version} cannot hold kernels in a plan, which needs 10.9 or later"
+    if options.plugin in ("on", "portable") and reason:
+        other = "; it needs the Enterprise flavour" if library.is_rtx else ""
         raise PluginError(
-            f"--plugin on: {plugin_unavailable(library.flavor)}{other}",
+            f"--plugin {options.plugin}: {reason}{other}",
             hint="leave --plugin away, or --plugin off: the engine then uses native layers only",
         )
     if options.version_compatible and library.is_rtx:

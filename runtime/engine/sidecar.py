@@ -23,7 +23,16 @@ from stepcell.runtime.engine.flavor import Flavor
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
 
-__all__ = ["SCHEMA", "Fingerprint", "Sidecar", "read_sidecar", "rebuild_command", "sidecar_path", "this_platform"]
+__all__ = [
+    "SCHEMA",
+    "Fingerprint",
+    "PluginUse",
+    "Sidecar",
+    "read_sidecar",
+    "rebuild_command",
+    "sidecar_path",
+    "this_platform",
+]
 
 SCHEMA = "1.0"
 _ZEROS = "0" * 64
@@ -52,6 +61,26 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     plan_bytes: int
 
 
+class PluginUse(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was decided whether the fused plugin runs a model's cells; recorded in the sidecar.
+
+    Attributes:
+        used: whether it does.
+        portable: in the form that needs no stepcell to run.
+        reason: for a person.
+        cells: labels of the model's cells; empty where it did not come to that.
+        plugin_milliseconds, native_milliseconds: time of a step of either form on the device that
+            built; None: not timed.
+    """
+
+    used: bool
+    reason: str
+    portable: bool = False
+    cells: tuple[str, ...] = ()
+    plugin_milliseconds: float | None = None
+    native_milliseconds: float | None = None
+
+
 class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document.
 
@@ -62,6 +91,8 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
         fingerprint: compared before the plan is loaded.
         profiles: sizes by graph input, data inputs first, then states.
         options: what the build was asked for.
+        plugin: how it was decided whether the fused plugin is used; None: it was not to be, or the
+            model has no cells for it.
         compute_layers: how many convolutions and matrix products compute in which dtype.
         build_seconds: how long TensorRT took.
         contract: the state contract of the ONNX file.
@@ -77,6 +108,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     compute_layers: dict[str, int]
     build_seconds: float
     contract: StepContract
+    plugin: PluginUse | None = None
     checksum: str = _ZEROS
 
     def sealed(self) -> Sidecar:

@@ -37,10 +37,16 @@ Examples:
 )
 @click.option(
     "--plugin",
-    type=click.Choice(["auto", "on", "off"]),
+    type=click.Choice(["auto", "on", "off", "portable"]),
     default="auto",
     show_default=True,
-    help="The fused gate kernel: where it can be had, insisted on, or not at all.",
+    help="The fused gate kernel: where it is faster (both forms are timed), insisted on, not at all, or in a "
+    "form that other programs can load.",
+)
+@click.option(
+    "--kernels",
+    metavar="FOLDER",
+    help="The plugin's kernels, as `stepcell kernels compile` made them; missing ones are added [the user's cache].",
 )
 @click.option("--minShapes", "--min-shapes", "min_shapes", metavar=_SHAPES, help="Smallest sizes [--optShapes].")
 @click.option("--optShapes", "--opt-shapes", "opt_shapes", metavar=_SHAPES, help="Sizes to tune for [as exported].")
@@ -81,6 +87,7 @@ def command(
     output: Path | None,
     flavor: Any,
     plugin: Any,
+    kernels: str | None,
     min_shapes: str | None,
     opt_shapes: str | None,
     max_shapes: str | None,
@@ -101,6 +108,7 @@ def command(
     options = BuildOptions(
         flavor=flavor,
         plugin=plugin,
+        kernels=kernels,
         min_shapes=parse_shapes(min_shapes, option="--minShapes") if min_shapes is not None else {},
         opt_shapes=parse_shapes(opt_shapes, option="--optShapes") if opt_shapes is not None else {},
         max_shapes=parse_shapes(max_shapes, option="--maxShapes") if max_shapes is not None else {},

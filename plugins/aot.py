@@ -1,0 +1,186 @@
+"""The portable form of the plugin: kernels that a plan carries as code of their own.
+
+TensorRT's quickly deployable plugins (`tensorrt.plugin`, ahead-of-time part, TensorRT 10.9 and later)
+take one kernel as PTX and launch it without Python, so that the plan runs in trtexec, C++ or Triton
+Inference Server. They pass the inputs, then integers, then the outputs, and nothing else
+(docs.nvidia.com/deeplearning/tensorrt, "Quickly Deployable Plugins"), and leave the limit of shared
+memory where it is, at 48 KB. Not yet run with a TensorRT that has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import GenericAlias, ModuleType
+from typing import Any
+
+from stepcell.errors import BuildError
+from stepcell.missing import require
+from stepcell.plugins.chain import kernel_inputs, kernel_outputs, node_name
+from stepcell.plugins.kernels import compile as compiler
+from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.signature import PARAMETERS, pointer_dtype
+from stepcell.plugins.kernels.tiles import Tile, tiles
+from stepcell.plugins.plugin import NAMESPACE
+from stepcell.plugins.registry import CELL_ATTRIBUTE
+
+__all__ = ["PortableKernel", "portable_kernels", "portable_ptx", "register_portable"]
+
+SHARED_LIMIT = 48 * 1024
+_STATE_LIKE = ("state", "h", "rh")  # inputs of the shape that every output has
+
+# By kernel and label of the cell, one per tile; TensorRT's registry is one per process, and so is this.
+_kernels: dict[tuple[str, str], Sequence[PortableKernel]] = {}
+_registered: set[str] = set()
+
+
+@dataclass(frozen=True)
+class PortableKernel:
+    """A kernel as TensorRT launches it by itself.
+
+    Attributes:
+        entry: name of the function.
+        ptx: takes inputs, H, W, P, outputs.
+        grid_pixels, grid_channels: a launch has ceil(P / grid_pixels) by grid_channels programs.
+        threads: of a program.
+        shared_bytes: dynamic shared memory of a program, within 48 KB.
+    """
+
+    entry: str
+    ptx: str
+    grid_pixels: int
+    grid_channels: int
+    threads: int
+    shared_bytes: int
+
+
+def portable_kernels(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -> tuple[PortableKernel, ...]:
+    """A kernel with every tile of the table, each with as many stages as fit; takes a second or so per tile.
+
+    Raises:
+        UsageError: a compute capability that is not compiled for.
+        MissingDependencyError: Triton is not installed.
+        BuildError: Triton failed, or a tile does not fit.
+    """
+    compiler.check_capability(capability)
+    triton = require("triton", extra="kernels", purpose="compiling the kernels")
+    return tuple(_fitting(triton, kernel, cell, tile, capability) for tile in tiles(kernel, cell, capability, pixels))
+
+
+def _fitting(triton: ModuleType, kernel: str, cell: Cell, tile: Tile, capability: str) -> PortableKernel:
+    for stages in range(tile.stages, 0, -1):
+        fewer = replace(tile, stages=stages)
+        compiled = compiler._compiled(triton, kernel, cell, fewer, int(capability.replace(".", "")), None)
+        if compiled.metadata.shared <= SHARED_LIMIT:
+            return PortableKernel(
+                entry=compiled.metadata.name,
+                ptx=portable_ptx(kernel, cell, compiled.asm["ptx"]),
+                grid_pixels=tile.pixels,
+                grid_channels=-(-padded(cell.hidden) // tile.channels),
+                threads=32 * compiled.metadata.num_warps,
+                shared_bytes=compiled.metadata.shared,
+            )
+    raise BuildError(f"{kernel} of {cell.label}, tile {tile.label}: needs more than 48 KB of shared memory")
+
+
+def portable_ptx(kernel: str, cell: Cell, ptx: str) -> str:
+    """Triton's PTX with its parameters in TensorRT's order: inputs, H, W, P, outputs.
+
+    The code reads a parameter by its name, so only their declarations are moved. Those that the cell
+    does not use, and Triton's two for scratch memory, are left out.
+
+    Raises:
+        BuildError: the PTX is not of the form that Triton writes, or it reads what is left out.
+    """
+    names = [each.name for each in PARAMETERS[kernel]]
+    head, opening, rest = ptx.partition(f".entry {kernel}(\n")
+    block, closing, body = rest.partition("\n)")
+    declared = [line.rstrip(",") for line in block.split("\n")]
+    if not opening or not closing or len(declared) != len(names) + 2:
+        raise BuildError(f"{kernel}: this Triton writes PTX of another form than expected")
+    order = [each.name for each in kernel_inputs(kernel, cell)] + ["H", "W", "P"]
+    order += [each.name for each in kernel_outputs(kernel)]
+    kept = [names.index(name) for name in order]
+    read = {int(number) for number in re.findall(rf"\b{kernel}_param_(\d+)\b", body)}
+    if read - set(kept):
+        raise BuildError(f"{kernel}: the code reads parameters that TensorRT does not pass: {sorted(read - set(kept))}")
+    return head + opening + ",\n".join(declared[index] for index in kept) + closing + body
+
+
+def register_portable(trt: Any, kernels: Mapping[tuple[str, str], Sequence[PortableKernel]]) -> None:
+    """Make the nodes of chain.py known to a TensorRT module that has `tensorrt.plugin`.
+
+    Args:
+        kernels: by kernel and label of the cell; they stay until others of the same cell come.
+    """
+    plugins = importlib.import_module(f"{trt.__name__}.plugin")
+    _kernels.update(kernels)
+    for kernel, label in kernels:
+        cell = Cell.from_label(label)
+        if node_name(kernel, cell) not in _registered:
+            _registered.add(node_name(kernel, cell))
+            _register(trt, plugins, kernel, cell)
+
+
+def _register(trt: Any, plugins: Any, kernel: str, cell: Cell) -> None:
+    """Register one operator; `cell` is any that has it."""
+    name = f"{NAMESPACE}::{node_name(kernel, cell)}"
+    tensors = [each.name for each in kernel_inputs(kernel, cell)]
+    outputs = len(kernel_outputs(kernel))
+    like = next(tensors.index(each) for each in _STATE_LIKE if each in tensors)
+    described: Any = GenericAlias(tuple, (plugins.TensorDesc,) * outputs)
+
+    def cell_of(label: str) -> Cell:
+        return Cell.from_label(label.rstrip("\0"))  # TensorRT's parser ends a text with a zero byte
+
+    def describe(*inputs: Any, **attributes: str) -> Any:
+        its_cell, shape = cell_of(attributes[CELL_ATTRIBUTE]), inputs[like].shape_expr
+        dtypes = [_dtype(trt, pointer_dtype(each, its_cell)) for each in kernel_outputs(kernel)]
+        return tuple(plugins.from_shape_expr(shape, dtype) for dtype in dtypes)
+
+    def autotune(*arguments: Any) -> Any:
+        its_cell = cell_of(arguments[len(tensors)])
+        combination = plugins.AutoTuneCombination()
+        for place, each in enumerate((*kernel_inputs(kernel, its_cell), *kernel_outputs(kernel))):
+            dtype = pointer_dtype(each, its_cell)
+            is_map = "." not in each.buffer and dtype == "float16"
+            combination.pos([place], "FP16" if dtype == "float16" else "FP32", "HWC8" if is_map else "LINEAR")
+        combination.tactics(list(range(1, len(_kernels[kernel, its_cell.label]) + 1)))
+        return [combination]
+
+    def implementation(*arguments: Any) -> Any:
+        found = _kernels[kernel, cell_of(arguments[len(tensors)]).label]
+        chosen = found[max(int(arguments[-1] or 1), 1) - 1]
+        batch, _, height, width = (arguments[like].shape_expr[axis] for axis in range(4))
+        pixels = batch * height * width
+        launch = plugins.KernelLaunchParams()
+        launch.grid_x, launch.grid_y = plugins.cdiv(pixels, chosen.grid_pixels), chosen.grid_channels
+        launch.block_x, launch.shared_mem = chosen.threads, chosen.shared_bytes
+        numbers = plugins.SymIntExprs(3)
+        for place, number in enumerate((height, width, pixels)):
+            numbers[place] = plugins.SymInt32(number)
+        return chosen.entry, chosen.ptx, launch, numbers
+
+    code = tuple[str, str, plugins.KernelLaunchParams, plugins.SymIntExprs]
+    inputs = {**dict.fromkeys(tensors, plugins.TensorDesc), CELL_ATTRIBUTE: str}
+    plugins.register(name)(_signed(describe, inputs, described))
+    more = {**inputs, "outputs": described}
+    plugins.autotune(name)(_signed(autotune, more, list[plugins.AutoTuneCombination]))
+    plugins.aot_impl(name)(_signed(implementation, {**more, "tactic": int}, code))
+
+
+def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
+    """`function` with the signature by which `tensorrt.plugin` knows the operator's tensors."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    listed: Iterable[inspect.Parameter] = (
+        inspect.Parameter(name, kind, annotation=annotation) for name, annotation in parameters.items()
+    )
+    function.__signature__ = inspect.Signature(list(listed), return_annotation=returns)  # type: ignore[attr-defined]
+    return function
+
+
+def _dtype(trt: Any, name: str) -> Any:
+    return trt.DataType.HALF if name == "float16" else trt.DataType.FLOAT

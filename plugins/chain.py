@@ -1,0 +1,73 @@
+"""A cell as a chain of nodes, one per kernel: the form for plugins that hold a single kernel.
+
+What one kernel hands to the next (z, r . h, the half copy of the state) becomes a tensor of the graph, so
+TensorRT provides its memory. A node is named after its kernel and takes the kernel's pointers in order,
+without those that its cell does not use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stepcell.missing import require
+from stepcell.plugins.fields import PLUGIN_VERSION
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.signature import PARAMETERS, Parameter, kernels_of, workspace
+from stepcell.plugins.plugin import NAMESPACE
+from stepcell.plugins.registry import CELL_ATTRIBUTE
+from stepcell.plugins.tensors import inputs_of, outputs_of
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+__all__ = ["chained_model", "kernel_inputs", "kernel_outputs", "node_name"]
+
+
+def node_name(kernel: str, cell: Cell) -> str:
+    """Operator of a kernel's node: one name has one number of inputs."""
+    return f"{kernel}_peephole" if kernel == "lstm_step" and cell.variant != "none" else kernel
+
+
+def kernel_inputs(kernel: str, cell: Cell) -> tuple[Parameter, ...]:
+    """The pointers that a kernel of this cell reads."""
+    unused = {"pre"} | ({"peephole"} if cell.variant == "none" else set())
+    pointers = [each for each in PARAMETERS[kernel] if each.dtype != "int32" and each.name not in unused]
+    return tuple(each for each in pointers if not each.name.endswith("_out"))
+
+
+def kernel_outputs(kernel: str) -> tuple[Parameter, ...]:
+    """The pointers that a kernel writes."""
+    return tuple(each for each in PARAMETERS[kernel] if each.name.endswith("_out"))
+
+
+def chained_model(model: ModelProto) -> ModelProto:
+    """A model of `nodes.plugin_model` with every plugin node replaced by its chain; `model` stays as it is."""
+    onnx = require("onnx", extra="tensorrt", purpose="building an engine")
+    result: ModelProto = onnx.ModelProto()
+    result.CopyFrom(model)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.domain != NAMESPACE:
+            nodes.append(node)
+            continue
+        cell = Cell.from_label(next(a.s.decode() for a in node.attribute if a.name == CELL_ATTRIBUTE))
+        names = {t.buffer: name for t, name in zip(inputs_of(cell), node.input, strict=True)}
+        names |= {t.buffer: name for t, name in zip(outputs_of(cell), node.output, strict=True)}
+        names |= {buffer: f"{node.output[0]}.{buffer}" for buffer in workspace(cell, 1, half_copy=False)}
+        names.setdefault("h", names["state"])  # a half state is its own half copy
+        for kernel in kernels_of(cell, half_copy=False):
+            nodes.append(
+                onnx.helper.make_node(
+                    node_name(kernel, cell),
+                    [names[each.buffer] for each in kernel_inputs(kernel, cell)],
+                    [names[each.buffer] for each in kernel_outputs(kernel)],
+                    name=f"{node.name}/{kernel}",
+                    domain=NAMESPACE,
+                    plugin_namespace=NAMESPACE,
+                    plugin_version=PLUGIN_VERSION,
+                    **{CELL_ATTRIBUTE: cell.label},
+                )
+            )
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    return result

@@ -1,0 +1,103 @@
+"""What a plan carries for a plugin node: the cell and its kernels, as one field of bytes.
+
+    SHA-256 of the rest | MessagePack of `_Fields`
+
+Machine code included: a device that runs the plan needs neither Triton nor a compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import msgspec
+
+from stepcell.errors import EngineMismatchError, UsageError
+from stepcell.plugins.kernels import image
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.compile import arguments_of, cell_word
+from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of
+from stepcell.plugins.tensors import inputs_of, outputs_of
+
+__all__ = ["PLUGIN_VERSION", "interface_digest", "pack_fields", "read_fields"]
+
+PLUGIN_VERSION = "1"  # as TensorRT's registry knows it; raise it when the node's tensors change
+_SCHEMA = 1  # of the bytes; raise it when a field changes its meaning
+_DIGEST = 32
+
+
+class _Fields(msgspec.Struct, frozen=True):
+    schema: int
+    cell: str
+    images: tuple[KernelImage, ...]
+
+
+class _Head(msgspec.Struct):
+    schema: int
+
+
+def interface_digest() -> str:
+    """SHA-256 of all that a plan and the plugin that runs it must agree on.
+
+    A change of comments or of how kernels are launched does not change it: old plans stay good.
+    """
+    cells = ("gru", "gru-after", "lstm", "lstm-channel", "lstm-map")
+    samples = [Cell.from_label(f"{op}_x8_h8_k3x3_soft_{state}") for op in cells for state in ("float32", "float16")]
+    agreed = (
+        (PLUGIN_VERSION, _SCHEMA, image.SCHEMA),
+        [(kernel, arguments_of(kernel)) for kernel in sorted(PARAMETERS)],
+        [(cell.label, inputs_of(cell), outputs_of(cell), kernels_of(cell, half_copy=False)) for cell in samples],
+    )
+    return hashlib.sha256(repr(agreed).encode()).hexdigest()
+
+
+def pack_fields(cell: Cell, images: Sequence[KernelImage]) -> bytes:
+    """The field's bytes.
+
+    Args:
+        images: of every kernel of the cell, with one tile or more, for one compute capability.
+    """
+    body = msgspec.msgpack.encode(_Fields(_SCHEMA, cell.label, tuple(images)))
+    return hashlib.sha256(body).digest() + body
+
+
+def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...]]:
+    """The cell and its kernels.
+
+    Raises:
+        EngineMismatchError: the bytes are damaged, or another stepcell's that this one cannot run.
+    """
+    body = data[_DIGEST:]
+    if hashlib.sha256(body).digest() != data[:_DIGEST]:
+        raise _unusable(f"damaged: {len(data)} bytes that do not fit their checksum")
+    try:
+        schema = msgspec.msgpack.decode(body, type=_Head).schema
+        if schema != _SCHEMA:
+            raise _unusable(f"of schema {schema}, this stepcell reads {_SCHEMA}")
+        fields = msgspec.msgpack.decode(body, type=_Fields)
+        cell = Cell.from_label(fields.cell)
+    except (msgspec.MsgspecError, UsageError) as error:
+        raise _unusable(f"not readable: {error}") from error
+    for kernel in kernels_of(cell, half_copy=False):
+        if not any(each.info.kernel == kernel for each in fields.images):
+            raise _unusable(f"incomplete: {cell.label} needs {kernel}")
+    for each in fields.images:
+        _check_image(cell, each)
+    return cell, fields.images
+
+
+def _check_image(cell: Cell, kernel: KernelImage) -> None:
+    info = kernel.info
+    if info.schema != image.SCHEMA or info.kernel not in PARAMETERS or info.arguments != arguments_of(info.kernel):
+        raise _unusable(f"of another interface: kernel {info.kernel} takes other arguments than this stepcell gives")
+    if info.cell != cell_word(info.kernel, cell):
+        raise _unusable(f"mixed up: kernel {info.kernel} of {info.cell} in a plan for {cell.label}")
+    if hashlib.sha256(kernel.cubin).hexdigest() != info.sha256:
+        raise _unusable(f"damaged: the code of {info.kernel} does not fit its checksum")
+
+
+def _unusable(what: str) -> EngineMismatchError:
+    return EngineMismatchError(
+        f"the plugin's part of the engine is {what}", hint="build the engine again with `stepcell build`"
+    )

@@ -1,0 +1,171 @@
+"""The op's nodes in an ONNX model, turned into what TensorRT's parser hands to the plugin.
+
+A node keeps its name, its states and its outputs. Its weights become packed ones (kernels/packing.py),
+so that packing is done once, at build time; its attributes become the label of its cell and what the
+parser looks a plugin up by. The op's function leaves the model: the parser prefers a function to a plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stepcell.errors import PluginError, UsageError
+from stepcell.missing import require
+from stepcell.plugins.fields import PLUGIN_VERSION
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.packing import pack
+from stepcell.plugins.plugin import NAMESPACE
+from stepcell.plugins.registry import CELL_ATTRIBUTE, OPS
+from stepcell.plugins.tensors import weights_of
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+__all__ = ["PluginModel", "has_cells", "plugin_model"]
+
+_FLOAT, _HALF = 1, 10  # onnx.TensorProto.DataType
+_STATES = {"ConvGRU": 1, "ConvLSTM": 2}
+_WEIGHTS = {"ConvGRU": ("W_x", "b", "W_h", "W_n", "b_hn"), "ConvLSTM": ("W_x", "b", "W_h", "w_c")}
+
+
+@dataclass(frozen=True)
+class PluginModel:
+    """A model for a TensorRT that has the plugin.
+
+    Attributes:
+        model: with packed weights and without the op's functions.
+        cells: each with the name of the state tensor h that it reads.
+    """
+
+    model: ModelProto
+    cells: tuple[tuple[str, Cell], ...]
+
+
+def has_cells(model: ModelProto) -> bool:
+    """Whether the graph has nodes of the op."""
+    return any(_is_cell(node) for node in model.graph.node)
+
+
+def plugin_model(model: ModelProto) -> PluginModel:
+    """The model with every cell made ready for the plugin; `model` stays as it is.
+
+    Raises:
+        PluginError: a cell that the plugin cannot take: other precision than float16, weights that
+            are computed, sizes outside the op's rules, or a cell inside a function or a subgraph.
+    """
+    onnx = require("onnx", extra="tensorrt", purpose="building an engine")
+    _refuse_nested(model)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    types = _types(onnx, model)
+    cells = []
+    for node in graph.node:
+        if not _is_cell(node):
+            continue
+        where = f"cell {node.name or node.output[0]!r}"
+        arrays = _weights(onnx, node, weights, where)
+        cell = _cell(onnx, node, arrays, types, where)
+        cells.append((node.input[1], cell))
+        _replace(onnx, graph, node, cell, pack(cell, arrays))
+    functions = [each for each in result.functions if (each.domain, each.name) not in {(NAMESPACE, op) for op in OPS}]
+    del result.functions[:]
+    result.functions.extend(functions)
+    _drop_unused(graph)
+    return PluginModel(result, tuple(cells))
+
+
+def _is_cell(node: NodeProto) -> bool:
+    return node.domain == NAMESPACE and node.op_type in OPS
+
+
+def _refuse_nested(model: ModelProto) -> None:
+    inside = [node for function in model.functions for node in _all_nodes(function.node)]
+    inside += [node for top in model.graph.node for node in _all_nodes([top]) if node is not top]
+    if any(_is_cell(node) for node in inside):
+        raise PluginError("a cell lies inside a function or a subgraph, where the plugin does not take it")
+
+
+def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """These nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _all_nodes(graph.node)
+
+
+def _types(onnx: Any, model: ModelProto) -> dict[str, int]:
+    """Element types of the graph's tensors, inferred where the file does not say them."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    tensors = (*inferred.graph.input, *inferred.graph.value_info)
+    return {tensor.name: tensor.type.tensor_type.elem_type for tensor in tensors}
+
+
+def _weights(onnx: Any, node: NodeProto, weights: Mapping[str, TensorProto], where: str) -> dict[str, Any]:
+    names = node.input[1 + _STATES[node.op_type] :]
+    computed = [name for name in names if name not in weights]
+    if computed:
+        raise PluginError(f"{where}: weight {computed[0]!r} is computed in the graph, the plugin needs constants")
+    arrays = [onnx.numpy_helper.to_array(weights[name]) for name in names]
+    return dict(zip(_WEIGHTS[node.op_type], arrays, strict=False))
+
+
+def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[str, int], where: str) -> Cell:
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    missing = [
+        name for name in ("pads", "gates", *(["reset"] if node.op_type == "ConvGRU" else [])) if name not in attributes
+    ]
+    if missing:
+        raise PluginError(f"{where}: has no attribute {missing[0]!r}")
+    w_x = arrays["W_x"]
+    if w_x.dtype != "float16":
+        raise PluginError(f"{where}: computes in {w_x.dtype}, the plugin in float16", hint="export with float16")
+    states = {types.get(name) for name in node.input[1 : 1 + _STATES[node.op_type]]}
+    if states not in ({_FLOAT}, {_HALF}):
+        raise PluginError(f"{where}: its states must be all float32 or all float16")
+    kernel = (int(w_x.shape[2]), int(w_x.shape[3]))
+    pads = [kernel[0] // 2, kernel[1] // 2] * 2
+    if list(attributes["pads"]) != pads:
+        raise PluginError(
+            f"{where}: pads must be {pads} for a {kernel[0]}x{kernel[1]} kernel, got {attributes['pads']}"
+        )
+    if node.op_type == "ConvGRU":
+        variant = attributes["reset"].decode()
+    elif "w_c" in arrays:
+        variant = "channel" if arrays["w_c"].shape[2:] == (1, 1) else "map"
+    else:
+        variant = "none"
+    try:
+        return Cell(
+            op="ConvGRU" if node.op_type == "ConvGRU" else "ConvLSTM",
+            inputs=int(w_x.shape[1]),
+            hidden=int(arrays["W_h"].shape[1]),
+            kernel=kernel,
+            variant=variant,
+            gates=attributes["gates"].decode(),
+            state_dtype="float32" if states == {_FLOAT} else "float16",
+        )
+    except UsageError as error:
+        raise PluginError(f"{where}: {error.message}") from error
+
+
+def _replace(onnx: Any, graph: GraphProto, node: NodeProto, cell: Cell, packed: Mapping[str, Any]) -> None:
+    states = list(node.input[: 1 + _STATES[node.op_type]])
+    names = {tensor.buffer: f"{node.output[0]}.{tensor.buffer}" for tensor in weights_of(cell)}
+    graph.initializer.extend(onnx.numpy_helper.from_array(packed[buffer], name) for buffer, name in names.items())
+    del node.input[:], node.attribute[:]
+    node.input.extend([*states, *names.values()])
+    # TensorRT 10.10 and later find a plugin by the node's domain, earlier ones by these attributes.
+    attributes = {CELL_ATTRIBUTE: cell.label, "plugin_namespace": NAMESPACE, "plugin_version": PLUGIN_VERSION}
+    node.attribute.extend(onnx.helper.make_attribute(name, text) for name, text in attributes.items())
+
+
+def _drop_unused(graph: GraphProto) -> None:
+    used = {name for node in _all_nodes(graph.node) for name in node.input} | {output.name for output in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

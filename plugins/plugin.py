@@ -1,0 +1,156 @@
+"""The TensorRT plugin: a node of the op, run by the fused kernels.
+
+TensorRT's base classes are known only once a TensorRT is loaded, so the class is made for a module.
+The interface is IPluginV3 of TensorRT 10.0 to 11.x (docs.nvidia.com/deeplearning/tensorrt, "Adding
+Custom Layers using the Python API"). Its methods raise on a failure; TensorRT reports the message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError, PluginError
+from stepcell.plugins.fields import PLUGIN_VERSION, pack_fields
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.step import CellStep, current_device, tactics, workspace_size
+from stepcell.plugins.tensors import Tensor, inputs_of, outputs_of
+
+__all__ = ["FIELDS", "NAMESPACE", "plugin_class"]
+
+NAMESPACE = "stepcell"
+FIELDS = "stepcell"  # name of the field that a plan carries
+
+
+def plugin_class(trt: Any) -> type:
+    """The plugin's class for a TensorRT module; takes a cell and the images of its kernels."""
+    bases: Any = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+
+    class CellPlugin(*bases):  # type: ignore[misc]  # the bases are known only once a TensorRT is loaded
+        def __init__(self, cell: Cell, images: Sequence[KernelImage], tactic: int = 1) -> None:
+            for base in bases:
+                base.__init__(self)  # the bindings require each by name
+            self.cell, self.images, self.tactic = cell, tuple(images), tactic
+            self.inputs, self.outputs = inputs_of(cell), outputs_of(cell)
+            self.tactics = tactics(cell, self.images)
+            self.plugin_name, self.plugin_namespace, self.plugin_version = cell.op, NAMESPACE, PLUGIN_VERSION
+            self.num_outputs = len(self.outputs)
+            # Nodes of the same cell and kernels share their timings.
+            keys = " ".join(image.info.key for image in self.images)
+            self.timing_cache_id = f"{cell.label}-{hashlib.sha256(keys.encode()).hexdigest()[:16]}"
+            self._size: tuple[int, int, int] | None = None
+            self._step: CellStep | None = None
+            self._loaded_tactic = 0
+            self._bytes: NDArray[np.int8] | None = None
+
+        def get_capability_interface(self, capability: Any) -> Any:
+            return self
+
+        def clone(self) -> CellPlugin:
+            copy = CellPlugin(self.cell, self.images, self.tactic)
+            copy._size = self._size
+            return copy
+
+        # Building
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            states = len(self.outputs) - 1
+            return [*input_types[1 : 1 + states], input_types[0]]
+
+        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+            """Every output has the shape of its state, y that of h: dynamic sizes pass through."""
+            states = len(self.outputs) - 1
+            return [trt.DimsExprs(each) for each in (*inputs[1 : 1 + states], inputs[1])]
+
+        def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+            tensor, desc = (*self.inputs, *self.outputs)[pos], in_out[pos].desc
+            dtype = trt.DataType.HALF if tensor.dtype == "float16" else trt.DataType.FLOAT
+            layout = trt.TensorFormat.HWC8 if tensor.channels_last else trt.TensorFormat.LINEAR
+            return bool(desc.type == dtype and desc.format == layout)
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            """Refuse tensors that are not the cell's, and maps that the kernels cannot address."""
+            if (len(inputs), len(outputs)) != (len(self.inputs), len(self.outputs)):
+                raise PluginError(
+                    f"{self.cell.label}: expected {len(self.inputs)} inputs and {len(self.outputs)} outputs, "
+                    f"got {len(inputs)} and {len(outputs)}"
+                )
+            for tensor, dynamic in zip((*self.inputs, *self.outputs), (*inputs, *outputs), strict=True):
+                self._check_channels(tensor, tuple(dynamic.desc.dims))
+            batch, _, height, width = tuple(inputs[1].max)
+            most = min(image.info.max_pixels for image in self.images)
+            if batch * height * width > most:
+                raise InputError(
+                    f"{self.cell.label}: takes up to {most} pixels, the sizes allow {batch} x {height} x {width}",
+                    hint="make --maxShapes smaller, or build with --plugin off",
+                )
+
+        def _check_channels(self, tensor: Tensor, shape: tuple[int, ...]) -> None:
+            channels = self.cell.inputs if tensor.buffer == "x" else self.cell.hidden
+            is_map = "." not in tensor.buffer
+            if len(shape) != (4 if is_map else 1) or (is_map and shape[1] not in (channels, -1)):
+                expected = f"(batch, {channels}, height, width)" if is_map else "one dimension, packed"
+                raise PluginError(f"{self.cell.label}: {tensor.buffer} must have {expected}, got {shape}")
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            batch, _, height, width = tuple(inputs[1].max)
+            return workspace_size(self.cell, batch * height * width)
+
+        def get_valid_tactics(self) -> list[int]:
+            return list(range(1, len(self.tactics) + 1))
+
+        # Running
+
+        def set_tactic(self, tactic: int) -> None:
+            self.tactic = max(tactic, 1)  # 0 is TensorRT's word for the default
+            if self._size is not None:
+                self._load()
+
+        def attach_to_context(self, resource_context: Any) -> CellPlugin:
+            return self.clone()
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            """Load the kernels, the first time, and fix the sizes: nothing of it is left to `enqueue`."""
+            batch, _, height, width = tuple(inputs[1].dims)
+            self._size = (batch, height, width)
+            self._load()
+
+        def _load(self) -> None:
+            if self._step is None or self._loaded_tactic != self.tactic:
+                self.destroy()
+                self._step = CellStep(self.cell, self.tactics[self.tactic - 1], current_device())
+                self._loaded_tactic = self.tactic
+            assert self._size is not None
+            self._step.resize(*self._size)
+
+        def enqueue(
+            self,
+            input_desc: Sequence[Any],
+            output_desc: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            if self._step is None:  # a clone that was made after on_shape_change
+                self.on_shape_change(input_desc, output_desc)
+            assert self._step is not None
+            self._step.run(inputs, outputs, workspace, stream)
+
+        def destroy(self) -> None:
+            step, self._step = self._step, None
+            if step is not None:
+                step.close()
+
+        def get_fields_to_serialize(self) -> Any:
+            # A collection only refers to the bytes: they are made once and live as long as the plugin.
+            if self._bytes is None:
+                self._bytes = np.frombuffer(pack_fields(self.cell, self.images), np.int8)
+            return trt.PluginFieldCollection([trt.PluginField(FIELDS, self._bytes, trt.PluginFieldType.INT8)])
+
+    return CellPlugin

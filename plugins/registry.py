@@ -1,0 +1,100 @@
+"""The plugin's creators in TensorRT's registry, through which its parser and its runtime find the plugin."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepcell.errors import EngineMismatchError, PluginError
+from stepcell.plugins.fields import PLUGIN_VERSION, read_fields
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.plugin import FIELDS, NAMESPACE, plugin_class
+
+__all__ = ["CELL_ATTRIBUTE", "OPS", "kernels_offered", "register"]
+
+OPS = ("ConvGRU", "ConvLSTM")
+CELL_ATTRIBUTE = "cell"  # of the ONNX node: the label of its cell
+
+# TensorRT has one registry per process, so there is one set of creators per module, and one set of
+# kernels that a build offers to them.
+_creators: dict[str, list[Any]] = {}
+_kernels: dict[str, Sequence[KernelImage]] = {}
+
+
+def register(trt: Any) -> None:
+    """Make the plugin known to a TensorRT module, before it parses or loads a plan. Again does nothing.
+
+    Raises:
+        PluginError: TensorRT refuses it: another plugin has its name.
+    """
+    if trt.__name__ in _creators:
+        return
+    creator = _creator_class(trt)
+    made = [creator(op) for op in OPS]  # kept for the life of the process: TensorRT holds no reference
+    for each in made:
+        if not trt.get_plugin_registry().register_creator(each, NAMESPACE):
+            raise PluginError(f"TensorRT's registry already has a plugin {NAMESPACE}::{each.name}")
+    _creators[trt.__name__] = made
+
+
+@contextlib.contextmanager
+def kernels_offered(kernels: Mapping[str, Sequence[KernelImage]]) -> Iterator[None]:
+    """While the block runs, plugins that a parser makes find their kernels here.
+
+    Args:
+        kernels: by label of the cell.
+    """
+    _kernels.update(kernels)
+    try:
+        yield
+    finally:
+        _kernels.clear()
+
+
+def _creator_class(trt: Any) -> type:
+    base: Any = trt.IPluginCreatorV3One
+    plugin = plugin_class(trt)
+
+    class CellPluginCreator(base):  # type: ignore[misc]  # the base is known only once a TensorRT is loaded
+        def __init__(self, op: str) -> None:
+            base.__init__(self)
+            self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, PLUGIN_VERSION
+            empty = np.zeros(0, np.int8)
+            self.field_names = trt.PluginFieldCollection(
+                [trt.PluginField(CELL_ATTRIBUTE, empty, trt.PluginFieldType.CHAR)]
+            )
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            """A plugin of an ONNX node (building) or of a plan (running).
+
+            Raises:
+                PluginError: the node has no cell, another op's, or one that no kernels are there for.
+                UsageError: its label cannot be read.
+                EngineMismatchError: the plan's bytes cannot be used.
+            """
+            found = {field.name: np.asarray(field.data).tobytes() for field in fields}
+            images: Sequence[KernelImage]
+            if phase == trt.TensorRTPhase.RUNTIME:
+                if FIELDS not in found:
+                    raise EngineMismatchError(f"plugin {name}: the plan holds nothing for it")
+                cell, images = read_fields(found[FIELDS])
+            else:
+                cell, images = self._offered(name, found)
+            if cell.op != self.name:
+                raise PluginError(f"plugin {name}: expected a cell of {self.name}, got {cell.label}")
+            return plugin(cell, images)
+
+        def _offered(self, name: str, found: Mapping[str, bytes]) -> tuple[Cell, Sequence[KernelImage]]:
+            if CELL_ATTRIBUTE not in found:
+                raise PluginError(f"plugin {name}: the node has no attribute {CELL_ATTRIBUTE!r}")
+            # TensorRT's parser ends a text with a zero byte.
+            cell = Cell.from_label(found[CELL_ATTRIBUTE].rstrip(b"\0").decode(errors="replace"))
+            if cell.label not in _kernels:
+                raise PluginError(f"plugin {name}: there are no kernels for {cell.label}")
+            return cell, _kernels[cell.label]
+
+    return CellPluginCreator

@@ -1,0 +1,99 @@
+"""One step of a cell on the device: which kernels run, on which memory.
+
+`CellStep.run` is all that happens per step: addresses are put in order and the kernels are queued.
+Code is loaded, and the scratch memory divided, before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from operator import itemgetter
+
+from stepcell.missing import require
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.kernels.signature import kernels_of, workspace
+from stepcell.plugins.launch import Launcher, check
+from stepcell.plugins.tensors import inputs_of, outputs_of
+
+__all__ = ["CellStep", "current_device", "tactics", "workspace_size"]
+
+_ALIGNMENT = 256  # of each scratch buffer, as cudaMalloc has it
+
+
+def current_device() -> int:
+    """CUDA number of the device that this thread uses."""
+    driver = require("cuda.bindings.driver", extra="cuda", purpose="launching kernels")
+    return int(check(driver.cuCtxGetDevice()))
+
+
+def tactics(cell: Cell, images: Sequence[KernelImage]) -> tuple[tuple[KernelImage, ...], ...]:
+    """Every way to run a step: one image per kernel, in launch order; the default tiles first."""
+    kernels = kernels_of(cell, half_copy=False)
+    return tuple(itertools.product(*([i for i in images if i.info.kernel == kernel] for kernel in kernels)))
+
+
+def workspace_size(cell: Cell, pixels: int) -> int:
+    """Bytes of scratch memory of a step over `pixels` = batch * height * width."""
+    return sum(map(_aligned, workspace(cell, pixels, half_copy=False).values()))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class CellStep:
+    """The kernels of one step, loaded on the current device. For one thread at a time.
+
+    Args:
+        cell: what is computed.
+        images: one per kernel, in launch order: an entry of `tactics`.
+        device: CUDA number of the current device.
+
+    Raises:
+        DeviceError, MissingDependencyError: the code cannot be loaded.
+    """
+
+    def __init__(self, cell: Cell, images: Sequence[KernelImage], device: int) -> None:
+        self._cell = cell
+        self._launchers = [Launcher(image, device) for image in images]
+        # Addresses of a step stand in one row: none, inputs, outputs, scratch.
+        scratch = list(workspace(cell, 1, half_copy=False))
+        row = ["", *(t.buffer for t in (*inputs_of(cell), *outputs_of(cell))), *scratch]
+        places = {name: place for place, name in enumerate(row)}
+        if "h" not in places:
+            places["h"] = places["state"]  # a half state is its own half copy
+        # A kernel's pointer that this cell does not use is null.
+        self._launches = [
+            (each.launch, itemgetter(*(places.get(b, 0) for b in each.buffers))) for each in self._launchers
+        ]
+        self._sizes = (0, 0, 0)
+        self._offsets: list[int] = []
+
+    def resize(self, batch: int, height: int, width: int) -> None:
+        """Fix the sizes of the steps that follow."""
+        self._sizes = (batch, height, width)
+        sizes = workspace(self._cell, batch * height * width, half_copy=False).values()
+        self._offsets = list(itertools.accumulate(map(_aligned, sizes), initial=0))[:-1]
+
+    def run(self, inputs: Sequence[int], outputs: Sequence[int], scratch: int, stream: int) -> None:
+        """Queue one step.
+
+        Args:
+            inputs, outputs: addresses in the order of tensors.py.
+            scratch: address of `workspace_size` bytes.
+            stream: the CUDA stream's handle.
+
+        Raises:
+            InputError: an address is not a multiple of 16, or the map is too large.
+            DeviceError: the driver refuses a launch.
+        """
+        row = (0, *inputs, *outputs, *[scratch + offset for offset in self._offsets])
+        for launch, pick in self._launches:
+            launch(stream, pick(row), *self._sizes)
+
+    def close(self) -> None:
+        """Unload the code. Steps that are queued must be done."""
+        for launcher in self._launchers:
+            launcher.close()

@@ -1,0 +1,59 @@
+"""The tensors of a plugin node in TensorRT's order: what they hold and how they lie in memory.
+
+The node is the op of docs/op-contract.md with its weights replaced by packed ones:
+
+    ConvGRU   x, h, weights...     ->  h_next, y
+    ConvLSTM  x, h, c, weights...  ->  h_next, c_next, y
+
+Names here are those of the buffers in kernels/signature.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of, pointer_dtype
+
+__all__ = ["Tensor", "inputs_of", "outputs_of", "weights_of"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of the node.
+
+    Attributes:
+        buffer: which memory of a step it is.
+        dtype: "float16" or "float32".
+        channels_last: (B, H, W, channels rounded up to 8), TensorRT's kHWC8; else linear.
+    """
+
+    buffer: str
+    dtype: str
+    channels_last: bool = False
+
+
+def inputs_of(cell: Cell) -> tuple[Tensor, ...]:
+    """x, the states, the packed weights."""
+    states = ("state",) if cell.op == "ConvGRU" else ("state", "cell")
+    return (Tensor("x", "float16", channels_last=True), *(_state(cell, name) for name in states), *weights_of(cell))
+
+
+def outputs_of(cell: Cell) -> tuple[Tensor, ...]:
+    """The new states, then y: the new h in half."""
+    states = ("state_out",) if cell.op == "ConvGRU" else ("state_out", "cell_out")
+    return (*(_state(cell, name) for name in states), Tensor("y", "float16", channels_last=True))
+
+
+def weights_of(cell: Cell) -> tuple[Tensor, ...]:
+    """The packed weights, flat, in the order of the kernels and their parameters."""
+    return tuple(
+        Tensor(parameter.buffer, pointer_dtype(parameter, cell))
+        for kernel in kernels_of(cell, half_copy=True)
+        for parameter in PARAMETERS[kernel]
+        if parameter.buffer.startswith(f"{kernel}.") and (parameter.name != "peephole" or cell.variant != "none")
+    )
+
+
+def _state(cell: Cell, name: str) -> Tensor:
+    return Tensor(name, cell.state_dtype, channels_last=cell.state_dtype == "float16")

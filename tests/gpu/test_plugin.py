@@ -1,0 +1,202 @@
+"""The plugin on a GPU: its enqueue, the same captured into a CUDA graph, and inside an engine.
+
+Nothing here runs without a GPU. The engines also need TensorRT itself (the module `tensorrt`), which the
+package index alone does not bring.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stepcell.models.cells import conv_gru, conv_lstm
+from stepcell.plugins.fields import PLUGIN_VERSION
+from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.kernels.packing import pack
+from stepcell.plugins.kernels.store import images_for
+from stepcell.plugins.registry import kernels_offered, register
+from stepcell.plugins.tensors import inputs_of, outputs_of, weights_of
+from stepcell.runtime import StepLoop, cuda
+from stepcell.runtime.engine.build import build_engine
+from stepcell.runtime.engine.options import BuildOptions
+
+CELLS = [
+    "gru_x32_h64_k3x3_soft_float32",
+    "gru_x3_h5_k3x3_hard_float16",
+    "gru-after_x16_h32_k1x5_soft_float32",
+    "lstm_x16_h32_k3x3_soft_float32",
+    "lstm-channel_x3_h9_k3x3_soft_float16",
+]
+SIZE = (2, 37, 41)
+STEPS = 100
+TOLERANCE = {"float32": 3e-3, "float16": 2e-2}
+
+
+def gpu() -> cuda.Gpu:
+    found = cuda.discover()
+    if not found.devices:
+        pytest.skip(f"not run: needs a GPU: {found.problem}")
+    print(f"\n{found.devices[0].name}, driver for CUDA {found.driver}")
+    return found.devices[0]
+
+
+def kernels(cell: Cell, capability: str) -> tuple[KernelImage, ...]:
+    """Compiled in a process of its own: in this one, other tests may have Triton interpret kernels."""
+    folder = Path(os.environ.get("STEPCELL_KERNELS", "build/kernels"))
+    words = ["kernels", "compile", "--compute-capability", capability, "--cell", cell.label, "-o", str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-m", "stepcell.cli", *words], env=environment, check=False)
+    return tuple(images_for(cell, capability, folder))
+
+
+def weights_for(cell: Cell) -> dict[str, np.ndarray[Any, Any]]:
+    random, C = np.random.default_rng(0), cell.hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_x": (cell.gate_count * C, cell.inputs, *cell.kernel),
+        "b": (cell.gate_count * C,),
+        "W_h": ((2 if cell.op == "ConvGRU" else 4) * C, C, *cell.kernel),
+    }
+    if cell.op == "ConvGRU":
+        shapes["W_n"] = (C, C, *cell.kernel)
+    shapes |= {"after": {"b_hn": (C,)}, "channel": {"w_c": (3, C, 1, 1)}}.get(cell.variant, {})
+    scale = 1.5 * (cell.kernel[0] * cell.kernel[1] * max(cell.inputs, C)) ** -0.5
+    return {name: (random.standard_normal(shape) * scale).astype(np.float16) for name, shape in shapes.items()}
+
+
+def to_map(x: torch.Tensor) -> torch.Tensor:
+    result = x.new_zeros((x.shape[0], *x.shape[2:], padded(x.shape[1])), dtype=torch.float16)
+    result[..., : x.shape[1]] = x.permute(0, 2, 3, 1)
+    return result
+
+
+class OnDevice:
+    """A plugin of a vendor's bindings, with its memory."""
+
+    def __init__(self, trt: Any, cell: Cell, images: tuple[KernelImage, ...]) -> None:
+        register(trt)
+        self.cell, (batch, height, width) = cell, SIZE
+        creator = trt.get_plugin_registry().get_creator(cell.op, PLUGIN_VERSION, "stepcell")
+        text = np.frombuffer(cell.label.encode() + b"\0", np.int8)
+        attributes = trt.PluginFieldCollection([trt.PluginField("cell", text, trt.PluginFieldType.CHAR)])
+        with kernels_offered({cell.label: images}):
+            self.built = creator.create_plugin("cell", attributes, trt.TensorRTPhase.BUILD)
+        loaded = creator.create_plugin("cell", self.built.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+        self.plugin = loaded.attach_to_context(None)
+        descriptions = []
+        for tensor in (*inputs_of(cell), *outputs_of(cell)):
+            description = trt.PluginTensorDesc()
+            channels = cell.inputs if tensor.buffer == "x" else cell.hidden
+            description.dims = trt.Dims([1] if "." in tensor.buffer else [batch, channels, height, width])
+            descriptions.append(description)
+        count = len(inputs_of(cell))
+        self.described = descriptions[:count], descriptions[count:]
+        self.weights = weights_for(cell)
+        packed = pack(cell, self.weights)
+        self.packed = [torch.from_numpy(packed[tensor.buffer]).cuda() for tensor in weights_of(cell)]
+        bounds = trt.DynamicPluginTensorDesc()
+        bounds.max = trt.Dims([batch, cell.hidden, height, width])
+        size = self.built.get_workspace_size([bounds, bounds], [])
+        self.scratch = torch.full((max(size, 1),), 255, dtype=torch.uint8, device="cuda")
+        map_shape = (batch, height, width, padded(cell.hidden))
+        shape = (batch, cell.hidden, height, width) if cell.state_dtype == "float32" else map_shape
+        dtype = getattr(torch, cell.state_dtype)
+        count = 1 if cell.op == "ConvGRU" else 2
+        self.x = torch.zeros((batch, height, width, padded(cell.inputs)), dtype=torch.float16, device="cuda")
+        self.old = [torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(count)]
+        self.new = [torch.full(shape, float("nan"), dtype=dtype, device="cuda") for _ in range(count)]
+        self.y = torch.full(map_shape, float("nan"), dtype=torch.float16, device="cuda")
+
+    def set_tactic(self, tactic: int) -> None:
+        self.plugin.set_tactic(tactic)
+        self.plugin.on_shape_change(*self.described)
+
+    def enqueue(self) -> None:
+        inputs = [tensor.data_ptr() for tensor in (self.x, *self.old, *self.packed)]
+        outputs = [tensor.data_ptr() for tensor in (*self.new, self.y)]
+        stream = torch.cuda.current_stream().cuda_stream
+        self.plugin.enqueue(*self.described, inputs, outputs, self.scratch.data_ptr(), stream)
+
+    def values(self) -> list[torch.Tensor]:
+        """The new states and y as float64 (B, C, H, W)."""
+        C, wide = self.cell.hidden, self.cell.state_dtype == "float32"
+        states = [(each if wide else each[..., :C].permute(0, 3, 1, 2)).double() for each in self.new]
+        return [*states, self.y[..., :C].permute(0, 3, 1, 2).double()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vendor", ["tensorrt", "tensorrt_rtx", "tensorrt_lean_bindings"])
+@pytest.mark.parametrize("label", CELLS)
+def test_enqueue_and_its_capture(vendor: str, label: str) -> None:
+    device = gpu()
+    trt, cell = pytest.importorskip(vendor, exc_type=ImportError), Cell.from_label(label)
+    it = OnDevice(trt, cell, kernels(cell, device.compute_capability))
+    weights = {name: torch.from_numpy(array).cuda().double() for name, array in it.weights.items()}
+    for tactic in it.built.get_valid_tactics():
+        it.set_tactic(tactic)
+        for state in it.old:
+            state.zero_()
+        batch, height, width = SIZE
+        generator = torch.Generator().manual_seed(0)
+        exact = [torch.zeros((batch, cell.hidden, height, width), dtype=torch.float64, device="cuda") for _ in it.old]
+        it.enqueue()  # TensorRT, too, runs once before it is captured
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            it.enqueue()
+        worst = 0.0
+        for _ in range(STEPS):
+            frame = torch.randn((batch, cell.inputs, height, width), generator=generator).half().cuda()
+            it.x.copy_(to_map(frame))
+            results = []
+            for run in (it.enqueue, graph.replay):
+                for tensor in (*it.new, it.y):
+                    tensor.fill_(float("nan"))
+                it.scratch.fill_(255)
+                run()
+                torch.cuda.synchronize()
+                results.append(it.values())
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), f"tactic {tactic}: replay differs"
+            x, w = frame.double(), weights
+            if cell.op == "ConvGRU":
+                exact = [conv_gru(x, exact[0], w["W_x"], w["b"], w["W_h"], w["W_n"], w.get("b_hn"), cell.gates)]
+            else:
+                exact = list(conv_lstm(x, *exact, w["W_x"], w["b"], w["W_h"], w.get("w_c"), cell.gates))
+            for got, wanted in zip(results[0], (*exact, exact[0]), strict=True):
+                difference = ((got - wanted).abs() / wanted.abs().clamp(min=1)).nan_to_num(nan=9.0)
+                worst = max(worst, float(difference.max()))
+            for target, source in zip(it.old, it.new, strict=True):  # the graph's addresses are fixed
+                target.copy_(source)
+        print(f"{vendor} {label} tactic {tactic}: worst relative difference {worst:.2e} over {STEPS} steps")
+        assert worst < TOLERANCE[cell.state_dtype], f"tactic {tactic}: worst relative difference {worst:.2e}"
+    it.plugin.destroy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", ["off", "on", "portable", "auto"])
+def test_inside_an_engine(plugin: Any, denoiser_onnx: Path, tmp_path: Path) -> None:
+    gpu()
+    trt = pytest.importorskip("tensorrt", reason="not run: TensorRT is not installed", exc_type=ImportError)
+    if plugin == "portable" and not hasattr(trt, "QuickPluginCreationRequest"):
+        pytest.skip(f"not run: TensorRT {trt.__version__} has no ahead-of-time plugins")
+    options = BuildOptions(flavor="tensorrt", plugin=plugin, opt_shapes={"x": (1, 3, 128, 160)})
+    info = build_engine(denoiser_onnx, tmp_path / "model.engine", options)
+    print(info.contents.plugin)
+    random, worst = np.random.default_rng(0), 0.0
+    with (
+        StepLoop.open(denoiser_onnx, device="cpu") as exact,
+        StepLoop.open(tmp_path / "model.engine", device="cuda") as loop,
+    ):
+        for _ in range(STEPS):
+            frame = random.random((1, 3, 128, 160), np.float32).astype(np.float16)
+            wanted, got = exact.step(x=frame)["y"], loop.step(x=frame)["y"]
+            worst = max(worst, float(np.abs(got.astype(np.float64) - wanted.astype(np.float64)).max()))
+    print(f"--plugin {plugin}: worst difference to ONNX Runtime on the CPU {worst:.2e} over {STEPS} steps")
+    assert worst < 2e-2, worst

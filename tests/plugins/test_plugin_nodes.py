@@ -1,0 +1,428 @@
+"""From an ONNX node to numbers: the model is rewritten, the plugin made by TensorRT-RTX's own registry,
+carried by a plan's fields, and stepped. Only the GPU is replaced: a driver that hands each launch to
+Triton's interpreter, which finds everything through the packed arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx as trt
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from stepcell.errors import PluginError
+from stepcell.exporter.functions import function_for, variant_of
+from stepcell.models.cells import conv_gru, conv_lstm
+from stepcell.plugins.fields import PLUGIN_VERSION
+from stepcell.plugins.kernels import gru, lstm, narrow
+from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.compile import arguments_of, cell_word
+from stepcell.plugins.kernels.image import ImageInfo, KernelImage
+from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
+from stepcell.plugins.kernels.tiles import Tile
+from stepcell.plugins.nodes import has_cells, plugin_model
+from stepcell.plugins.registry import kernels_offered, register
+from stepcell.plugins.tensors import inputs_of, outputs_of
+
+Array = np.ndarray[Any, Any]
+TILES = (Tile(32, 16, 16, 1), Tile(128, 32, 64, 1))
+CELLS = [
+    "gru_x3_h5_k3x3_soft_float32",
+    "gru_x8_h20_k1x5_hard_float16",
+    "gru-after_x12_h8_k3x3_soft_float32",
+    "lstm_x3_h5_k3x3_soft_float32",
+    "lstm-channel_x4_h9_k5x1_hard_float32",
+    "lstm-map_x3_h8_k3x3_soft_float16",
+]
+
+
+def weights_for(cell: Cell, size: tuple[int, int]) -> dict[str, Array]:
+    """The op's weights in the order of its inputs, exact in float16."""
+    random, C = np.random.default_rng(0), cell.hidden
+
+    def conv(rows: int, inputs: int) -> Array:
+        scale = 1.5 * (cell.kernel[0] * cell.kernel[1] * inputs) ** -0.5
+        return (random.standard_normal((rows, inputs, *cell.kernel)) * scale).astype(np.float16)
+
+    found = {"W_x": conv(cell.gate_count * C, cell.inputs)}
+    found["b"] = (random.standard_normal(cell.gate_count * C) * 0.5).astype(np.float16)
+    found["W_h"] = conv((2 if cell.op == "ConvGRU" else 4) * C, C)
+    if cell.op == "ConvGRU":
+        found["W_n"] = conv(C, C)
+    extra = {"after": ("b_hn", (C,)), "channel": ("w_c", (3, C, 1, 1)), "map": ("w_c", (3, C, *size))}
+    if cell.variant in extra:
+        name, shape = extra[cell.variant]
+        found[name] = (random.standard_normal(shape) * 0.5).astype(np.float16)
+    return found
+
+
+def cell_model(cell: Cell, size: tuple[int, int] = (7, 9), weights: dict[str, Array] | None = None) -> onnx.ModelProto:
+    """A model of one cell, as export writes it."""
+    states = ["h"] if cell.op == "ConvGRU" else ["h", "c"]
+    weights = weights or weights_for(cell, size)
+    attributes: dict[str, Any] = {"pads": [cell.kernel[0] // 2, cell.kernel[1] // 2] * 2, "gates": cell.gates}
+    if cell.op == "ConvGRU":
+        attributes["reset"] = cell.variant
+    inputs = ["x", *(f"state_in.{s}" for s in states), *(f"cell.{name}" for name in weights)]
+    outputs = [*(f"state_out.{s}" for s in states), "y"]
+    node = helper.make_node(cell.op, inputs, outputs, name="cell", domain="stepcell", **attributes)
+    state = TensorProto.FLOAT if cell.state_dtype == "float32" else TensorProto.FLOAT16
+
+    def info(name: str, dtype: int, channels: int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, dtype, ["batch", channels, *size])
+
+    graph = helper.make_graph(
+        [node],
+        "model",
+        [info("x", TensorProto.FLOAT16, cell.inputs), *(info(f"state_in.{s}", state, cell.hidden) for s in states)],
+        [*(info(f"state_out.{s}", state, cell.hidden) for s in states), info("y", TensorProto.FLOAT16, cell.hidden)],
+        [numpy_helper.from_array(array, f"cell.{name}") for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("stepcell", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=[function_for(variant_of(node), 20)])
+    model.ir_version = 10
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_a_node_becomes_the_plugins(label: str) -> None:
+    cell = Cell.from_label(label)
+    model = cell_model(cell)
+    before = model.SerializeToString(deterministic=True)
+    found = plugin_model(model)
+    assert model.SerializeToString(deterministic=True) == before
+    assert has_cells(model)
+    assert found.cells == (("state_in.h", cell),)
+    assert not found.model.functions
+    (node,) = found.model.graph.node
+    assert {a.name: a.s.decode() for a in node.attribute} == {
+        "cell": label,
+        "plugin_namespace": "stepcell",
+        "plugin_version": PLUGIN_VERSION,
+    }
+    packed = {t.name: numpy_helper.to_array(t) for t in found.model.graph.initializer}
+    assert len(node.input) == len(inputs_of(cell))
+    for tensor, name in zip(inputs_of(cell), node.input, strict=True):
+        if "." in tensor.buffer:
+            assert packed[name].dtype == tensor.dtype, name
+            assert packed[name].ndim == 1, name
+    onnx.checker.check_model(found.model)
+
+
+def test_only_what_the_nodes_replaced_is_dropped() -> None:
+    model = cell_model(Cell.from_label(CELLS[0]))
+    model.graph.node.append(helper.make_node("Identity", ["cell.W_n"], ["copy"]))
+    other = helper.make_function("local", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [])
+    model.functions.append(other)
+    found = plugin_model(model).model
+    assert [function.name for function in found.functions] == ["Twice"]
+    names = {tensor.name for tensor in found.graph.initializer}
+    assert "cell.W_n" in names
+    assert not names & {"cell.W_x", "cell.W_h", "cell.b"}
+
+
+def test_types_of_states_are_inferred_where_the_file_does_not_say_them() -> None:
+    model = cell_model(Cell.from_label(CELLS[0]))
+    model.graph.node.insert(0, helper.make_node("Cast", ["state_in.h"], ["narrow"], to=TensorProto.FLOAT16))
+    model.graph.node[1].input[1] = "narrow"
+    ((state, cell),) = plugin_model(model).cells
+    assert (state, cell.state_dtype) == ("narrow", "float16")
+
+
+def _wide(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+
+def _computed(model: onnx.ModelProto) -> None:
+    model.graph.node.insert(0, helper.make_node("Identity", ["cell.W_n"], ["other"]))
+    model.graph.node[1].input[5] = "other"
+
+
+def _integer_state(model: onnx.ModelProto) -> None:
+    model.graph.input[1].type.tensor_type.elem_type = TensorProto.INT32
+
+
+def _attribute(model: onnx.ModelProto, name: str) -> onnx.AttributeProto:
+    return next(each for each in model.graph.node[0].attribute if each.name == name)
+
+
+def _pads(model: onnx.ModelProto) -> None:
+    _attribute(model, "pads").ints[0] = 0
+
+
+def _no_gates(model: onnx.ModelProto) -> None:
+    model.graph.node[0].attribute.remove(_attribute(model, "gates"))
+
+
+def _even(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.ndim == 4:
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array[:, :, :2]), tensor.name))
+
+
+def _reset(model: onnx.ModelProto) -> None:
+    _attribute(model, "reset").s = b"between"
+
+
+def _nested(model: onnx.ModelProto) -> None:
+    wrapper = model.functions.add()
+    wrapper.domain, wrapper.name = "local", "Wrapped"
+    wrapper.node.append(model.graph.node[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_wide, "cell 'cell': computes in float32, the plugin in float16"),
+        (_computed, "weight 'other' is computed in the graph"),
+        (_integer_state, "states must be all float32 or all float16"),
+        (_pads, r"pads must be \[1, 1, 1, 1\] for a 3x3 kernel, got \[0, 1, 1, 1\]"),
+        (_no_gates, "has no attribute 'gates'"),
+        (_even, "odd sizes, got 2x3"),
+        (_reset, "has no variant 'between'"),
+        (_nested, "inside a function or a subgraph"),
+    ],
+)
+def test_refused(change: Callable[[onnx.ModelProto], None], message: str) -> None:
+    model = cell_model(Cell.from_label(CELLS[0]))
+    change(model)
+    with pytest.raises(PluginError, match=message):
+        plugin_model(model)
+
+
+PARSE = """
+import sys, onnx, tensorrt_rtx as trt
+from pathlib import Path
+from stepcell.plugins import registry
+registry.register(trt)
+creators = registry._creators["tensorrt_rtx"]
+original = type(creators[0])._offered
+def offered(self, name, found):
+    print("node", name, sorted(found), flush=True)
+    cell, kernels = original(self, name, found)
+    print("cell", cell.label, flush=True)
+    return cell, kernels
+type(creators[0])._offered = offered
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger)
+network = builder.create_network(0)
+with registry.kernels_offered({sys.argv[2]: ()}):
+    trt.OnnxParser(network, logger).parse(Path(sys.argv[1]).read_bytes())
+"""
+
+
+@pytest.mark.parametrize("by_attributes", [True, False])
+def test_a_real_parser_finds_the_plugin(tmp_path: Path, by_attributes: bool) -> None:
+    """TensorRT-RTX's parser asks our creator, with fields that it made, and then ends the process: it can
+    make a plugin but not host it. So this needs a process of its own, and shows how far it gets."""
+    cell = Cell.from_label(CELLS[3])
+    model = plugin_model(cell_model(cell)).model
+    node = model.graph.node[0]
+    if by_attributes:  # as before TensorRT 10.10, where the domain was not looked at
+        node.domain = ""
+    else:
+        kept = [a for a in node.attribute if not a.name.startswith("plugin_")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    onnx.save(model, tmp_path / "model.onnx")
+    command = [sys.executable, "-c", PARSE, tmp_path / "model.onnx", cell.label]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout.splitlines() == ["node cell ['cell']", f"cell {cell.label}"], (run.stdout, run.stderr[-2000:])
+
+
+def images_of(cell: Cell) -> tuple[KernelImage, ...]:
+    found = []
+    for kernel in kernels_of(cell, half_copy=False):
+        for tile in TILES:
+            cubin = f"{kernel} {tile.label}".encode()
+            info = ImageInfo(
+                schema=1,
+                key=f"{kernel}-{tile.label}",
+                source="",
+                kernel=kernel,
+                cell=cell_word(kernel, cell),
+                tile=tile.label,
+                capability="8.7",
+                entry=f"entry of {kernel}",
+                warps=tile.warps,
+                shared_bytes=0,
+                registers=0,
+                tensor_core_instructions=0,
+                spill_instructions=0,
+                grid_pixels=tile.pixels,
+                grid_channels=-(-padded(cell.hidden) // tile.channels),
+                max_pixels=1 << 20,
+                arguments=arguments_of(kernel),
+                sha256=hashlib.sha256(cubin).hexdigest(),
+                triton="",
+            )
+            found.append(KernelImage(info, cubin))
+    return tuple(found)
+
+
+class Driver(types.ModuleType):
+    """In the place of cuda.bindings.driver: a launch runs at once, in Triton's interpreter, on host memory."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__("cuda.bindings.driver")
+        self.cell, self.memory, self.loaded, self.launches = cell, list[torch.Tensor](), list[str](), list[str]()
+        self.ok = types.SimpleNamespace(value=0)
+        self.CUfunction = int
+
+    def cuCtxGetDevice(self) -> Any:  # noqa: N802
+        return self.ok, 0
+
+    def cuLibraryLoadData(self, code: bytes, *rest: Any) -> Any:  # noqa: N802
+        self.loaded.append(code.decode())
+        return self.ok, len(self.loaded) - 1
+
+    def cuLibraryGetKernel(self, library: int, name: bytes) -> Any:  # noqa: N802
+        assert name.decode() == f"entry of {self.loaded[library].split()[0]}"
+        return self.ok, library
+
+    def cuLibraryUnload(self, library: int) -> Any:  # noqa: N802
+        self.loaded[library] = "unloaded"
+        return (self.ok,)
+
+    def cuLaunchKernel(self, function: int, *rest: Any) -> Any:  # noqa: N802
+        kernel, label = self.loaded[function].split()
+        columns, rows, _, threads, _, _, _, stream, parameters, _ = rest
+        assert (threads, stream) == (128, 77)
+        tile = next(tile for tile in TILES if tile.label == label)
+        count = len(PARAMETERS[kernel]) + 2
+        places = (ctypes.c_void_p * count).from_address(parameters)
+        arguments: list[Any] = []
+        for place, parameter in zip(places, PARAMETERS[kernel], strict=False):
+            assert place is not None
+            if parameter.dtype == "int32":
+                arguments.append(ctypes.c_int32.from_address(place).value)
+            else:
+                address = ctypes.c_uint64.from_address(place).value
+                arguments.append(self._tensor(address, pointer_dtype(parameter, self.cell)))
+        self.launches.append(f"{kernel} {label}")
+        module: Any = {"n": narrow, "g": gru, "l": lstm}[kernel[0]]
+        getattr(module, kernel)[columns, rows](*arguments, **constants(kernel, self.cell, tile))
+        return (self.ok,)
+
+    def _tensor(self, address: int, dtype: str) -> torch.Tensor:
+        """The memory from an address to the end of the buffer it lies in; nothing may be read at 0."""
+        if address == 0:
+            return torch.zeros(8, dtype=torch.float16)
+        for owner in self.memory:
+            offset = address - owner.data_ptr()
+            if 0 <= offset < owner.numel():
+                return owner[offset:].view(getattr(torch, dtype))
+        raise AssertionError(f"address {address:#x} lies in no buffer")
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """Bytes at an address that is a multiple of 256, all ones: NaN in every float type."""
+        whole = torch.full((nbytes + 256,), 255, dtype=torch.uint8)
+        start = -whole.data_ptr() % 256
+        self.memory.append(whole[start : start + nbytes])
+        return self.memory[-1]
+
+
+def to_map(x: torch.Tensor) -> torch.Tensor:
+    result = torch.zeros(x.shape[0], *x.shape[2:], padded(x.shape[1]), dtype=torch.float16)
+    result[..., : x.shape[1]] = x.permute(0, 2, 3, 1)
+    return result
+
+
+def exact_step(
+    cell: Cell, w: dict[str, torch.Tensor], x: torch.Tensor, states: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    if cell.op == "ConvGRU":
+        return [conv_gru(x, states[0], w["W_x"], w["b"], w["W_h"], w["W_n"], w.get("b_hn"), cell.gates)]
+    return list(conv_lstm(x, *states, w["W_x"], w["b"], w["W_h"], w.get("w_c"), cell.gates))
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_steps_of_the_plugin_equal_the_reference(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, (batch, height, width) = Cell.from_label(label), (2, 7, 9)
+    weights = weights_for(cell, (height, width))
+    model = plugin_model(cell_model(cell, (height, width), weights)).model
+    packed = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    driver = Driver(cell)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+
+    register(trt)
+    creator: Any = trt.get_plugin_registry().get_creator(cell.op, PLUGIN_VERSION, "stepcell")
+    text = np.frombuffer(_attribute(model, "cell").s + b"\0", np.int8)
+    attributes = trt.PluginFieldCollection([trt.PluginField("cell", text, trt.PluginFieldType.CHAR)])
+    with kernels_offered({label: images_of(cell)}):
+        built = creator.create_plugin("cell", attributes, trt.TensorRTPhase.BUILD)
+    loaded = creator.create_plugin("cell", built.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
+    plugin = loaded.attach_to_context(None)
+
+    nodes, states = model.graph.node[0], 1 if cell.op == "ConvGRU" else 2
+    descriptions = []
+    for tensor in (*inputs_of(cell), *outputs_of(cell)):
+        desc = trt.PluginTensorDesc()
+        channels = cell.inputs if tensor.buffer == "x" else cell.hidden
+        desc.dims = trt.Dims([1] if "." in tensor.buffer else [batch, channels, height, width])
+        descriptions.append(desc)
+    described = descriptions[: len(inputs_of(cell))], descriptions[len(inputs_of(cell)) :]
+    plugin.on_shape_change(*described)
+    plugin.set_tactic(max(built.get_valid_tactics()))  # after the sizes: the first tactic's code goes
+
+    pixels, wide = batch * height * width, cell.state_dtype == "float32"
+    state_bytes = pixels * (cell.hidden * 4 if wide else padded(cell.hidden) * 2)
+    x = driver.buffer(pixels * padded(cell.inputs) * 2)
+    y = driver.buffer(pixels * padded(cell.hidden) * 2)
+    old, new = ([driver.buffer(state_bytes) for _ in range(states)] for _ in range(2))
+    constants_ = []
+    for name in nodes.input[1 + states :]:
+        constants_.append(driver.buffer(packed[name].nbytes))
+        constants_[-1][:] = torch.from_numpy(packed[name].view(np.uint8).copy())
+    bounds = trt.DynamicPluginTensorDesc()
+    bounds.max = trt.Dims([batch, cell.hidden, height, width])
+    scratch = driver.buffer(max(1, built.get_workspace_size([bounds, bounds], [])))
+
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, cell.hidden, height, width)
+    exact = [(torch.randn(shape, generator=generator) * 0.5).half().double() for _ in range(states)]
+    for buffer, value in zip(old, exact, strict=True):
+        whole = value.float().contiguous() if wide else to_map(value.half())
+        buffer[:] = whole.view(torch.uint8).flatten()
+    w = {name: torch.from_numpy(array).double() for name, array in weights.items()}
+    worst = 0.0
+    for step in range(16):
+        if step == 8:  # a clone goes on with the same tactic, and loads the code itself
+            plugin, old_plugin = plugin.clone(), plugin
+            old_plugin.destroy()
+        frame = torch.randn((batch, cell.inputs, height, width), generator=generator).half()
+        x[:] = to_map(frame).view(torch.uint8).flatten()
+        for buffer in (y, scratch, *new):
+            buffer.fill_(255)  # NaN: what is not written, or read before it is, shows
+        addresses = [[b.data_ptr() for b in buffers] for buffers in ((x, *old, *constants_), (*new, y))]
+        plugin.enqueue(*described, *addresses, scratch.data_ptr(), 77)
+        exact = exact_step(cell, w, frame.double(), exact)
+        for buffer, wanted in zip((*new, y), (*exact, exact[0]), strict=True):
+            if wide and buffer is not y:
+                got = buffer.view(torch.float32).view(shape)
+            else:
+                got = buffer.view(torch.float16).view(batch, height, width, -1)[..., : cell.hidden].permute(0, 3, 1, 2)
+            difference = float((got.double() - wanted).abs().max())
+            worst = max(worst, difference) if difference == difference else float("inf")
+        old, new = new, old
+    tolerance = 3e-3 if wide else 2e-2  # as in test_kernels.py
+    assert worst < tolerance, f"worst difference over 16 steps {worst:.2e}, allowed {tolerance:.0e}"
+    expected = [f"{image.info.kernel} {image.info.tile}" for image in plugin.tactics[-1]]
+    assert driver.launches == expected * 16
+    plugin.destroy()
+    assert set(driver.loaded) == {"unloaded"}
