@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := stepcell models exporter runtime plugins tests
 
-.PHONY: setup demo test gpu-check lint clean
+.PHONY: setup demo test gpu-check kernels-report lint clean
 
 setup: $(VENV)/.ready
 
@@ -22,7 +22,12 @@ test: setup
 
 # The same promises on a GPU; without one it says what was not run.
 gpu-check: setup
-	$(BIN)/python -m pytest tests/gpu -v -s
+	$(BIN)/python -m pytest tests/gpu tests/plugins/test_device.py -v -s
+	$(BIN)/python benchmarks/kernels.py
+
+# Registers, spills and code size of every kernel for every GPU (ten minutes, no GPU needed).
+kernels-report: setup
+	$(BIN)/python -m stepcell.plugins.kernels.report
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,110 @@
+"""A cell as the kernels see it: everything that is fixed when a kernel is compiled."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from stepcell.errors import UsageError
+
+__all__ = ["Cell", "padded"]
+
+_LABEL = re.compile(
+    r"(?P<op>gru|gru-after|lstm|lstm-channel|lstm-map)_x(?P<inputs>\d+)_h(?P<hidden>\d+)"
+    r"_k(?P<height>\d+)x(?P<width>\d+)_(?P<gates>soft|hard)_(?P<state>float32|float16)(?P<pre>_pre)?"
+)
+_WORDS = {
+    ("ConvGRU", "before"): "gru",
+    ("ConvGRU", "after"): "gru-after",
+    ("ConvLSTM", "none"): "lstm",
+    ("ConvLSTM", "channel"): "lstm-channel",
+    ("ConvLSTM", "map"): "lstm-map",
+}
+
+
+def padded(channels: int) -> int:
+    """Channels rounded up to 8: the channel stride of a half map (TensorRT's kHWC8)."""
+    return (channels + 7) // 8 * 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One ConvGRU or ConvLSTM (docs/op-contract.md).
+
+    Attributes:
+        op: "ConvGRU" or "ConvLSTM".
+        inputs: channels of x; 0: all of x arrives as pre-activations.
+        hidden: channels of the state.
+        kernel: height and width of the convolution, odd.
+        variant: ConvGRU: where the reset gate acts, "before" or "after"; ConvLSTM: the peephole
+            weights, "none", "channel" (3, C, 1, 1) or "map" (3, C, H, W).
+        gates: "soft" or "hard".
+        state_dtype: "float32" (B, C, H, W) or "float16" (B, H, W, padded C).
+        pre: half pre-activations (B, H, W, padded gates * C) are added before the activations.
+
+    Raises:
+        UsageError: a field outside these rules.
+    """
+
+    op: Literal["ConvGRU", "ConvLSTM"]
+    inputs: int
+    hidden: int
+    kernel: tuple[int, int]
+    variant: Literal["before", "after", "none", "channel", "map"]
+    gates: Literal["soft", "hard"] = "soft"
+    state_dtype: Literal["float32", "float16"] = "float32"
+    pre: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.op, self.variant) not in _WORDS:
+            raise UsageError(f"kernel cell: {self.op} has no variant {self.variant!r}")
+        if any(size < 1 or size % 2 == 0 for size in self.kernel):
+            raise UsageError(f"kernel cell: the kernel must have odd sizes, got {self.kernel[0]}x{self.kernel[1]}")
+        if self.hidden < 1 or self.inputs < 0 or (self.inputs == 0 and not self.pre):
+            raise UsageError(
+                f"kernel cell: needs inputs (or pre-activations) and hidden channels, "
+                f"got {self.inputs} and {self.hidden}"
+            )
+
+    @property
+    def gate_count(self) -> int:
+        """Blocks of W_x: 3 for ConvGRU, 4 for ConvLSTM."""
+        return 3 if self.op == "ConvGRU" else 4
+
+    @property
+    def label(self) -> str:
+        """The cell in one word that `from_label` reads, such as gru_x32_h64_k3x3_soft_float32."""
+        height, width = self.kernel
+        word = f"{_WORDS[self.op, self.variant]}_x{self.inputs}_h{self.hidden}_k{height}x{width}"
+        return f"{word}_{self.gates}_{self.state_dtype}" + ("_pre" if self.pre else "")
+
+    @classmethod
+    def from_label(cls, label: str) -> Cell:
+        """The cell of a label.
+
+        Raises:
+            UsageError: it is no label.
+        """
+        match = _LABEL.fullmatch(label)
+        if match is None:
+            raise UsageError(
+                f"kernel cell: cannot read {label!r}",
+                hint="write gru, gru-after, lstm, lstm-channel or lstm-map, then sizes, gates and state dtype: "
+                "gru_x32_h64_k3x3_soft_float32",
+            )
+        op, variant = next(key for key, word in _WORDS.items() if word == match["op"])
+        return cls(
+            op=cast('Literal["ConvGRU", "ConvLSTM"]', op),
+            inputs=int(match["inputs"]),
+            hidden=int(match["hidden"]),
+            kernel=(int(match["height"]), int(match["width"])),
+            variant=cast('Literal["before", "after", "none", "channel", "map"]', variant),
+            gates=cast('Literal["soft", "hard"]', match["gates"]),
+            state_dtype=cast('Literal["float32", "float16"]', match["state"]),
+            pre=match["pre"] is not None,
+        )
+
+    def with_state(self, dtype: Literal["float32", "float16"]) -> Cell:
+        """The same cell with another state dtype."""
+        return replace(self, state_dtype=dtype)

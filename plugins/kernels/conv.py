@@ -1,0 +1,134 @@
+"""Convolution as an implicit matrix product: rows are pixels, columns are gate channels.
+
+    acc[pixel, n] += sum over k of im2col(src)[pixel, k] * weight[k, n],  k = tap * LD + channel
+
+`src` is a half map (B, H, W, LD), LD the channels rounded up to 8 (TensorRT's kHWC8), zero outside
+the map ("same" padding). Padding channels of `src` may hold anything, NaN too: who wrote them is unknown.
+`weight` is what packing.py makes: it is read past its last row and column, where it has zeros, so
+only pixels need a mask.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from stepcell.plugins.kernels.language import jit
+
+__all__ = ["accumulate", "accumulate_two", "pixel_block"]
+
+
+@jit
+def pixel_block(
+    H: tl.tensor, W: tl.tensor, P: tl.tensor, BM: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Number, existence, row and column of the pixels of this program; P = B * H * W of them exist."""
+    pixel = tl.program_id(0) * BM + tl.arange(0, BM)
+    return pixel, pixel < P, (pixel // W) % H, pixel % W
+
+
+@jit
+def _im2col(
+    src: tl.tensor,
+    t: tl.tensor,  # which block of BK values of k
+    pixel: tl.tensor,
+    exists: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    H: tl.tensor,
+    W: tl.tensor,
+    CIN: tl.constexpr,  # channels of src
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BK: tl.constexpr,
+) -> tl.tensor:
+    """The (BM, BK) tile of im2col(src) whose columns are k = t * BK ... t * BK + BK - 1."""
+    LD: tl.constexpr = (CIN + 7) // 8 * 8
+    base = src + pixel[:, None] * LD
+    lane = tl.arange(0, BK)
+    if LD % BK == 0:
+        # A block lies within one tap: its shift is one number, and masks are per pixel.
+        tap = t // (LD // BK)
+        dy = tap // KW - KH // 2
+        dx = tap % KW - KW // 2
+        inside = exists & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
+        first = (t % (LD // BK)) * BK
+        channel = first + lane
+        offset = (dy * W + dx) * LD + first
+        tile = tl.load(base + (offset + lane)[None, :], mask=inside[:, None], other=0.0)
+    else:
+        # Few channels: a block holds several taps, so that no lane is spent on padding.
+        k = t * BK + lane
+        tap = k // LD
+        dy = tap // KW - KH // 2
+        dx = tap % KW - KW // 2
+        y = row[:, None] + dy[None, :]
+        x = column[:, None] + dx[None, :]
+        inside = exists[:, None] & (tap < KH * KW)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        channel = k % LD
+        offset = (dy * W + dx) * LD + channel
+        tile = tl.load(base + offset[None, :], mask=inside, other=0.0)
+    if CIN % 8 != 0:
+        # Not part of the load's mask, which would no longer be the same for 16 bytes.
+        tile = tl.where((channel < CIN)[None, :], tile, 0.0)
+    return tile
+
+
+@jit
+def accumulate(
+    acc: tl.tensor,  # (BM, N) float32
+    src: tl.tensor,
+    weight: tl.tensor,
+    columns: tl.tensor,  # (N): which columns of weight
+    pixel: tl.tensor,
+    exists: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    H: tl.tensor,
+    W: tl.tensor,
+    CIN: tl.constexpr,  # channels of src
+    LDN: tl.constexpr,  # values from one row of weight to the next
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tl.tensor:
+    """`acc` plus the convolution of src with the chosen columns of weight."""
+    blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
+    weights = weight + tl.arange(0, BK)[:, None] * LDN + columns[None, :]
+    # H >> 30 is 0. The assembler cannot know it, so it does not unroll the whole loop, which costs
+    # registers and spills.
+    for t in tl.range(0, blocks + (H >> 30), num_stages=STAGES):
+        tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK)
+        acc = tl.dot(tile, tl.load(weights + t * (BK * LDN)), acc)
+    return acc
+
+
+@jit
+def accumulate_two(
+    acc: tl.tensor,
+    acc_two: tl.tensor,
+    src: tl.tensor,
+    weight: tl.tensor,
+    columns: tl.tensor,
+    columns_two: tl.tensor,
+    pixel: tl.tensor,
+    exists: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    H: tl.tensor,
+    W: tl.tensor,
+    CIN: tl.constexpr,  # channels of src
+    LDN: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """`accumulate` for two sets of columns, which share every tile of src."""
+    blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
+    rows = weight + tl.arange(0, BK)[:, None] * LDN
+    for t in tl.range(0, blocks + (H >> 30), num_stages=STAGES):
+        tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK)
+        acc = tl.dot(tile, tl.load(rows + columns[None, :] + t * (BK * LDN)), acc)
+        acc_two = tl.dot(tile, tl.load(rows + columns_two[None, :] + t * (BK * LDN)), acc_two)
+    return acc, acc_two

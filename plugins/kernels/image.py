@@ -1,0 +1,122 @@
+"""A compiled kernel: the GPU's code and all that is needed to launch it, in memory and as files.
+
+A folder of images holds two files per kernel, KEY.cubin (the code as NVIDIA's tools read it) and
+KEY.json. Each is written whole or not at all, so several builds may share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from stepcell.errors import InputError
+from stepcell.files import read_bytes, write_atomic
+
+__all__ = ["Argument", "ImageInfo", "KernelImage", "read_image", "write_image"]
+
+_AGAIN = "delete both files of the kernel; it is compiled again where Triton is installed"
+SCHEMA = 1  # raise it when a field changes its meaning
+
+
+class Argument(msgspec.Struct, frozen=True):
+    """One kernel parameter in the packed block of arguments.
+
+    Attributes:
+        name: in the kernel; "scratch0" and "scratch1" are Triton's own, always null.
+        buffer: which memory it gets (signature.py), or H, W or P; empty for the scratch pointers.
+        offset: bytes from the start of the block.
+        size: 8 for a pointer, 4 for an int32.
+    """
+
+    name: str
+    buffer: str
+    offset: int
+    size: int
+
+
+class ImageInfo(msgspec.Struct, frozen=True):
+    """What KEY.json holds.
+
+    Attributes:
+        schema: of this structure.
+        key: names everything that changes the code.
+        source: digest of the kernels' source text: an image of another one is not used.
+        kernel: such as "gru_gates".
+        cell: label of the cell (cell.py); for narrow_state, which depends on less, "h" and its channels.
+        tile: label of the tile (tiles.py).
+        capability: compute capability it runs on, such as "8.7": no other.
+        entry: the function's name in the cubin.
+        warps: a program has 32 times as many threads.
+        shared_bytes: dynamic shared memory of a program.
+        registers: per thread.
+        tensor_core_instructions: matrix instructions in the code.
+        spill_instructions: reads and writes of the stack in the code; none in a good kernel.
+        grid_pixels: a launch has ceil(P / grid_pixels) by grid_channels programs.
+        grid_channels: see grid_pixels.
+        max_pixels: most pixels of a launch: offsets are int32.
+        arguments: in the order of the kernel's parameters.
+        sha256: of the cubin.
+        triton: version that compiled it.
+    """
+
+    schema: int
+    key: str
+    source: str
+    kernel: str
+    cell: str
+    tile: str
+    capability: str
+    entry: str
+    warps: int
+    shared_bytes: int
+    registers: int
+    tensor_core_instructions: int
+    spill_instructions: int
+    grid_pixels: int
+    grid_channels: int
+    max_pixels: int
+    arguments: tuple[Argument, ...]
+    sha256: str
+    triton: str
+
+
+class KernelImage(msgspec.Struct, frozen=True):
+    """A compiled kernel. msgspec turns it into JSON or MessagePack for a plugin's fields, cubin included."""
+
+    info: ImageInfo
+    cubin: bytes
+
+
+def write_image(image: KernelImage, folder: Path) -> Path:
+    """Write both files; returns the path of the cubin.
+
+    Raises:
+        OutputError: the folder does not exist or cannot be written.
+    """
+    path = folder / f"{image.info.key}.cubin"
+    write_atomic(path, image.cubin)
+    write_atomic(path.with_suffix(".json"), msgspec.json.format(msgspec.json.encode(image.info), indent=2) + b"\n")
+    return path
+
+
+def read_image(path: Path) -> KernelImage:
+    """Read KEY.json and the cubin beside it.
+
+    Raises:
+        InputError: a file cannot be read, is no such document, or the cubin is not the described one.
+    """
+    try:
+        info = msgspec.json.decode(read_bytes(path), type=ImageInfo)
+    except msgspec.MsgspecError as error:
+        raise InputError(f"{path}: is no kernel description ({error})", hint=_AGAIN) from error
+    if info.schema != SCHEMA:
+        raise InputError(f"{path}: has schema {info.schema}, expected {SCHEMA}", hint=_AGAIN)
+    cubin = read_bytes(path.with_suffix(".cubin"))
+    if hashlib.sha256(cubin).hexdigest() != info.sha256:
+        raise InputError(
+            f"{path.with_suffix('.cubin')}: is not the code that {path.name} describes",
+            hint=_AGAIN,
+        )
+    return KernelImage(info, cubin)

@@ -1,0 +1,135 @@
+"""Weights of an op turned into what the kernels read, once, when an engine is built.
+
+Packed matrix: row k = tap * LD + channel (tap = row of the kernel * width + column, LD = input
+channels rounded up to 8), one column per gate channel, columns contiguous:
+
+    gru_gates       z0 r0 z1 r1 ...               2C columns, padded to a multiple of 8
+    gru_candidate   n0 n1 ...                      C, padded
+    gru_after       z0 r0 z1 r1 ... | n0 n1 ...   2C padded, then C padded
+    lstm_step       i0 f0 o0 g0 i1 f1 o1 g1 ...   4C, padded
+
+Gates of a channel stand side by side, so one program has them all, for any number of channels and
+any tile; every tile reads the same packed weights. Padding rows and columns are zero. Behind the
+matrix there are more zeros, since a tile may read past the last row and column: weights need no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError
+from stepcell.plugins.kernels.cell import Cell, padded
+
+__all__ = ["pack"]
+
+Array = NDArray[Any]
+
+_EXTRA_ROWS = 64  # the deepest tile
+_EXTRA_COLUMNS = 1024  # more than the widest tile
+
+
+def pack(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Packed weights by buffer name, such as "gru_gates.wx": float16 matrices, float32 biases, flat.
+
+    Args:
+        cell: whose weights these are.
+        weights: the op's inputs by name, any float dtype: W_x (gates * C, Cx, kh, kw) unless
+            cell.inputs is 0, b (gates * C), W_h (2C or 4C, C, kh, kw), W_n (C, C, kh, kw) and
+            b_hn (C) for ConvGRU, w_c (3, C, 1, 1) or (3, C, H, W) for peepholes.
+
+    Raises:
+        InputError: a weight is missing, has another shape, or is not finite in float16.
+    """
+    expected = _shapes(cell)
+    for name, shape in expected.items():
+        if name not in weights:
+            raise InputError(f"weights of {cell.label}: {name} is missing, expected shape {shape}")
+        found = weights[name].shape
+        if len(found) != len(shape) or any(want not in (got, None) for got, want in zip(found, shape, strict=True)):
+            raise InputError(f"weights of {cell.label}: {name} must have shape {shape}, got {found}")
+        if not np.isfinite(weights[name].astype(np.float16)).all():
+            raise InputError(f"weights of {cell.label}: {name} must be finite in float16")
+    if cell.variant == "before":
+        return _gru_before(cell, weights)
+    return _gru_after(cell, weights) if cell.variant == "after" else _lstm(cell, weights)
+
+
+def _shapes(cell: Cell) -> dict[str, tuple[int | None, ...]]:
+    C, kernel = cell.hidden, cell.kernel
+    gru = cell.op == "ConvGRU"
+    shapes: dict[str, tuple[int | None, ...]] = {"b": (cell.gate_count * C,)}
+    if cell.inputs:
+        shapes["W_x"] = (cell.gate_count * C, cell.inputs, *kernel)
+    shapes["W_h"] = ((2 if gru else 4) * C, C, *kernel)
+    if gru:
+        shapes["W_n"] = (C, C, *kernel)
+    if cell.variant == "after":
+        shapes["b_hn"] = (C,)
+    if cell.variant == "channel":
+        shapes["w_c"] = (3, C, 1, 1)
+    if cell.variant == "map":
+        shapes["w_c"] = (3, C, None, None)
+    return shapes
+
+
+def _gru_before(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+    two_c = 2 * cell.hidden
+    gates, candidate = _gates_of(cell, weights, slice(0, two_c)), _gates_of(cell, weights, slice(two_c, None))
+    return {
+        "gru_gates.wx": _matrix(_interleaved(gates, 2)),
+        "gru_gates.wh": _matrix(_interleaved(weights["W_h"], 2)),
+        "gru_gates.bias": _vector(_interleaved(weights["b"][:two_c], 2)),
+        "gru_candidate.wx": _matrix(candidate),
+        "gru_candidate.wh": _matrix(weights["W_n"]),
+        "gru_candidate.bias": _vector(weights["b"][two_c:]),
+    }
+
+
+def _gru_after(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+    two_c = 2 * cell.hidden
+    gates, candidate = _gates_of(cell, weights, slice(0, two_c)), _gates_of(cell, weights, slice(two_c, None))
+    bias = weights["b"]
+    return {
+        "gru_after.wx": _matrix(_interleaved(gates, 2), candidate),
+        "gru_after.wh": _matrix(_interleaved(weights["W_h"], 2), weights["W_n"]),
+        "gru_after.bias": _vector(_interleaved(bias[:two_c], 2), bias[two_c:], weights["b_hn"]),
+    }
+
+
+def _lstm(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+    packed = {
+        "lstm_step.wx": _matrix(_interleaved(_gates_of(cell, weights, slice(None)), 4)),
+        "lstm_step.wh": _matrix(_interleaved(weights["W_h"], 4)),
+        "lstm_step.bias": _vector(_interleaved(weights["b"], 4)),
+    }
+    if cell.variant != "none":
+        packed["lstm_step.peephole"] = np.ascontiguousarray(weights["w_c"], np.float32).reshape(-1)
+    return packed
+
+
+def _gates_of(cell: Cell, weights: Mapping[str, Array], rows: slice) -> Array:
+    """Some gates of W_x; a cell without x has no rows to read."""
+    whole = weights["W_x"] if cell.inputs else np.zeros((cell.gate_count * cell.hidden, 0, *cell.kernel), np.float16)
+    return whole[rows]
+
+
+def _interleaved(stacked: Array, gates: int) -> Array:
+    """Rows gate by gate -> rows channel by channel."""
+    return stacked.reshape(gates, len(stacked) // gates, *stacked.shape[1:]).swapaxes(0, 1).reshape(stacked.shape)
+
+
+def _matrix(*blocks: Array) -> Array:
+    """Weights (N, Cin, kh, kw), each padded to 8 columns, beside each other as rows (tap, channel)."""
+    columns = [np.pad(block, ((0, -len(block) % 8), (0, -block.shape[1] % 8), (0, 0), (0, 0))) for block in blocks]
+    joined = np.concatenate(columns).transpose(2, 3, 1, 0).astype(np.float16)
+    width = joined.shape[-1]
+    return np.concatenate([joined.reshape(-1), np.zeros(_EXTRA_ROWS * width + _EXTRA_COLUMNS, np.float16)])
+
+
+def _vector(*blocks: Array) -> Array:
+    padded_blocks = [np.pad(block.astype(np.float32), (0, padded(len(block)) - len(block))) for block in blocks]
+    return np.concatenate([*padded_blocks, np.zeros(_EXTRA_COLUMNS, np.float32)])

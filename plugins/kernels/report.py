@@ -1,0 +1,161 @@
+"""What the compiler made of the kernels: registers, shared memory, spills and code size, for every GPU.
+
+    python -m stepcell.plugins.kernels.report            compile everything, rewrite report.json and the table
+    python -m stepcell.plugins.kernels.report --check    compile the default tiles for 8.7 and compare
+
+A changed kernel or another Triton shows here before it shows on a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stepcell.console import log
+from stepcell.errors import StepcellError, UsageError
+from stepcell.files import read_bytes, write_atomic
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.compile import CAPABILITIES, compile_kernel
+from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.kernels.store import images_for, wanted
+
+__all__ = ["CHECKED", "REPORT", "TYPICAL", "check", "make_report", "table"]
+
+REPORT = Path(__file__).with_name("report.json")
+CHECKED = "8.7"  # Orin, the GPU the project is for first
+
+# Cell and pixels, after the networks they come from.
+TYPICAL = tuple(
+    (Cell.from_label(label), pixels)
+    for label, pixels in [
+        ("gru_x32_h64_k3x3_soft_float32", 64 * 64),
+        ("gru_x64_h64_k3x3_soft_float32", 128 * 128),
+        ("gru_x64_h64_k3x3_soft_float16", 128 * 128),
+        ("gru_x128_h128_k1x5_soft_float16_pre", 55 * 128),  # RAFT
+        ("gru_x128_h128_k5x1_soft_float32", 55 * 128),
+        ("gru_x16_h16_k3x3_soft_float32", 540 * 960),  # Robust Video Matting
+        ("gru_x20_h20_k3x3_soft_float32", 270 * 480),
+        ("gru_x256_h256_k3x3_soft_float32", 20 * 15),  # event detection
+        ("gru-after_x64_h64_k3x3_soft_float32", 128 * 128),
+        ("lstm_x64_h64_k3x3_soft_float32", 128 * 128),
+        ("lstm_x64_h64_k1x1_soft_float32", 64 * 80),  # RVT
+        ("lstm-map_x8_h64_k3x3_soft_float32", 64 * 64),  # precipitation nowcasting
+    ]
+)
+_COLUMNS = ["registers", "shared_bytes", "tensor_core_instructions", "spill_instructions", "cubin_bytes"]
+_MARKS = ("<!-- kernels: made by make kernels-report -->\n", "<!-- end -->\n")
+
+
+def make_report(capabilities: Iterable[str]) -> dict[str, Any]:
+    """Compile every typical cell with every tile for these GPUs.
+
+    Returns:
+        {"triton": version, "columns": [...], "kernels": {"cell kernel tile": {"8.7": [...]}}}
+    """
+    rows: dict[str, dict[str, list[int]]] = {}
+    version = ""
+    with tempfile.TemporaryDirectory() as folder:
+        for capability in capabilities:
+            for cell, pixels in TYPICAL:
+                for image in images_for(cell, capability, Path(folder), pixels):
+                    rows.setdefault(_name(cell, image), {})[capability] = _row(image)
+                    version = image.info.triton
+                log(f"{capability:>4}  {cell.label}")
+    return {"triton": version, "columns": _COLUMNS, "kernels": rows}
+
+
+def check(capability: str = CHECKED) -> list[str]:
+    """Compile the default tiles anew; what differs from the report, one sentence each.
+
+    Registers, spills and sizes belong to a compiler version: with another Triton than the report's
+    only spills and missing tensor-core instructions count.
+    """
+    report = json.loads(read_bytes(REPORT))
+    problems, seen = [], set()
+    for cell, pixels in TYPICAL:
+        for kernel, tile in wanted(cell, capability, pixels):
+            if (cell, kernel) in seen:
+                continue  # not the default tile
+            seen.add((cell, kernel))
+            image = compile_kernel(kernel, cell, tile, capability)
+            name, row = _name(cell, image), _row(image)
+            log(f"{capability:>4}  {name}")
+            if image.info.spill_instructions:
+                problems.append(f"{name} for {capability} spills: {image.info.spill_instructions} stack accesses")
+            if kernel != "narrow_state" and not image.info.tensor_core_instructions:
+                problems.append(f"{name} for {capability} has no tensor-core instruction")
+            reported = report["kernels"].get(name, {}).get(capability)
+            if image.info.triton == report["triton"] and row != reported:
+                problems.append(f"{name} for {capability}: {_COLUMNS} are {row}, the report has {reported}")
+    return problems
+
+
+def _name(cell: Cell, image: KernelImage) -> str:
+    return f"{cell.label} {image.info.kernel} {image.info.tile}"
+
+
+def _row(image: KernelImage) -> list[int]:
+    info = image.info
+    return [
+        info.registers,
+        info.shared_bytes,
+        info.tensor_core_instructions,
+        info.spill_instructions,
+        len(image.cubin),
+    ]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The default tiles as a Markdown table: registers and KiB of shared memory per GPU."""
+    lines = [
+        "| cell, kernel | " + " | ".join(CAPABILITIES) + " |",
+        "|---|" + "---|" * len(CAPABILITIES),
+    ]
+    for cell, pixels in TYPICAL:
+        for kernel in dict.fromkeys(kernel for kernel, _ in wanted(cell, CAPABILITIES[0], pixels)):
+            cells = []
+            for capability in CAPABILITIES:
+                tile = next(t for k, t in wanted(cell, capability, pixels) if k == kernel)
+                registers, shared, *_ = report["kernels"][f"{cell.label} {kernel} {tile.label}"][capability]
+                cells.append(f"{registers}r {-(-shared // 1024)}K")
+            lines.append(f"| {cell.label}, {kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _write(report: dict[str, Any], document: Path) -> None:
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in report["kernels"].items())
+    head = f'{{"triton": {json.dumps(report["triton"])},\n"columns": {json.dumps(report["columns"])},\n'
+    write_atomic(REPORT, f'{head}"kernels": {{\n{rows}\n}}}}\n')
+    before, _, rest = read_bytes(document).decode().partition(_MARKS[0])
+    _, mark, after = rest.partition(_MARKS[1])
+    if not mark:
+        raise UsageError(f"{document}: has no place for the table", hint="it stands between two comment lines")
+    write_atomic(document, before + _MARKS[0] + table(report) + _MARKS[1] + after)
+
+
+def main() -> int:
+    """The command of `make kernels-report`; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Report of the compiled kernels.")
+    parser.add_argument("--check", action="store_true", help="compile the default tiles for one GPU and compare")
+    parser.add_argument("--document", type=Path, default=Path("docs/plugin.md"), help="where the table stands")
+    arguments = parser.parse_args()
+    try:
+        if arguments.check:
+            problems = check()
+            for problem in problems:
+                log(f"error: {problem}")
+            return 1 if problems else 0
+        _write(make_report(CAPABILITIES), arguments.document)
+    except StepcellError as error:
+        log(f"error: {error}")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What each kernel takes: its parameters in order, the buffer behind each, and its constants.
+
+One table serves compilation (dtypes), the launcher (order and offsets) and the tests. `buffer` is
+the name under which a step's memory is given: the same z is written by one kernel and read by the
+next. Packed weights are named after their kernel, such as "gru_gates.wx".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.tiles import Tile
+
+__all__ = ["PARAMETERS", "Parameter", "constants", "kernels_of", "pointer_dtype", "workspace"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One kernel parameter.
+
+    Attributes:
+        name: as in the kernel.
+        dtype: what it points to: "float16", "float32" or "state" (the cell's state dtype);
+            "int32" is a number, not a pointer.
+        buffer: which memory it gets; for int32 one of H, W and P.
+    """
+
+    name: str
+    dtype: str
+    buffer: str
+
+
+def _parameters(kernel: str, text: str) -> tuple[Parameter, ...]:
+    dtypes = {"half": "float16", "float": "float32", "state": "state"}
+    own = {"wx", "wh", "bias", "peephole"}
+    found = []
+    for entry in text.split():
+        name, kind, *buffer = entry.split(":")
+        found.append(Parameter(name, dtypes[kind], f"{kernel}.{name}" if name in own else (buffer or [name])[0]))
+    return (*found, *(Parameter(name, "int32", name) for name in "HWP"))
+
+
+# name:dtype[:buffer]
+PARAMETERS: dict[str, tuple[Parameter, ...]] = {
+    kernel: _parameters(kernel, text)
+    for kernel, text in {
+        "narrow_state": "state:float h_out:half:h",
+        "gru_gates": "x:half h:half pre:half wx:half wh:half bias:float state:state z_out:half:z rh_out:half:rh",
+        "gru_candidate": "x:half rh:half pre:half wx:half wh:half bias:float z:half state:state"
+        " state_out:state y_out:half:y",
+        "gru_after": "x:half h:half pre:half wx:half wh:half bias:float state:state state_out:state y_out:half:y",
+        "lstm_step": "x:half h:half pre:half wx:half wh:half bias:float peephole:float cell:state"
+        " state_out:state cell_out:state y_out:half:y",
+    }.items()
+}
+
+
+def kernels_of(cell: Cell, *, half_copy: bool) -> tuple[str, ...]:
+    """The kernels of one step, in launch order.
+
+    Args:
+        half_copy: whether the caller gives the half copy of a float32 state (y of the last step);
+            without it narrow_state makes one. A float16 state is its own copy.
+    """
+    step = {
+        "before": ("gru_gates", "gru_candidate"),
+        "after": ("gru_after",),
+    }.get(cell.variant, ("lstm_step",))
+    return step if half_copy or cell.state_dtype == "float16" else ("narrow_state", *step)
+
+
+def pointer_dtype(parameter: Parameter, cell: Cell) -> str:
+    """What a parameter of a cell's kernel points to; "int32" for a number."""
+    return cell.state_dtype if parameter.dtype == "state" else parameter.dtype
+
+
+def constants(kernel: str, cell: Cell, tile: Tile) -> dict[str, int | bool]:
+    """The constexpr arguments of a kernel."""
+    if kernel == "narrow_state":
+        return {"C": cell.hidden, "BM": tile.pixels, "BC": tile.channels}
+    values: dict[str, int | bool] = {
+        "CX": cell.inputs,
+        "C": cell.hidden,
+        "KH": cell.kernel[0],
+        "KW": cell.kernel[1],
+        "HAS_PRE": cell.pre,
+        "HARD": cell.gates == "hard",
+        "WIDE": cell.state_dtype == "float32",
+    }
+    if kernel == "lstm_step":
+        values["PEEPHOLE"] = ("none", "channel", "map").index(cell.variant)
+    return {**values, "BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages}
+
+
+def workspace(cell: Cell, pixels: int, *, half_copy: bool) -> dict[str, int]:
+    """Bytes of each buffer that lives only within a step: what one kernel hands to the next.
+
+    Args:
+        pixels: batch * height * width.
+        half_copy: as in `kernels_of`.
+    """
+    nbytes = pixels * padded(cell.hidden) * 2
+    written = {p.buffer for kernel in kernels_of(cell, half_copy=half_copy) for p in PARAMETERS[kernel]}
+    made = {"z", "rh"} | ({"h"} if "narrow_state" in kernels_of(cell, half_copy=half_copy) else set())
+    return dict.fromkeys(sorted(made & written), nbytes)

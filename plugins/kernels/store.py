@@ -1,0 +1,78 @@
+"""Where compiled kernels come from: a folder, or the compiler, which then fills the folder.
+
+A machine without Triton (a Jetson, say) uses a folder that was filled on another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepcell.errors import MissingDependencyError, OutputError, PluginError
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.compile import cell_word, check_capability, compile_kernel, source_digest
+from stepcell.plugins.kernels.image import KernelImage, read_image, write_image
+from stepcell.plugins.kernels.signature import kernels_of
+from stepcell.plugins.kernels.tiles import Tile, tiles
+
+__all__ = ["default_folder", "images_for", "wanted"]
+
+
+def default_folder() -> Path:
+    """$XDG_CACHE_HOME/stepcell/kernels, or ~/.cache/stepcell/kernels."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "stepcell" / "kernels"
+
+
+def wanted(cell: Cell, capability: str, pixels: int | None = None) -> list[tuple[str, Tile]]:
+    """Kernels of one step in launch order, each with its tiles, the default tile first."""
+    check_capability(capability)
+    return [
+        (kernel, tile)
+        for kernel in kernels_of(cell, half_copy=False)
+        for tile in tiles(kernel, cell, capability, pixels)
+    ]
+
+
+def images_for(cell: Cell, capability: str, folder: Path, pixels: int | None = None) -> Iterator[KernelImage]:
+    """The images of `wanted`, in its order; what the folder lacks is compiled and put there.
+
+    An iterator, since each compilation takes a second or so.
+
+    Args:
+        pixels: batch * height * width the cell will mostly see; None: unknown.
+
+    Raises:
+        UsageError: a compute capability that is not compiled for.
+        PluginError: a kernel is not in the folder and Triton is not installed.
+        InputError: a file in the folder is damaged.
+        BuildError: Triton or its assembler failed.
+        OutputError: the folder cannot be written.
+    """
+    source = source_digest()
+    for kernel, tile in wanted(cell, capability, pixels):
+        found = (read_image(path) for path in sorted(folder.glob(f"{kernel}-sm{capability.replace('.', '')}-*.json")))
+        name = (source, cell_word(kernel, cell), tile.label)
+        image = next((i for i in found if (i.info.source, i.info.cell, i.info.tile) == name), None)
+        if image is None:
+            image = _compiled_into(folder, kernel, cell, tile, capability)
+        yield image
+
+
+def _compiled_into(folder: Path, kernel: str, cell: Cell, tile: Tile, capability: str) -> KernelImage:
+    try:
+        image = compile_kernel(kernel, cell, tile, capability)
+    except MissingDependencyError as error:
+        raise PluginError(
+            f"kernels for {capability}: {kernel} of {cell.label} is not in {folder}, and Triton, which compiles it, "
+            "is not installed",
+            hint=f"on any machine with stepcell[kernels]: stepcell kernels compile --compute-capability {capability} "
+            f"--cell {cell.label} -o kernels; then copy the folder here",
+        ) from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror})", hint="choose another folder") from error
+    write_image(image, folder)
+    return image

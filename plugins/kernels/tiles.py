@@ -1,0 +1,90 @@
+"""Which tile a kernel is compiled with, per GPU and shape.
+
+THIS TABLE IS A PLAN. It follows what compiles without spills and how the GPUs are built; no tile has
+been timed on a device yet. `make gpu-check` times every tile on the benchmark's shapes, and this table
+is to be corrected from what it writes.
+
+Four warps everywhere: with eight, a convolution loop of this very form has been reported to compute
+wrong results on a device (pytorch issue 173068), and no device has shown yet that ours does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepcell.plugins.kernels.cell import Cell, padded
+
+__all__ = ["Tile", "tiles"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The work of one program and how it is scheduled.
+
+    Attributes:
+        pixels: rows of the tile (BM).
+        channels: hidden channels (BC); a kernel computes every gate of them.
+        depth: values of tap and channel per step of the loop (BK).
+        stages: steps that are in flight at a time.
+        warps: groups of 32 threads.
+    """
+
+    pixels: int
+    channels: int
+    depth: int
+    stages: int
+    warps: int = 4
+
+    @property
+    def label(self) -> str:
+        return f"{self.pixels}x{self.channels}x{self.depth}s{self.stages}w{self.warps}"
+
+
+# Columns of the accumulator: (first choice, others). A program's columns are its channels times the
+# gates its kernel computes, and it is the columns that fill a tensor core and cost registers.
+_COLUMNS = {
+    "gru_gates": 2,
+    "gru_candidate": 1,
+    "gru_after": 4,
+    "lstm_step": 4,
+}
+_SMALL_MAP = 8192  # pixels below which 128-pixel tiles leave most of a large GPU idle
+
+
+def tiles(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -> tuple[Tile, ...]:
+    """Tiles to compile a kernel with: the default first, then others for TensorRT to time.
+
+    Args:
+        kernel: its name in signature.py.
+        cell: what it computes.
+        capability: the GPU's compute capability, such as "8.7".
+        pixels: batch * height * width it will mostly see; None: unknown.
+    """
+    if kernel == "narrow_state":
+        return (Tile(64, min(32, _power_of_two(cell.hidden)), 16, 1),)
+    gates = _COLUMNS[kernel]
+    shortest = min(padded(cell.inputs) or padded(cell.hidden), padded(cell.hidden))
+    depth = 64 if shortest >= 64 else 32
+    new = int(capability.split(".")[0]) >= 9
+    small = pixels is not None and pixels < _SMALL_MAP
+
+    def tile(rows: int, columns: int, deep: int, stages: int) -> Tile:
+        channels = min(max(columns // gates, 16), max(16, _power_of_two(cell.hidden)))
+        return Tile(rows, channels, deep, stages)
+
+    if gates == 4:
+        choices = [tile(64, 128, depth if new else 32, 3), tile(128, 64, 32, 3)]
+    elif kernel == "gru_candidate" and cell.state_dtype == "float32":
+        # A (128, 64) tile of a float32 state beside that of the accumulator spills registers.
+        choices = [tile(64, 64, depth, 4), tile(128, 32, depth, 3)]
+    else:
+        choices = [tile(64, 64, depth, 4), tile(128, 64, 32, 3)]
+        if new and not small:
+            choices.insert(0, tile(128, 64, depth, 3))
+    if small:
+        choices.append(tile(64, 32, depth, 4))
+    return tuple(dict.fromkeys(choices))
+
+
+def _power_of_two(channels: int) -> int:
+    return 1 << (channels - 1).bit_length()

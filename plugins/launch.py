@@ -1,0 +1,120 @@
+"""Load a compiled kernel and launch it: numpy-free, torch-free, nothing but the CUDA driver.
+
+A launch writes the arguments into a block of memory that was laid out once and calls
+cuLaunchKernel. It allocates nothing on the device and waits for nothing, so it can be captured in a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from stepcell.errors import DeviceError, InputError
+from stepcell.missing import require
+from stepcell.plugins.kernels.image import Argument, KernelImage
+
+__all__ = ["Launcher", "arguments_format", "check"]
+
+
+def check(result: Sequence[Any]) -> Any:
+    """The value of a CUDA driver call, which returns `(status, value...)`.
+
+    Raises:
+        DeviceError: the status is not success; the message has CUDA's name for it.
+    """
+    status, *values = result
+    if status.value != 0:
+        driver = _driver()
+        name = driver.cuGetErrorName(status)[1]
+        raise DeviceError(f"CUDA: {name.decode() if name else status}", hint="see `stepcell doctor`")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _driver() -> Any:
+    return require("cuda.bindings.driver", extra="cuda", purpose="launching kernels")
+
+
+def arguments_format(arguments: Sequence[Argument]) -> str:
+    """The block of arguments as a `struct` format: pointers, int32 and the gaps between them."""
+    text, end = "<", 0
+    for argument in arguments:
+        text += f"{argument.offset - end}x" if argument.offset > end else ""
+        text += "Q" if argument.size == 8 else "i"
+        end = argument.offset + argument.size
+    return text
+
+
+class Launcher:
+    """A kernel in the memory of the current device. For one thread at a time.
+
+    Args:
+        image: compiled for this device's compute capability.
+        device: CUDA number of the current device.
+
+    Attributes:
+        buffers: which memory `launch` wants, in this order (signature.py).
+
+    Raises:
+        DeviceError: the driver refuses the code: another GPU, or too old a driver.
+        MissingDependencyError: cuda-bindings is not installed.
+    """
+
+    def __init__(self, image: KernelImage, device: int = 0) -> None:
+        driver, info = _driver(), image.info
+        self.buffers = tuple(a.buffer for a in info.arguments if a.size == 8 and a.buffer)
+        self._info = info
+        self._launch_kernel = driver.cuLaunchKernel
+        self._cubin = image.cubin  # the driver may read it for as long as the library is loaded
+        self._library = check(driver.cuLibraryLoadData(image.cubin, [], [], 0, [], [], 0))
+        kernel = check(driver.cuLibraryGetKernel(self._library, info.entry.encode()))
+        if info.shared_bytes > 48 * 1024:  # more must be asked for
+            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuKernelSetAttribute(limit, info.shared_bytes, kernel, device))
+        self._function = driver.CUfunction(int(kernel))
+        self._struct = struct.Struct(arguments_format(info.arguments))
+        self._block = ctypes.create_string_buffer(self._struct.size)
+        start = ctypes.addressof(self._block)
+        addresses = [start + argument.offset for argument in info.arguments]
+        self._parameters = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._parameters_address = ctypes.addressof(self._parameters)
+
+    def launch(self, stream: int, addresses: Sequence[int], batch: int, height: int, width: int) -> None:
+        """Queue the kernel.
+
+        Args:
+            stream: the CUDA stream's handle.
+            addresses: of `buffers`, each a multiple of 16; 0 for one that the cell does not use.
+
+        Raises:
+            InputError: an address is not a multiple of 16, or the map has too many values.
+            DeviceError: the driver refuses the launch.
+        """
+        info, pixels = self._info, batch * height * width
+        together = 0
+        for address in addresses:
+            together |= address
+        if together & 15:
+            wrong = [name for name, address in zip(self.buffers, addresses, strict=True) if address & 15]
+            raise InputError(f"{info.kernel}: addresses must be multiples of 16, got others for {', '.join(wrong)}")
+        if not 0 < pixels <= info.max_pixels:
+            raise InputError(f"{info.kernel}: takes 1 to {info.max_pixels} pixels, got {batch} x {height} x {width}")
+        self._struct.pack_into(self._block, 0, *addresses, height, width, pixels, 0, 0)
+        # fmt: off
+        (status,) = self._launch_kernel(
+            self._function,
+            -(-pixels // info.grid_pixels), info.grid_channels, 1,
+            32 * info.warps, 1, 1,
+            info.shared_bytes, stream, self._parameters_address, 0,
+        )
+        # fmt: on
+        if status.value:
+            check((status,))
+
+    def close(self) -> None:
+        """Unload the code. Launches that are queued must be done."""
+        library, self._library = self._library, None
+        if library is not None:
+            check(_driver().cuLibraryUnload(library))

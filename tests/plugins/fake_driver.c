@@ -1,0 +1,67 @@
+/* Stands in for the CUDA driver where there is none: it writes down what cuda-bindings calls, with the
+   value behind every kernel parameter (FAKE_SIZES: bytes of each, one digit per parameter). */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static FILE *calls(void) {
+  static FILE *file;
+  if (!file) file = fopen(getenv("FAKE_LOG"), "w");
+  return file;
+}
+
+int cuGetErrorName(int status, const char **name) {
+  *name = status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OTHER";
+  return 0;
+}
+int cuLibraryLoadData(void **library, const void *code, void *a, void **b, unsigned c, void *d, void **e, unsigned f) {
+  (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
+  fprintf(calls(), "load %.3s\n", (const char *)code + 1);
+  *library = (void *)0x1111;
+  return 0;
+}
+int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
+  fprintf(calls(), "kernel %s of %p\n", name, library);
+  *kernel = (void *)0x2222;
+  return 0;
+}
+int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
+  fprintf(calls(), "attribute %d = %d of %p on %d\n", attribute, value, kernel, device);
+  return 0;
+}
+int cuLibraryUnload(void *library) {
+  fprintf(calls(), "unload %p\n", library);
+  fclose(calls());
+  return 0;
+}
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void *stream, void **parameters, void **extra) {
+  fprintf(calls(), "launch %p grid %u %u %u block %u %u %u shared %u stream %p extra %d:", function, gx, gy, gz, bx,
+          by, bz, shared, stream, extra != NULL);
+  const char *sizes = getenv("FAKE_SIZES");
+  for (int i = 0; sizes[i]; i++) {
+    uint64_t value = 0;
+    memcpy(&value, parameters[i], sizes[i] - '0');
+    fprintf(calls(), " %llu", (unsigned long long)value);
+  }
+  fprintf(calls(), "\n");
+  return (uintptr_t)stream == 0xbad0 ? 700 : 0;
+}
+int cuGetProcAddress_v2(const char *symbol, void **address, int version, uint64_t flags, int *status) {
+  (void)version, (void)flags;
+  static struct {
+    const char *name;
+    void *function;
+  } known[] = {
+      {"cuGetErrorName", cuGetErrorName},         {"cuLibraryLoadData", cuLibraryLoadData},
+      {"cuLibraryGetKernel", cuLibraryGetKernel}, {"cuKernelSetAttribute", cuKernelSetAttribute},
+      {"cuLibraryUnload", cuLibraryUnload},       {"cuLaunchKernel", cuLaunchKernel},
+      {"cuGetProcAddress", cuGetProcAddress_v2},
+  };
+  *address = NULL;
+  for (unsigned i = 0; i < sizeof known / sizeof *known; i++)
+    if (!strcmp(symbol, known[i].name)) *address = known[i].function;
+  if (status) *status = *address ? 0 : 1;
+  return *address ? 0 : 500;
+}

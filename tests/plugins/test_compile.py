@@ -1,0 +1,190 @@
+"""Kernels compiled for GPUs that are not here, read back with NVIDIA's own tool."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from stepcell.errors import InputError, UsageError
+from stepcell.plugins.kernels import gru, lstm, narrow
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.compile import CAPABILITIES
+from stepcell.plugins.kernels.image import KernelImage, read_image
+from stepcell.plugins.kernels.report import REPORT, TYPICAL, table
+from stepcell.plugins.kernels.signature import PARAMETERS, constants
+from stepcell.plugins.kernels.store import images_for, wanted
+from stepcell.plugins.kernels.tiles import Tile
+
+CELLS = ["gru_x5_h20_k3x3_soft_float32_pre", "gru-after_x64_h32_k1x3_hard_float16", "lstm-map_x8_h16_k1x1_soft_float32"]
+
+
+def python(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+
+
+def compile_cells(folder: Path, capabilities: str, *labels: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    cells = [word for label in labels for word in ("--cell", label)]
+    command = ("-m", "stepcell.cli", "kernels", "compile", "--compute-capability", capabilities, "--json")
+    return python(*command, "-o", folder, *cells, **variables)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kernels of three cells for two GPUs."""
+    folder = tmp_path_factory.mktemp("kernels") / "made by the command"
+    found = compile_cells(folder, "8.7,9.0", *CELLS, TRITON_CACHE_DIR=str(folder.parent / "triton"))
+    assert found.returncode == 0, found.stderr
+    assert len(json.loads(found.stdout)["kernels"]) == found.stderr.count(" registers ")
+    return folder
+
+
+def dump(cubin: Path, option: str) -> str:
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def images(folder: Path) -> list[KernelImage]:
+    return [read_image(path) for path in sorted(folder.glob("*.json"))]
+
+
+@pytest.mark.slow
+def test_arguments_lie_where_the_code_expects_them(folder: Path) -> None:
+    assert {image.info.kernel for image in images(folder)} == set(PARAMETERS)
+    for image in images(folder):
+        path = folder / f"{image.info.key}.cubin"
+        text = dump(path, "--dump-elf")
+        pattern = r"Ordinal : (0x\w+)\s+Offset\s+: (0x\w+)\s+Size\s+: (0x\w+)"
+        expected = sorted(tuple(int(word, 16) for word in found) for found in re.findall(pattern, text))
+        given = [(i, argument.offset, argument.size) for i, argument in enumerate(image.info.arguments)]
+        assert given == expected, path
+
+
+@pytest.mark.slow
+def test_the_code_is_that_of_its_gpu_and_uses_tensor_cores(folder: Path) -> None:
+    for image in images(folder):
+        machine = int.from_bytes(image.cubin[48:52], "little")  # e_flags of the ELF header
+        sm = int(image.info.capability.replace(".", ""))
+        assert sm in (machine & 0xFF, machine >> 8 & 0xFF), hex(machine)
+        assert image.info.spill_instructions == 0, image.info
+        assert (image.info.tensor_core_instructions > 0) == (image.info.kernel != "narrow_state"), image.info
+        assert b"/" + b"plugins" not in image.cubin  # no paths of the machine that compiled
+        if "_hard_" in image.info.cell:  # a clamp that keeps a NaN; the interpreter knows no other
+            code = dump(folder / f"{image.info.key}.cubin", "--dump-sass")
+            assert "FMNMX.NAN" in code
+            assert not re.search(r"FMNMX(?!\.NAN)", code)
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_compiled_again_and_needs_no_triton(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    missing = "raise ModuleNotFoundError('no triton here', name='triton')"
+    (tmp_path / "triton" / "__init__.py").write_text(missing)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    found = compile_cells(folder, "8.7", *CELLS, PYTHONPATH=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    found = compile_cells(folder, "8.7", "gru_x1_h1_k1x1_soft_float32", PYTHONPATH=str(tmp_path))
+    assert found.returncode == 5, found.stderr
+    assert "Triton, which compiles it, is not installed" in found.stderr
+    assert "stepcell kernels compile --compute-capability 8.7 --cell gru_x1_h1_k1x1_soft_float32" in found.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_or_foreign_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    image = images(folder)[0]
+    name = image.info.key
+    for change, message in [
+        (lambda cubin, text: (cubin[:-1] + bytes([cubin[-1] ^ 1]), text), "is not the code"),
+        (lambda cubin, text: (cubin, text.replace('"warps": 4', '"warps": "4"')), "no kernel description"),
+        (lambda cubin, text: (cubin, text.replace('"schema": 1', '"schema": 2')), "schema 2, expected 1"),
+        (lambda cubin, text: (cubin, text[:40]), "no kernel description"),
+    ]:
+        cubin, text = change(image.cubin, (folder / f"{name}.json").read_text())
+        (tmp_path / f"{name}.cubin").write_bytes(cubin)
+        (tmp_path / f"{name}.json").write_text(text)
+        with pytest.raises(InputError, match=message) as caught:
+            read_image(tmp_path / f"{name}.json")
+        assert caught.value.hint
+
+
+@pytest.mark.slow
+def test_the_report_holds_and_no_default_tile_spills(tmp_path: Path) -> None:
+    found = python("-m", "stepcell.plugins.kernels.report", "--check", TRITON_CACHE_DIR=str(tmp_path))
+    assert found.returncode == 0, found.stderr
+
+
+def test_the_committed_report_is_whole_and_shown() -> None:
+    kernels = json.loads(REPORT.read_text())["kernels"]
+    for cell, pixels in TYPICAL:
+        for capability in CAPABILITIES:
+            for kernel, tile in wanted(cell, capability, pixels):
+                name = f"{cell.label} {kernel} {tile.label}"
+                _, shared, tensor_cores, spills, _ = kernels[name][capability]
+                assert spills == 0, (name, capability)
+                assert (tensor_cores > 0) == (kernel != "narrow_state"), (name, capability)
+                assert shared <= 99 * 1024, (name, capability)  # the least that any of these GPUs has
+    document = (Path(__file__).parents[2] / "docs" / "plugin.md").read_text()
+    assert table(json.loads(REPORT.read_text())) in document, "run make kernels-report"
+
+
+def test_turing_and_unknown_gpus_are_refused(tmp_path: Path) -> None:
+    cell = Cell.from_label(CELLS[0])
+    with pytest.raises(UsageError, match=r"7\.5: Triton emits no tensor-core") as caught:
+        next(images_for(cell, "7.5", tmp_path))
+    assert "--plugin off" in str(caught.value.hint)
+    with pytest.raises(UsageError, match=r"expected one of 8\.0, .*12\.0, got '9'"):
+        next(images_for(cell, "9", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "label", ["", "gru", "gru_x1_h1_k2x1_soft_float32", "gru_x0_h1_k1x1_soft_float32", "gru_x1_h0_k1x1_soft_float32"]
+)
+def test_a_label_that_is_no_cell_is_refused(label: str) -> None:
+    with pytest.raises(UsageError, match="kernel cell"):
+        Cell.from_label(label)
+
+
+def test_labels_are_read_back() -> None:
+    for label in (*CELLS, "lstm_x0_h7_k7x5_hard_float16_pre"):
+        assert Cell.from_label(label).label == label
+
+
+def test_parameters_are_those_of_the_kernels() -> None:
+    tile = Tile(16, 16, 16, 1)
+    for kernel, parameters in PARAMETERS.items():
+        cell = Cell.from_label(CELLS[2] if kernel == "lstm_step" else CELLS[0])
+        function: Any = next(getattr(m, kernel) for m in (gru, lstm, narrow) if hasattr(m, kernel))
+        assert [*(p.name for p in parameters), *constants(kernel, cell, tile)] == list(function.arg_names), kernel
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_tile_fits_the_kernels(capability: str) -> None:
+    """Powers of two, at most the extra rows and columns that packing leaves, four warps."""
+    labels = [
+        f"{op}_x{x}_h{h}_k3x3_soft_float32_pre"
+        for op in ("gru", "gru-after", "lstm")
+        for x in (0, 3, 64)
+        for h in (1, 20, 300)
+    ]
+    for cell, pixels in [
+        *TYPICAL,
+        *((Cell.from_label(label), pixels) for label in labels for pixels in (None, 1, 10**6)),
+    ]:
+        chosen = wanted(cell, capability, pixels)
+        assert len(chosen) == len(set(chosen))
+        for _, tile in chosen:
+            for number in (tile.pixels, tile.channels, tile.depth):
+                assert number & (number - 1) == 0, tile
+            assert 16 <= tile.depth <= 64, tile
+            assert tile.warps == 4, tile
+            assert tile.channels * 4 <= 512, tile

@@ -1,0 +1,139 @@
+"""Kernels on a device: every cell of the report with every tile, a hundred steps, graphs, sanitizer.
+
+`make gpu-check` runs the rows that need a GPU. The row on the CPU runs the same code on few pixels, so
+a mistake in a test shows without one. Cubins are taken from the folder STEPCELL_KERNELS; those that it
+lacks are compiled, which needs Triton.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepcell.errors import StepcellError
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.report import TYPICAL
+from stepcell.plugins.kernels.store import images_for, wanted
+from stepcell.plugins.kernels.tiles import Tile
+from stepcell.plugins.launch import Launcher
+
+# Relative to max(1, |value|), over all steps (test_kernels.py says why).
+TOLERANCE = {"float32": 3e-3, "float16": 2e-2}
+ODD = [  # padding channels, one pixel of overhang, both flavours of the K loop
+    "gru_x3_h5_k3x3_soft_float32",
+    "gru_x40_h40_k5x5_hard_float32_pre",
+    "gru-after_x0_h20_k1x5_soft_float32_pre",
+    "gru-after_x3_h70_k3x3_hard_float16",
+    "lstm-channel_x12_h36_k7x7_soft_float32",
+    "lstm-map_x3_h5_k3x3_soft_float16_pre",
+]
+CELLS = [*TYPICAL, *((Cell.from_label(label), None) for label in ODD)]
+
+
+class Device:
+    """Launches compiled kernels on torch's CUDA memory and current stream."""
+
+    def __init__(self) -> None:
+        major, minor = torch.cuda.get_device_capability()
+        self.capability = f"{major}.{minor}"
+        self.folder = Path(os.environ.get("STEPCELL_KERNELS", "build/kernels"))
+        self._launchers: dict[tuple[str, str, str], Launcher] = {}
+
+    def load(self, cell: Cell, pixels: int | None) -> None:
+        """Every kernel of a cell with every tile."""
+        for image in images_for(cell, self.capability, self.folder, pixels):
+            self._launchers[image.info.kernel, cell.label, image.info.tile] = Launcher(image)
+
+    def launch(
+        self, kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
+    ) -> None:
+        launcher = self._launchers[kernel, cell.label, tile.label]
+        addresses = [buffers[name].data_ptr() if name in buffers else 0 for name in launcher.buffers]
+        launcher.launch(torch.cuda.current_stream().cuda_stream, addresses, *size)
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU and a torch that was built for CUDA")
+    found = Device()
+    print(f"\n{torch.cuda.get_device_name()}, {found.capability}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    return found
+
+
+def choices(cell: Cell, capability: str, pixels: int | None) -> list[dict[str, Tile]]:
+    """Default tiles, then every other tile of every kernel in turn."""
+    all_tiles = wanted(cell, capability, pixels)
+    default = dict(reversed(all_tiles))
+    return [default, *({**default, kernel: tile} for kernel, tile in all_tiles if tile != default[kernel])]
+
+
+def check_tiles(
+    steps: Callable[..., Any], cell: Cell, capability: str, pixels: int | None, count: int, **where: Any
+) -> None:
+    """Every choice of tiles against float64, outputs poisoned and guarded (conftest.py)."""
+    for tile in choices(cell, capability, pixels):
+        worst = steps(cell, tile=tile, half_copy=False, **where).run(count)
+        names = ", ".join(f"{kernel} {t.label}" for kernel, t in tile.items())
+        print(f"{cell.label}: {names}: {worst}")
+        assert max(worst.values()) <= TOLERANCE[cell.state_dtype], f"{cell.label}: {names}: worst {worst}"
+
+
+@pytest.mark.parametrize(("cell", "pixels"), [pytest.param(c, p, id=c.label) for c, p in CELLS])
+def test_a_hundred_steps_on_the_device(cell: Cell, pixels: int | None, steps: Any, device: Device) -> None:
+    device.load(cell, pixels)
+    check_tiles(
+        steps, cell, device.capability, pixels, 100, size=(2, 45, 61), device="cuda", launch=device.launch
+    )  # 5490 pixels: no tile divides them
+
+
+def test_the_same_code_on_the_cpu(steps: Any) -> None:
+    check_tiles(steps, Cell.from_label("lstm-map_x3_h5_k3x3_soft_float16_pre"), "8.7", None, 2, size=(1, 2, 3))
+
+
+def test_a_captured_step_equals_an_eager_one(steps: Any, device: Device) -> None:
+    cell = Cell.from_label("gru_x3_h5_k3x3_soft_float32")
+    device.load(cell, None)
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def launch(kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: Any) -> None:
+        device.launch(kernel, cell, tile, buffers, size)
+        outputs = {name: tensor for name, tensor in buffers.items() if "." not in name}
+        eager = {name: tensor.clone() for name, tensor in outputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            device.launch(kernel, cell, tile, buffers, size)
+        graph.replay()
+        torch.cuda.synchronize()
+        for name, tensor in outputs.items():
+            assert torch.equal(tensor, eager[name]), f"{kernel}: {name} differs after a graph replay"
+        graphs.append(graph)
+
+    tile = choices(cell, device.capability, None)[0]
+    steps(cell, size=(1, 9, 11), tile=tile, half_copy=False, device="cuda", launch=launch).run(3)
+    assert len(graphs) == 9
+
+
+def test_the_sanitizer_finds_nothing(device: Device) -> None:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("needs compute-sanitizer")
+    test = f"{__file__}::test_a_captured_step_equals_an_eager_one"
+    command = [tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", test]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-4000:]
+
+
+def test_another_gpus_code_is_refused(device: Device, tmp_path: Path) -> None:
+    other = "8.0" if device.capability != "8.0" else "9.0"
+    cell = Cell.from_label("gru_x3_h5_k3x3_soft_float32")
+    with pytest.raises(StepcellError, match="CUDA"):
+        Launcher(next(images_for(cell, other, tmp_path)))

@@ -1,0 +1,124 @@
+"""What reaches the CUDA driver, through the real cuda-bindings and a driver that only writes it down."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepcell.plugins.kernels.compile import arguments_of
+from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
+from stepcell.plugins.kernels.signature import PARAMETERS
+from stepcell.plugins.launch import arguments_format
+
+CUBIN = b"\x7fELF"
+LAUNCH = """
+import sys
+from pathlib import Path
+from stepcell.errors import StepcellError
+from stepcell.plugins.kernels.image import read_image
+from stepcell.plugins.launch import Launcher
+
+launcher = Launcher(read_image(Path(sys.argv[1])), device=3)
+print(*launcher.buffers)
+addresses = [256 * (i + 1) for i in range(len(launcher.buffers))]
+launcher.launch(0x77, addresses, 2, 3, 7)
+launcher.launch(0x78, [0, *addresses[1:]], 1, 8, 8)
+odd = [8, *addresses[1:]]
+for stream, where, size in [(0xbad0, addresses, (1, 1, 1)), (0, odd, (1, 1, 1)), (0, addresses, (9, 9, 9))]:
+    try:
+        launcher.launch(stream, where, *size)
+    except StepcellError as error:
+        print(type(error).__name__, error.message)
+launcher.close()
+launcher.close()
+"""
+
+
+def image(kernel: str) -> KernelImage:
+    info = ImageInfo(
+        schema=1,
+        key=kernel,
+        source="",
+        kernel=kernel,
+        cell="",
+        tile="",
+        capability="8.7",
+        entry=f"{kernel}_entry",
+        warps=4,
+        shared_bytes=50000,
+        registers=0,
+        tensor_core_instructions=0,
+        spill_instructions=0,
+        grid_pixels=32,
+        grid_channels=5,
+        max_pixels=100,
+        arguments=arguments_of(kernel),
+        sha256=hashlib.sha256(CUBIN).hexdigest(),
+        triton="",
+    )
+    return KernelImage(info, CUBIN)
+
+
+@pytest.fixture(scope="module")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a libcuda.so.1."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).with_name("fake_driver.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1", source], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("kernel", sorted(PARAMETERS))
+def test_a_launch_hands_over_grid_block_and_every_argument(kernel: str, fake_driver: Path, tmp_path: Path) -> None:
+    made = image(kernel)
+    path = write_image(made, tmp_path).with_suffix(".json")
+    sizes = "".join(str(argument.size) for argument in made.info.arguments)
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(fake_driver),
+        "FAKE_LOG": str(tmp_path / "log"),
+        "FAKE_SIZES": sizes,
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", LAUNCH, str(path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    buffers, *errors = found.stdout.splitlines()
+    pointers = [p.buffer for p in PARAMETERS[kernel] if p.dtype != "int32"]
+    assert buffers.split() == pointers
+    addresses = [256 * (i + 1) for i in range(len(pointers))]
+
+    def launch(stream: str, programs: int, values: list[int]) -> str:
+        numbers = " ".join(map(str, [*values, 0, 0]))
+        return f"launch 0x2222 grid {programs} 5 1 block 128 1 1 shared 50000 stream {stream} extra 0: {numbers}"
+
+    assert (
+        (tmp_path / "log").read_text().splitlines()
+        == [
+            "load ELF",
+            f"kernel {kernel}_entry of 0x1111",
+            "attribute 8 = 50000 of 0x2222 on 3",  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            launch("0x77", 2, [*addresses, 3, 7, 42]),
+            launch("0x78", 2, [0, *addresses[1:], 8, 8, 64]),
+            launch("0xbad0", 1, [*addresses, 1, 1, 1]),
+            "unload 0x1111",
+        ]
+    )
+    assert errors == [
+        "DeviceError CUDA: CUDA_ERROR_ILLEGAL_ADDRESS",
+        f"InputError {kernel}: addresses must be multiples of 16, got others for {pointers[0]}",
+        f"InputError {kernel}: takes 1 to 100 pixels, got 9 x 9 x 9",
+    ]
+
+
+def test_the_block_has_gaps_where_a_pointer_follows_a_number() -> None:
+    assert arguments_format(arguments_of("narrow_state")) == "<QQiii4xQQ"
