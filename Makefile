@@ -17,13 +17,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m stepcell.models.zoo.demo
 
+# Two to four files at a time, each on one thread: most of the work is Python's.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The same promises on a GPU; without one it says what was not run.
 gpu-check: setup
 	$(BIN)/python -m pytest tests/gpu tests/plugins/test_device.py -v -s
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernels.py --kernels $${STEPCELL_KERNELS:-build/kernels}
 
 # Registers, spills and code size of every kernel for every GPU (ten minutes, no GPU needed).
 kernels-report: setup
