@@ -15,48 +15,21 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime import StepLoop, cuda
-from stepcell.runtime.engine.build import build_engine
-from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.policies import ResetPolicy, ResetWatch
 from stepcell.runtime.report import RunReport
 from stepcell.runtime.saving import SnapshotWriter
 from stepcell.runtime.sinks import ArraySink
 from stepcell.runtime.sources import open_source
 from stepcell.runtime.stream import run_stream
+from tests.gpu.places import SLOTS, TOLERANCE, Place, frames, worst
 
-SHAPE = (2, 3, 64, 96)
 STEPS = 1000
-SLOTS = 3
-# float16 compute against the float32 form of the same weights, over all steps (outputs and states
-# of the small denoiser lie in about -1 to 2).
-TOLERANCE = {"cpu": 0.0, "cuda-onnx": 2e-2, "cuda-engine": 2e-2}
-
-
-class Place:
-    """Opens a model on one back end."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.kind, self._folder = kind, folder
-        self.device = "cpu" if kind == "cpu" else "cuda"
-
-    def open(self, onnx: Path, *, slots: int | None = None) -> StepLoop:
-        path = onnx
-        if self.kind == "cuda-engine":
-            path = self._folder / f"{onnx.stem}.engine"
-            if not path.exists():
-                one, many = (1, *SHAPE[1:]), (SLOTS, *SHAPE[1:])
-                options = BuildOptions(min_shapes={"x": one}, opt_shapes={"x": SHAPE}, max_shapes={"x": many})
-                build_engine(onnx, path, options)
-        loop = StepLoop.open(path, device=self.device, slots=slots)
-        print(loop.description)
-        return loop
 
 
 @pytest.fixture(params=list(TOLERANCE))
@@ -89,14 +62,6 @@ def reference(denoiser_onnx: Path) -> Iterator[StepLoop]:
         yield opened
 
 
-def frames(count: int, seed: int = 0) -> NDArray[np.float32]:
-    return np.random.default_rng(seed).random((count, *SHAPE), np.float32)
-
-
-def worst(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
-    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
-
-
 @pytest.mark.slow
 def test_equal_over_a_thousand_steps_with_resets(loop: StepLoop, reference: StepLoop, tolerance: float) -> None:
     error = 0.0
@@ -109,6 +74,15 @@ def test_equal_over_a_thousand_steps_with_resets(loop: StepLoop, reference: Step
     error = max(error, worst(loop.state()["h"], reference.state()["h"]))
     print(f"worst difference over {STEPS} steps: {error:.2e}; {loop.statistics.summary()}")
     assert error <= tolerance
+
+
+def test_steps_begun_ahead_equal_steps_one_by_one(place: Place, loop: StepLoop, denoiser_onnx: Path) -> None:
+    xs = frames(200)
+    with place.open(denoiser_onnx) as other:
+        pending = [(loop.step_async(x=x), other.step(x=x)["y"]) for x in xs]
+        for number, (each, y) in enumerate(pending):
+            np.testing.assert_array_equal(each.wait()["y"], y, err_msg=f"step {number}")
+        np.testing.assert_array_equal(loop.state()["h"], other.state()["h"])
 
 
 def test_reset_of_one_slot_clears_nan_and_leaves_the_other_bit_by_bit(loop: StepLoop) -> None:

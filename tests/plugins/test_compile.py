@@ -23,7 +23,8 @@ from stepcell.plugins.kernels.signature import PARAMETERS, constants
 from stepcell.plugins.kernels.store import images_for, wanted
 from stepcell.plugins.kernels.tiles import Tile
 
-CELLS = ["gru_x5_h20_k3x3_soft_float32_pre", "gru-after_x64_h32_k1x3_hard_float16", "lstm-map_x8_h16_k1x1_soft_float32"]
+CELLS = ["gru_x3_h6_k3x3_soft_float32", "lstm_x6_h4_k1x5_soft_float32"]  # of the model `stack_onnx`
+HARD = "gru-after_x64_h32_k1x3_hard_float16"
 
 
 def python(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -31,19 +32,21 @@ def python(*arguments: str | Path, **variables: str) -> subprocess.CompletedProc
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
 
 
-def compile_cells(folder: Path, capabilities: str, *labels: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    cells = [word for label in labels for word in ("--cell", label)]
+def compile_cells(folder: Path, capabilities: str, *cells: str | Path, **variables: str) -> Any:
     command = ("-m", "stepcell.cli", "kernels", "compile", "--compute-capability", capabilities, "--json")
     return python(*command, "-o", folder, *cells, **variables)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All kernels of three cells for two GPUs."""
+def folder(tmp_path_factory: pytest.TempPathFactory, stack_onnx: Path) -> Path:
+    """All kernels of a model's cells for one GPU, and of one more cell for two."""
     folder = tmp_path_factory.mktemp("kernels") / "made by the command"
-    found = compile_cells(folder, "8.7,9.0", *CELLS, TRITON_CACHE_DIR=str(folder.parent / "triton"))
-    assert found.returncode == 0, found.stderr
-    assert len(json.loads(found.stdout)["kernels"]) == found.stderr.count(" registers ")
+    for capabilities, cells in (("8.7", [stack_onnx]), ("8.7,9.0", ["--cell", HARD])):
+        found = compile_cells(folder, capabilities, *cells, TRITON_CACHE_DIR=str(folder.parent / "triton"))
+        assert found.returncode == 0, found.stderr
+        kernels = json.loads(found.stdout)["kernels"]
+        assert len(kernels) == found.stderr.count(" registers ")
+        assert {k["key"] for k in kernels} <= {path.stem for path in folder.iterdir()}
     return folder
 
 
@@ -58,7 +61,15 @@ def images(folder: Path) -> list[KernelImage]:
 
 @pytest.mark.slow
 def test_arguments_lie_where_the_code_expects_them(folder: Path) -> None:
-    assert {image.info.kernel for image in images(folder)} == set(PARAMETERS)
+    assert {(image.info.kernel, image.info.cell, image.info.capability) for image in images(folder)} == {
+        ("narrow_state", "h6", "8.7"),
+        ("gru_gates", CELLS[0], "8.7"),
+        ("gru_candidate", CELLS[0], "8.7"),
+        ("narrow_state", "h4", "8.7"),
+        ("lstm_step", CELLS[1], "8.7"),
+        ("gru_after", HARD, "8.7"),
+        ("gru_after", HARD, "9.0"),
+    }
     for image in images(folder):
         path = folder / f"{image.info.key}.cubin"
         text = dump(path, "--dump-elf")
@@ -89,11 +100,12 @@ def test_what_is_there_is_not_compiled_again_and_needs_no_triton(folder: Path, t
     missing = "raise ModuleNotFoundError('no triton here', name='triton')"
     (tmp_path / "triton" / "__init__.py").write_text(missing)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    found = compile_cells(folder, "8.7", *CELLS, PYTHONPATH=str(tmp_path))
+    cells = [word for label in (*CELLS, HARD) for word in ("--cell", label)]
+    found = compile_cells(folder, "8.7", *cells, PYTHONPATH=str(tmp_path))
     assert found.returncode == 0, found.stderr
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
-    found = compile_cells(folder, "8.7", "gru_x1_h1_k1x1_soft_float32", PYTHONPATH=str(tmp_path))
+    found = compile_cells(folder, "8.7", "--cell", "gru_x1_h1_k1x1_soft_float32", PYTHONPATH=str(tmp_path))
     assert found.returncode == 5, found.stderr
     assert "Triton, which compiles it, is not installed" in found.stderr
     assert "stepcell kernels compile --compute-capability 8.7 --cell gru_x1_h1_k1x1_soft_float32" in found.stderr
@@ -155,14 +167,14 @@ def test_a_label_that_is_no_cell_is_refused(label: str) -> None:
 
 
 def test_labels_are_read_back() -> None:
-    for label in (*CELLS, "lstm_x0_h7_k7x5_hard_float16_pre"):
+    for label in (*CELLS, HARD, "lstm_x0_h7_k7x5_hard_float16_pre"):
         assert Cell.from_label(label).label == label
 
 
 def test_parameters_are_those_of_the_kernels() -> None:
     tile = Tile(16, 16, 16, 1)
     for kernel, parameters in PARAMETERS.items():
-        cell = Cell.from_label(CELLS[2] if kernel == "lstm_step" else CELLS[0])
+        cell = Cell.from_label(CELLS[1] if kernel == "lstm_step" else CELLS[0])
         function: Any = next(getattr(m, kernel) for m in (gru, lstm, narrow) if hasattr(m, kernel))
         assert [*(p.name for p in parameters), *constants(kernel, cell, tile)] == list(function.arg_names), kernel
 

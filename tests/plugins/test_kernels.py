@@ -71,8 +71,8 @@ def test_without_a_given_half_copy_the_state_is_narrowed_first(op: str, steps: A
 @pytest.mark.parametrize("tile", [Tile(16, 16, 16, 1), Tile(128, 32, 64, 4), Tile(16, 64, 32, 3)])
 def test_every_tile_shape_gives_the_same(tile: Tile, steps: Any) -> None:
     for op in ("gru", "gru-after", "lstm"):
-        cell = Cell.from_label(f"{op}_x32_h40_k1x3_soft_float32")
-        assert_close(cell, steps(cell, size=(1, 4, 6), tile=tile, half_copy=False).run(2))
+        cell = Cell.from_label(f"{op}_x24_h40_k1x3_soft_float32")
+        assert_close(cell, steps(cell, size=(1, 3, 6), tile=tile, half_copy=False).run(2))
 
 
 @st.composite
@@ -87,7 +87,7 @@ def cells(draw: Any) -> Cell:
     return Cell.from_label(f"{word}{sizes}_{gates}_{state}" + "_pre" * pre)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
     cell=cells(),
     size=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)),
@@ -119,8 +119,8 @@ def test_a_wide_state_moves_by_less_than_half_can_hold(steps: Any) -> None:
         "W_n": np.zeros((8, 8, 1, 1)),
         "b": np.repeat([-8.0, 0.0, 8.0], 8),
     }
-    worst = steps(cell, size=(1, 2, 3), tile=TILE, weights=weights).run(64)
-    assert worst["h"] < 1e-4, worst  # 64 steps move h by up to 0.04; rounded to half it would stay
+    worst = steps(cell, size=(1, 2, 3), tile=TILE, weights=weights).run(32)
+    assert worst["h"] < 1e-4, worst  # 32 steps move h by up to 0.02; rounded to half it would stay
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of numpy: inf is right

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from stepcell.plugins import launch
 from stepcell.plugins.kernels.compile import arguments_of
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
 from stepcell.plugins.kernels.signature import PARAMETERS
@@ -122,3 +124,13 @@ def test_a_launch_hands_over_grid_block_and_every_argument(kernel: str, fake_dri
 
 def test_the_block_has_gaps_where_a_pointer_follows_a_number() -> None:
     assert arguments_format(arguments_of("narrow_state")) == "<QQiii4xQQ"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "ptx"), [(11080, 78), (12040, 84), (12050, 85), (12060, 85), (12080, 87), (12090, 88), (13000, 90)]
+)
+def test_the_newest_ptx_of_a_driver(cuda: int, ptx: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's table of PTX versions, by CUDA version."""
+    answer = (SimpleNamespace(value=0), cuda)
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuDriverGetVersion=lambda: answer))
+    assert launch.driver_ptx_version() == ptx

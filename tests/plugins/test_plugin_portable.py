@@ -205,6 +205,9 @@ aot.register_portable(trt, found)  # a second build in the same process
 # Its tiles take 60 KB and more where they are not held to 48.
 tight = aot.portable_kernels("gru_candidate", Cell.from_label("gru_x64_h64_k3x3_soft_float32"), "9.0")
 
+aot.driver_ptx_version = lambda: 84  # of CUDA 12.4
+(old,) = aot.portable_kernels("narrow_state", Cell.from_label(labels[0]), "8.7")
+
 import tensorrt_lean_bindings.plugin as plugins
 from tensorrt_lean_bindings.plugin import _lib as library, _tensor as tensors
 tensors.SymIntExpr._exprBuilder = Builder()
@@ -239,7 +242,7 @@ for (kernel, label), kernels in found.items():
         "pixels": kernels[0].grid_pixels, "channels": kernels[0].grid_channels,
         "numbers": [int(each._expr) for each in numbers], "entry": entry, "ptx": ptx,
     }
-print(json.dumps([result, [each.shared_bytes for each in tight]]))
+print(json.dumps([result, [each.shared_bytes for each in tight], old.ptx]))
 """
 
 
@@ -254,7 +257,9 @@ def test_through_the_vendors_decorators_and_assembler(tmp_path: Any) -> None:
         [sys.executable, "-c", VENDOR, *labels], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found, tight = json.loads(done.stdout.splitlines()[-1])
+    found, tight, old = json.loads(done.stdout.splitlines()[-1])
+    assert ".version 8.4\n" in old  # what that driver translates, and no newer
+    assert ".version 8.4\n" not in found["narrow_state gru_x3_h5_k3x3_soft_float32"]["ptx"]
     assert len(tight) > 1
     assert max(tight) <= 48 * 1024
     assert len(found) == 4

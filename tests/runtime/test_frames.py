@@ -129,6 +129,13 @@ def test_one_picture_input_is_found() -> None:
     assert is_image(picture(1))
 
 
+def test_a_fixed_batch_takes_as_many_streams() -> None:
+    four = picture(shape=(4, 3, "height", "width"))
+    assert image_input(contract(four), 4) == four
+    with pytest.raises(InputError, match="the batch is fixed at 4, got 3 streams"):
+        image_input(contract(four), 3)
+
+
 @pytest.mark.parametrize(
     "inputs",
     [

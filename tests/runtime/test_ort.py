@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import DeviceError
-from stepcell.runtime import StepLoop, cuda
+from stepcell.runtime import StepLoop, cuda, ort_session
 from stepcell.runtime.backend import Device
 from stepcell.runtime.float32 import to_float32
 from stepcell.runtime.ort import OrtBackend
@@ -108,16 +108,64 @@ def test_outputs_of_any_size_belong_to_the_caller(accumulator: Model, size: int)
     assert backend.step({"x": x})["y"].max() == 6
 
 
-def test_the_caller_s_array_may_change_between_steps(accumulator: Model) -> None:
+@pytest.mark.parametrize("size", [2, 64], ids=["copied", "bound"])
+def test_the_caller_s_array_may_change_between_steps(accumulator: Model, size: int) -> None:
     backend = OrtBackend(accumulator(), Device("cpu"))
-    backend.configure({"batch": 1, "height": 2, "width": 2})
-    same, found = np.zeros((1, 3, 2, 2), np.float32), []
+    backend.configure({"batch": 1, "height": size, "width": size})
+    assert bool(backend._inputs) == (size == 2)
+    same, found = np.zeros((1, 3, size, size), np.float32), []
     for step in range(4):  # the same array, written to again, as the frames of a stream are
         same[:] = step
         found.append(backend.step({"x": same})["y"])
     for _ in range(4):  # and arrays that come and go
         found.append(backend.step({"x": np.ones_like(same)})["y"])
     assert [float(y.max()) for y in found] == [float(y.min()) for y in found] == [0, 1, 3, 6, 7, 8, 9, 10]
+
+
+def test_steps_begun_ahead_run_at_once(accumulator: Model) -> None:
+    with StepLoop.open(accumulator()) as loop:
+        x = np.ones((1, 3, 2, 2), np.float32)
+        pending = [loop.step_async(x=x) for _ in range(5)]
+        assert loop.state()["h"].max() == 5
+        assert [each.wait()["y"].max() for each in pending] == [1, 2, 3, 4, 5]
+        assert pending[2].wait() is pending[2].wait()
+        assert loop.statistics.summary().count == 4
+    with StepLoop.open(accumulator(), slots=2) as loop:
+        a, b = loop.attach(), loop.attach()
+        ys = [loop.step_slots_async({slot: {"x": x}}) for slot in (a, b, a)]
+        assert [y.wait()[slot]["y"].max() for y, slot in zip(ys, (a, b, a), strict=True)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_cuda_sessions_capture_graphs_where_onnx_runtime_lets_them(
+    refused: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime refuses such a session for nodes that only the CPU has; then it is opened without."""
+    asked = []
+
+    def create(model: str, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
+        (name, given), _ = providers
+        asked.append(given)
+        if refused and given.get("enable_cuda_graph") == "1":
+            raise RuntimeError("This session cannot use the graph capture feature\nas requested")
+        return SimpleNamespace(get_provider_options=lambda: {name: {"enable_cuda_graph": "0", **given}})
+
+    ort = SimpleNamespace(InferenceSession=create)
+    session = ort_session._session(ort, "model.onnx", None, Device("cuda", 1))
+    assert ort_session.captures_graphs(session) is not refused
+    assert all((given["device_id"], given["use_tf32"]) == ("1", "0") for given in asked)
+    assert len(asked) == 1 + refused
+    assert ("without a CUDA graph, which is slower: This session cannot" in capsys.readouterr().err) is refused
+
+
+def test_each_binding_has_a_graph_of_its_own_and_other_sizes_new_ones(accumulator: Model) -> None:
+    """A graph has the addresses it was captured with, so none may be launched for other buffers."""
+    backend = OrtBackend(accumulator(), Device("cpu"))
+    backend._captures, numbers = True, []
+    for size in (2, 4):
+        backend.configure({"batch": 1, "height": size, "width": size})
+        numbers += [options.get_run_config_entry("gpu_graph_id") for options in backend._options]
+    assert len(set(numbers)) == 4
 
 
 def test_absent_device_is_refused_or_replaced_as_allowed(accumulator: Model, capfd: pytest.CaptureFixture[str]) -> None:

@@ -397,16 +397,19 @@ def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
 def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Model, tmp_path: Path) -> None:
     """The frame at hand may have stepped or not: a snapshot of it could not say which."""
     path, stop = tmp_path / "state.safetensors", StopRequest()
+    with StepLoop.open(accumulator()) as loop:
+        step, calls = loop.step, []
 
-    class Interrupted(BrokenSink):
-        def write(self, frame: NDArray[Any]) -> None:
-            super().write(frame)
-            if self.calls.count("write") == 4:
+        def interrupted(**inputs: Any) -> Any:
+            calls.append(step(**inputs))
+            if len(calls) == 4:
                 stop.signal = signal.SIGINT
                 raise KeyboardInterrupt
+            return calls[-1]
 
-    with StepLoop.open(accumulator()) as loop:
+        loop.step = interrupted  # type: ignore[method-assign]
         writer = SnapshotWriter(path, 2, "frames")
-        report = run_stream(loop, Frames(clip(9)), Interrupted(""), snapshots=writer, stop=stop)
+        report = run_stream(loop, Frames(clip(9)), ArraySink(tmp_path / "out.npy"), snapshots=writer, stop=stop)
         assert (report.frames, report.stopped, report.snapshots) == (3, "interrupted", 1)
         assert loop.restore(path).frame == 2
+    assert len(np.load(tmp_path / "out.npy")) == 3

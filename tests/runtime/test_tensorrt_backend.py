@@ -15,7 +15,7 @@ import pytest
 import tensorrt_rtx
 
 from stepcell.errors import DeviceError, EngineMismatchError, MissingDependencyError
-from stepcell.runtime import cuda, tensorrt
+from stepcell.runtime import cuda, runtime_cache, tensorrt
 from stepcell.runtime.backend import Device
 from stepcell.runtime.engine import check, graph, plan
 from stepcell.runtime.engine.build import build_engine
@@ -99,10 +99,13 @@ def _accesses(module: Any) -> set[tuple[str, str]]:
                 "engine": tensorrt_rtx.ICudaEngine,
                 "_context": tensorrt_rtx.IExecutionContext,
                 "TensorIOMode": tensorrt_rtx.TensorIOMode,
+                "config": tensorrt_rtx.IRuntimeConfig,
+                "DynamicShapesKernelSpecializationStrategy": tensorrt_rtx.DynamicShapesKernelSpecializationStrategy,
             },
         ),
+        (runtime_cache, {"config": tensorrt_rtx.IRuntimeConfig, "cache": tensorrt_rtx.IRuntimeCache}),
     ],
-    ids=["plan", "graph", "check", "tensorrt"],
+    ids=["plan", "graph", "check", "tensorrt", "runtime_cache"],
 )
 def test_every_tensorrt_name_that_is_used_exists(module: Any, owners: dict[str, Any]) -> None:
     accesses = _accesses(module)
@@ -158,6 +161,8 @@ def test_every_cuda_status_becomes_an_error_with_its_name() -> None:
 
 def test_cuda_calls_take_their_arguments() -> None:
     """Each call reaches the real CUDA runtime: without a driver it fails there, and not on an argument."""
+    from cuda.bindings import runtime
+
     if cuda.discover().devices:
         pytest.skip("needs a machine without a GPU: the addresses used here are not real")
     stream = object.__new__(cuda.Stream)
@@ -165,7 +170,7 @@ def test_cuda_calls_take_their_arguments() -> None:
     buffer = object.__new__(cuda.DeviceBuffer)
     buffer.nbytes, buffer.address = 8, 4096
     event = object.__new__(cuda.Event)
-    event._handle = 0
+    event.handle = 0
     array = np.zeros(2, np.float32)
     rows = cuda.Rows.of(buffer.address, array.shape, 0, 4)
     for call in (
@@ -175,7 +180,15 @@ def test_cuda_calls_take_their_arguments() -> None:
         lambda: cuda.DeviceBuffer(8),
         lambda: cuda.PinnedArray((2,), np.float32),
         stream.synchronize,
+        lambda: stream.wait(event),
+        lambda: cuda.wait_on(cuda.DEFAULT_STREAM, event),
         lambda: event.record(stream),
+        lambda: event.record_on(cuda.DEFAULT_STREAM),
+        event.synchronize,
+        lambda: cuda.Graph.capture(stream, lambda: None),
+        lambda: cuda.Graph(runtime.cudaGraphExec_t()).launch(stream),
+        lambda: cuda.device_of(buffer.address),
+        lambda: cuda.copy_on_device(buffer.address, buffer.address, 8, stream),
         lambda: event.milliseconds_since(event),
         lambda: buffer.clear(stream),
         lambda: cuda.clear_row(rows, 0, stream),

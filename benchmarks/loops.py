@@ -1,0 +1,186 @@
+"""The loops that benchmarks/loop.py compares: each takes a frame and returns the output, and keeps the state.
+
+Frames and outputs are numpy arrays, as a decoder gives them and an encoder takes them. All loops
+compute with the same float32 weights and the same number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from loop_cases import Case
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from stepcell.models import CellStack, ConvGRUCell
+from stepcell.models.step import initial_states
+from stepcell.runtime import StepLoop
+
+__all__ = ["BASELINE", "LOOPS", "OURS", "Frame", "Loop", "reference"]
+
+Frame: TypeAlias = NDArray[np.float32]
+Loop: TypeAlias = Callable[[Frame], Frame]
+
+
+def step_loop(case: Case) -> Loop:
+    """What this package offers: the states stay in two buffers that change places."""
+    loop = StepLoop.open(case.exported, threads=case.threads)
+    return lambda x: loop.step(x=x)["y"]
+
+
+def session_run(case: Case, *, spinning: bool = True) -> Loop:
+    """The loop everybody writes first: the state comes back as a numpy array and is fed again.
+
+    Args:
+        spinning: False lets idle threads sleep, as StepLoop does; True is ONNX Runtime's default.
+    """
+    session, state = _session(case, spinning=spinning), _zero_state(case)
+
+    def step(x: Frame) -> Frame:
+        nonlocal state
+        y, state = session.run(None, {"x": x, "state_in.h": state})
+        return y  # type: ignore[no-any-return]
+
+    return step
+
+
+def io_binding(case: Case) -> Loop:
+    """The loop of RobustVideoMatting's documentation/inference.md: outputs bound to the device once,
+    the state handed on as an OrtValue.
+
+    From the second step on ONNX Runtime 1.31.1 writes the new state over the one it reads. That is
+    right only for a graph that writes the state after everything that reads it, as these here do.
+    """
+    session = _session(case)
+    binding = session.io_binding()
+    for name in ("y", "state_out.h"):
+        binding.bind_output(name, "cpu")
+    state = onnxruntime.OrtValue.ortvalue_from_numpy(_zero_state(case))
+
+    def step(x: Frame) -> Frame:
+        nonlocal state
+        binding.bind_cpu_input("x", x)
+        binding.bind_ortvalue_input("state_in.h", state)
+        session.run_with_iobinding(binding)
+        y, state = binding.get_outputs()
+        return y.numpy()  # type: ignore[no-any-return]
+
+    return step
+
+
+def eager(case: Case, *, memory_format: torch.memory_format = torch.contiguous_format) -> Loop:
+    """The module as it was trained, without gradients."""
+    module = copy.deepcopy(case.module).to(memory_format=memory_format)
+    return _torch_loop(case, module, memory_format)
+
+
+def compiled(case: Case) -> Loop:
+    """The module by torch.compile. The first step compiles it, which takes about half a minute."""
+    from torch._inductor import config  # takes a second
+
+    config.compile_threads = 1  # starting workers takes longer than they save
+    return _torch_loop(case, torch.compile(copy.deepcopy(case.module), dynamic=False))
+
+
+def seed(case: Case, form: Callable[[ConvGRUCell], nn.Module]) -> Loop:
+    """The module with its cell computed as pytorch-convgru-cell computes it."""
+    if isinstance(case.module, CellStack):
+        cell = case.module.cells[0]
+        assert isinstance(cell, ConvGRUCell)
+        return _torch_loop(case, form(cell))
+    module: Any = copy.deepcopy(case.module)
+    module.cell = form(module.cell)
+    return _torch_loop(case, module)
+
+
+class SixConvolutions(nn.Module):
+    """One convolution for each weight, as in that package's reference layer (there without bias)."""
+
+    def __init__(self, cell: ConvGRUCell) -> None:
+        super().__init__()
+        self.w, self.b = cell.weight_x.chunk(3), cell.bias.chunk(3)
+        self.u = (*cell.weight_h.chunk(2), cell.weight_n)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        (w_z, w_r, w_n), (b_z, b_r, b_n), (u_z, u_r, u_n) = self.w, self.b, self.u
+        z = torch.sigmoid(_same(x, w_z, b_z) + _same(h, u_z))
+        r = torch.sigmoid(_same(x, w_r, b_r) + _same(h, u_r))
+        n = torch.tanh(_same(x, w_n, b_n) + _same(r * h, u_n))
+        h = (1 - z) * h + z * n
+        return h, h
+
+
+class ThreeConvolutions(nn.Module):
+    """Weights of the same operand in one convolution, as in that package's C++ extension."""
+
+    def __init__(self, cell: ConvGRUCell) -> None:
+        super().__init__()
+        self.w, self.b, self.u, self.u_n = cell.weight_x, cell.bias, cell.weight_h, cell.weight_n
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        a_z, a_r, a_n = _same(x, self.w, self.b).chunk(3, dim=1)
+        g_z, g_r = _same(h, self.u).chunk(2, dim=1)
+        z, r = torch.sigmoid(a_z + g_z), torch.sigmoid(a_r + g_r)
+        n = torch.tanh(a_n + _same(r * h, self.u_n))
+        h = (1 - z) * h + z * n
+        return h, h
+
+
+def reference(case: Case) -> Loop:
+    """The module in float64; its outputs are what all loops are compared with."""
+    return _torch_loop(case, copy.deepcopy(case.module).double(), dtype=torch.float64)
+
+
+OURS, BASELINE = "StepLoop", "session.run"
+LOOPS: dict[str, Callable[[Case], Loop]] = {
+    OURS: step_loop,
+    BASELINE: session_run,
+    "session.run, no spinning": partial(session_run, spinning=False),
+    "IO binding": io_binding,
+    "torch eager": eager,
+    "torch eager, channels last": partial(eager, memory_format=torch.channels_last),
+    "torch.compile": compiled,
+    "torch, six convolutions": partial(seed, form=SixConvolutions),
+    "torch, three convolutions": partial(seed, form=ThreeConvolutions),
+}
+
+
+def _session(case: Case, *, spinning: bool = True) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    return onnxruntime.InferenceSession(str(case.wide), options, providers=["CPUExecutionProvider"])
+
+
+def _zero_state(case: Case) -> Frame:
+    (state,) = initial_states(case.module, torch.zeros(case.shape))
+    array: Frame = state.numpy()
+    return array
+
+
+def _torch_loop(
+    case: Case,
+    module: Callable[..., Any],
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype = torch.float32,
+) -> Loop:
+    states = initial_states(case.module, torch.zeros(case.shape), dtype=dtype)
+
+    @torch.inference_mode()
+    def step(x: Frame) -> Frame:
+        nonlocal states
+        y, *states = module(torch.from_numpy(x).to(dtype).contiguous(memory_format=memory_format), *states)
+        return y.numpy()  # type: ignore[no-any-return]
+
+    return step
+
+
+def _same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding="same")

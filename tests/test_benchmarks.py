@@ -1,0 +1,190 @@
+"""The CPU benchmarks run in their quick mode and their results hold what reports are made of. No times are judged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stepcell.errors import InputError, ParityError
+from stepcell.models import CellStack, ConvGRUCell
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "loop.json"
+MODULES = ("loop", "loops", "loop_cases", "loop_report", "overhead")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
+    """Imports a benchmark as if it were started with these arguments."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def load(name: str, *arguments: object) -> ModuleType:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return importlib.import_module(name)
+
+    threads = torch.get_num_threads()
+    yield load
+    torch.set_num_threads(threads)
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def result(**loops: list[float]) -> dict[str, Any]:
+    """A result of one shape; a loop without times has not run."""
+    found = {name: {"error": 0.0, "milliseconds": times} for name, times in loops.items() if times}
+    shape = {"name": "a < b", "frame": [1, 2, 3, 4], "rounds": 3, "steps_per_round": 2}
+    shape["loops"] = {name: found.get(name, {"not_run": "no compiler"}) for name in loops}
+    versions = {"python": "3", "onnxruntime": "1", "torch": "2"}
+    rest = {"cpu": "CPU", "threads": 1, "cores": 2, "load_before": [0.1] * 3, "load_after": [0.2] * 3}
+    return {"versions": versions, "shapes": [shape], **rest}
+
+
+SMALL = {
+    "StepLoop": [1.0, 2.0, 10.0],
+    "session.run": [2.0, 4.0, 10.0],
+    "torch eager": [8.0, 8.0, 8.0],
+    "torch eager, channels last": [6.0, 6.0, 60.0],
+    "torch.compile": [],
+}
+
+
+@pytest.mark.slow
+def test_loop_quick(script: Callable[..., ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "loop.json"
+    loop = script("loop", "--quick", "--threads", 1, "--output", output)
+    assert loop.main() == 0
+    found = json.loads(output.read_text())
+    assert found["threads"] == 1
+    assert len(found["load_before"]) == len(found["load_after"]) == 3
+    assert {"python", "stepcell", "onnxruntime", "torch", "numpy"} == set(found["versions"])
+    (shape,) = found["shapes"]
+    assert shape["frame"] == [16, 5, 8, 8]
+    assert list(shape["loops"]) == list(loop.LOOPS)
+    for name, timed in shape["loops"].items():
+        if name == "torch.compile":
+            assert timed == {"not_run": "left out by --quick"}
+        else:
+            assert 0 < timed["error"] < 1e-5, (name, timed["error"])  # float32 is not float64, and near it
+            assert len(timed["milliseconds"]) == shape["rounds"] == 2
+            assert all(math.isfinite(ms) and ms > 0 for ms in timed["milliseconds"]), name
+    printed = capsys.readouterr().out
+    assert printed == loop.table(found)
+    ET.parse(output.with_suffix(".svg"))
+
+    # the same table again, from the file, and into a document
+    document = tmp_path / "performance.md"
+    document.write_text("before\n<!-- written by benchmarks/loop.py -->\nold\n<!-- end -->\nafter\n")
+    assert script("loop", "--table", output, "--document", document).main() == 0
+    assert capsys.readouterr().out == printed
+    text = document.read_text()
+    assert printed in text
+    assert "(new/loop.svg)" in text
+    assert "old" not in text
+    assert text.startswith("before\n<!--")
+    assert text.endswith("-->\nafter\n")
+
+
+def test_a_loop_that_computes_something_else_is_refused(
+    script: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = script("loop")
+    no_file = Path("absent.onnx")
+    case = loop.Case(CellStack([ConvGRUCell(2, 3)]).eval(), no_file, no_file, (1, 2, 4, 5), 1)
+
+    def forgetful(case: Any) -> Any:
+        return lambda x: loop.LOOPS["torch eager"](case)(x)  # a state that is never kept
+
+    names = ("torch eager", "torch eager, channels last", "torch, six convolutions", "torch, three convolutions")
+    monkeypatch.setattr(loop, "LOOPS", {name: loop.LOOPS[name] for name in names})
+    assert list(loop.checked_loops(case, without=())[0]) == list(names)
+    loop.LOOPS["forgetful"] = forgetful
+    with pytest.raises(ParityError, match=r"forgetful: expected outputs within 0\.0001 of float64") as refusal:
+        loop.checked_loops(case, without=())
+    assert refusal.value.exit_code == 3
+
+
+def test_nan_is_an_error(script: Callable[..., ModuleType]) -> None:
+    frames = np.zeros((2, 1), np.float32)
+    assert math.isnan(script("loop").error_of(lambda x: x * np.nan, frames, frames))
+
+
+def test_ratios_are_taken_within_rounds(script: Callable[..., ModuleType]) -> None:
+    lines = script("loop_report").table(result(**SMALL)).splitlines()
+    assert lines[2] == "| **StepLoop** | 2 ms; 0.50 (0.50 to 0.75) |"
+    assert lines[3] == "| session.run | 4 ms; 1 |"
+    assert lines[6] == "| torch.compile | not run: no compiler |"
+    assert "| than `session.run` | 2.00 (1.50 to 2.00) times |" in lines
+    # channels last has the better median, for all its slow third round
+    assert "| than torch eager in its better layout | 6.00 (4.50 to 6.00) times |" in lines
+
+
+def test_the_picture_has_a_bar_for_each_loop_that_ran(script: Callable[..., ModuleType]) -> None:
+    picture = ET.fromstring(script("loop_report").svg(result(**SMALL)))
+    bars = picture.findall("{http://www.w3.org/2000/svg}rect")[1:]
+    widths = [float(bar.get("width", "0")) for bar in bars]
+    assert len(bars) == 4
+    assert widths[0] == pytest.approx(widths[1] / 2, abs=0.1)
+    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert "not run" in texts
+    assert "a < b" in texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--rounds", 1], 2, "at least 2 rounds"),
+        (["--table", "absent.json"], 1, "absent.json: cannot be read"),
+        (["--table", ROOT / "pyproject.toml"], 1, "expected a result of benchmarks/loop.py"),
+    ],
+)
+def test_bad_requests_are_explained(
+    script: Callable[..., ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[object],
+    code: int,
+    message: str,
+) -> None:
+    assert script("loop", *arguments).main() == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_document_without_marks_is_refused(script: Callable[..., ModuleType]) -> None:
+    with pytest.raises(InputError, match="expected one `<!-- written by"):
+        script("loop_report").with_block("no marks", "table")
+
+
+def test_the_document_shows_the_committed_result(script: Callable[..., ModuleType]) -> None:
+    text = (ROOT / "docs" / "performance.md").read_text()
+    if RESULT.exists():
+        assert script("loop_report").table(json.loads(RESULT.read_text())) in text
+    else:
+        assert "Not measured on a quiet machine yet." in text
+
+
+@pytest.mark.slow
+def test_overhead_quick(script: Callable[..., ModuleType], tmp_path: Path) -> None:
+    overhead = script("overhead", "--steps", 2, "--output", tmp_path / "overhead.json")
+    overhead.WARM_UP = 2
+    overhead.main()
+    found = json.loads((tmp_path / "overhead.json").read_text())
+    assert found["steps"] == 2
+    assert set(found["results"]) == {
+        "step",
+        "step_slots, all",
+        "step_slots, one idle",
+        "step_slots, half idle",
+    }
+    for name, figures in found["results"].items():
+        assert figures["bare_us"] > 0, name
+        assert figures["loop_us"] - figures["bare_us"] == pytest.approx(figures["overhead_us"], abs=0.2), name
