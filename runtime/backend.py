@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract
 from stepcell.errors import UsageError
+from stepcell.runtime.device_array import DeviceArray
+from stepcell.runtime.pending import Pending
 
 __all__ = ["Backend", "Device"]
 
@@ -42,7 +44,18 @@ class Backend(Protocol):
         """
         ...
 
-    def step(self, inputs: Mapping[str, NDArray[Any]], idle: Sequence[int] = ()) -> dict[str, NDArray[Any]]:
+    @property
+    def input_stream(self) -> int | None:
+        """Handle of the CUDA stream on which a step reads its inputs; None: it takes arrays on the host only.
+
+        Raises:
+            MissingDependencyError: the extra `cuda` is not installed.
+        """
+        ...
+
+    def step(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> dict[str, NDArray[Any]]:
         """One step. Inputs have the contract's dtypes and the configured shapes, C-contiguous.
 
         The returned arrays belong to the caller: no later step writes to them. A step that
@@ -52,6 +65,26 @@ class Backend(Protocol):
             idle: rows of the batch axis that take no part: their states stay as they were, bit by
                 bit, and their outputs mean nothing. Each costs a copy of its states on the device;
                 none is copied where all rows step.
+        """
+        ...
+
+    def enqueue(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> Pending[dict[str, NDArray[Any]]]:
+        """Begin a step: `step` in two halves. Arrays on the host have been read when this returns.
+
+        Whatever is called next sees the states after this step. An error of the device comes out
+        of `wait`; it undoes the step where none was begun after it.
+        """
+        ...
+
+    def step_on_device(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, DeviceArray]:
+        """One step whose outputs stay on the device, good until the step after the next begins.
+
+        It returns at once: who reads the arrays waits for them in stream order.
+
+        Raises:
+            UsageError: this back end has its outputs on the host.
         """
         ...
 

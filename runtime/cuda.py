@@ -1,4 +1,4 @@
-"""The one door to CUDA: devices, streams, events, memory and copies, every status checked.
+"""The one door to CUDA: devices, streams, events, graphs, memory and copies, every status checked.
 
 Built on the CUDA runtime of `cuda-bindings` (extra `cuda`). Asking what devices there are works
 on every machine, also without a driver and without the extra.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,22 +21,29 @@ from stepcell.files import human_size
 from stepcell.missing import require
 
 __all__ = [
+    "DEFAULT_STREAM",
     "DeviceBuffer",
     "Discovery",
     "Event",
     "Gpu",
+    "Graph",
     "PinnedArray",
     "Rows",
     "Stream",
     "check",
     "clear_row",
+    "copy_on_device",
     "copy_row",
     "copy_to_device",
     "copy_to_host",
     "device_count",
+    "device_of",
     "discover",
     "use_device",
+    "wait_on",
 ]
+
+DEFAULT_STREAM = 1  # CUDA's handle for the default stream that all threads share
 
 _HINTS = {
     "cudaErrorMemoryAllocation": "fewer streams, smaller frames, or close other programs that use the GPU",
@@ -159,29 +166,95 @@ class Stream:
         """Wait until everything queued so far is done; errors of that work are raised here."""
         check(_runtime().cudaStreamSynchronize(self.handle))
 
+    def wait(self, event: Event) -> None:
+        """Queue: what is queued here from now on starts after what the event was recorded behind."""
+        wait_on(self.handle, event)
+
     def close(self) -> None:
         handle, self.handle = self.handle, 0
         if handle:
             check(_runtime().cudaStreamDestroy(handle))
 
 
+def wait_on(stream: int, event: Event) -> None:
+    """`Stream.wait` for a stream that is not ours, by its CUDA handle."""
+    check(_runtime().cudaStreamWaitEvent(stream, event.handle, 0))
+
+
 class Event:
-    """A point in a stream's work, for timing."""
+    """A point in a stream's work, to be waited for and for timing."""
 
     def __init__(self) -> None:
-        self._handle: Any = check(_runtime().cudaEventCreate())
+        self.handle: Any = check(_runtime().cudaEventCreate())
 
     def record(self, stream: Stream) -> None:
-        check(_runtime().cudaEventRecord(self._handle, stream.handle))
+        self.record_on(stream.handle)
+
+    def record_on(self, stream: int) -> None:
+        """Record on a stream that is not ours, by its CUDA handle."""
+        check(_runtime().cudaEventRecord(self.handle, stream))
+
+    def synchronize(self) -> None:
+        """Wait until the work before the event is done, and for nothing else; its errors are raised here."""
+        check(_runtime().cudaEventSynchronize(self.handle))
 
     def milliseconds_since(self, earlier: Event) -> float:
         """Time between two recorded events of work that is done."""
-        return float(check(_runtime().cudaEventElapsedTime(earlier._handle, self._handle)))
+        return float(check(_runtime().cudaEventElapsedTime(earlier.handle, self.handle)))
+
+    def close(self) -> None:
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            check(_runtime().cudaEventDestroy(handle))
+
+
+class Graph:
+    """Work of a stream, captured once and launched as a whole, at the same addresses each time."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    @classmethod
+    def capture(cls, stream: Stream, work: Callable[[], None]) -> Graph:
+        """What `work` queues on `stream`, which is not run.
+
+        Raises:
+            DeviceError: it holds something that cannot be captured, or CUDA refuses the graph.
+                The stream can be used as before. Errors of `work` itself pass through.
+        """
+        runtime = _runtime()
+        # Only calls of this thread that cannot be captured are errors; other threads go on as they like.
+        check(
+            runtime.cudaStreamBeginCapture(
+                stream.handle, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            )
+        )
+        try:
+            work()
+        except Exception:
+            status, graph = runtime.cudaStreamEndCapture(stream.handle)  # whatever it says, the stream is free again
+            if status.value == 0:
+                runtime.cudaGraphDestroy(graph)
+            runtime.cudaGetLastError()  # forgotten, or the next call of a library would report it
+            raise
+        try:
+            graph = check(runtime.cudaStreamEndCapture(stream.handle))
+            try:
+                return cls(check(runtime.cudaGraphInstantiate(graph, 0)))
+            finally:
+                check(runtime.cudaGraphDestroy(graph))
+        except DeviceError:
+            runtime.cudaGetLastError()
+            raise
+
+    def launch(self, stream: Stream) -> None:
+        """Queue all of it."""
+        check(_runtime().cudaGraphLaunch(self._handle, stream.handle))
 
     def close(self) -> None:
         handle, self._handle = self._handle, None
         if handle is not None:
-            check(_runtime().cudaEventDestroy(handle))
+            check(_runtime().cudaGraphExecDestroy(handle))
 
 
 def _address(result: Sequence[Any], nbytes: int, what: str) -> int:
@@ -279,6 +352,19 @@ def copy_to_device(buffer: DeviceBuffer, array: NDArray[Any], stream: Stream) ->
 def copy_to_host(array: NDArray[Any], buffer: DeviceBuffer, stream: Stream) -> None:
     """Queue a copy to the host. `array` must be C-contiguous; it is filled once the stream is done."""
     _copy(array.ctypes.data, buffer.address, _size(buffer, array), "cudaMemcpyDeviceToHost", stream)
+
+
+def copy_on_device(target: int, source: int, nbytes: int, stream: Stream) -> None:
+    """Queue a copy from one address of the device to another."""
+    _copy(target, source, nbytes, "cudaMemcpyDeviceToDevice", stream)
+
+
+def device_of(address: int) -> int | None:
+    """CUDA number of the device whose memory this is; None: it is on the host."""
+    runtime = _runtime()
+    attributes = check(runtime.cudaPointerGetAttributes(address))
+    on_device = (runtime.cudaMemoryType.cudaMemoryTypeDevice, runtime.cudaMemoryType.cudaMemoryTypeManaged)
+    return int(attributes.device) if attributes.type in on_device else None
 
 
 def _size(buffer: DeviceBuffer, array: NDArray[Any]) -> int:

@@ -8,13 +8,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepcell.contract import StepContract
+from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, StateError, StepcellError, UsageError
-from stepcell.runtime.backend import Backend
+from stepcell.runtime.backend import Backend, Device
+from stepcell.runtime.device_array import DeviceArray, OnDevice, is_on_device, read_device_array
 from stepcell.runtime.inputs import as_input, require_finite
 from stepcell.runtime.opening import open_backend
+from stepcell.runtime.pending import Pending
 from stepcell.runtime.slots import Slot, SlotTable
 from stepcell.runtime.snapshot import Snapshot, contract_hash, read_snapshot, write_snapshot
 from stepcell.runtime.states import as_flags, as_states, forget_rows, require_shapes
@@ -36,7 +39,8 @@ class StepLoop:
         contract: names, shapes and dtypes of what the model takes, returns and remembers, as it
             runs here: a float16 model in its float32 form on a CPU says float32.
         name: the file, for messages.
-        statistics: latency of `step` and `step_slots`, from call to return.
+        statistics: latency of steps, from the call to its outputs: for `step_async` until the end
+            of `wait`; `step_on_device`, which does not wait, is not counted.
     """
 
     def __init__(
@@ -109,13 +113,15 @@ class StepLoop:
         """The attached slots by name; empty for a loop without slots."""
         return {} if self._slots is None else self._slots.attached
 
-    def step(self, /, **inputs: ArrayLike) -> dict[str, NDArray[Any]]:
+    def step(self, /, **inputs: ArrayLike | OnDevice) -> dict[str, NDArray[Any]]:
         """One step of the whole batch: data inputs by name in, data outputs by name out.
 
         Args:
             inputs: numpy arrays, or anything numpy reads without a copy (`__array__`, DLPack on
                 the CPU). Floats are cast to the contract's dtype; integers are refused for a
-                float input, since nobody but the caller knows their scale.
+                float input, since nobody but the caller knows their scale. On a GPU also arrays
+                that are on it (DLPack, `__cuda_array_interface__`), of the contract's dtype: they
+                are never on the host, so they are not looked at for NaN.
 
         Returns:
             Arrays of the contract's dtypes. They are the caller's: no later step changes them.
@@ -125,20 +131,41 @@ class StepLoop:
             UsageError: the loop has slots.
             DeviceError: the device failed or ran out of memory.
         """
-        self._require_open()
-        if self._slots is not None:
-            raise UsageError(f"{self.name}: opened with slots, which are stepped by step_slots({{slot: inputs}})")
         started = time.perf_counter()
-        arrays = self._arrays(inputs)
-        if self._check_finite:
-            for name, array in arrays.items():
-                require_finite(name, array)
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if shapes != self._shapes:
-            self._fix_sizes(shapes)
-        outputs = self._backend.step(arrays)
+        outputs = self._backend.step(self._checked(inputs))
         self.statistics.add(time.perf_counter() - started)
         return outputs
+
+    def step_async(self, /, **inputs: ArrayLike | OnDevice) -> Pending[dict[str, NDArray[Any]]]:
+        """Begin a step: arguments and errors of `step`, whose outputs `wait()` of the result returns.
+
+        With TensorRT the next frame is uploaded, and the last outputs are downloaded, while this
+        step is computed. Two steps are under way at most: a third call first waits for the oldest
+        one, whose outputs are kept for whoever waits for it later. In ONNX Runtime the whole step
+        runs in this call.
+
+        Steps run in the order of the calls, whatever is waited for first, and `state`, `reset` and
+        all other methods see the states after the last one that was begun. Arrays on the host may
+        be written to again when this returns, arrays on the GPU when `wait` does. An error of the
+        device comes out of `wait`; if no later step was begun, the states are those before the step.
+        """
+        started = time.perf_counter()
+        running = self._backend.enqueue(self._checked(inputs))
+        return Pending(lambda: self._counted(running.wait(), started))
+
+    def step_on_device(self, /, **inputs: ArrayLike | OnDevice) -> dict[str, DeviceArray]:
+        """`step` with outputs that stay on the GPU, for what reads them there by DLPack or `__cuda_array_interface__`.
+
+        It returns at once, before they are computed; a reader that follows either protocol waits
+        on its own stream (`torch.from_dlpack` and `cupy.from_dlpack` do). They are good until the
+        step after the next begins, `reset()` or `close()`: by then all work that reads them must
+        be done.
+
+        Raises:
+            UsageError: the loop has slots, or runs in ONNX Runtime.
+            InputError, DeviceError: as for `step`.
+        """
+        return self._backend.step_on_device(self._checked(inputs))
 
     def attach(self, name: str | None = None) -> Slot:
         """A free slot, its states at their initial value.
@@ -179,10 +206,16 @@ class StepLoop:
             UsageError: the loop has no slots.
             DeviceError: the device failed or ran out of memory.
         """
+        return self.step_slots_async(frames).wait()
+
+    def step_slots_async(
+        self, frames: Mapping[Slot, Mapping[str, ArrayLike]]
+    ) -> Pending[dict[Slot, dict[str, NDArray[Any]]]]:
+        """`step_slots` in two halves, as `step_async` is `step`."""
         table = self._table()
         table.require(frames)
         if not frames:
-            return {}
+            return Pending(dict)
         started = time.perf_counter()
         arrays = {slot: self._slot_arrays(slot, inputs) for slot, inputs in frames.items()}
         batch = table.pack(arrays)
@@ -191,9 +224,9 @@ class StepLoop:
         shapes = {name: array.shape for name, array in batch.items()}
         if shapes != self._shapes:
             self._fix_sizes(shapes)
-        outputs = self._backend.step(batch, table.idle(frames))
-        self.statistics.add(time.perf_counter() - started)
-        return table.unpack(outputs, frames)
+        running = self._backend.enqueue(batch, table.idle(frames))
+        slots = list(frames)
+        return Pending(lambda: table.unpack(self._counted(running.wait(), started), slots))
 
     def reset(self, slots: Sequence[bool] | Collection[Slot] | None = None) -> None:
         """Forget: states to their initial value, assigned, so that NaN is cleared too.
@@ -308,9 +341,41 @@ class StepLoop:
             raise UsageError(f"{self.name}: opened without slots", hint="StepLoop.open(..., slots=N)")
         return self._slots
 
+    def _checked(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> dict[str, NDArray[Any] | DeviceArray]:
+        """The inputs of a step of the whole batch, which the sizes are fixed by."""
+        self._require_open()
+        if self._slots is not None:
+            raise UsageError(f"{self.name}: opened with slots, which are stepped by step_slots({{slot: inputs}})")
+        self._require_names(inputs)
+        arrays = {name: self._array(spec, inputs[name]) for name, spec in self._inputs.items()}
+        if self._check_finite:
+            for name, array in arrays.items():
+                if not isinstance(array, DeviceArray):
+                    require_finite(name, array)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if shapes != self._shapes:
+            self._fix_sizes(shapes)
+        return arrays
+
+    def _array(self, spec: TensorSpec, value: Any) -> NDArray[Any] | DeviceArray:
+        if type(value) is np.ndarray or not is_on_device(value):
+            return as_input(spec, value)
+        stream = self._backend.input_stream
+        if stream is None:
+            raise InputError(
+                f"{spec.name}: expected an array on the CPU, where the model runs, got one on a GPU",
+                hint="x.cpu(), or open the model on the GPU: StepLoop.open(..., device='cuda')",
+            )
+        return read_device_array(spec, value, stream=stream, device=Device.parse(self.device).index)
+
+    def _counted(self, outputs: dict[str, NDArray[Any]], started: float) -> dict[str, NDArray[Any]]:
+        self.statistics.add(time.perf_counter() - started)
+        return outputs
+
     def _slot_arrays(self, slot: Slot, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
         try:
-            return self._arrays(inputs)
+            self._require_names(inputs)
+            return {name: as_input(spec, inputs[name]) for name, spec in self._inputs.items()}
         except InputError as error:
             raise InputError(f"slot {slot.name}: {error.message}", hint=error.hint) from error
 
@@ -330,10 +395,9 @@ class StepLoop:
         elif self._pending is not None:  # without either, the first step starts from the initial values
             forget_rows(self.contract, self._pending, rows)
 
-    def _arrays(self, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+    def _require_names(self, inputs: Mapping[str, Any]) -> None:
         if inputs.keys() != self._inputs.keys():
             raise InputError(f"step: expected inputs {', '.join(self._inputs)}, got {', '.join(inputs) or 'none'}")
-        return {name: as_input(spec, inputs[name]) for name, spec in self._inputs.items()}
 
     def _fix_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if self._shapes is not None:

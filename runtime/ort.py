@@ -18,17 +18,21 @@ from numpy.typing import NDArray
 
 from stepcell.contract import Spec, StepContract
 from stepcell.dims import resolve
-from stepcell.errors import DeviceError, StepcellError
+from stepcell.errors import DeviceError, StepcellError, UsageError
 from stepcell.missing import require
 from stepcell.runtime import cuda
 from stepcell.runtime.backend import Device
-from stepcell.runtime.ort_session import open_session
+from stepcell.runtime.device_array import DeviceArray
+from stepcell.runtime.ort_session import captures_graphs, open_session
+from stepcell.runtime.pending import Pending
 
 __all__ = ["OrtBackend"]
 
 # Bytes of an output from which a binding costs less than a copy: at 128 kB it is 30 us more, at
 # 11 MB 800 us less.
 _LARGE = 1 << 20
+# Bytes of an input up to which a copy costs less than binding the array of this step.
+_SMALL = 1 << 15
 
 
 class OrtBackend:
@@ -60,18 +64,26 @@ class OrtBackend:
         self._inputs: dict[str, _Buffer] = {}
         self._outputs: dict[str, _Buffer] = {}
         self._states: dict[str, tuple[_Buffer, _Buffer]] = {}
+        self._ordered = [spec.name for spec in contract.outputs]
         self._large: dict[str, tuple[tuple[int, ...], str]] = {}
         self._bindings: tuple[Any, ...] = ()
         self._bound: tuple[dict[str, NDArray[Any]], ...] = ()  # inputs on the host that each binding has
         self._now = 0  # which buffer of each pair holds the present state
-        self._stream: cuda.Stream | None = None  # for copies of rows on CUDA
+        self._stream: cuda.Stream | None = None  # for copies on CUDA
+        self._captures = device.kind == "cuda" and captures_graphs(session)
+        self._graphs = 0  # CUDA graphs so far: each binding has one of its own
+        self._options: tuple[Any, ...] = (None, None)  # of a run, for each binding
+
+    @property
+    def input_stream(self) -> int | None:
+        """None on the CPU; on CUDA the stream on which arrays of the device are copied."""
+        return self._copies().handle if self._device.kind == "cuda" else None
 
     def configure(self, symbols: Mapping[str, int]) -> None:
         contract = self.contract
         self._free()
         try:
-            # On the CPU the caller's array is bound as the input, without a copy.
-            inputs = contract.inputs if self._device.kind == "cuda" else ()
+            inputs = [spec for spec in contract.inputs if self._has_buffer(spec, symbols)]
             self._inputs = {spec.name: self._buffer(spec, symbols) for spec in inputs}
             self._large = self._large_outputs(symbols)
             small = [spec for spec in contract.outputs if spec.name not in self._large]
@@ -80,11 +92,14 @@ class OrtBackend:
                 spec.name: (self._buffer(spec, symbols), self._buffer(spec, symbols)) for spec in contract.states
             }
             self._bindings, self._bound = (self._bind(0), self._bind(1)), ({}, {})
+            self._options = (self._run_options(), self._run_options())
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise self._failure("its buffers cannot be made", error) from error
         self.reset()
 
-    def step(self, inputs: Mapping[str, NDArray[Any]], idle: Sequence[int] = ()) -> dict[str, NDArray[Any]]:
+    def step(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> dict[str, NDArray[Any]]:
         binding = self._bindings[self._now]
         try:
             if self._device.kind == "cuda":
@@ -100,18 +115,41 @@ class OrtBackend:
         self._now ^= 1
         return outputs
 
-    def _run_on_host(self, binding: Any, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def enqueue(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> Pending[dict[str, NDArray[Any]]]:
+        """Runs the whole step at once: ONNX Runtime's bindings cannot be run in the background."""
+        outputs = self.step(inputs, idle)
+        return Pending(lambda: outputs)
+
+    def step_on_device(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, DeviceArray]:
+        """Refused."""
+        raise UsageError(
+            f"{self._path}: ONNX Runtime hands its outputs out on the host",
+            hint="use step(), or build an engine: `stepcell build`",
+        )
+
+    def _run_on_host(self, binding: Any, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         bound = self._bound[self._now]
         for name, array in inputs.items():
-            if bound.get(name) is not array:  # the frames of a stream are written to one array
+            if name in self._inputs:
+                self._inputs[name].write(array)
+            elif bound.get(name) is not array:  # the frames of a stream are written to one array
                 binding.bind_cpu_input(name, array)
                 bound[name] = array
-        large = {name: np.empty(shape, dtype) for name, (shape, dtype) in self._large.items()}
-        for name, array in large.items():
-            binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(array))  # shares its memory
+        outputs: dict[str, NDArray[Any]] = {}
+        for name, (shape, dtype) in self._large.items():
+            outputs[name] = np.empty(shape, dtype)
+            binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(outputs[name]))  # its memory
         self._session.run_with_iobinding(binding)
-        names = (spec.name for spec in self.contract.outputs)
-        return {name: large[name] if name in large else self._outputs[name].read() for name in names}
+        for name, buffer in self._outputs.items():
+            outputs[name] = buffer.host.copy()
+        return outputs if len(self._ordered) == 1 else {name: outputs[name] for name in self._ordered}
+
+    def _has_buffer(self, spec: Spec, symbols: Mapping[str, int]) -> bool:
+        """Whether an input is copied; on the CPU a large one is bound where the caller has it."""
+        nbytes = math.prod(resolve(spec.shape, symbols)) * np.dtype(spec.dtype).itemsize
+        return self._device.kind == "cuda" or nbytes <= _SMALL
 
     def _large_outputs(self, symbols: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of outputs on the host that are better bound anew at each step than copied."""
@@ -124,11 +162,15 @@ class OrtBackend:
             if math.prod(shape) * np.dtype(dtype).itemsize >= _LARGE
         }
 
-    def _run_on_device(self, binding: Any, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _run_on_device(self, binding: Any, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, NDArray[Any]]:
         for name, buffer in self._inputs.items():
-            buffer.write(inputs[name])
+            value = inputs[name]
+            if isinstance(value, DeviceArray):
+                self._copy_in(buffer, value)
+            else:
+                buffer.write(value)
         binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, self._options[self._now])
         binding.synchronize_outputs()
         return {name: buffer.read() for name, buffer in self._outputs.items()}
 
@@ -154,17 +196,44 @@ class OrtBackend:
             self._stream.close()
             self._stream = None
 
+    def _copy_in(self, buffer: _Buffer, value: DeviceArray) -> None:
+        """Copy an array of the device into an input, and wait: ONNX Runtime has a stream of its own."""
+        stream = self._copies()
+        if value.stream is not None:
+            event = cuda.Event()
+            event.record_on(value.stream)
+            stream.wait(event)
+            event.close()  # CUDA frees it once it is reached
+        cuda.copy_on_device(buffer.value.data_ptr(), value.address, buffer.nbytes, stream)
+        stream.synchronize()
+
+    def _copies(self) -> cuda.Stream:
+        cuda.use_device(self._device.index)
+        self._stream = self._stream or cuda.Stream()
+        return self._stream
+
+    def _run_options(self) -> Any:
+        """None, or the number of the CUDA graph that is captured in a binding's first run and launched in the others.
+
+        The run that captures a graph repeats the step, which here is harmless: what a step reads
+        it does not write.
+        """
+        if not self._captures:
+            return None
+        self._graphs += 1
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self._graphs))
+        return options
+
     def _keep(self, idle: Sequence[int]) -> None:
         """Copy the states of idle rows from the buffers the step has read to those it has written."""
-        if self._device.kind == "cuda":
-            cuda.use_device(self._device.index)
-            self._stream = self._stream or cuda.Stream()
+        stream = self._copies() if self._device.kind == "cuda" else None
         for spec in self.contract.states:
             pair = self._states[spec.name]
             for row in idle:
-                pair[1 - self._now].copy_row(pair[self._now], row, spec.batch_axis, self._stream)
-        if self._stream is not None:
-            self._stream.synchronize()
+                pair[1 - self._now].copy_row(pair[self._now], row, spec.batch_axis, stream)
+        if stream is not None:
+            stream.synchronize()
 
     def _free(self) -> None:
         self._bindings, self._bound = (), ()
@@ -197,6 +266,7 @@ class _Buffer:
     def __init__(self, ort: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> None:
         self.shape = shape
         self._itemsize = dtype.itemsize
+        self.nbytes = math.prod(shape) * dtype.itemsize
         self._on_host = device.kind == "cpu"
         if self._on_host:
             self.host: NDArray[Any] = np.zeros(shape, dtype)

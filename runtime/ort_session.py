@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from stepcell.runtime import cuda
 from stepcell.runtime.backend import Device
 from stepcell.runtime.float32 import to_float32
 
-__all__ = ["open_session"]
+__all__ = ["captures_graphs", "open_session"]
 
+_CAPTURE = "enable_cuda_graph"
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named alike
 
 
@@ -50,15 +52,12 @@ def _create(ort: Any, path: Path, model: str | bytes, device: Device, threads: i
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers: list[Any] = ["CPUExecutionProvider"]
     if device.kind == "cuda":
         _require_cuda(ort, device)
-        # The graph's dtypes say the precision: a float32 convolution is not computed in TF32.
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index, "use_tf32": "0"}))
     try:
-        session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        session = _session(ort, model, options, device)
     except Exception as error:  # onnxruntime's exceptions have no common base
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(error)
         if "Protobuf" in type(error).__name__:
             raise InputError(f"{path}: not an ONNX model ({reason})") from error
         if device.kind == "cuda":
@@ -70,6 +69,32 @@ def _create(ort: Any, path: Path, model: str | bytes, device: Device, threads: i
             hint="its messages above say which library is missing; `stepcell doctor` shows what loads",
         )
     return session
+
+
+def _session(ort: Any, model: str | bytes, options: Any, device: Device) -> Any:
+    """On CUDA with CUDA graphs, or without them where the graph has parts that cannot be captured."""
+    create = functools.partial(ort.InferenceSession, model, options, enable_fallback=0)
+    if device.kind == "cpu":
+        return create(providers=["CPUExecutionProvider"])
+    # The graph's dtypes say the precision: a float32 convolution is not computed in TF32.
+    cuda_options = {"device_id": str(device.index), "use_tf32": "0"}
+    captured = ("CUDAExecutionProvider", {**cuda_options, _CAPTURE: "1"})
+    try:
+        return create(providers=[captured, "CPUExecutionProvider"])
+    except Exception as error:  # control flow, or nodes that only the CPU has
+        session = create(providers=[("CUDAExecutionProvider", cuda_options), "CPUExecutionProvider"])
+        log(f"{device}: runs without a CUDA graph, which is slower: {_reason(error)}")
+        return session
+
+
+def captures_graphs(session: Any) -> bool:
+    """Whether a session on CUDA captures its runs as CUDA graphs."""
+    found: str = session.get_provider_options().get("CUDAExecutionProvider", {}).get(_CAPTURE, "0")
+    return found == "1"
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _require_cuda(ort: Any, device: Device) -> None:

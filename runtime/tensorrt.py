@@ -2,57 +2,40 @@
 
 Each state has two buffers. A step reads one and writes the other, then they change places:
 TensorRT does not promise right results where an output lies over an input, and a step that fails
-leaves the state it started from.
+leaves the state it started from. Inputs and outputs have two buffers as well, which the same
+parity chooses (`stepcell.runtime.turns`), so all addresses of a step are known by its parity: each
+parity is captured as a CUDA graph once, and a step is one launch. Within a step nothing is
+allocated, no state is copied but those of idle rows, and the host waits for nothing but the
+outputs.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.contract import Spec, StateSpec, StepContract
+from stepcell.console import log
+from stepcell.contract import StepContract
 from stepcell.dims import resolve
-from stepcell.errors import DeviceError, EngineMismatchError, InputError, StateError
+from stepcell.errors import DeviceError, EngineMismatchError, InputError, StepcellError
 from stepcell.runtime import cuda
 from stepcell.runtime.backend import Device
-from stepcell.runtime.engine.check import CheckedEngine, check_engine
+from stepcell.runtime.device_array import DeviceArray
+from stepcell.runtime.device_states import DeviceState
+from stepcell.runtime.engine.check import CheckedEngine, check_engine, register_plugins
 from stepcell.runtime.engine.flavor import Messages, dtype_name, make_logger
 from stepcell.runtime.engine.sidecar import rebuild_command
+from stepcell.runtime.pending import Pending
+from stepcell.runtime.runtime_cache import RuntimeCache
+from stepcell.runtime.turns import Data, Turn
 
 __all__ = ["TensorRTBackend"]
-
-
-@dataclass(frozen=True)
-class _Data:
-    """A data input or output: page-locked host memory and its copy on the device."""
-
-    host: cuda.PinnedArray
-    device: cuda.DeviceBuffer
-
-
-@dataclass(frozen=True)
-class _State:
-    """A state: `buffers[parity]` is read by the next step, the other one written.
-
-    `initial` is one row of its initial value on the device; None: zeros.
-    """
-
-    spec: StateSpec
-    shape: tuple[int, ...]
-    buffers: tuple[cuda.DeviceBuffer, cuda.DeviceBuffer]
-    initial: cuda.DeviceBuffer | None
-
-    def rows(self, buffer: cuda.DeviceBuffer, count: int | None = None) -> cuda.Rows:
-        """A buffer of this state by rows of its batch axis; `count`: of another number of rows."""
-        axis = self.spec.batch_axis
-        shape = (*self.shape[:axis], count or self.shape[axis], *self.shape[axis + 1 :])
-        return cuda.Rows.of(buffer.address, shape, axis, np.dtype(self.spec.dtype).itemsize)
 
 
 class TensorRTBackend:
@@ -85,17 +68,22 @@ class TensorRTBackend:
         self._trt: Any = checked.tensorrt.module
         self._messages = Messages()
         self._logger = make_logger(self._trt, self._messages)
-        self._inputs: dict[str, _Data] = {}
-        self._outputs: dict[str, _Data] = {}
-        self._states: dict[str, _State] = {}
-        self._parity = 0
+        self._turns: tuple[Turn, ...] = ()
+        self._states: dict[str, DeviceState] = {}
+        self._parity = 0  # of the next step
         self._buffers = ExitStack()
+        self._cache: RuntimeCache | None = None
         cuda.use_device(device.index)
         self._load(checked)
-        self._stream = cuda.Stream()
-        self._events = [cuda.Event() for _ in range(4)]
+        self._uploads, self._compute, self._downloads = (cuda.Stream() for _ in range(3))
+
+    @property
+    def input_stream(self) -> int:
+        """Handle of the stream on which a step reads its inputs."""
+        return self._uploads.handle
 
     def _load(self, checked: CheckedEngine) -> None:
+        register_plugins(checked)
         self._runtime: Any = self._trt.Runtime(self._logger)
         if checked.sidecar.options.version_compatible:
             # Such a plan carries code for the host; the sidecar has just shown it to be ours.
@@ -107,9 +95,19 @@ class TensorRTBackend:
                 hint=f"rebuild: {rebuild_command(checked.sidecar, self._path)}",
             )
         self._check_tensors()
-        self._context: Any = self._engine.create_execution_context()
+        self._context: Any = self._create_context(checked.tensorrt.is_rtx)
         if self._context is None:
             raise DeviceError(f"{self._path}: no execution context: {self._messages.explain()}")
+
+    def _create_context(self, is_rtx: bool) -> Any:
+        if not is_rtx:
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        # Kernels for the sizes of this loop before the first step: what is compiled later, in the
+        # background, would not be in a graph that is captured now.
+        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._cache = RuntimeCache(self._path, config)
+        return self._engine.create_execution_context(config)
 
     def _check_tensors(self) -> None:
         """Every tensor of the engine against the contract: name, direction, dtype."""
@@ -157,115 +155,154 @@ class TensorRTBackend:
                 raise EngineMismatchError(f"{self._path}: {name}: {found} in the engine, {shape} in its contract")
         try:
             self._allocate(symbols)
-        except DeviceError:
+            for turn in self._turns:
+                self._prepare(turn)
+            self.reset()
+        except StepcellError:
             self._free_buffers()
             raise
+        if self._cache is not None:
+            self._cache.save()
 
     def _allocate(self, symbols: Mapping[str, int]) -> None:
-        self._inputs = {spec.name: self._data(spec, symbols) for spec in self.contract.inputs}
-        self._outputs = {spec.name: self._data(spec, symbols) for spec in self.contract.outputs}
-        for state in self.contract.states:
-            shape = resolve(state.shape, symbols)
-            nbytes = int(np.prod(shape)) * np.dtype(state.dtype).itemsize
-            buffers = (self._own(cuda.DeviceBuffer(nbytes)), self._own(cuda.DeviceBuffer(nbytes)))
-            self._states[state.name] = _State(state, shape, buffers, self._initial(state, shape))
-        for name, data in {**self._inputs, **self._outputs}.items():
+        self._states = {
+            spec.name: DeviceState(spec, symbols, self._compute, self._own) for spec in self.contract.states
+        }
+        self._turns = tuple(Turn(parity, self.contract, symbols, self._own) for parity in range(2))
+
+    def _prepare(self, turn: Turn) -> None:
+        """Run a turn's step once, which TensorRT needs before a capture, and capture it.
+
+        This writes to the states, so it is done before they get their initial values.
+        """
+        for data in turn.inputs.values():
+            data.device.clear(self._compute)
+        for state in self._states.values():
+            state.reset(turn.parity, None)
+        self._execute(turn)
+        self._compute.synchronize()
+        try:
+            if not getattr(self._context, "is_stream_capturable", lambda _: True)(self._compute.handle):
+                raise DeviceError("TensorRT says that this engine cannot be captured")
+            turn.graph = self._own(cuda.Graph.capture(self._compute, lambda: self._execute(turn)))
+        except DeviceError as error:
+            if turn.parity == 0:  # the other one is refused alike
+                log(f"{self._path}: runs without a CUDA graph, which is slower: {error.message}")
+
+    def _execute(self, turn: Turn) -> None:
+        """Queue a turn's step, kernel by kernel."""
+        for name, data in {**turn.inputs, **turn.outputs}.items():
             self._bind(name, data.device)
-        self.reset()
+        for state in self._states.values():
+            self._bind(state.spec.input, state.buffers[turn.parity])
+            self._bind(state.spec.output, state.buffers[1 - turn.parity])
+        self._accept(self._context.execute_async_v3(self._compute.handle), "the step")
 
-    def _initial(self, state: StateSpec, shape: tuple[int, ...]) -> cuda.DeviceBuffer | None:
-        if state.init == "zeros":
-            return None
-        axis = state.batch_axis
-        row = np.ascontiguousarray(state.initial((*shape[:axis], 1, *shape[axis + 1 :])))
-        buffer: cuda.DeviceBuffer = self._own(cuda.DeviceBuffer(row.nbytes))
-        cuda.copy_to_device(buffer, row, self._stream)
-        self._stream.synchronize()
-        return buffer
+    def step(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> dict[str, NDArray[Any]]:
+        """`enqueue` and wait."""
+        return self.enqueue(inputs, idle).wait()
 
-    def _data(self, spec: Spec, symbols: Mapping[str, int]) -> _Data:
-        host = self._own(cuda.PinnedArray(resolve(spec.shape, symbols), spec.dtype))
-        return _Data(host, self._own(cuda.DeviceBuffer(host.array.nbytes)))
-
-    def step(self, inputs: Mapping[str, NDArray[Any]], idle: Sequence[int] = ()) -> dict[str, NDArray[Any]]:
-        """One step; see `Backend.step`. Nothing is allocated on the device; only idle rows of states are copied.
+    def enqueue(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> Pending[dict[str, NDArray[Any]]]:
+        """Queue a step; see `Backend.enqueue`. Two can be under way; a third one first waits for the oldest.
 
         Raises:
             DeviceError: TensorRT or CUDA failed; the states are those before the step.
         """
-        cuda.use_device(self._index)
-        started, copied, computed, finished = self._events
-        started.record(self._stream)
-        for name, data in self._inputs.items():
-            np.copyto(data.host.array, inputs[name])
-            cuda.copy_to_device(data.device, data.host.array, self._stream)
-        copied.record(self._stream)
-        for state in self._states.values():
-            self._bind(state.spec.input, state.buffers[self._parity])
-            self._bind(state.spec.output, state.buffers[1 - self._parity])
-        self._accept(self._context.execute_async_v3(self._stream.handle), "the step")
-        if idle:
-            self._keep(idle)
-        computed.record(self._stream)
-        for data in self._outputs.values():
-            cuda.copy_to_host(data.host.array, data.device, self._stream)
-        finished.record(self._stream)
-        self._stream.synchronize()
-        self._parity = 1 - self._parity
-        return {name: data.host.array.copy() for name, data in self._outputs.items()}
+        turn = self._begin()
+        self._queue(turn, inputs, idle)
+        turn.download(self._downloads)
+        turn.pending = Pending(lambda: self._collect(turn, turn.outputs))
+        self._parity = 1 - turn.parity
+        return turn.pending
 
-    def _keep(self, idle: Sequence[int]) -> None:
-        """Queue copies of idle rows from the buffers the step reads to those it writes."""
-        for state in self._states.values():
-            old, new = (state.rows(state.buffers[parity]) for parity in (self._parity, 1 - self._parity))
-            for row in idle:
-                cuda.copy_row(new, row, old, row, self._stream)
+    def step_on_device(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, DeviceArray]:
+        """Queue a step; see `Backend.step_on_device`.
+
+        Raises:
+            DeviceError: as for `enqueue`.
+        """
+        turn = self._begin()
+        self._queue(turn, inputs, ())
+        turn.finished.record(self._compute)
+        turn.pending = Pending(lambda: self._collect(turn, {}))
+        self._parity = 1 - turn.parity
+        return {
+            name: DeviceArray(
+                data.device.address,
+                data.host.array.shape,
+                data.host.array.dtype,
+                self._index,
+                stream=self._compute.handle,
+                ready=turn.computed,
+                owner=self,
+            )
+            for name, data in turn.outputs.items()
+        }
+
+    def _begin(self) -> Turn:
+        """The next step's turn, once the step before the last, which nobody may have waited for, is done with it."""
+        cuda.use_device(self._index)
+        turn = self._turns[self._parity]
+        if turn.pending is not None:
+            turn.pending.wait()
+        return turn
+
+    def _queue(self, turn: Turn, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int]) -> None:
+        """Queue all of a step but its download. Where this fails half-way, what was queued only writes
+        what the next step writes again: the parity stays.
+        """
+        turn.upload(inputs, self._uploads)
+        self._compute.wait(turn.uploaded)
+        turn.began.record(self._compute)
+        if turn.graph is None:
+            self._execute(turn)
+        else:
+            turn.graph.launch(self._compute)
+        if idle:
+            for state in self._states.values():
+                state.keep(turn.parity, idle)
+        turn.computed.record(self._compute)
+
+    def _collect(self, turn: Turn, outputs: Mapping[str, Data]) -> dict[str, NDArray[Any]]:
+        """Wait for a turn's step; copies of its outputs."""
+        cuda.use_device(self._index)
+        turn.pending = None
+        try:
+            turn.release()
+        except DeviceError:
+            if self._parity != turn.parity:  # no later step has read what this one wrote
+                self._parity = turn.parity
+            raise
+        return {name: data.host.array.copy() for name, data in outputs.items()}
 
     def step_milliseconds(self) -> dict[str, float]:
-        """Time on the GPU of the last step: "copy_in", "compute", "copy_out"."""
-        started, copied, computed, finished = self._events
-        return {
-            "copy_in": copied.milliseconds_since(started),
-            "compute": computed.milliseconds_since(copied),
-            "copy_out": finished.milliseconds_since(computed),
-        }
+        """Time on the GPU of the last step, which is done: "copy_in", "compute", "copy_out"."""
+        return self._turns[1 - self._parity].milliseconds()
 
     def reset(self, slots: Sequence[bool] | None = None) -> None:
         """All states to their initial value, or the rows of their batch axis that are True and no others."""
         cuda.use_device(self._index)
         for state in self._states.values():
-            current, count = state.buffers[self._parity], state.shape[state.spec.batch_axis]
-            if slots is not None and len(slots) != count:
-                raise StateError(f"reset: expected {count} slots, got {len(slots)}")
-            if slots is None and state.initial is None:
-                current.clear(self._stream)
-                continue
-            rows = state.rows(current)
-            for row in range(count) if slots is None else np.flatnonzero(slots).tolist():
-                if state.initial is None:
-                    cuda.clear_row(rows, row, self._stream)
-                else:
-                    cuda.copy_row(rows, row, state.rows(state.initial, 1), 0, self._stream)
+            state.reset(self._parity, slots)
 
     def read_state(self) -> dict[str, NDArray[Any]]:
-        """A copy of every state on the host."""
+        """A copy of every state on the host, behind all steps that were begun."""
         cuda.use_device(self._index)
-        arrays = {}
-        for name, state in self._states.items():
-            arrays[name] = np.empty(state.shape, state.spec.dtype)
-            cuda.copy_to_host(arrays[name], state.buffers[self._parity], self._stream)
-        self._stream.synchronize()
+        arrays = {name: state.read(self._parity) for name, state in self._states.items()}
+        self._compute.synchronize()
         return arrays
 
     def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace every state; names, dtypes and shapes are the contract's."""
         cuda.use_device(self._index)
-        kept = []
+        arrays = {name: np.ascontiguousarray(state[name]) for name in self._states}
         for name, own in self._states.items():
-            array = np.ascontiguousarray(state[name])
-            kept.append(array)  # the copy reads it until the stream is done
-            cuda.copy_to_device(own.buffers[self._parity], array, self._stream)
-        self._stream.synchronize()
+            own.write(self._parity, arrays[name])
+        self._compute.synchronize()
 
     def close(self) -> None:
         """Free everything on the device. Calling it twice is allowed."""
@@ -273,17 +310,20 @@ class TensorRTBackend:
             return
         cuda.use_device(self._index)
         self._free_buffers()
-        self._context = self._engine = self._runtime = None  # in this order: each needs the next
-        for event in self._events:
-            event.close()
-        self._stream.close()
+        self._context = self._cache = self._engine = self._runtime = None  # in this order: each needs the next
+        for stream in (self._uploads, self._compute, self._downloads):
+            stream.close()
 
     def _own(self, resource: Any) -> Any:
         self._buffers.callback(resource.close)
         return resource
 
     def _free_buffers(self) -> None:
-        self._inputs, self._outputs, self._states, self._parity = {}, {}, {}, 0
+        for turn in self._turns:
+            if turn.pending is not None:
+                with contextlib.suppress(StepcellError):  # it is raised where the step is waited for
+                    turn.pending.wait()
+        self._turns, self._states, self._parity = (), {}, 0
         self._buffers.close()
 
     def _bind(self, name: str, buffer: cuda.DeviceBuffer) -> None:

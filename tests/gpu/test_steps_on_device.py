@@ -144,9 +144,11 @@ def test_copies_overlap_with_compute(
 
         overlapped = _milliseconds(count, ahead)
         held.pop().wait()
+        description = loop.description
     middle = {name: float(np.median([stage[name] for stage in stages])) for name in stages[0]}
     figures["overlap"] = {
         "shape": LARGE,
+        "tensorrt": description,
         "stages_ms": middle,
         "step_ms": one_by_one,
         "step_async_ms": overlapped,

@@ -20,8 +20,10 @@ from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import DeviceError
 from stepcell.runtime import StepLoop, cuda, ort_session
 from stepcell.runtime.backend import Device
+from stepcell.runtime.device_array import DeviceArray
 from stepcell.runtime.float32 import to_float32
 from stepcell.runtime.ort import OrtBackend
+from tests.runtime.pretended_gpu import PretendedCuda
 
 Model = Callable[..., Path]
 OK = SimpleNamespace(value=0)
@@ -94,6 +96,28 @@ def test_idle_rows_on_cuda_are_copied_at_their_addresses(accumulator: Model, mon
     assert gpu.streams == 1
     backend.close()
     assert gpu.streams == 0
+
+
+@pytest.mark.parametrize("stream", [None, 99])
+def test_an_array_on_cuda_is_copied_behind_its_own_stream(
+    accumulator: Model, monkeypatch: pytest.MonkeyPatch, stream: int | None
+) -> None:
+    gpu = PretendedCuda()
+    monkeypatch.setattr(cuda, "_runtime", lambda: gpu)
+    backend = OrtBackend(accumulator(), Device("cpu"))
+    backend.configure({"batch": 1, "height": 2, "width": 2})
+    backend._device = Device("cuda")
+    assert backend.input_stream in gpu.live
+    frame, theirs = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2), np.zeros((1, 3, 2, 2), np.float32)
+    if stream is None:
+        theirs[:] = frame
+    else:
+        gpu.queue(stream, lambda: np.copyto(theirs, frame))
+    array = DeviceArray(theirs.ctypes.data, theirs.shape, theirs.dtype, 0, stream=stream)
+    backend._copy_in(backend._inputs["x"], array)
+    np.testing.assert_array_equal(backend._inputs["x"].host, frame)
+    backend.close()
+    assert not gpu.live
 
 
 @pytest.mark.parametrize("size", [8, 512], ids=["copied", "bound"])
