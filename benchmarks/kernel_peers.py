@@ -1,128 +1,164 @@
-"""What the kernels are compared with: the same ConvGRU step as others would run it.
+"""What the kernels are compared with: the same step as others would run it in torch.
 
-Every peer is built from the op's weights and returns a function of (x, h) -> h', half tensors
-(B, C, H, W) in channels-last memory; reset "before", soft gates.
+Every peer is built from one cell and its weights and steps half tensors (B, C, H, W) in
+channels-last memory. Soft gates, no peepholes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from kernel_cases import States, Step, Weights
 from torch import Tensor
 
-__all__ = ["PEERS", "Weights"]
+from stepcell.plugins.kernels.cell import Cell
 
-Step = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["convolutions_alone", "peers_of"]
 
-
-@dataclass(frozen=True)
-class Weights:
-    """W_x (3C, Cx, kh, kw), b (3C), W_h (2C, C, kh, kw), W_n (C, C, kh, kw), as the op has them."""
-
-    x: Tensor
-    b: Tensor
-    h: Tensor
-    n: Tensor
-
-    @property
-    def hidden(self) -> int:
-        return self.n.shape[0]
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        return self.n.shape[2] // 2, self.n.shape[3] // 2
-
-    def joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights of a convolution over concat(x, h): gates and their bias, candidate and its bias."""
-        two_c = 2 * self.hidden
-        gates = torch.cat([self.x[:two_c], self.h], 1).contiguous(memory_format=torch.channels_last)
-        candidate = torch.cat([self.x[two_c:], self.n], 1).contiguous(memory_format=torch.channels_last)
-        return gates, self.b[:two_c], candidate, self.b[two_c:]
+Build = Callable[[Cell, Weights], Step]
+Convolution = Callable[[Tensor], Tensor]
 
 
-def two_convolutions(weights: Weights) -> Step:
-    """Gates in one convolution, candidate in another, as Robust Video Matting writes it."""
-    w_g, b_g, w_n, b_n = weights.joined()
+def fewest_convolutions(cell: Cell, weights: Weights) -> Step:
+    """Weights of the same operand in one convolution, as Robust Video Matting writes its cell."""
+    convolutions = _convolutions(cell, weights)
 
-    def step(x: Tensor, h: Tensor) -> Tensor:
-        z, r = torch.sigmoid(F.conv2d(torch.cat([x, h], 1), w_g, b_g, padding=weights.padding)).chunk(2, 1)
-        n = torch.tanh(F.conv2d(torch.cat([x, r * h], 1), w_n, b_n, padding=weights.padding))
-        return (1 - z) * h + z * n
+    def before(x: Tensor, states: States) -> States:
+        (h,) = states
+        z, r = torch.sigmoid(convolutions[0](torch.cat([x, h], 1))).chunk(2, 1)
+        n = torch.tanh(convolutions[1](torch.cat([x, r * h], 1)))
+        return ((1 - z) * h + z * n,)
 
-    return step
+    def after(x: Tensor, states: States) -> States:
+        (h,) = states
+        (a_z, a_r, a_n), (g_z, g_r, g_n) = (f(v).chunk(3, 1) for f, v in zip(convolutions, (x, h), strict=True))
+        z, r = torch.sigmoid(a_z + g_z), torch.sigmoid(a_r + g_r)
+        return ((1 - z) * h + z * torch.tanh(a_n + r * g_n),)
+
+    def lstm(x: Tensor, states: States) -> States:
+        h, c = states
+        i, f, o, g = convolutions[0](torch.cat([x, h], 1)).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    return {"before": before, "after": after}.get(cell.variant, lstm)
 
 
-def three_convolutions(weights: Weights) -> Step:
-    """A convolution per gate, as RAFT writes it."""
-    w_g, b_g, w_n, b_n = weights.joined()
-    (w_z, w_r), (b_z, b_r) = w_g.chunk(2), b_g.chunk(2)
+def convolution_per_gate(cell: Cell, weights: Weights) -> Step:
+    """As RAFT writes its ConvGRU (reset "before")."""
+    z_and_r, candidate = _joined(weights)
+    w_z, w_r = z_and_r.chunk(2)
+    b_z, b_r, b_n = weights["b"].chunk(3)
+    to_z, to_r, to_n = (_convolution(cell, w, b) for w, b in ((w_z, b_z), (w_r, b_r), (candidate, b_n)))
 
-    def step(x: Tensor, h: Tensor) -> Tensor:
+    def step(x: Tensor, states: States) -> States:
+        (h,) = states
         xh = torch.cat([x, h], 1)
-        z = torch.sigmoid(F.conv2d(xh, w_z, b_z, padding=weights.padding))
-        r = torch.sigmoid(F.conv2d(xh, w_r, b_r, padding=weights.padding))
-        n = torch.tanh(F.conv2d(torch.cat([x, r * h], 1), w_n, b_n, padding=weights.padding))
-        return (1 - z) * h + z * n
+        z, r = torch.sigmoid(to_z(xh)), torch.sigmoid(to_r(xh))
+        n = torch.tanh(to_n(torch.cat([x, r * h], 1)))
+        return ((1 - z) * h + z * n,)
 
     return step
 
 
-def convolutions_alone(weights: Weights) -> Step:
-    """Only the two convolutions over ready-made operands: a bound for whatever uses these convolutions."""
-    w_g, b_g, w_n, b_n = weights.joined()
-
-    def step(x: Tensor, h: Tensor) -> Tensor:
-        xh = torch.empty(
-            (x.shape[0], x.shape[1] + h.shape[1], *x.shape[2:]),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
-        F.conv2d(xh, w_g, b_g, padding=weights.padding)
-        return F.conv2d(xh, w_n, b_n, padding=weights.padding)
-
-    return step
-
-
-def compiled(weights: Weights) -> Step:
+def compiled(cell: Cell, weights: Weights) -> Step:
     """torch.compile with every choice timed; the graph is captured outside, as for all others."""
-    step: Step = torch.compile(two_convolutions(weights), mode="max-autotune-no-cudagraphs", dynamic=False)
+    step: Step = torch.compile(fewest_convolutions(cell, weights), mode="max-autotune-no-cudagraphs", dynamic=False)
     return step
 
 
-def fused_pointwise(weights: Weights) -> Step:
+def fused_pointwise(cell: Cell, weights: Weights) -> Step:
     """Convolutions of cuDNN with one fused pointwise kernel after each: the strongest honest baseline.
 
     The kernels work on channels-last memory as it lies; r . h goes straight into the operand of the
     second convolution, so the concatenation is done once.
     """
-    from kernel_pointwise import blend, reset  # needs Triton, the other peers do not
+    import kernel_pointwise as fused  # needs Triton, the other peers do not
 
-    w_g, b_g, w_n, b_n = weights.joined()
-    C, CX, block = weights.hidden, weights.x.shape[1], 1024
+    convolutions, C, CX, block = _convolutions(cell, weights), cell.hidden, cell.inputs, 1024
 
-    def step(x: Tensor, h: Tensor) -> Tensor:
+    def before(x: Tensor, states: States) -> States:
+        (h,) = states
         xh = torch.cat([x, h], 1)
-        a = F.conv2d(xh, w_g, b_g, padding=weights.padding)
+        a = convolutions[0](xh)
         z, out = torch.empty_like(h), torch.empty_like(h)
-        size = h.numel()
-        grid = (-(-size // block),)
-        reset[grid](a, h, xh, z, size // C, C, CX, block)
-        a = F.conv2d(xh, w_n, b_n, padding=weights.padding)
-        blend[grid](a, h, z, out, size, block)
-        return out
+        grid = (-(-h.numel() // block),)
+        fused.reset[grid](a, h, xh, z, h.numel() // C, C, CX, block)
+        fused.blend[grid](convolutions[1](xh), h, z, out, h.numel(), block)
+        return (out,)
+
+    def after(x: Tensor, states: States) -> States:
+        (h,) = states
+        out = torch.empty_like(h)
+        grid = (-(-h.numel() // block),)
+        fused.after[grid](convolutions[0](x), convolutions[1](h), h, out, h.numel() // C, C, block)
+        return (out,)
+
+    def lstm(x: Tensor, states: States) -> States:
+        h, c = states
+        out, cell_out = torch.empty_like(h), torch.empty_like(c)
+        grid = (-(-h.numel() // block),)
+        fused.lstm[grid](convolutions[0](torch.cat([x, h], 1)), c, out, cell_out, h.numel() // C, C, block)
+        return out, cell_out
+
+    return {"before": before, "after": after}.get(cell.variant, lstm)
+
+
+def convolutions_alone(cell: Cell, weights: Weights) -> Step:
+    """Only the convolutions, over operands that lie ready: a bound for whatever uses these convolutions."""
+    convolutions = _convolutions(cell, weights)
+    operands: list[Tensor] = []
+
+    def step(x: Tensor, states: States) -> States:
+        if not operands:
+            both = torch.cat([x, states[0]], 1)
+            operands.extend({"before": (both, both), "after": (x, states[0])}.get(cell.variant, (both,)))
+        for convolution, operand in zip(convolutions, operands, strict=True):
+            convolution(operand)
+        return states
 
     return step
 
 
-# name -> (builder, whether it computes the step)
-PEERS: dict[str, tuple[Callable[[Weights], Step], bool]] = {
-    "torch, two convolutions": (two_convolutions, True),
-    "torch, three convolutions": (three_convolutions, True),
-    "torch.compile max-autotune": (compiled, True),
-    "cuDNN convolutions, fused pointwise": (fused_pointwise, True),
-    "cuDNN convolutions alone": (convolutions_alone, False),
-}
+def peers_of(cell: Cell) -> dict[str, Build]:
+    """Those that compute the step of this kind of cell."""
+    peers: dict[str, Build] = {
+        "torch, fewest convolutions": fewest_convolutions,
+        "torch, a convolution per gate": convolution_per_gate,
+        "torch.compile max-autotune": compiled,
+        "cuDNN convolutions, fused pointwise": fused_pointwise,
+    }
+    if cell.variant != "before":
+        del peers["torch, a convolution per gate"]
+    return peers
+
+
+def _joined(weights: Weights) -> tuple[Tensor, Tensor]:
+    """Weights of the convolutions over concat(x, h): both gates, and the candidate."""
+    two_c = len(weights["W_h"])
+    gates = torch.cat([weights["W_x"][:two_c], weights["W_h"]], 1)
+    return gates, torch.cat([weights["W_x"][two_c:], weights["W_n"]], 1)
+
+
+def _convolutions(cell: Cell, weights: Weights) -> list[Convolution]:
+    """The fewest convolutions of a step.
+
+    Reset "before": over concat(x, h) and concat(x, r . h); "after": over x and over h; ConvLSTM: over concat(x, h).
+    """
+    bias = weights["b"]
+    if cell.variant == "before":
+        gates, candidate = _joined(weights)
+        split = 2 * cell.hidden
+        return [_convolution(cell, gates, bias[:split]), _convolution(cell, candidate, bias[split:])]
+    if cell.variant == "after":
+        bias_h = torch.cat([bias.new_zeros(2 * cell.hidden), weights["b_hn"]])
+        hidden = torch.cat([weights["W_h"], weights["W_n"]])
+        return [_convolution(cell, weights["W_x"], bias), _convolution(cell, hidden, bias_h)]
+    return [_convolution(cell, torch.cat([weights["W_x"], weights["W_h"]], 1), bias)]
+
+
+def _convolution(cell: Cell, weight: Tensor, bias: Tensor) -> Convolution:
+    weight, padding = weight.contiguous(memory_format=torch.channels_last), (cell.kernel[0] // 2, cell.kernel[1] // 2)
+    return lambda operand: F.conv2d(operand, weight, bias, padding=padding)

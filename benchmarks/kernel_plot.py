@@ -1,23 +1,19 @@
-"""The benchmark's result as a picture: per shape, how many times as long as the floor everybody takes.
-
-    python benchmarks/kernel_plot.py benchmarks/results/kernels.json benchmarks/results/kernels.svg
+"""The benchmark's result as a picture: per case, how many times the floor and the best peer everybody takes.
 
 Written as SVG by hand: it is a few bars, and no plotting package is needed on the device.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from stepcell.files import read_bytes, write_atomic
+from kernel_report import strongest
 
 __all__ = ["svg"]
 
-_BAR, _LABEL, _WIDTH = 16, 300, 900
+_BAR, _LABEL, _WIDTH = 16, 300, 960
 _OURS, _PEER, _BOUND = "#76b900", "#8a8a8a", "#d0d0d0"
 
 
@@ -25,7 +21,7 @@ def svg(result: dict[str, Any]) -> str:
     """Bars of the isolated median over the floor; a bar longer than the picture is cut and says its number."""
     rows = list(_rows(result))
     longest = min(max((ratio for _, _, ratio, _ in rows if ratio), default=1.0), 20.0)
-    scale = (_WIDTH - _LABEL - 170) / longest
+    scale = (_WIDTH - _LABEL - 240) / longest
     lines = []
     for i, (text, colour, ratio, note) in enumerate(rows):
         y = 34 + i * (_BAR + 5)
@@ -35,7 +31,7 @@ def svg(result: dict[str, Any]) -> str:
             width = min(ratio, longest) * scale
             lines.append(f'<rect x="{_LABEL}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{colour}"/>')
             lines.append(f'<text x="{_LABEL + width + 5:.1f}" y="{y + 12}">{escape(note)}</text>')
-    title = escape(f"One ConvGRU step, times the floor; {result.get('device', 'no device')}")
+    title = escape(f"One step (isolated graph replay), times the floor; {result['device']}")
     height = 44 + len(rows) * (_BAR + 5)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif"'
     body = "\n".join(lines)
@@ -43,28 +39,16 @@ def svg(result: dict[str, Any]) -> str:
     return f'{head} font-size="12">\n{background}\n<text x="4" y="20" font-size="15">{title}</text>\n{body}\n</svg>\n'
 
 
-def _rows(result: dict[str, Any]) -> Any:
+def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, float | None, str]]:
     """(text, colour, ratio to the floor, note); a row without a ratio is a heading."""
-    for shape in result["shapes"]:
-        floor = max(shape["floor_microseconds"].values())
-        yield f"{shape['name']} (floor {floor:.1f} us)", "", None, ""
-        for name, found in shape["contenders"].items():
+    for case in result["cases"]:
+        floor, rival = case["floor_microseconds"]["floor"], strongest(case)
+        yield f"{case['name']} (floor {floor:.1f} us)", "", None, ""
+        for name, found in case["contenders"].items():
             if "not_run" in found:
                 yield name, _PEER, 0.0, "not run"
                 continue
             median = found["microseconds"]["isolated"]["median"]
-            colour = _OURS if name.startswith("stepcell") else _PEER if found["step"] else _BOUND
-            yield name, colour, median / floor, f"{median / floor:.1f}x, {median:.1f} us"
-
-
-def main() -> None:
-    """Read the JSON, write the SVG."""
-    parser = argparse.ArgumentParser(description="Plot the result of benchmarks/kernels.py.")
-    parser.add_argument("result", type=Path)
-    parser.add_argument("picture", type=Path)
-    arguments = parser.parse_args()
-    write_atomic(arguments.picture, svg(json.loads(read_bytes(arguments.result))))
-
-
-if __name__ == "__main__":
-    main()
+            colour = {"peer": _PEER, "bound": _BOUND}.get(found["role"], _OURS)
+            note = f"{median:.1f} us, {median / floor:.1f} x floor"
+            yield name, colour, median / floor, note + (f", {median / rival[1]:.2f} x best peer" if rival else "")

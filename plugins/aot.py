@@ -14,16 +14,16 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import GenericAlias, ModuleType
+from types import GenericAlias
 from typing import Any
 
 from stepcell.errors import BuildError
-from stepcell.missing import require
 from stepcell.plugins.chain import kernel_inputs, kernel_outputs, node_name
-from stepcell.plugins.kernels import compile as compiler
 from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.compile import compile_ptx
 from stepcell.plugins.kernels.signature import PARAMETERS, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, tiles
+from stepcell.plugins.launch import driver_ptx_version
 from stepcell.plugins.plugin import NAMESPACE
 from stepcell.plugins.registry import CELL_ATTRIBUTE
 
@@ -60,28 +60,28 @@ class PortableKernel:
 def portable_kernels(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -> tuple[PortableKernel, ...]:
     """A kernel with every tile of the table, each with as many stages as fit; takes a second or so per tile.
 
+    The PTX is no newer than the driver of this machine translates: an engine is built where it runs.
+
     Raises:
         UsageError: a compute capability that is not compiled for.
         MissingDependencyError: Triton is not installed.
         BuildError: Triton failed, or a tile does not fit.
     """
-    compiler.check_capability(capability)
-    triton = require("triton", extra="kernels", purpose="compiling the kernels")
-    return tuple(_fitting(triton, kernel, cell, tile, capability) for tile in tiles(kernel, cell, capability, pixels))
+    version = driver_ptx_version()
+    return tuple(_fitting(kernel, cell, tile, capability, version) for tile in tiles(kernel, cell, capability, pixels))
 
 
-def _fitting(triton: ModuleType, kernel: str, cell: Cell, tile: Tile, capability: str) -> PortableKernel:
+def _fitting(kernel: str, cell: Cell, tile: Tile, capability: str, ptx_version: int | None) -> PortableKernel:
     for stages in range(tile.stages, 0, -1):
-        fewer = replace(tile, stages=stages)
-        compiled = compiler._compiled(triton, kernel, cell, fewer, int(capability.replace(".", "")), None)
-        if compiled.metadata.shared <= SHARED_LIMIT:
+        compiled = compile_ptx(kernel, cell, replace(tile, stages=stages), capability, ptx_version=ptx_version)
+        if compiled.shared_bytes <= SHARED_LIMIT:
             return PortableKernel(
-                entry=compiled.metadata.name,
-                ptx=portable_ptx(kernel, cell, compiled.asm["ptx"]),
+                entry=compiled.entry,
+                ptx=portable_ptx(kernel, cell, compiled.text),
                 grid_pixels=tile.pixels,
                 grid_channels=-(-padded(cell.hidden) // tile.channels),
-                threads=32 * compiled.metadata.num_warps,
-                shared_bytes=compiled.metadata.shared,
+                threads=compiled.threads,
+                shared_bytes=compiled.shared_bytes,
             )
     raise BuildError(f"{kernel} of {cell.label}, tile {tile.label}: needs more than 48 KB of shared memory")
 

@@ -12,11 +12,11 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from stepcell.errors import DeviceError, InputError
+from stepcell.errors import DeviceError, InputError, MissingDependencyError
 from stepcell.missing import require
 from stepcell.plugins.kernels.image import Argument, KernelImage
 
-__all__ = ["Launcher", "arguments_format", "check"]
+__all__ = ["Launcher", "arguments_format", "check", "driver_ptx_version"]
 
 
 def check(result: Sequence[Any]) -> Any:
@@ -35,6 +35,20 @@ def check(result: Sequence[Any]) -> Any:
 
 def _driver() -> Any:
     return require("cuda.bindings.driver", extra="cuda", purpose="launching kernels")
+
+
+def driver_ptx_version() -> int | None:
+    """Ten times the newest PTX version that this machine's driver translates; None: there is no driver.
+
+    By the table "Release History" of NVIDIA's document on PTX: CUDA 12.4 has 8.4, from 12.6 on the
+    minor number is one behind (12.6 has 8.5, 12.8 has 8.7), 13.0 has 9.0.
+    """
+    try:
+        version = int(check(_driver().cuDriverGetVersion()))
+    except (DeviceError, MissingDependencyError, RuntimeError):  # cuda-bindings finds no libcuda
+        return None
+    major, minor = version // 1000, version % 1000 // 10
+    return 10 * (major - 4) + minor - (1 if major == 12 and minor >= 6 else 0)
 
 
 def arguments_format(arguments: Sequence[Argument]) -> str:

@@ -11,6 +11,7 @@ import importlib
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,16 @@ from stepcell.plugins.kernels.image import SCHEMA, Argument, ImageInfo, KernelIm
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile
 
-__all__ = ["CAPABILITIES", "arguments_of", "cell_word", "check_capability", "compile_kernel", "source_digest"]
+__all__ = [
+    "CAPABILITIES",
+    "Ptx",
+    "arguments_of",
+    "cell_word",
+    "check_capability",
+    "compile_kernel",
+    "compile_ptx",
+    "source_digest",
+]
 
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0")
 _MODULES = {"n": "narrow", "g": "gru", "l": "lstm"}  # by the first letter of the kernel
@@ -89,7 +99,7 @@ def compile_kernel(kernel: str, cell: Cell, tile: Tile, capability: str) -> Kern
     # Left alone, the assembler sometimes keeps a few values on the stack, so that more programs fit side
     # by side; then it is told to take the registers it needs instead.
     for registers_limit in (None, 255):
-        compiled = _compiled(triton, kernel, cell, tile, int(capability.replace(".", "")), registers_limit)
+        compiled = _compiled(triton, kernel, cell, tile, int(capability.replace(".", "")), maxnreg=registers_limit)
         metadata, cubin = compiled.metadata, compiled.asm["cubin"]
         registers, tensor_cores, spills = _resources(triton, cubin)
         if not spills:
@@ -120,13 +130,56 @@ def compile_kernel(kernel: str, cell: Cell, tile: Tile, capability: str) -> Kern
     return KernelImage(info, cubin)
 
 
+@dataclass(frozen=True)
+class Ptx:
+    """A kernel in NVIDIA's assembly language, which the driver of a device translates.
+
+    Attributes:
+        entry: name of the function.
+        text: its parameters are those of signature.py, then Triton's two for scratch memory.
+        threads: of a program.
+        shared_bytes: dynamic shared memory of a program.
+    """
+
+    entry: str
+    text: str
+    threads: int
+    shared_bytes: int
+
+
+def compile_ptx(kernel: str, cell: Cell, tile: Tile, capability: str, *, ptx_version: int | None = None) -> Ptx:
+    """One kernel as PTX, for those that cannot take machine code; takes a second or so, and no GPU.
+
+    Args:
+        ptx_version: the newest that will be understood, ten times the version: 84 for 8.4, CUDA
+            12.4; None: that of Triton's assembler.
+
+    Raises:
+        UsageError: a compute capability that is not compiled for.
+        MissingDependencyError: Triton is not installed.
+        BuildError: Triton or its assembler failed, for one because the GPU needs a newer PTX.
+    """
+    check_capability(capability)
+    triton = require("triton", extra="kernels", purpose="compiling the kernels")
+    sm = int(capability.replace(".", ""))
+    compiled = _compiled(triton, kernel, cell, tile, sm)
+    found = re.search(r"^\.version (\d+)\.(\d+)$", compiled.asm["ptx"], re.MULTILINE)
+    if found is None:
+        raise BuildError(f"{kernel}: this Triton writes PTX of another form than expected")
+    if ptx_version is not None and int(found[1] + found[2]) > ptx_version:
+        compiled = _compiled(triton, kernel, cell, tile, sm, ptx_version=ptx_version)
+    metadata = compiled.metadata
+    return Ptx(metadata.name, compiled.asm["ptx"], 32 * metadata.num_warps, metadata.shared)
+
+
 def _widest(cell: Cell) -> int:
     """Channels of the widest map that a kernel of the cell reads or writes."""
     pre = padded(cell.gate_count * cell.hidden) if cell.pre else 0
     return max(padded(cell.inputs), padded(cell.hidden), pre)
 
 
-def _compiled(triton: ModuleType, kernel: str, cell: Cell, tile: Tile, sm: int, maxnreg: int | None) -> Any:
+def _compiled(triton: ModuleType, kernel: str, cell: Cell, tile: Tile, sm: int, **more: int | None) -> Any:
+    """Triton's result; `more` are options of Triton's."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -141,7 +194,7 @@ def _compiled(triton: ModuleType, kernel: str, cell: Cell, tile: Tile, sm: int, 
         # Only for addresses known to be multiples of 16 are 16-byte copies to shared memory made.
         attrs={(i,): [["tt.divisibility", 16]] for i, dtype in enumerate(dtypes.values()) if dtype != "i32"},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True, "maxnreg": maxnreg}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True, **more}
     try:
         return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     except Exception as error:  # Triton raises many kinds
@@ -157,12 +210,10 @@ def _resources(triton: ModuleType, cubin: bytes) -> tuple[int, int, int]:
         file.write(cubin)
         file.flush()
         tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        texts = [
-            subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=False).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        ]
-    registers = re.search(r"REG:(\d+)", texts[0])
-    if registers is None or "EXIT" not in texts[1]:
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    registers = re.search(r"REG:(\d+)", text)
+    if registers is None or "EXIT" not in text:
         raise BuildError("cuobjdump: cannot read the compiled kernel")
-    counts = [len(re.findall(rf"\b(?:{names})\b", texts[1])) for names in (r"HMMA|HGMMA|UTC\w*MMA", "STL|LDL")]
+    counts = [len(re.findall(rf"\b(?:{names})\b", text)) for names in (r"HMMA|HGMMA|UTC\w*MMA", "STL|LDL")]
     return int(registers[1]), counts[0], counts[1]

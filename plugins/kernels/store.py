@@ -16,7 +16,7 @@ from stepcell.plugins.kernels.image import KernelImage, read_image, write_image
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.tiles import Tile, tiles
 
-__all__ = ["default_folder", "images_for", "wanted"]
+__all__ = ["default_folder", "image_for", "images_for", "wanted"]
 
 
 def default_folder() -> Path:
@@ -45,19 +45,24 @@ def images_for(cell: Cell, capability: str, folder: Path, pixels: int | None = N
 
     Raises:
         UsageError: a compute capability that is not compiled for.
-        PluginError: a kernel is not in the folder and Triton is not installed.
+        PluginError, InputError, BuildError, OutputError: as `image_for`.
+    """
+    return (image_for(kernel, cell, tile, capability, folder) for kernel, tile in wanted(cell, capability, pixels))
+
+
+def image_for(kernel: str, cell: Cell, tile: Tile, capability: str, folder: Path) -> KernelImage:
+    """One kernel with one tile, from the folder, or compiled and put there.
+
+    Raises:
+        PluginError: it is not in the folder and Triton is not installed.
         InputError: a file in the folder is damaged.
         BuildError: Triton or its assembler failed.
         OutputError: the folder cannot be written.
     """
-    source = source_digest()
-    for kernel, tile in wanted(cell, capability, pixels):
-        found = (read_image(path) for path in sorted(folder.glob(f"{kernel}-sm{capability.replace('.', '')}-*.json")))
-        name = (source, cell_word(kernel, cell), tile.label)
-        image = next((i for i in found if (i.info.source, i.info.cell, i.info.tile) == name), None)
-        if image is None:
-            image = _compiled_into(folder, kernel, cell, tile, capability)
-        yield image
+    found = (read_image(path) for path in sorted(folder.glob(f"{kernel}-sm{capability.replace('.', '')}-*.json")))
+    name = (source_digest(), cell_word(kernel, cell), tile.label)
+    image = next((i for i in found if (i.info.source, i.info.cell, i.info.tile) == name), None)
+    return image or _compiled_into(folder, kernel, cell, tile, capability)
 
 
 def _compiled_into(folder: Path, kernel: str, cell: Cell, tile: Tile, capability: str) -> KernelImage:

@@ -1,8 +1,8 @@
 """Which tile a kernel is compiled with, per GPU and shape.
 
 THIS TABLE IS A PLAN. It follows what compiles without spills and how the GPUs are built; no tile has
-been timed on a device yet. `make gpu-check` times every tile on the benchmark's shapes, and this table
-is to be corrected from what it writes.
+been timed on a device yet. `make gpu-check` times every tile on the benchmark's shapes (and with
+`benchmarks/kernels.py --tune` others too), and this table is to be corrected from what it writes.
 
 Four warps everywhere: with eight, a convolution loop of this very form has been reported to compute
 wrong results on a device (pytorch issue 173068), and no device has shown yet that ours does not.
@@ -10,11 +10,13 @@ wrong results on a device (pytorch issue 173068), and no device has shown yet th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from stepcell.errors import UsageError
 from stepcell.plugins.kernels.cell import Cell, padded
 
-__all__ = ["Tile", "tiles"]
+__all__ = ["COLUMNS", "Tile", "tiles"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,22 @@ class Tile:
     def label(self) -> str:
         return f"{self.pixels}x{self.channels}x{self.depth}s{self.stages}w{self.warps}"
 
+    @classmethod
+    def from_label(cls, label: str) -> Tile:
+        """The tile of a label, such as "64x32x32s4w4".
 
-# Columns of the accumulator: (first choice, others). A program's columns are its channels times the
-# gates its kernel computes, and it is the columns that fill a tensor core and cost registers.
-_COLUMNS = {
+        Raises:
+            UsageError: it is no label.
+        """
+        numbers = re.fullmatch(r"(\d+)x(\d+)x(\d+)s(\d+)w(\d+)", label, re.ASCII)
+        if numbers is None:
+            raise UsageError(f"tile: cannot read {label!r}", hint="pixels x channels x depth s stages w warps")
+        return cls(*map(int, numbers.groups()))
+
+
+# Gates that a kernel computes. A program's columns are its channels times these, and it is the columns
+# that fill a tensor core and cost registers.
+COLUMNS = {
     "gru_gates": 2,
     "gru_candidate": 1,
     "gru_after": 4,
@@ -62,7 +76,7 @@ def tiles(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -
     """
     if kernel == "narrow_state":
         return (Tile(64, min(32, _power_of_two(cell.hidden)), 16, 1),)
-    gates = _COLUMNS[kernel]
+    gates = COLUMNS[kernel]
     shortest = min(padded(cell.inputs) or padded(cell.hidden), padded(cell.hidden))
     depth = 64 if shortest >= 64 else 32
     new = int(capability.split(".")[0]) >= 9

@@ -201,6 +201,7 @@ def result(benchmark: Any) -> Any:
             "stepcell, float16 state": contender("ours", 30.0, 40.0),
             "stepcell, float32 state": contender("ours", 50.0),
             "torch": contender("peer", 45.0),
+            "TensorRT-RTX, float16 state": {"role": "peer", "not_run": "no such GPU"},
         },
         {
             "stepcell, float16 state": {"role": "ours", "not_run": "no kernel"},
@@ -263,6 +264,7 @@ def test_the_report_says_what_was_met_missed_and_not_run(benchmark: Any, result:
     )
     assert "| TensorRT | not run |  |  |" in text
     assert "- TensorRT: TensorRT is not installed" in text
+    assert "TensorRT-RTX on this device: does not run (no such GPU)." in text
     assert "| S1 small | gru_gates of c | 64x64x64s4w4, 4.0 | 128x64x32s3w4, 3.0 |" in text
     widths = {line.count("|") - line.count("\\|") for block in text.split("\n\n") for line in block.splitlines()[:1]}
     for block in (each for each in text.split("\n\n") if each.startswith("|")):
@@ -301,3 +303,33 @@ def test_the_picture_shows_ratios_to_the_floor_and_the_best_peer(benchmark: Any,
     assert "S1 small (floor 1.7 us)" in texts
     assert "8.0 us, 4.7 x floor, 0.53 x best peer" in texts
     assert texts[texts.index("TensorRT") + 1] == "not run"
+
+
+def test_a_whole_run_but_for_the_device(
+    benchmark: Any, steps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files named after the device, and the report at the end; a case that cannot be timed does not stop the next."""
+    kernels, cases = benchmark.kernels, benchmark.kernel_cases
+    small = cases._case("small", 1, 3, 5, *KINDS["after"])
+    monkeypatch.setattr(kernels, "CASES", [small, cases._case("other", 1, 1, 1, *KINDS["after"])])
+    monkeypatch.setattr(kernels, "make_problem", lambda case, _: cases.make_problem(case, "cpu"))
+    monkeypatch.setattr(kernels, "Device", lambda *_: SimpleNamespace(launch=steps.launch))
+    monkeypatch.setattr(kernels, "ceilings", lambda: {"bytes_per_second": 3e12, "flop_per_second": 8e14})
+    monkeypatch.setattr(kernels, "runtime_contenders", lambda *_: {})
+    fewest = "torch, fewest convolutions"
+    monkeypatch.setattr(kernels, "torch_contenders", lambda p, made=kernels.torch_contenders: {fewest: made(p)[fewest]})
+    monkeypatch.setattr(kernels, "run_contenders", lambda *a, run=kernels.run_contenders: run(*a, lambda _: times(9.0)))
+    for name, value in (("is_available", True), ("get_device_capability", (9, 0)), ("get_device_name", "Some GPU (8)")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--cases", "small"])
+    monkeypatch.chdir(tmp_path)
+    assert kernels.main() == 0
+    made = tmp_path / "benchmarks" / "results"
+    assert {path.name for path in made.iterdir()} == {"kernels-some-gpu-8.json", "kernels-some-gpu-8.svg"}
+    written = json.loads((made / "kernels-some-gpu-8.json").read_text())
+    assert capsys.readouterr().out == benchmark.kernel_report.report(written)
+    (case,) = written["cases"]
+    ran = {name: "microseconds" in each for name, each in case["contenders"].items()}
+    assert ran == {"stepcell, float16 state": True, "stepcell, float32 state": True, fewest: True}
+    assert all("not_run" in row for row in case["tiles"])  # here the real clock was asked
+    assert {row["kernel"] for row in case["tiles"]} == {"gru_after"}

@@ -130,8 +130,9 @@ def test_a_damaged_or_foreign_file_is_refused(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_report_holds_and_no_default_tile_spills(tmp_path: Path) -> None:
-    found = python("-m", "stepcell.plugins.kernels.report", "--check", TRITON_CACHE_DIR=str(tmp_path))
+def test_the_report_holds_and_no_default_tile_spills() -> None:
+    # Triton's cache goes by source, options and version, so what it has is what would be compiled.
+    found = python("-m", "stepcell.plugins.kernels.report", "--check")
     assert found.returncode == 0, found.stderr
 
 
