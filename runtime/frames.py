@@ -22,12 +22,12 @@ def is_image(spec: TensorSpec) -> bool:
     return spec.layout == "NCHW" and len(spec.shape) == 4 and spec.shape[1] in PIXELS
 
 
-def image_input(contract: StepContract) -> TensorSpec:
-    """The one data input, where it is a picture or an event tensor of a single stream.
+def image_input(contract: StepContract, streams: int = 1) -> TensorSpec:
+    """The one data input, where it is a picture or an event tensor.
 
     Raises:
-        InputError: there are several inputs, or the one is neither, or its batch is fixed at more
-            than one.
+        InputError: there are several inputs, or the one is neither, or its batch is fixed at
+            another number of streams.
     """
     hint = "step it from Python with stepcell.runtime.StepLoop (docs/run.md)"
     names = ", ".join(f"{spec.name} {spec.shape}" for spec in contract.inputs)
@@ -38,8 +38,11 @@ def image_input(contract: StepContract) -> TensorSpec:
             hint=hint,
         )
     spec = contract.inputs[0]
-    if isinstance(spec.shape[0], int) and spec.shape[0] != 1:
-        raise InputError(f"{spec.name}: the batch is fixed at {spec.shape[0]}, and a stream is one", hint=hint)
+    if isinstance(spec.shape[0], int) and spec.shape[0] != streams:
+        raise InputError(
+            f"{spec.name}: the batch is fixed at {spec.shape[0]}, got {streams} stream{'s' * (streams > 1)}",
+            hint=f"run as many, export the model with --dynamic batch, or {hint}",
+        )
     return spec
 
 

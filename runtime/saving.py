@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from stepcell.console import log
-from stepcell.errors import OutputError
-from stepcell.runtime.loop import StepLoop
+import msgspec
 
-__all__ = ["SnapshotWriter"]
+from stepcell.console import log
+from stepcell.errors import InputError, OutputError
+from stepcell.runtime.loop import StepLoop
+from stepcell.runtime.snapshot import Snapshot
+
+__all__ = ["SnapshotWriter", "saved_frames"]
+
+FRAMES = "frames"  # key of the metadata of several streams
 
 
 class SnapshotWriter:
@@ -35,15 +41,34 @@ class SnapshotWriter:
         """Whether there is one to be written after so many frames of the stream."""
         return frames % self._every == 0
 
-    def save(self, loop: StepLoop, frames: int) -> None:
-        """Write what `loop` remembers after so many frames, unless that is written already."""
+    def save(self, loop: StepLoop, frames: int, streams: Mapping[str, int] | None = None) -> None:
+        """Write what `loop` remembers after so many frames, unless that is written already.
+
+        Args:
+            streams: frames of each stream by its name, where there are several; `frames` are steps then.
+        """
         if frames == self._saved:
             return
         try:
-            loop.save(self._path, frame=frames, metadata={"input": self._source})
+            metadata = {"input": self._source}
+            if streams is not None:
+                metadata[FRAMES] = msgspec.json.encode(streams).decode()
+            loop.save(self._path, frame=frames, metadata=metadata)
         except OutputError as error:
             log(f"frame {frames}: no snapshot: {error.message}")
             self.failed += 1
         else:
             self._saved = frames
             self.written += 1
+
+
+def saved_frames(snapshot: Snapshot) -> dict[str, int]:
+    """Frames of each stream by its name, of a snapshot of several.
+
+    Raises:
+        InputError: it does not say.
+    """
+    try:
+        return msgspec.json.decode(snapshot.metadata.get(FRAMES, ""), type=dict[str, int])
+    except msgspec.DecodeError as error:
+        raise InputError("snapshot: does not say how far each stream was") from error

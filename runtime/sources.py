@@ -7,7 +7,9 @@ raises InputError with its number.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,7 +23,7 @@ from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec
 from stepcell.files import read_bytes
 
-__all__ = ["ArraySource", "RawSource", "Source", "open_source", "parse_size"]
+__all__ = ["STDIN", "ArraySource", "RawSource", "Source", "is_remote", "open_source", "parse_size"]
 
 STDIN = "-"
 
@@ -66,7 +68,7 @@ def open_source(
         UsageError: `-` without a size, or a size that nothing takes.
         InputError: it does not exist, cannot be read as frames, or is not what the model takes.
     """
-    from stepcell.runtime.av_read import CAMERA, FolderSource, VideoSource
+    from stepcell.runtime.av_read import FolderSource, VideoSource
     from stepcell.runtime.events.source import EVENT_FILES, EventSource
 
     if (events is not None) != (Path(text).suffix in EVENT_FILES):
@@ -79,10 +81,9 @@ def open_source(
     if (text == STDIN) != (size is not None):
         raise UsageError("--size: raw frames on stdin (--input -) need it, and of pictures nothing else takes it")
     if size is not None:
-        import sys
-
-        return RawSource(sys.stdin.buffer, size, channels)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or CAMERA.fullmatch(text):
+        # A file of its own: a thread may still read when the interpreter ends, which closes sys.stdin.
+        return RawSource(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), size, channels)
+    if is_remote(text):
         return VideoSource(text)
     path = Path(text)
     if path.is_dir():
@@ -90,6 +91,13 @@ def open_source(
     if not path.is_file():
         read_bytes(path)  # says why it cannot be read
     return ArraySource(path) if path.suffix == ".npy" else VideoSource(text)
+
+
+def is_remote(text: str) -> bool:
+    """Whether this names a camera or a URL, which can be lost and opened again."""
+    from stepcell.runtime.av_read import CAMERA
+
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or CAMERA.fullmatch(text))
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -11,16 +11,14 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """Turns ctrl-C and SIGTERM into a clean stop between two frames.
+    """Turns ctrl-C and SIGTERM into a clean stop between two steps.
 
-    A signal that comes while a source is waited for (a camera, stdin) interrupts the wait; any
-    other takes effect after the frame at hand, so that no file is cut off in the middle. A second
-    one interrupts at once.
+    The run asks for it before every step and ten times a second while it waits, so that no file is
+    cut off in the middle. A second signal interrupts at once.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.waiting = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -35,5 +33,5 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
         self.signal = signal.Signals(number)
-        if self.waiting or again:
+        if again:
             raise KeyboardInterrupt

@@ -132,7 +132,8 @@ def test_signal_finishes_three_outputs(
     assert [stream["frames"] for stream in streams[::2]] == [120, 10]
     assert streams[1]["frames"] >= 60
     assert streams[1]["reconnects"] >= 1
-    assert streams[1]["resets"]["gap"] == streams[1]["reconnects"]
+    # The first frames after the last reconnection may still wait to be stepped.
+    assert streams[1]["reconnects"] - streams[1]["resets"]["gap"] in (0, 1)
     assert len(np.load(outputs[1])) == streams[1]["frames"]
     assert [len(list(open_source(str(path)))) for path in (outputs[0], outputs[2])] == [120, 10]
     assert {stream["stopped"] for stream in streams[1:]} == {"interrupted"}
