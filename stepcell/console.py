@@ -20,7 +20,7 @@ from stepcell.files import human_size
 __all__ = ["console", "log", "print_json", "stage", "table", "working"]
 
 HEARTBEAT_SECONDS = 10.0
-_FILE_WIDTH = 160
+_FILE_WIDTH = 1000  # of a log, whose lines are searched and not looked at: a path stays whole
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -52,7 +52,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: b
         grid.add_row(*map(Text, row))  # as it is: `stepcell[rtx]` is no markup
     output = Console(highlight=False, stderr=not to_stdout)
     if not output.is_terminal:
-        output.width = _FILE_WIDTH  # a log is not folded at the 80 columns of no terminal
+        output.width = _FILE_WIDTH
     output.print(grid)
 
 
