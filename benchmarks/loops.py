@@ -39,7 +39,7 @@ def session_run(case: Case, *, spinning: bool = True) -> Loop:
     """The loop everybody writes first: the state comes back as a numpy array and is fed again.
 
     Args:
-        spinning: False lets idle threads sleep, as StepLoop does; True is ONNX Runtime's default.
+        spinning: ONNX Runtime's default; False lets idle threads sleep.
     """
     session, state = _session(case, spinning=spinning), _zero_state(case)
 
