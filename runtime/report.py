@@ -11,7 +11,7 @@ from stepcell.errors import OutputError, StepcellError
 from stepcell.runtime.policies import Cause
 from stepcell.runtime.statistics import LatencySummary
 
-__all__ = ["Dropped", "RunReport", "Stopped", "StreamError", "StreamsError", "StreamsReport"]
+__all__ = ["Dropped", "RunReport", "Stopped", "StreamError", "StreamsError", "StreamsReport", "blame"]
 
 Stopped = Literal["end of input", "limit", "interrupted", "error"]
 Dropped = dict[Literal["late", "queue full"], int]
@@ -82,6 +82,11 @@ class StreamsReport(msgspec.Struct, frozen=True, kw_only=True):
     streams: list[RunReport]
 
 
+def blame(name: str, error: StepcellError) -> str:
+    """What broke a stream, with its name in front; many errors begin with it."""
+    return error.message if error.message.startswith(f"{name}: ") else f"{name}: {error.message}"
+
+
 class StreamsError(StepcellError):
     """Some of several streams broke; the others went on to their end.
 
@@ -89,7 +94,7 @@ class StreamsError(StepcellError):
     """
 
     def __init__(self, failures: Mapping[str, StepcellError], count: int) -> None:
-        lines = "".join(f"\n  {name}: {error.message}" for name, error in failures.items())
+        lines = "".join(f"\n  {blame(name, error)}" for name, error in failures.items())
         hints = {error.hint for error in failures.values()}
         super().__init__(
             f"{len(failures)} of {count} streams broke:{lines}", hint=hints.pop() if len(hints) == 1 else None

@@ -17,7 +17,7 @@ from stepcell.runtime.inputs import require_finite
 from stepcell.runtime.lane import Lane
 from stepcell.runtime.loop import StepLoop
 from stepcell.runtime.policies import STATES_EVERY, Cause, non_finite, non_finite_rows
-from stepcell.runtime.report import Stopped
+from stepcell.runtime.report import Stopped, blame
 from stepcell.runtime.saving import SnapshotWriter
 from stepcell.runtime.slots import Slot
 from stepcell.runtime.statistics import Latency
@@ -231,7 +231,7 @@ class Scheduler:
         """End one stream; the others go on."""
         lane.end("error", error)
         if self._shared:  # of one stream the caller hears at once
-            log(f"{lane.name}: ended: {error.message}")
+            log(f"stream ended: {blame(lane.name, error)}")
         if lane in self._slots:
             self.loop.detach(self._slots.pop(lane))
 

@@ -22,7 +22,7 @@ __all__ = ["console", "log", "print_json", "stage", "table", "working"]
 HEARTBEAT_SECONDS = 10.0
 _FILE_WIDTH = 1000  # of a log, whose lines are searched and not looked at: a path stays whole
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x:` in a path is no emoji
 
 
 def log(message: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepcell.cli import main
-from stepcell.console import table
+from stepcell.console import log, table
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 
@@ -118,3 +118,8 @@ def test_doctor_on_a_bare_device() -> None:
 def test_table_keeps_extras_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     table("", ["remedy"], [["pip install 'stepcell[rtx]'"]], to_stdout=True)
     assert "stepcell[rtx]" in capsys.readouterr().out
+
+
+def test_colons_in_a_message_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    log("--module here:x: cannot be imported")
+    assert "here:x: cannot" in capsys.readouterr().err
