@@ -13,10 +13,10 @@ import onnx
 from numpy.typing import NDArray
 
 from stepcell.contract import METADATA_KEY
-from stepcell.errors import ExportError, InputError, UsageError
+from stepcell.errors import ExportError, UsageError
 from stepcell.exporter.fusing.external import take_in
 from stepcell.exporter.fusing.ports import Port, ports_of
-from stepcell.files import read_bytes
+from stepcell.onnx_model import read_model
 
 __all__ = ["Foreign", "Run", "read_foreign", "run_session", "tensors_of"]
 
@@ -60,14 +60,7 @@ def read_foreign(path: Path) -> Foreign:
         UsageError: it has a contract already.
         ExportError: its weights cannot be had, or its inputs and outputs are no tensors.
     """
-    data = read_bytes(path)
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError, which has a different home in each implementation
-        raise InputError(f"{path}: is not an ONNX model ({error})") from error
-    if not model.graph.node:
-        raise InputError(f"{path}: is not an ONNX model, or one with an empty graph")
+    data, model = read_model(path)
     if any(entry.key == METADATA_KEY for entry in model.metadata_props):
         raise UsageError(f"{path}: has a state contract already", hint="`stepcell build` and `run` take it as it is")
     digest = hashlib.sha256(data).hexdigest()

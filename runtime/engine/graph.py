@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.dims import Dim, evaluate
-from stepcell.errors import BuildError, ContractError, InputError
-from stepcell.files import read_bytes
+from stepcell.errors import BuildError, ContractError
 from stepcell.missing import require
+from stepcell.onnx_model import read_model
 from stepcell.runtime.engine.flavor import dtype_name
 
 if TYPE_CHECKING:
@@ -54,15 +54,7 @@ def read_onnx(path: Path) -> OnnxFile:
         InputError: the file cannot be read or is not an ONNX model.
         ContractError: it holds no contract, or one that cannot be used.
     """
-    onnx = require("onnx", extra="rtx", purpose="reading a model")
-    data = read_bytes(path)
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError, which has a different home in each implementation
-        raise InputError(f"{path}: is not an ONNX model ({error})") from error
-    if not model.graph.node:
-        raise InputError(f"{path}: is not an ONNX model, or one with an empty graph")
+    data, model = read_model(path)
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     if text is None:
         raise ContractError(
