@@ -13,8 +13,10 @@ from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, DeviceError, InputError
 from stepcell.files import read_bytes
 from stepcell.missing import require
+from stepcell.onnx_model import read_model
 from stepcell.runtime import cuda
 from stepcell.runtime.backend import Device
+from stepcell.runtime.cpu_form import convolve_apart
 from stepcell.runtime.float32 import to_float32
 
 __all__ = ["captures_graphs", "open_session"]
@@ -32,16 +34,31 @@ def open_session(path: Path, device: Device, *, keep_float16: bool, threads: int
     ort = require("onnxruntime", extra="ort", purpose="running a model")
     if not path.is_file():
         read_bytes(path)  # says why it cannot be read
-    session = _create(ort, path, str(path), device, threads)
+    model = _for_cpu(path, keep_float16) if device.kind == "cpu" else None
+    session = _create(ort, path, model or str(path), device, threads)
     contract = _contract(session, path)
-    if device.kind == "cpu" and contract.precision == "float16" and not keep_float16:
-        onnx = require("onnx", extra="ort", purpose="running a float16 model in float32")
-        wide = to_float32(onnx.load(str(path)))
-        session = _create(ort, path, wide.SerializeToString(), device, threads)
-        contract = _contract(session, path)
-        log(f"{path}: float16 is slow on a CPU: running the same weights in float32")
     _check_graph(session, contract, path)
     return session, contract
+
+
+def _for_cpu(path: Path, keep_float16: bool) -> bytes | None:
+    """The model in the form that a CPU is quicker with; None if that is the file itself."""
+    onnx = require("onnx", extra="ort", purpose="running a model")
+    _, model = read_model(path)
+    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
+    is_float16 = text is not None and StepContract.from_json(text, subject=str(path)).precision == "float16"
+    if is_float16 and keep_float16:
+        return None
+    if not convolve_apart(model) and not is_float16:
+        return None
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:  # of many kinds: a missing file, a path outside the folder
+        raise InputError(f"{path}: its weights are in another file, which cannot be read ({error})") from error
+    if is_float16:
+        model = to_float32(model)
+        log(f"{path}: float16 is slow on a CPU: running the same weights in float32")
+    return bytes(model.SerializeToString())
 
 
 def _create(ort: Any, path: Path, model: str | bytes, device: Device, threads: int | None) -> Any:
@@ -56,7 +73,7 @@ def _create(ort: Any, path: Path, model: str | bytes, device: Device, threads: i
     except Exception as error:  # onnxruntime's exceptions have no common base
         reason = _reason(error)
         if "Protobuf" in type(error).__name__:
-            raise InputError(f"{path}: not an ONNX model ({reason})") from error
+            raise InputError(f"{path}: is not an ONNX model ({reason})") from error
         if device.kind == "cuda":
             raise DeviceError(f"{path}: cannot be opened on {device}: {reason}") from error
         raise InputError(f"{path}: ONNX Runtime cannot run this model: {reason}") from error

@@ -302,7 +302,7 @@ def test_what_cannot_be_opened(
 def test_file_that_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("not a model")
-    with pytest.raises(InputError, match=r"model\.onnx: not an ONNX model"):
+    with pytest.raises(InputError, match=r"model\.onnx: is not an ONNX model"):
         StepLoop.open(path)
 
 
