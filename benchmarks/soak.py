@@ -5,7 +5,7 @@ are reconnected to. `stepcell run` steps them together, with deadlines, resets, 
 output and metrics. Its resident memory and counters are read over HTTP, a GPU's memory from
 nvidia-smi; at the end it gets SIGTERM, and what it wrote is compared with what it counted.
 
-    python benchmarks/soak.py --minutes 10 --output benchmarks/results/soak.json --plot docs/images/soak.png
+    python benchmarks/soak.py --fps 25 --output benchmarks/results/soak.json --plot docs/images/soak.png
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from stepcell.runtime.sources import open_source
 
 STEPCELL = (sys.executable, "-c", "from stepcell.cli import main; main()")
 WARM_UP = 180.0  # seconds until memory is looked at: every camera has been lost and reconnected to by then
-EVERY = 2.0  # seconds between two samples
+EVERY = 5.0  # seconds between two samples
 CONNECTION = 60  # seconds until a camera hangs up
 
 
