@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,21 +125,30 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _find_tensors(path: Path, content: object) -> dict[str, Tensor]:
-    if isinstance(content, dict):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-        for name in _CONTAINERS:
-            if isinstance(content.get(name), dict):
-                return _find_tensors(path, content[name])
+    if tensors := _tensors_in(content):
+        return tensors
     got = f"keys {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else type(content).__name__
     raise CheckpointError(
         f"{path}: expected a dict of tensors, bare or under one of {', '.join(_CONTAINERS)}; got {got}"
     )
 
 
+def _tensors_in(content: object) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        return {}
+    # The wrapping first: beside the weights a training script may keep a loss or a counter as a tensor.
+    for name in _CONTAINERS:
+        if tensors := _tensors_in(content.get(name)):
+            return tensors
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
 def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        while tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+    while tensors and (prefix := _common_prefix(tensors)):
+        tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _common_prefix(names: Iterable[str]) -> str | None:
+    shared = (prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in names))
+    return next(shared, None)

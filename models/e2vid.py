@@ -86,7 +86,7 @@ class E2VIDRecurrent(nn.Module):
 
     Args:
         base_num_channels: channels of the head; every encoder doubles them.
-        skip_type: how a decoder joins the skip.
+        skip_type: how a decoder joins the skip; "no_skip" concatenates too, as upstream does.
         use_upsample_conv: as `Upsample`'s `resize`.
         frame_norm: instance normalisation inside the residual blocks.
         event_window: as for `FireNet`.
@@ -112,7 +112,7 @@ class E2VIDRecurrent(nn.Module):
             raise ValueError(f"skip_type: expected one of {', '.join(get_args(SkipType))}, got {skip_type!r}")
         self.skip_type = skip_type
         sizes = [base_num_channels * 2**level for level in range(num_encoders + 1)]
-        joined = 2 if skip_type == "concat" else 1
+        joined = 1 if skip_type == "sum" else 2
         cells = [recurrent_block(recurrent_block_type, size) for size in sizes[1:]]
         self.head = nn.Conv2d(num_bins, sizes[0], 5, padding=2)
         self.encoders = nn.ModuleList(nn.Conv2d(size, 2 * size, 5, stride=2, padding=2) for size in sizes[:-1])
@@ -140,9 +140,7 @@ class E2VIDRecurrent(nn.Module):
         return torch.sigmoid(self.prediction(self._join(x, skips.pop()))), *new_states
 
     def _join(self, x: Tensor, skip: Tensor) -> Tensor:
-        if self.skip_type == "concat":
-            return torch.cat([x, skip], dim=1)
-        return x + skip if self.skip_type == "sum" else x
+        return x + skip if self.skip_type == "sum" else torch.cat([x, skip], dim=1)
 
 
 def _events(num_bins: int, window: str, *, pad_multiple: int = 1) -> TensorSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,13 @@ from stepcell.models.separable import (
 __all__ = ["ConvRNNOptions", "cell_model", "conv_rnn"]
 
 Size = int | Sequence[int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 _SEPARABLE = "separable convolutions in the gates"
 
 
 @dataclass(frozen=True)
 class ConvRNNOptions:
-    """Arguments of upstream's ConvRNN, with its defaults; the last three go to its input convolution."""
+    """Arguments of upstream's ConvRNN, with its defaults; from `bias` on they go to its input convolution."""
 
     in_channels: int
     out_channels: int
@@ -45,12 +46,16 @@ class ConvRNNOptions:
     bias: bool = True
     norm: str = "BatchNorm2d"
     depth_multiplier: int = 1
+    groups: int = 1
+    padding_mode: PaddingMode = "zeros"
 
     def __post_init__(self) -> None:
         if self.cell not in ("lstm", "gru"):
             raise ValueError(f"cell: expected 'lstm' or 'gru', got {self.cell!r}")
         if self.norm not in ("BatchNorm2d", "InstanceNorm2d", "none"):
             raise ValueError(f"norm: expected 'BatchNorm2d', 'InstanceNorm2d' or 'none', got {self.norm!r}")
+        if self.padding_mode not in get_args(PaddingMode):
+            raise ValueError(f"padding_mode: expected one of {get_args(PaddingMode)}, got {self.padding_mode!r}")
 
     @property
     def fused(self) -> bool:
@@ -62,6 +67,7 @@ class ConvRNNOptions:
             and not self.separable
             and not self.separable_hidden
             and self.norm != "InstanceNorm2d"
+            and (self.groups, self.padding_mode) == (1, "zeros")
         )
 
     @property
@@ -164,13 +170,15 @@ def _input_conv(options: ConvRNNOptions, outputs: int) -> nn.Module:
     kernel, stride, padding, dilation = (
         _pair(size) for size in (options.kernel_size, options.stride, options.padding, options.dilation)
     )
-    inputs = options.in_channels
+    inputs, mode = options.in_channels, options.padding_mode
     if options.separable:
         middle = inputs * options.depth_multiplier
-        depthwise = nn.Conv2d(inputs, middle, kernel, stride, padding, dilation, groups=inputs)
+        if options.groups != 1:
+            raise ValueError(f"groups: a separable convolution sets its own, got {options.groups}")
+        depthwise = nn.Conv2d(inputs, middle, kernel, stride, padding, dilation, groups=inputs, padding_mode=mode)
         conv: nn.Module = nn.Sequential(depthwise, nn.Conv2d(middle, outputs, 1))
     else:
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation)
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, options.groups, padding_mode=mode)
     return nn.Sequential(conv, _InstanceNorm()) if options.norm == "InstanceNorm2d" else nn.Sequential(conv)
 
 

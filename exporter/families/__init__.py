@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from stepcell.errors import CheckpointError, UsageError
@@ -76,6 +77,9 @@ def step_model(
             f"--set {unknown[0]}: family {chosen.name} has no such argument",
             hint="it takes " + ", ".join(f"{key} ({text})" for key, text in chosen.arguments.items()),
         )
+    if words := [key for key, value in overrides.items() if value in ("True", "False", "None")]:
+        value = overrides[words[0]]
+        raise UsageError(f"--set {words[0]}: expected true, false or null as JSON has them, got {value}")
     own = checkpoint.arguments if checkpoint.family == chosen.name else {}
     sized = chosen.from_shapes(shapes or {}, {**inferred, **own, **overrides})
     arguments = {**inferred, **sized, **own, **overrides}
@@ -83,13 +87,19 @@ def step_model(
         model = chosen.build(**arguments)
         # save_checkpoint writes the step model's own tensors, in no need of conversion.
         canonical = checkpoint.family == chosen.name and set(checkpoint.tensors) == set(model.state_dict())
-        tensors = checkpoint.tensors if canonical else chosen.convert(checkpoint.tensors, arguments)
+        tensors = checkpoint.tensors if canonical else chosen.convert(_widened(checkpoint.tensors), arguments)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: no {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: {error}") from error
     load_strictly(model, tensors, f"{checkpoint.path}: family {chosen.name}")
     return model.float().eval(), chosen.name, arguments
+
+
+def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # a norm folded into float16 weights would be rounded to them
+    narrow = (torch.float16, torch.bfloat16)
+    return {name: tensor.float() if tensor.dtype in narrow else tensor for name, tensor in tensors.items()}
 
 
 def _choose(checkpoint: Checkpoint, name: str | None) -> tuple[Family, dict[str, object]]:

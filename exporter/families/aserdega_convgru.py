@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.families.family import Family, Tensors
 from stepcell.exporter.families.layers import (
     PACKED,
     Kernels,
     Sizes,
+    all_layers,
     kernel_pairs,
     layer_count,
     only_layers,
@@ -34,8 +35,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     found = packed_layers(tensors, _GATES, 2)
     layers = layer_count(tensors, _GATES)
     only_layers(tensors, _NAMES, layers)
-    if missing := {name.format(layer) for name in _NAMES for layer in range(layers)} - set(tensors):
-        raise NotThisFamily(f"no tensor {min(missing)}")
+    all_layers(tensors, _NAMES, layers)
     return found
 
 

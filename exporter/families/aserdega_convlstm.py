@@ -12,6 +12,7 @@ from stepcell.exporter.families.layers import (
     PACKED,
     Kernels,
     Sizes,
+    all_layers,
     kernel_pairs,
     layer_count,
     only_layers,
@@ -33,8 +34,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     found = packed_layers(tensors, _CONV, 4)
     layers = layer_count(tensors, _CONV)
     only_layers(tensors, _NAMES, layers)
-    if not found["bias"]:
-        raise NotThisFamily("no tensor cell_list.0.conv.bias")
+    all_layers(tensors, _NAMES[:2], layers)
     count = sum(name.format(layer) in tensors for name in _PEEPHOLES for layer in range(layers))
     if count not in (0, 3 * layers):
         raise NotThisFamily("some layers have peepholes Wci, Wcf, Wco and some do not")

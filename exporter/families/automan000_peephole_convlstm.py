@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.families.layers import Sizes, layer_count, only_layers
+from stepcell.exporter.families.layers import Sizes, all_layers, layer_count, only_layers
 from stepcell.exporter.families.weights import prefixed
 from stepcell.models.cells import ConvLSTMCell
 from stepcell.models.variants import MapStack
@@ -27,8 +27,9 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     prefix = "cell{}." if network else ""
     layers = layer_count(tensors, f"{prefix}Wxi.weight") if network else 1
     only_layers(tensors, [prefix + part for part in (*_PARTS, *_PEEPHOLES)], layers)
-    if missing := {(prefix + part).format(layer) for part in _PARTS for layer in range(layers)} - set(tensors):
-        raise NotThisFamily(f"no tensor {min(missing)}")
+    all_layers(tensors, [prefix + part for part in _PARTS], layers)
+    if any(name.rpartition(".")[2] in _PEEPHOLES for name in tensors):
+        all_layers(tensors, [prefix + part for part in _PEEPHOLES], layers)
     weights = [tensors[f"{prefix}Wxi.weight".format(layer)] for layer in range(layers)]
     hidden = [weight.shape[0] for weight in weights]
     if any(weight.dim() != 4 or weight.shape[2:] != weights[0].shape[2:] for weight in weights):

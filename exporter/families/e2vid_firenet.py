@@ -33,7 +33,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
 
 
 def _recurrent_after(recurrent_blocks: object, residuals: int) -> list[int]:
-    listed = recurrent_blocks.get("resblock") if isinstance(recurrent_blocks, Mapping) else None
+    listed = recurrent_blocks.get("resblock", ()) if isinstance(recurrent_blocks, Mapping) else None
     if not isinstance(listed, Sequence) or not all(isinstance(index, int) for index in listed):
         raise ValueError(f'recurrent_blocks: expected {{"resblock": [indices]}}, got {recurrent_blocks!r}')
     return [index for index in range(residuals) if index in listed or -1 in listed]
@@ -60,7 +60,9 @@ def _build(
         base_num_channels,
         kernel_size=kernel_size,
         num_residual_blocks=num_residual_blocks,
-        recurrent_after=_recurrent_after(recurrent_blocks or {"resblock": [0]}, num_residual_blocks),
+        recurrent_after=_recurrent_after(
+            {"resblock": [0]} if recurrent_blocks is None else recurrent_blocks, num_residual_blocks
+        ),
         recurrent_block_type=recurrent_block_type,
         frame_norm=has_frame_norm(norm),
         event_window=event_window,

@@ -45,8 +45,11 @@ def _build(
     skip_type: SkipType = "sum",
     norm: str | None = None,
     use_upsample_conv: bool = True,
+    kernel_size: int | None = None,
+    recurrent_blocks: object = None,
     event_window: str = EVENT_WINDOW,
 ) -> E2VIDRecurrent:
+    del kernel_size, recurrent_blocks  # the shared configuration has them; only FireNet reads them
     return E2VIDRecurrent(
         num_bins,
         base_num_channels,
@@ -94,9 +97,11 @@ FAMILY = Family(
         "base_num_channels": "channels of the head, doubled at every level",
         "num_residual_blocks": "residual blocks at the lowest level",
         "recurrent_block_type": '"convlstm" or "convgru"',
-        "skip_type": '"sum", "concat" or "no_skip"',
+        "skip_type": '"sum" or "concat"; "no_skip" is another word for "concat"',
         "norm": '"BN", "IN" or null',
         "use_upsample_conv": "bilinear resize and convolution, instead of a transposed convolution",
+        "kernel_size": "no effect",
+        "recurrent_blocks": "no effect",
         "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.families.layers import Sizes, layer_count, only_layers, per_layer
+from stepcell.exporter.families.layers import Sizes, all_layers, layer_count, only_layers, per_layer
 from stepcell.exporter.families.weights import gate, gru_tensors, prefixed
 from stepcell.models.cells import ConvGRUCell
 from stepcell.models.stack import CellStack
@@ -22,6 +22,7 @@ _NAMES = [f"{_CELL}.{gate}.{part}" for gate in _GATES for part in ("weight", "bi
 def _recognise(tensors: Tensors) -> dict[str, object]:
     layers = layer_count(tensors, f"{_CELL}.update_gate.weight")
     only_layers(tensors, _NAMES, layers)
+    all_layers(tensors, _NAMES, layers)
     weights = [tensors[f"{_CELL.format(layer)}.update_gate.weight"] for layer in range(layers)]
     if any(weight.dim() != 4 or weight.shape[2] != weight.shape[3] for weight in weights):
         raise NotThisFamily("a kernel is not square")

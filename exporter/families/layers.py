@@ -11,7 +11,17 @@ from typing import Any
 
 from stepcell.exporter.families.family import NotThisFamily, Tensors
 
-__all__ = ["PACKED", "Kernels", "Sizes", "kernel_pairs", "layer_count", "only_layers", "packed_layers", "per_layer"]
+__all__ = [
+    "PACKED",
+    "Kernels",
+    "Sizes",
+    "all_layers",
+    "kernel_pairs",
+    "layer_count",
+    "only_layers",
+    "packed_layers",
+    "per_layer",
+]
 
 Sizes = int | Sequence[int]
 Kernels = int | Sequence[int] | Sequence[Sequence[int]]
@@ -70,6 +80,12 @@ def only_layers(tensors: Tensors, names: Sequence[str], layers: int) -> None:
     known = {name.format(layer) for name in names for layer in range(layers)}
     if foreign := sorted(set(tensors) - known):
         raise NotThisFamily(f"has a tensor {foreign[0]}")
+
+
+def all_layers(tensors: Tensors, names: Sequence[str], layers: int) -> None:
+    """Refuse checkpoints without one of these names in one of the layers."""
+    if missing := {name.format(layer) for name in names for layer in range(layers)} - set(tensors):
+        raise NotThisFamily(f"no tensor {min(missing)}")
 
 
 def packed_layers(tensors: Tensors, name: str, gates: int) -> dict[str, object]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.families.layers import Kernels, kernel_pairs
 from stepcell.exporter.families.weights import prefixed
 from stepcell.models.cells import ConvGRUCell
 from stepcell.models.stack import CellStack
@@ -42,7 +43,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
 def _build(
     in_channels: int,
     nb_kernels: int,
-    kernel_size: Sequence[int],
+    kernel_size: Kernels,
     impl: str = _PACKED,
     batch_first: bool = True,
 ) -> CellStack:
@@ -50,7 +51,7 @@ def _build(
         raise ValueError(f"impl: expected {_CPP}, {_PACKED} or {_SIX}, got {impl!r}")
     if not batch_first:
         raise ValueError("batch_first: upstream takes true only, got false")
-    kh, kw = kernel_size
+    [(kh, kw)] = kernel_pairs("kernel_size", kernel_size, 1)
     if impl == _CPP and (kh, kw) != (3, 3):
         raise ValueError(f"kernel_size: {_CPP} pads 1 per side and keeps the size with [3, 3] only, got {kernel_size}")
     return CellStack([ConvGRUCell(in_channels, nb_kernels, (kh | 1, kw | 1))])
@@ -86,7 +87,7 @@ FAMILY = Family(
         "impl": f"{_CPP} (the extension), {_PACKED} or {_SIX}",
         "in_channels": "channels of the input",
         "nb_kernels": "channels of the state",
-        "kernel_size": "[height, width]",
+        "kernel_size": "[height, width], or one number",
         "batch_first": "axis order of upstream's sequences: true",
     },
 )

@@ -11,6 +11,7 @@ from stepcell.exporter.families.layers import (
     PACKED,
     Kernels,
     Sizes,
+    all_layers,
     kernel_pairs,
     layer_count,
     only_layers,
@@ -28,7 +29,10 @@ _NAMES = (_CONV, "cell_list.{}.conv.bias")
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     found = packed_layers(tensors, _CONV, 4)
-    only_layers(tensors, _NAMES, layer_count(tensors, _CONV))
+    layers = layer_count(tensors, _CONV)
+    only_layers(tensors, _NAMES, layers)
+    biased = any(name.endswith(".bias") for name in tensors)
+    all_layers(tensors, [name for name in _NAMES if biased or name.endswith(".weight")], layers)
     return found
 
 

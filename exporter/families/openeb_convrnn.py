@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from stepcell.models.cells import ConvGRUCell
 from stepcell.models.openeb import ConvRNNOptions, cell_model, conv_rnn
 from stepcell.models.separable import CellModel
 
-__all__ = ["FAMILY", "convs", "fold_batch_norm", "recognise_rnn", "rnn_tensors"]
+__all__ = ["FAMILY", "cell_kind", "convs", "fold_batch_norm", "recognise_rnn", "rnn_tensors"]
 
 
 def recognise_rnn(tensors: Tensors) -> dict[str, object]:
@@ -27,6 +28,9 @@ def recognise_rnn(tensors: Tensors) -> dict[str, object]:
     weight = tensors.get(f"{first}.weight")
     if weight is None or hidden is None:
         raise NotThisFamily("no tensor conv_x2h.module.0.weight with a timepool.conv_h2h or timepool.conv_f")
+    norm = under(tensors, "conv_x2h.module.1")
+    if norm and not {"weight", "bias", "running_mean", "running_var"} <= set(norm):
+        raise NotThisFamily("conv_x2h.module.1 lacks some tensors of a BatchNorm2d")
     inputs = weight.shape[1]
     if separable:  # a gru's input convolution keeps the channels; an lstm's does not tell, so the multiplier is 1
         inputs = weight.shape[0] if lstm else tensors["conv_x2h.module.0.1.weight"].shape[0]
@@ -38,7 +42,7 @@ def recognise_rnn(tensors: Tensors) -> dict[str, object]:
         "separable": separable,
         "separable_hidden": separable_hidden,
         "bias": f"{first}.bias" in tensors,
-        "norm": "BatchNorm2d" if "conv_x2h.module.1.running_var" in tensors else "none",
+        "norm": "BatchNorm2d" if norm else "none",
     }
     if separable:
         found["depth_multiplier"] = weight.shape[0] // inputs
@@ -88,7 +92,7 @@ def _cell(tensors: Tensors, *, canonical: bool) -> dict[str, Tensor]:
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     tops = {name.split(".")[0] for name in tensors}
-    parts = {name.rsplit(".", 1)[0] for name in tensors if name.endswith(".weight")}
+    parts = {name.rpartition(".")[0] for name in tensors}
     if tops == {"conv_x2h", "timepool"}:
         return {"target": "ConvRNN", "kwargs": recognise_rnn(tensors)}
     kwargs: dict[str, object]
@@ -123,9 +127,15 @@ def _convert(tensors: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor
 
 
 def _options(kwargs: Mapping[str, Any]) -> ConvRNNOptions:
-    # Upstream accepts "GRU" too; "LSTM" gets an input convolution of the wrong size there.
-    cell = kwargs.get("cell", "lstm")
-    return ConvRNNOptions(**{**kwargs, "cell": "gru" if cell == "GRU" else cell})
+    known = {field.name for field in dataclasses.fields(ConvRNNOptions)}
+    if strangers := sorted(set(kwargs) - known):
+        raise ValueError(f"kwargs: ConvRNN takes no {', '.join(strangers)}")
+    return ConvRNNOptions(**{**kwargs, "cell": cell_kind(kwargs.get("cell", "lstm"))})
+
+
+def cell_kind(cell: Any) -> Any:
+    """Upstream's argument `cell`, which may be "GRU" too; "LSTM" gets an input convolution of the wrong size there."""
+    return "gru" if cell == "GRU" else cell
 
 
 def _kernel(weight: Tensor) -> int | list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from stepcell.exporter.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.families.openeb_convrnn import convs, recognise_rnn, rnn_tensors
+from stepcell.exporter.families.openeb_convrnn import cell_kind, convs, recognise_rnn, rnn_tensors
 from stepcell.exporter.families.weights import prefixed, under
 from stepcell.models.openeb import ConvRNNOptions
 from stepcell.models.openeb_networks import EventToVideo
@@ -19,6 +19,9 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     for name in ("head.0.0.weight", "unet.decoders.0.0.conv1.0.weight", "predictor.0.weight", "flow.0.weight"):
         if name not in tensors:
             raise NotThisFamily(f"no tensor {name}")
+    parts = {"head.0", "unet.encoders", "unet.decoders", "predictor.0", "flow.0"}
+    if foreign := sorted(name for name in tensors if ".".join(name.split(".")[:2]) not in parts):
+        raise NotThisFamily(f"has a tensor {foreign[0]}")
     base, in_channels = tensors["head.0.0.weight"].shape[:2]
     return {
         "in_channels": in_channels,
@@ -44,7 +47,7 @@ def _build(
     if archi != "all_rnn":
         raise ValueError(f"archi: upstream has 'all_rnn' only, got {archi!r}")
     del separable, separable_hidden  # upstream takes them and hands them to nothing
-    return EventToVideo(in_channels, out_channels, num_layers, base, cell, event_window)
+    return EventToVideo(in_channels, out_channels, num_layers, base, cell_kind(cell), event_window)
 
 
 def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:

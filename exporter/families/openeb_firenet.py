@@ -24,6 +24,9 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     for name in (*expected, "conv0.module.conv1.0.weight", "pred.module.0.weight"):
         if name not in tensors:
             raise NotThisFamily(f"no tensor {name}")
+    parts = {*_BLOCKS, *_LAYERS, "pred"}
+    if foreign := sorted(name for name in tensors if name.split(".")[0] not in parts):
+        raise NotThisFamily(f"has a tensor {foreign[0]}")
     base, cin = tensors["conv0.module.conv1.0.weight"].shape[:2]
     return {"cin": cin, "cout": tensors["pred.module.0.weight"].shape[0], "base": base}
 

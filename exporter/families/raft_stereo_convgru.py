@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,16 +43,23 @@ def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
     }
 
 
+def _from_shapes(shapes: Mapping[str, Sequence[int]], arguments: Mapping[str, object]) -> dict[str, object]:
+    named = [f"x{index}" for index in range(len(shapes))]
+    inputs = [shapes[name][1] for name in itertools.takewhile(shapes.__contains__, named) if len(shapes[name]) == 4]
+    return {"inputs": inputs} if sum(inputs) == arguments["input_dim"] else {}
+
+
 FAMILY = Family(
     name="raft_stereo_convgru",
     summary="ConvGRU of RAFT-Stereo with context maps cz, cr, cq (princeton-vl/RAFT-Stereo, core/update.py)",
     recognise=_recognise,
     build=_build,
     convert=_convert,
+    from_shapes=_from_shapes,
     arguments={
         "hidden_dim": "channels of the hidden state and of each context map",
         "input_dim": "channels of all x together",
         "kernel_size": "odd size of every convolution",
-        "inputs": "channels of each x, such as [8, 6]; else x0 and x1 in any proportion",
+        "inputs": "channels of each x, such as [8, 6]; those of --shape, else x0 and x1 in any proportion",
     },
 )

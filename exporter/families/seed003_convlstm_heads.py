@@ -52,13 +52,11 @@ def _build(
     lstm_hidden_size: int,
     lstm_layers: int,
     fc_units: int | None = None,
-    fc_spatial: Sequence[int] = _SPATIAL,
+    fc_spatial: Sequence[int] | None = None,
 ) -> ConvLSTMHead:
     if cls not in (_GAP, _FCL, _HYBRID):
         raise ValueError(f"cls: expected {_GAP}, {_FCL} or {_HYBRID}, got {cls!r}")
-    if len(fc_spatial) != 2:
-        raise ValueError(f"fc_spatial: expected [height, width], got {fc_spatial}")
-    height, width = fc_spatial
+    height, width = _spatial(fc_spatial)
     return ConvLSTMHead(
         input_channels,
         conv_filters,
@@ -71,7 +69,7 @@ def _build(
 
 def _convert(tensors: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     if arguments["cls"] == _FCL:
-        height, width = arguments.get("fc_spatial", _SPATIAL)
+        height, width = _spatial(arguments.get("fc_spatial"))
         pixels = tensors["fc.weight"].shape[1] // tensors["conv1.weight"].shape[0]
         if height * width != pixels:
             raise ValueError(f"fc_spatial: the linear layer reads {pixels} positions, got {[height, width]}")
@@ -79,6 +77,13 @@ def _convert(tensors: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor
     lstm = LSTM.convert(part, LSTM.recognise(part))
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(_LSTM)}
     return {**{name.replace("conv1.", "conv."): tensor for name, tensor in rest.items()}, **prefixed("cells", lstm)}
+
+
+def _spatial(size: Sequence[int] | None) -> tuple[int, int]:
+    height_width = tuple(size or _SPATIAL)
+    if len(height_width) != 2:
+        raise ValueError(f"fc_spatial: expected [height, width], got {size}")
+    return height_width
 
 
 def _from_shapes(shapes: Mapping[str, Sequence[int]], arguments: Mapping[str, Any]) -> dict[str, object]:

@@ -14,14 +14,14 @@ __all__ = ["FAMILY"]
 
 _GATES = ("update_gate_conv", "read_gate_conv", "output_conv")
 _RAW = "parametrizations.weight"
+_RAW_PARTS = ("original", "0._u", "0._v")
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     raw = f"cell.output_conv.{_RAW}.original" in tensors
-    for name in _GATES:
-        expected = f"cell.{name}.{_RAW}.original" if raw else f"cell.{name}.weight"
-        if expected not in tensors:
-            raise NotThisFamily(f"no tensor {expected}")
+    parts = ["bias", *([f"{_RAW}.{part}" for part in _RAW_PARTS] if raw else ["weight"])]
+    if differing := sorted(set(tensors) ^ {f"cell.{name}.{part}" for name in _GATES for part in parts}):
+        raise NotThisFamily(f"{'has a' if differing[0] in tensors else 'no'} tensor {differing[0]}")
     weight = tensors[f"cell.output_conv.{_RAW}.original" if raw else "cell.output_conv.weight"]
     return {
         "input_channels": weight.shape[1],
@@ -66,7 +66,7 @@ def _effective(tensors: Tensors, name: str) -> tuple[Tensor, Tensor]:
     """Weight and bias; a spectrally normalised weight is divided by u^T W v with the stored u and v."""
     if f"{name}.weight" in tensors:
         return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-    weight, u, v = (tensors[f"{name}.{_RAW}.{part}"] for part in ("original", "0._u", "0._v"))
+    weight, u, v = (tensors[f"{name}.{_RAW}.{part}"] for part in _RAW_PARTS)
     sigma = u.double() @ weight.double().flatten(1) @ v.double()
     return (weight.double() / sigma).to(weight.dtype), tensors[f"{name}.bias"]
 

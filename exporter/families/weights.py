@@ -71,7 +71,7 @@ def fold_norm(
     # in float64, so that the result is rounded once
     scale = torch.rsqrt(norm["running_var"].double() + eps)
     shift = -mean * scale if conv[1] is None else (conv[1].double() - mean) * scale
-    if "weight" in norm:
+    if "weight" in norm or "bias" in norm:
         gain = norm["weight"].double()
         scale, shift = scale * gain, shift * gain + norm["bias"].double()
     shape = [-1 if axis == outputs_axis else 1 for axis in range(weight.dim())]
