@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from stepcell.plugins.kernels.store import image_for
 from stepcell.plugins.kernels.tiles import COLUMNS, Tile, tiles
 from stepcell.plugins.launch import Launcher
 
-__all__ = ["Device", "Launch", "defaults", "fastest", "ours", "tile_times"]
+__all__ = ["Device", "Launch", "defaults", "fastest", "ours", "overlapping", "tile_times"]
 
 # (kernel, cell, tile, memory by buffer name, (batch, height, width))
 Launch = Callable[[str, Cell, Tile, Mapping[str, Tensor], tuple[int, int, int]], None]
@@ -39,6 +40,7 @@ class Device:
         self.capability = capability
         self._folder = folder
         self._launchers: dict[tuple[str, Cell, Tile], Launcher] = {}
+        self._partials: dict[int, Tensor] = {}
 
     def launch(
         self, kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, Tensor], size: tuple[int, int, int]
@@ -47,7 +49,12 @@ class Device:
         key = (kernel, cell, tile)
         if key not in self._launchers:
             self._launchers[key] = Launcher(image_for(kernel, cell, tile, self.capability, self._folder))
-        launcher = self._launchers[key]
+        launcher, pixels = self._launchers[key], size[0] * size[1] * size[2]
+        launcher.prepare(pixels)
+        if count := launcher.info.all_partial_bytes(pixels) // 4:
+            if count not in self._partials:
+                self._partials[count] = torch.empty(count, device="cuda")
+            buffers = {**buffers, "partials": self._partials[count]}
         addresses = [buffers[name].data_ptr() if name in buffers else 0 for name in launcher.buffers]
         launcher.launch(torch.cuda.current_stream().cuda_stream, addresses, *size)
 
@@ -103,11 +110,16 @@ def _step_buffers(cell: Cell, x: Tensor, states: States) -> dict[str, Tensor]:
 
 
 def _tiles_to_time(kernel: str, cell: Cell, capability: str, pixels: int, *, tune: bool) -> list[Tile]:
-    """The table's tiles, the default first; with `tune` also all others that may be worth a try."""
-    offered = list(tiles(kernel, cell, capability, pixels))
+    """The table's tiles, the default first; with `tune` also all others that may be worth a try.
+
+    A candidate that starts early is not timed by itself: behind another candidate it would overlap with
+    that, and look faster than behind the gates. It has contenders of its own.
+    """
+    offered = [t for t in tiles(kernel, cell, capability, pixels) if not (t.overlap and kernel == "gru_candidate")]
     if tune:
         for rows, columns, depth, stages in itertools.product((64, 128), (32, 64, 128), (32, 64), (2, 3, 4)):
             offered.append(Tile(rows, max(columns // COLUMNS[kernel], 16), depth, stages))
+        offered += [replace(offered[0], splits=splits) for splits in (2, 4, 8)]
     return list(dict.fromkeys(offered))
 
 
@@ -161,6 +173,19 @@ def tile_times(
                 row["not_run"] = str(error).splitlines()[0]
             rows.append(row)
     return rows
+
+
+def overlapping(problem: Problem, state: Any, capability: str, chosen: Sequence[Mapping[str, Tile]]) -> Any:
+    """`chosen` with candidates that start while the gates still run, where the table has such a tile."""
+    result = []
+    for cell, tiles_of_cell in zip(problem.case.cells, chosen, strict=True):
+        early = dict(tiles_of_cell)
+        if "gru_candidate" in early:
+            tile = replace(early["gru_candidate"], overlap=True)
+            if tile in tiles("gru_candidate", cell.with_state(state), capability, problem.case.pixels):
+                early["gru_candidate"] = tile
+        result.append(early)
+    return result
 
 
 def fastest(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Tile]], cells: Sequence[Cell]) -> Any:

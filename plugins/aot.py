@@ -60,7 +60,8 @@ class PortableKernel:
 def portable_kernels(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -> tuple[PortableKernel, ...]:
     """A kernel with every tile of the table, each with as many stages as fit; takes a second or so per tile.
 
-    The PTX is no newer than the driver of this machine translates: an engine is built where it runs.
+    Without split and overlapping ones: TensorRT gives no memory and no launch attribute here. The PTX is no newer
+    than the driver of this machine translates: an engine is built where it runs.
 
     Raises:
         UsageError: a compute capability that is not compiled for.
@@ -68,7 +69,8 @@ def portable_kernels(kernel: str, cell: Cell, capability: str, pixels: int | Non
         BuildError: Triton failed, or a tile does not fit.
     """
     version = driver_ptx_version()
-    return tuple(_fitting(kernel, cell, tile, capability, version) for tile in tiles(kernel, cell, capability, pixels))
+    plain = dict.fromkeys(replace(tile, overlap=False) for tile in tiles(kernel, cell, capability, pixels))
+    return tuple(_fitting(kernel, cell, tile, capability, version) for tile in plain if tile.splits == 1)
 
 
 def _fitting(kernel: str, cell: Cell, tile: Tile, capability: str, ptx_version: int | None) -> PortableKernel:

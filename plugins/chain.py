@@ -30,7 +30,7 @@ def node_name(kernel: str, cell: Cell) -> str:
 
 def kernel_inputs(kernel: str, cell: Cell) -> tuple[Parameter, ...]:
     """The pointers that a kernel of this cell reads."""
-    unused = {"pre"} | ({"peephole"} if cell.variant == "none" else set())
+    unused = {"pre", "partials", "arrivals"} | ({"peephole"} if cell.variant == "none" else set())
     pointers = [each for each in PARAMETERS[kernel] if each.dtype != "int32" and each.name not in unused]
     return tuple(each for each in pointers if not each.name.endswith("_out"))
 

@@ -99,7 +99,7 @@ def plugin_class(trt: Any) -> type:
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             batch, _, height, width = tuple(inputs[1].max)
-            return workspace_size(self.cell, batch * height * width)
+            return workspace_size(self.cell, self.images, batch * height * width)
 
         def get_valid_tactics(self) -> list[int]:
             return list(range(1, len(self.tactics) + 1))

@@ -34,9 +34,15 @@ def tactics(cell: Cell, images: Sequence[KernelImage]) -> tuple[tuple[KernelImag
     return tuple(itertools.product(*([i for i in images if i.info.kernel == kernel] for kernel in kernels)))
 
 
-def workspace_size(cell: Cell, pixels: int) -> int:
-    """Bytes of scratch memory of a step over `pixels` = batch * height * width."""
-    return sum(map(_aligned, workspace(cell, pixels, half_copy=False).values()))
+def workspace_size(cell: Cell, images: Sequence[KernelImage], pixels: int) -> int:
+    """Bytes of scratch memory of a step over `pixels` = batch * height * width with any of these kernels."""
+    return sum(map(_aligned, _scratch(cell, images, pixels).values()))
+
+
+def _scratch(cell: Cell, images: Sequence[KernelImage], pixels: int) -> dict[str, int]:
+    """Bytes of each scratch buffer; split kernels run one after another and share their partial sums'."""
+    partials = max(image.info.all_partial_bytes(pixels) for image in images)
+    return workspace(cell, pixels, half_copy=False) | ({"partials": partials} if partials else {})
 
 
 def _aligned(nbytes: int) -> int:
@@ -56,10 +62,10 @@ class CellStep:
     """
 
     def __init__(self, cell: Cell, images: Sequence[KernelImage], device: int) -> None:
-        self._cell = cell
+        self._cell, self._images = cell, images
         self._launchers = [Launcher(image, device) for image in images]
         # Addresses of a step stand in one row: none, inputs, outputs, scratch.
-        scratch = list(workspace(cell, 1, half_copy=False))
+        scratch = list(_scratch(cell, images, 1))
         row = ["", *(t.buffer for t in (*inputs_of(cell), *outputs_of(cell))), *scratch]
         places = {name: place for place, name in enumerate(row)}
         if "h" not in places:
@@ -73,8 +79,10 @@ class CellStep:
 
     def resize(self, batch: int, height: int, width: int) -> None:
         """Fix the sizes of the steps that follow."""
-        self._sizes = (batch, height, width)
-        sizes = workspace(self._cell, batch * height * width, half_copy=False).values()
+        self._sizes, pixels = (batch, height, width), batch * height * width
+        for launcher in self._launchers:
+            launcher.prepare(pixels)
+        sizes = _scratch(self._cell, self._images, pixels).values()
         self._offsets = list(itertools.accumulate(map(_aligned, sizes), initial=0))[:-1]
 
     def run(self, inputs: Sequence[int], outputs: Sequence[int], scratch: int, stream: int) -> None:

@@ -21,7 +21,7 @@ from stepcell.missing import require
 from stepcell.plugins.kernels.cell import Cell, padded
 from stepcell.plugins.kernels.image import SCHEMA, Argument, ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, pointer_dtype
-from stepcell.plugins.kernels.tiles import Tile
+from stepcell.plugins.kernels.tiles import Tile, partial_bytes
 
 __all__ = [
     "CAPABILITIES",
@@ -36,7 +36,7 @@ __all__ = [
 
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0")
 _MODULES = {"n": "narrow", "g": "gru", "l": "lstm"}  # by the first letter of the kernel
-_TRITON_TYPES = {"float16": "*fp16", "float32": "*fp32", "int32": "i32"}
+_TRITON_TYPES = {"float16": "*fp16", "float32": "*fp32", "count": "*i32", "int32": "i32"}
 
 
 def check_capability(capability: str) -> None:
@@ -57,7 +57,7 @@ def check_capability(capability: str) -> None:
 def source_digest() -> str:
     """Names the kernels' source text, the order of their parameters and the options they are compiled with."""
     digest = hashlib.sha256()
-    for name in ("language", "conv", "epilogue", "gru", "lstm", "narrow", "signature", "compile"):
+    for name in ("language", "conv", "split", "epilogue", "gru", "lstm", "narrow", "signature", "compile"):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]
 
@@ -126,6 +126,10 @@ def compile_kernel(kernel: str, cell: Cell, tile: Tile, capability: str) -> Kern
         arguments=arguments_of(kernel),
         sha256=hashlib.sha256(cubin).hexdigest(),
         triton=triton.__version__,
+        splits=tile.splits,
+        partial_bytes=partial_bytes(kernel, tile),
+        # Never gru_gates: it reads x from the start, which the layer before it may still be writing.
+        overlaps=tile.overlap and kernel == "gru_candidate",
     )
     return KernelImage(info, cubin)
 

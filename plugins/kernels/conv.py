@@ -91,13 +91,15 @@ def accumulate(
     KW: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs that share the blocks of k
 ) -> tl.tensor:
-    """`acc` plus the convolution of src with the chosen columns of weight."""
+    """`acc` plus the convolution of src with the chosen columns of weight, or the share of one split of it."""
     blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
     weights = weight + tl.arange(0, BK)[:, None] * LDN + columns[None, :]
+    first = tl.program_id(2) if SPLITS > 1 else 0
     # H >> 30 is 0. The assembler cannot know it, so it does not unroll the whole loop, which costs
     # registers and spills.
-    for t in tl.range(0, blocks + (H >> 30), num_stages=STAGES):
+    for t in tl.range(first, blocks + (H >> 30), SPLITS, num_stages=STAGES):
         tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK)
         acc = tl.dot(tile, tl.load(weights + t * (BK * LDN)), acc)
     return acc
@@ -123,11 +125,13 @@ def accumulate_two(
     KW: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs that share the blocks of k
 ) -> tuple[tl.tensor, tl.tensor]:
     """`accumulate` for two sets of columns, which share every tile of src."""
     blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
     rows = weight + tl.arange(0, BK)[:, None] * LDN
-    for t in tl.range(0, blocks + (H >> 30), num_stages=STAGES):
+    first = tl.program_id(2) if SPLITS > 1 else 0
+    for t in tl.range(first, blocks + (H >> 30), SPLITS, num_stages=STAGES):
         tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK)
         acc = tl.dot(tile, tl.load(rows + columns[None, :] + t * (BK * LDN)), acc)
         acc_two = tl.dot(tile, tl.load(rows + columns_two[None, :] + t * (BK * LDN)), acc_two)

@@ -10,10 +10,12 @@ LDX, LDC, LDP = CX, C, 3C rounded up to 8. state (B, C, H, W) float32 if WIDE, e
 from __future__ import annotations
 
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from stepcell.plugins.kernels.conv import accumulate, accumulate_two, pixel_block
 from stepcell.plugins.kernels.epilogue import load_map, load_state, sigmoid, store_map, store_state, tanh
 from stepcell.plugins.kernels.language import jit
+from stepcell.plugins.kernels.split import arrived_last, store_partial, sum_partials
 
 __all__ = ["gru_after", "gru_candidate", "gru_gates"]
 
@@ -29,6 +31,8 @@ def gru_gates(
     state: tl.tensor,
     z_out: tl.tensor,
     rh_out: tl.tensor,
+    partials: tl.tensor,
+    arrivals: tl.tensor,
     H: tl.tensor,
     W: tl.tensor,
     P: tl.tensor,
@@ -43,6 +47,8 @@ def gru_gates(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launch 2 may start before this one is done
 ) -> None:
     """Launch 1 of 2: z = sigmoid(a_z + g_z) and r . h with r = sigmoid(a_r + g_r)."""
     LDC: tl.constexpr = (C + 7) // 8 * 8
@@ -51,11 +57,18 @@ def gru_gates(
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     columns = tl.program_id(1) * (2 * BC) + tl.arange(0, 2 * BC)
+    if OVERLAP:
+        gdc_launch_dependents()  # once every program is here or done; it waits for what we write
 
     acc = tl.full((BM, 2 * BC), 0.0, tl.float32)
     if CX > 0:
-        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES)
-    acc = accumulate(acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES)
+        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES, SPLITS)
+    acc = accumulate(acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES, SPLITS)
+    if SPLITS > 1:
+        store_partial(acc, partials, 0, 2 * BC, SPLITS)
+        if not arrived_last(arrivals, SPLITS):
+            return
+        acc = sum_partials(acc, partials, 0, 2 * BC, SPLITS)
     acc += tl.load(bias + columns)[None, :]
     a_z, a_r = tl.split(tl.reshape(acc, (BM, BC, 2)))
     if HAS_PRE:
@@ -79,6 +92,8 @@ def gru_candidate(
     state: tl.tensor,
     state_out: tl.tensor,
     y_out: tl.tensor,
+    partials: tl.tensor,
+    arrivals: tl.tensor,
     H: tl.tensor,
     W: tl.tensor,
     P: tl.tensor,
@@ -93,6 +108,8 @@ def gru_candidate(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launch 1 may still run
 ) -> None:
     """Launch 2 of 2: n = tanh(a_n + W_n * (r . h)), h' = h + z . (n - h).
 
@@ -105,8 +122,17 @@ def gru_candidate(
 
     acc = tl.full((BM, BC), 0.0, tl.float32)
     if CX > 0:
-        acc = accumulate(acc, x, wx, channel, pixel, exists, row, column, H, W, CX, LDC, KH, KW, BK, STAGES)
-    acc = accumulate(acc, rh, wh, channel, pixel, exists, row, column, H, W, C, LDC, KH, KW, BK, STAGES)
+        acc = accumulate(acc, x, wx, channel, pixel, exists, row, column, H, W, CX, LDC, KH, KW, BK, STAGES, SPLITS)
+    if OVERLAP:
+        # Above, only x and weights are read. Below are r . h and z, which launch 1 writes, the memory of
+        # partial sums, which it uses too, and all that this one writes.
+        gdc_wait()
+    acc = accumulate(acc, rh, wh, channel, pixel, exists, row, column, H, W, C, LDC, KH, KW, BK, STAGES, SPLITS)
+    if SPLITS > 1:
+        store_partial(acc, partials, 0, BC, SPLITS)
+        if not arrived_last(arrivals, SPLITS):
+            return
+        acc = sum_partials(acc, partials, 0, BC, SPLITS)
     acc += tl.load(bias + channel)[None, :]
     if HAS_PRE:
         acc += load_map(pre + 2 * C, pixel, exists, channel, C, LDP)
@@ -128,6 +154,8 @@ def gru_after(
     state: tl.tensor,
     state_out: tl.tensor,
     y_out: tl.tensor,
+    partials: tl.tensor,
+    arrivals: tl.tensor,
     H: tl.tensor,
     W: tl.tensor,
     P: tl.tensor,
@@ -142,6 +170,7 @@ def gru_after(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ) -> None:
     """The whole step: n = tanh(a_n + r . (W_n * h + b_hn)). state_out must not be state or h."""
     LDC: tl.constexpr = (C + 7) // 8 * 8
@@ -157,11 +186,20 @@ def gru_after(
     h_n = tl.full((BM, BC), 0.0, tl.float32)
     if CX > 0:
         acc, x_n = accumulate_two(
-            acc, x_n, x, wx, gates, LDG + channel, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES
+            acc, x_n, x, wx, gates, LDG + channel, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES, SPLITS
         )
     acc, h_n = accumulate_two(
-        acc, h_n, h, wh, gates, LDG + channel, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES
+        acc, h_n, h, wh, gates, LDG + channel, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES, SPLITS
     )
+    if SPLITS > 1:
+        store_partial(acc, partials, 0, 4 * BC, SPLITS)
+        store_partial(x_n, partials, 2 * BC, 4 * BC, SPLITS)
+        store_partial(h_n, partials, 3 * BC, 4 * BC, SPLITS)
+        if not arrived_last(arrivals, SPLITS):
+            return
+        acc = sum_partials(acc, partials, 0, 4 * BC, SPLITS)
+        x_n = sum_partials(x_n, partials, 2 * BC, 4 * BC, SPLITS)
+        h_n = sum_partials(h_n, partials, 3 * BC, 4 * BC, SPLITS)
     acc += tl.load(bias + gates)[None, :]
     x_n += tl.load(bias + LDG + channel)[None, :]
     h_n += tl.load(bias + LDN + channel)[None, :]

@@ -25,7 +25,8 @@ class Argument(msgspec.Struct, frozen=True):
 
     Attributes:
         name: in the kernel; "scratch0" and "scratch1" are Triton's own, always null.
-        buffer: which memory it gets (signature.py), or H, W or P; empty for the scratch pointers.
+        buffer: which memory it gets (signature.py), or H, W or P; empty for the launcher's own and for
+            the scratch pointers.
         offset: bytes from the start of the block.
         size: 8 for a pointer, 4 for an int32.
     """
@@ -53,12 +54,15 @@ class ImageInfo(msgspec.Struct, frozen=True):
         registers: per thread.
         tensor_core_instructions: matrix instructions in the code.
         spill_instructions: reads and writes of the stack in the code; none in a good kernel.
-        grid_pixels: a launch has ceil(P / grid_pixels) by grid_channels programs.
+        grid_pixels: a launch has ceil(P / grid_pixels) by grid_channels by splits programs.
         grid_channels: see grid_pixels.
         max_pixels: most pixels of a launch: offsets are int32.
         arguments: in the order of the kernel's parameters.
         sha256: of the cubin.
         triton: version that compiled it.
+        splits: programs that share the loop of a tile (split.py).
+        partial_bytes: of a program's partial sums; 0: the tile is not split.
+        overlaps: it is launched before the kernel ahead of it is done, and waits for that one itself.
     """
 
     schema: int
@@ -80,6 +84,17 @@ class ImageInfo(msgspec.Struct, frozen=True):
     arguments: tuple[Argument, ...]
     sha256: str
     triton: str
+    splits: int = 1
+    partial_bytes: int = 0
+    overlaps: bool = False
+
+    def tiles(self, pixels: int) -> int:
+        """Tiles of a launch over `pixels` = batch * height * width: its programs, but for the splits."""
+        return -(-pixels // self.grid_pixels) * self.grid_channels
+
+    def all_partial_bytes(self, pixels: int) -> int:
+        """Bytes of the partial sums of a launch; 0: the tile is not split."""
+        return self.partial_bytes * self.splits * self.tiles(pixels)
 
 
 class KernelImage(msgspec.Struct, frozen=True):

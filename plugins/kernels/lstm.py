@@ -7,6 +7,7 @@ import triton.language as tl
 from stepcell.plugins.kernels.conv import accumulate, pixel_block
 from stepcell.plugins.kernels.epilogue import load_map, load_state, sigmoid, store_map, store_state, tanh
 from stepcell.plugins.kernels.language import jit
+from stepcell.plugins.kernels.split import arrived_last, store_partial, sum_partials
 
 __all__ = ["lstm_step"]
 
@@ -44,6 +45,8 @@ def lstm_step(
     state_out: tl.tensor,  # h', like cell
     cell_out: tl.tensor,  # c', may be cell itself
     y_out: tl.tensor,  # h', half (B, H, W, LDC)
+    partials: tl.tensor,
+    arrivals: tl.tensor,
     H: tl.tensor,
     W: tl.tensor,
     P: tl.tensor,
@@ -59,6 +62,7 @@ def lstm_step(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ) -> None:
     """The whole step: c' = f . c + i . tanh(a_g), h' = o . tanh(c'). y_out and state_out must not be h."""
     LDC: tl.constexpr = (C + 7) // 8 * 8
@@ -69,8 +73,13 @@ def lstm_step(
 
     acc = tl.full((BM, 4 * BC), 0.0, tl.float32)
     if CX > 0:
-        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES)
-    acc = accumulate(acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES)
+        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES, SPLITS)
+    acc = accumulate(acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES, SPLITS)
+    if SPLITS > 1:
+        store_partial(acc, partials, 0, 4 * BC, SPLITS)
+        if not arrived_last(arrivals, SPLITS):
+            return
+        acc = sum_partials(acc, partials, 0, 4 * BC, SPLITS)
     acc += tl.load(bias + columns)[None, :]
     a_io, a_fg = tl.split(tl.reshape(acc, (BM, BC, 2, 2)))
     a_i, a_o = tl.split(a_io)

@@ -44,6 +44,7 @@ TYPICAL = tuple(
         ("gru-after_x64_h64_k3x3_soft_float32", 128 * 128),
         ("lstm_x64_h64_k3x3_soft_float32", 128 * 128),
         ("lstm_x64_h64_k1x1_soft_float32", 64 * 80),  # RVT
+        ("lstm_x256_h256_k3x3_soft_float32", 20 * 15),
         ("lstm-map_x8_h64_k3x3_soft_float32", 64 * 64),  # precipitation nowcasting
     ]
 )

@@ -21,9 +21,9 @@ class Parameter:
 
     Attributes:
         name: as in the kernel.
-        dtype: what it points to: "float16", "float32" or "state" (the cell's state dtype);
-            "int32" is a number, not a pointer.
-        buffer: which memory it gets; for int32 one of H, W and P.
+        dtype: what it points to: "float16", "float32", "state" (the cell's state dtype) or "count"
+            (int32); "int32" is a number, not a pointer.
+        buffer: which memory it gets, empty: the launcher's own; for int32 one of H, W and P.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Parameter:
 
 
 def _parameters(kernel: str, text: str) -> tuple[Parameter, ...]:
-    dtypes = {"half": "float16", "float": "float32", "state": "state"}
+    dtypes = {"half": "float16", "float": "float32", "state": "state", "count": "count"}
     own = {"wx", "wh", "bias", "peephole"}
     found = []
     for entry in text.split():
@@ -41,17 +41,21 @@ def _parameters(kernel: str, text: str) -> tuple[Parameter, ...]:
     return (*found, *(Parameter(name, "int32", name) for name in "HWP"))
 
 
+_SPLIT = " partials:float arrivals:count:"  # null where the tile is not split (split.py)
+
 # name:dtype[:buffer]
 PARAMETERS: dict[str, tuple[Parameter, ...]] = {
     kernel: _parameters(kernel, text)
     for kernel, text in {
         "narrow_state": "state:float h_out:half:h",
-        "gru_gates": "x:half h:half pre:half wx:half wh:half bias:float state:state z_out:half:z rh_out:half:rh",
+        "gru_gates": "x:half h:half pre:half wx:half wh:half bias:float state:state z_out:half:z rh_out:half:rh"
+        + _SPLIT,
         "gru_candidate": "x:half rh:half pre:half wx:half wh:half bias:float z:half state:state"
-        " state_out:state y_out:half:y",
-        "gru_after": "x:half h:half pre:half wx:half wh:half bias:float state:state state_out:state y_out:half:y",
+        " state_out:state y_out:half:y" + _SPLIT,
+        "gru_after": "x:half h:half pre:half wx:half wh:half bias:float state:state state_out:state y_out:half:y"
+        + _SPLIT,
         "lstm_step": "x:half h:half pre:half wx:half wh:half bias:float peephole:float cell:state"
-        " state_out:state cell_out:state y_out:half:y",
+        " state_out:state cell_out:state y_out:half:y" + _SPLIT,
     }.items()
 }
 
@@ -90,7 +94,8 @@ def constants(kernel: str, cell: Cell, tile: Tile) -> dict[str, int | bool]:
     }
     if kernel == "lstm_step":
         values["PEEPHOLE"] = ("none", "channel", "map").index(cell.variant)
-    return {**values, "BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages}
+    values |= {"BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages, "SPLITS": tile.splits}
+    return values | ({"OVERLAP": tile.overlap} if kernel in ("gru_gates", "gru_candidate") else {})
 
 
 def workspace(cell: Cell, pixels: int, *, half_copy: bool) -> dict[str, int]:

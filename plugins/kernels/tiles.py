@@ -11,12 +11,12 @@ wrong results on a device (pytorch issue 173068), and no device has shown yet th
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepcell.errors import UsageError
 from stepcell.plugins.kernels.cell import Cell, padded
 
-__all__ = ["COLUMNS", "Tile", "tiles"]
+__all__ = ["COLUMNS", "Tile", "partial_bytes", "tiles"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Tile:
         depth: values of tap and channel per step of the loop (BK).
         stages: steps that are in flight at a time.
         warps: groups of 32 threads.
+        splits: programs that share the loop of a tile (split.py).
+        overlap: gru_gates lets gru_candidate start before it is done, and gru_candidate does so
+            (programmatic dependent launch; compute capability 9.0 and later).
     """
 
     pixels: int
@@ -36,22 +39,30 @@ class Tile:
     depth: int
     stages: int
     warps: int = 4
+    splits: int = 1
+    overlap: bool = False
 
     @property
     def label(self) -> str:
-        return f"{self.pixels}x{self.channels}x{self.depth}s{self.stages}w{self.warps}"
+        """The tile in one word that `from_label` reads: 64x32x32s4w4; split in four and overlapping 64x32x32s4w4k4p."""
+        word = f"{self.pixels}x{self.channels}x{self.depth}s{self.stages}w{self.warps}"
+        return word + (f"k{self.splits}" if self.splits > 1 else "") + "p" * self.overlap
 
     @classmethod
     def from_label(cls, label: str) -> Tile:
-        """The tile of a label, such as "64x32x32s4w4".
+        """The tile of a label.
 
         Raises:
             UsageError: it is no label.
         """
-        numbers = re.fullmatch(r"(\d+)x(\d+)x(\d+)s(\d+)w(\d+)", label, re.ASCII)
-        if numbers is None:
-            raise UsageError(f"tile: cannot read {label!r}", hint="pixels x channels x depth s stages w warps")
-        return cls(*map(int, numbers.groups()))
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+)s(\d+)w(\d+)(?:k(\d+))?(p?)", label, re.ASCII)
+        if found is None:
+            raise UsageError(
+                f"tile: cannot read {label!r}", hint="pixels x channels x depth s stages w warps [k splits] [p]"
+            )
+        *numbers, overlap = found.groups(default="1")
+        pixels, channels, depth, stages, warps, splits = map(int, numbers)
+        return cls(pixels, channels, depth, stages, warps, splits, overlap == "p")
 
 
 # Gates that a kernel computes. A program's columns are its channels times these, and it is the columns
@@ -62,7 +73,17 @@ COLUMNS = {
     "gru_after": 4,
     "lstm_step": 4,
 }
+
+
+def partial_bytes(kernel: str, tile: Tile) -> int:
+    """Bytes of the partial sums of one program: float32, all of its columns; 0: the tile is not split."""
+    return 4 * tile.pixels * tile.channels * COLUMNS[kernel] if tile.splits > 1 else 0
+
+
 _SMALL_MAP = 8192  # pixels below which 128-pixel tiles leave most of a large GPU idle
+_TINY_MAP = 2048  # pixels below which 64-pixel tiles do so too
+_SPLITS = 4
+_SHARE = 4  # steps of the loop that are worth a split
 
 
 def tiles(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -> tuple[Tile, ...]:
@@ -97,7 +118,21 @@ def tiles(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -
             choices.insert(0, tile(128, 64, depth, 3))
     if small:
         choices.append(tile(64, 32, depth, 4))
+    if pixels is not None and pixels < _TINY_MAP and _steps(cell, choices[0].depth) >= _SPLITS * _SHARE:
+        # With depth 64, gru_after of 12.0 has no registers left for the sums.
+        whole = tile(64, 128, 32, 3) if gates == 4 else choices[0]
+        choices.append(replace(whole, splits=_SPLITS))
+    if new and kernel == "gru_gates":
+        choices = [replace(each, overlap=True) for each in choices]  # costs nothing where no one starts early
+    if new and kernel == "gru_candidate" and cell.inputs:
+        # The default, whole and split; others would double what TensorRT has to time.
+        choices += [replace(t, overlap=True) for t in choices if replace(t, splits=1) == choices[0]]
     return tuple(dict.fromkeys(choices))
+
+
+def _steps(cell: Cell, depth: int) -> int:
+    """Of a kernel's loop, about."""
+    return cell.kernel[0] * cell.kernel[1] * (padded(cell.inputs) + padded(cell.hidden)) // depth
 
 
 def _power_of_two(channels: int) -> int:

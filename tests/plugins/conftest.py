@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +19,9 @@ from stepcell.models.cells import conv_gru, conv_lstm
 from stepcell.plugins.kernels.cell import Cell, padded
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
-from stepcell.plugins.kernels.tiles import Tile
+from stepcell.plugins.kernels.tiles import COLUMNS, Tile
 
-_SOURCES = ("language", "conv", "epilogue", "gru", "lstm", "narrow")
+_SOURCES = ("language", "conv", "split", "epilogue", "gru", "lstm", "narrow")
 
 
 def _import_anew() -> SimpleNamespace:
@@ -56,19 +56,24 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Buffer:
-    """Memory between two guards that nobody may write; NaN until it is written."""
+    """Memory between two guards that nobody may write; NaN (a count: -1) until it is written."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         size = int(np.prod(shape))
-        self.memory = torch.full((size + 2 * GUARD,), POISON, dtype=dtype, device=device)
+        poison = POISON if dtype.is_floating_point else -1
+        self.memory = torch.full((size + 2 * GUARD,), poison, dtype=dtype, device=device)
         self.values = self.memory[GUARD : GUARD + size].view(shape)
 
     def check(self, name: str) -> None:
         """Every value written, no guard touched."""
-        missing = int(self.values.isnan().sum())
+        missing = int(self._poisoned(self.values).sum())
         assert missing == 0, f"{name}: {missing} of {self.values.numel()} values were not written"
         guards = torch.cat([self.memory[:GUARD], self.memory[GUARD + self.values.numel() :]])
-        assert bool(guards.isnan().all()), f"{name}: {int((~guards.isnan()).sum())} values written outside"
+        written = int((~self._poisoned(guards)).sum())
+        assert written == 0, f"{name}: {written} values written outside"
+
+    def _poisoned(self, values: torch.Tensor) -> torch.Tensor:
+        return values.isnan() if values.is_floating_point() else values == -1
 
 
 def half_map(x: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
@@ -126,6 +131,14 @@ def reference_step(cell: Cell, weights: Mapping[str, torch.Tensor], x: torch.Ten
     return {"h": h, "c": c}
 
 
+def split_memory(kernel: str, tile: Tile, grid: tuple[int, int, int]) -> tuple[Buffer, Buffer]:
+    """Poisoned partial sums and counters at zero, between guards."""
+    partials = Buffer((*grid, tile.pixels, COLUMNS[kernel] * tile.channels), torch.float32, "cpu")
+    arrivals = Buffer((grid[0], grid[1]), torch.int32, "cpu")
+    arrivals.values.zero_()
+    return partials, arrivals
+
+
 Launch = Callable[[str, Cell, Tile, Mapping[str, torch.Tensor], tuple[int, int, int]], None]
 
 
@@ -137,13 +150,22 @@ def interpret(
     function: Any = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
     batch, height, width = size
     numbers = {"H": height, "W": width, "P": batch * height * width}
+    splits = 1 if kernel == "narrow_state" else tile.splits
+    grid = (-(-numbers["P"] // tile.pixels), -(-padded(cell.hidden) // tile.channels), splits)
     unused = torch.zeros(8, dtype=torch.float16)
-    arguments = [numbers[p.name] if p.dtype == "int32" else buffers.get(p.buffer, unused) for p in PARAMETERS[kernel]]
+    own, given = split_memory(kernel, tile, grid) if splits > 1 else None, dict(buffers)
+    if own is not None:
+        given["partials"], given[""] = own[0].values, own[1].values
+    arguments = [numbers[p.name] if p.dtype == "int32" else given.get(p.buffer, unused) for p in PARAMETERS[kernel]]
     for p, argument in zip(PARAMETERS[kernel], arguments, strict=True):
         if isinstance(argument, torch.Tensor) and p.buffer in buffers:
             assert str(argument.dtype) == f"torch.{pointer_dtype(p, cell)}", (p.name, argument.dtype)
-    grid = (-(-numbers["P"] // tile.pixels), -(-padded(cell.hidden) // tile.channels))
-    function[grid](*arguments, **constants(kernel, cell, tile))
+    # The interpreter knows no programs that overlap.
+    function[grid](*arguments, **constants(kernel, cell, replace(tile, overlap=False)))
+    if own is not None:
+        own[0].check(f"{kernel} partials")
+        own[1].check(f"{kernel} arrivals")
+        assert not own[1].values.any(), f"{kernel}: a launch must leave its counters at zero, got {own[1].values}"
 
 
 @dataclass

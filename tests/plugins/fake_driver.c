@@ -30,6 +30,25 @@ int cuKernelSetAttribute(int attribute, int value, void *kernel, int device) {
   fprintf(calls(), "attribute %d = %d of %p on %d\n", attribute, value, kernel, device);
   return 0;
 }
+int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+  static uint64_t next = 0x30000;
+  fprintf(calls(), "alloc %zu at %#llx\n", bytes, (unsigned long long)next);
+  *address = next;
+  next += 0x10000;
+  return 0;
+}
+int cuMemsetD32_v2(uint64_t address, unsigned value, size_t count) {
+  fprintf(calls(), "set %#llx to %u, %zu times\n", (unsigned long long)address, value, count);
+  return 0;
+}
+int cuStreamSynchronize(void *stream) {
+  fprintf(calls(), "wait for %p\n", stream);
+  return 0;
+}
+int cuMemFree_v2(uint64_t address) {
+  fprintf(calls(), "free %#llx\n", (unsigned long long)address);
+  return 0;
+}
 int cuLibraryUnload(void *library) {
   fprintf(calls(), "unload %p\n", library);
   fclose(calls());
@@ -48,6 +67,25 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
   fprintf(calls(), "\n");
   return (uintptr_t)stream == 0xbad0 ? 700 : 0;
 }
+typedef struct {
+  int id;
+  char pad[4];
+  union {
+    char pad[64];
+    int allowed;
+  } value;
+} attribute;
+typedef struct {
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void *stream;
+  attribute *attributes;
+  unsigned count;
+} config;
+int cuLaunchKernelEx(const config *c, void *function, void **parameters, void **extra) {
+  for (unsigned i = 0; i < c->count; i++)
+    fprintf(calls(), "with %d = %d: ", c->attributes[i].id, c->attributes[i].value.allowed);
+  return cuLaunchKernel(function, c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, c->stream, parameters, extra);
+}
 int cuGetProcAddress_v2(const char *symbol, void **address, int version, uint64_t flags, int *status) {
   (void)version, (void)flags;
   static struct {
@@ -57,6 +95,9 @@ int cuGetProcAddress_v2(const char *symbol, void **address, int version, uint64_
       {"cuGetErrorName", cuGetErrorName},         {"cuLibraryLoadData", cuLibraryLoadData},
       {"cuLibraryGetKernel", cuLibraryGetKernel}, {"cuKernelSetAttribute", cuKernelSetAttribute},
       {"cuLibraryUnload", cuLibraryUnload},       {"cuLaunchKernel", cuLaunchKernel},
+      {"cuLaunchKernelEx", cuLaunchKernelEx},     {"cuStreamSynchronize", cuStreamSynchronize},
+      {"cuMemAlloc", cuMemAlloc_v2},              {"cuMemsetD32", cuMemsetD32_v2},
+      {"cuMemFree", cuMemFree_v2},
       {"cuGetProcAddress", cuGetProcAddress_v2},
   };
   *address = NULL;

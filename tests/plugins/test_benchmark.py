@@ -73,7 +73,7 @@ def test_every_contender_computes_the_step(benchmark: Any, steps: Any, kind: str
     found = kernels.run_contenders(problem, everyone, lambda _: times(30.0))
     assert not [(name, each["not_run"]) for name, each in found.items() if "not_run" in each]
     whole = {name: each["error"] for name, each in found.items() if each["role"] != "bound"}
-    assert len(whole) == {"before": 5, "in turn": 6, "after": 4, "lstm": 5}[kind]
+    assert len(whole) == {"before": 7, "in turn": 8, "after": 4, "lstm": 5}[kind]
     assert max(whole.values()) < kernels.TOLERANCE, whole
     moved = min(float((new - old).abs().max()) for new, old in zip(problem.exact, problem.states, strict=True))
     assert moved > 0.1  # the step does something
@@ -142,7 +142,11 @@ def test_tiles_are_timed_one_by_one_and_the_fastest_is_taken(benchmark: Any, ste
         for kernel in before:
             last = [r["tile"] for r in rows if (r["kernel"], r["cell"]) == (kernel, cell.label)][-1]
             assert after[kernel].label == last != before[kernel].label
+    assert not [row for row in rows if row["kernel"] == "gru_candidate" and row["tile"].endswith("p")]
     names = benchmark.kernels.our_contenders(problem, CAPABILITY, steps.launch, rows)
+    assert "stepcell, float16 state, overlapping launches" in names
+    older = benchmark.kernels.our_contenders(problem, "8.7", steps.launch, [])
+    assert list(older) == ["stepcell, float16 state", "stepcell, float32 state"]
     assert "stepcell, float32 state, fastest tiles" in names
     assert "stepcell, float16 state, fastest tiles" not in names  # not timed
 

@@ -111,6 +111,93 @@ def test_what_is_there_is_not_compiled_again_and_needs_no_triton(folder: Path, t
     assert "stepcell kernels compile --compute-capability 8.7 --cell gru_x1_h1_k1x1_soft_float32" in found.stderr
 
 
+PTX = """
+import sys
+from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.compile import compile_ptx
+from stepcell.plugins.kernels.tiles import Tile
+
+kernel, cell, tile, capability = sys.argv[1:]
+print(compile_ptx(kernel, Cell.from_label(cell), Tile.from_label(tile), capability).text)
+"""
+
+
+def ptx_of(kernel: str, cell: str, tile: str, capability: str) -> list[str]:
+    found = python("-c", PTX, kernel, cell, tile, capability)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.splitlines()
+
+
+def accesses(kernel: str, lines: list[str]) -> list[tuple[int, str, set[str]]]:
+    """Every access to global memory: its line, its text, and the parameters that its address comes from."""
+    names = [parameter.name for parameter in PARAMETERS[kernel]]
+    origins: dict[str, set[str]] = {}
+    steps = []
+    for number, line in enumerate(lines):
+        if re.search(r"\b(?:ld|st|atom|red|prefetch)\.global|cp\.async\.c[ag]\.shared\.global", line):
+            address = re.findall(r"\[([^\]]*)\]", line)[-1]
+            steps.append((number, line, re.findall(r"%\w+", address)))
+    while True:  # until no register learns of another parameter
+        before = sum(map(len, origins.values()))
+        for line in lines:
+            registers = re.findall(r"%\w+", line)
+            if not registers or re.search(r"\b(?:ld|st|atom|wgmma|mma|cp)\.(?!param)", line):
+                continue
+            found = {names[int(i)] for i in re.findall(rf"{kernel}_param_(\d+)\b", line) if int(i) < len(names)}
+            for register in registers[1:]:
+                found |= origins.get(register, set())
+            origins.setdefault(registers[0], set()).update(found - {"H", "W", "P"})
+        if sum(map(len, origins.values())) == before:
+            break
+    return [(n, line, set().union(*(origins.get(r, set()) for r in registers))) for n, line, registers in steps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", ["64x64x64s4w4p", "64x64x64s4w4k4p"])
+def test_the_candidate_waits_before_it_touches_what_the_gates_write(tile: str) -> None:
+    lines = ptx_of("gru_candidate", "gru_x64_h64_k3x3_soft_float32", tile, "9.0")
+    (wait,) = (number for number, line in enumerate(lines) if "griddepcontrol.wait" in line)
+    assert not any("griddepcontrol.launch_dependents" in line for line in lines)
+    found = accesses("gru_candidate", lines)
+    early, late = (set().union(*(names for n, _, names in found if (n > wait) == after)) for after in (False, True))
+    assert early == {"x", "wx"}, early
+    split = {"partials", "arrivals"} if "k" in tile else set()
+    assert late == {"rh", "wh", "bias", "z", "state", "state_out", "y_out"} | split, late
+    products = [n for n, line in enumerate(lines) if "wgmma.mma_async" in line]
+    assert min(products) < wait < max(products)
+
+
+@pytest.mark.slow
+def test_the_gates_let_the_candidate_start_and_wait_for_nothing() -> None:
+    lines = ptx_of("gru_gates", "gru_x64_h64_k3x3_soft_float32", "64x32x64s4w4p", "9.0")
+    assert sum("griddepcontrol.launch_dependents" in line for line in lines) == 1
+    assert not any("griddepcontrol.wait" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_only_the_candidate_is_launched_early(tmp_path: Path) -> None:
+    cell = "gru_x8_h8_k1x1_soft_float16"
+    assert compile_cells(tmp_path, "9.0", "--cell", cell).returncode == 0
+    overlaps = {(image.info.kernel, image.info.tile[-1] == "p", image.info.overlaps) for image in images(tmp_path)}
+    assert overlaps == {
+        ("gru_gates", True, False),
+        ("gru_candidate", False, False),
+        ("gru_candidate", True, True),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["8.7", "9.0", "10.0"])
+def test_partial_sums_are_written_before_they_are_counted_and_read_after(capability: str) -> None:
+    lines = ptx_of("gru_gates", "gru_x64_h64_k3x3_soft_float32", "64x32x64s4w4k4", capability)
+    found = [(n, line, names) for n, line, names in accesses("gru_gates", lines) if names & {"partials", "arrivals"}]
+    stores, loads = ([n for n, line, _ in found if word in line] for word in ("st.global.v", "ld.global"))
+    (count,) = (n for n, line, _ in found if "atom.global.gpu.acq_rel.add" in line)
+    barriers = [number for number, line in enumerate(lines) if "bar.sync" in line]
+    assert any(max(stores) < n < count for n in barriers), (stores, barriers, count)
+    assert any(count < n < min(loads) for n in barriers), (loads, barriers, count)
+
+
 @pytest.mark.slow
 def test_a_damaged_or_foreign_file_is_refused(folder: Path, tmp_path: Path) -> None:
     image = images(folder)[0]
@@ -170,6 +257,35 @@ def test_a_label_that_is_no_cell_is_refused(label: str) -> None:
 def test_labels_are_read_back() -> None:
     for label in (*CELLS, HARD, "lstm_x0_h7_k7x5_hard_float16_pre"):
         assert Cell.from_label(label).label == label
+    for tile in (Tile(64, 32, 16, 3), Tile(64, 32, 16, 3, splits=4), Tile(64, 32, 16, 3, splits=12, overlap=True)):
+        assert Tile.from_label(tile.label) == tile
+    labels = [tile.label for tile in (Tile(8, 4, 2, 1), Tile(8, 4, 2, 1, splits=2, overlap=True))]
+    assert labels == ["8x4x2s1w4", "8x4x2s1w4k2p"]
+    for wrong in ("8x4x2s1w4p2", "8x4x2s1w4k", "8x4x2s1", ""):
+        with pytest.raises(UsageError, match="tile: cannot read"):
+            Tile.from_label(wrong)
+
+
+def test_which_tiles_are_split_and_which_overlap() -> None:
+    def labels(cell: str, capability: str, pixels: int | None) -> set[str]:
+        """Kernels and tiles that are more than plain."""
+        found = wanted(Cell.from_label(cell), capability, pixels)
+        return {f"{kernel} {tile.label}" for kernel, tile in found if tile.splits > 1 or tile.overlap}
+
+    few, cell = 20 * 15, "gru_x256_h256_k3x3_soft_float32"
+    split = {"gru_gates 64x32x64s4w4k4", "gru_candidate 64x64x64s4w4k4"}
+    assert labels(cell, "8.7", few) == split
+    assert labels(cell, "8.7", 64 * 64) == labels(cell, "8.7", None) == set()
+    assert labels("gru_x3_h5_k3x3_soft_float32", "8.7", few) == set()  # too short a loop to share
+    on_hopper = labels(cell, "9.0", few)
+    candidates = {label for label in on_hopper if label.startswith("gru_candidate")}
+    assert candidates == {f"gru_candidate 64x64x64s4w4{more}" for more in ("k4", "p", "k4p")}
+    gates = [tile for kernel, tile in wanted(Cell.from_label(cell), "9.0", few) if kernel == "gru_gates"]
+    assert all(tile.overlap for tile in gates)
+    assert labels("gru_x0_h64_k3x3_soft_float32_pre", "9.0", None) == {  # no x to start with
+        f"gru_gates {tile}" for tile in ("128x32x64s3w4p", "64x32x64s4w4p", "128x32x32s3w4p")
+    }
+    assert labels("lstm_x64_h64_k3x3_soft_float32", "9.0", few) == {"lstm_step 64x32x32s3w4k4"}
 
 
 def test_parameters_are_those_of_the_kernels() -> None:

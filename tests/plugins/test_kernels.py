@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from triton.runtime.interpreter import interpreter_builder
 
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.packing import pack
+from stepcell.plugins.kernels.signature import PARAMETERS
 from stepcell.plugins.kernels.tiles import Tile
 
 # Relative to max(1, |value|). The spacing of float16 below 2 is 1e-3, and what follows from rounding
@@ -75,6 +79,56 @@ def test_every_tile_shape_gives_the_same(tile: Tile, steps: Any) -> None:
         assert_close(cell, steps(cell, size=(1, 3, 6), tile=tile, half_copy=False).run(2))
 
 
+SPLIT = [  # of up to 5 steps in either half of the loop: even, uneven, and with some that get none
+    ("gru_x16_h16_k3x3_soft_float32", 2),
+    ("gru_x3_h20_k3x1_hard_float16_pre", 3),
+    ("gru-after_x12_h12_k3x3_soft_float32", 7),
+    ("gru-after_x8_h8_k3x3_soft_float16", 2),
+    ("lstm-channel_x8_h12_k3x3_soft_float32", 3),
+]
+
+
+@pytest.mark.parametrize(("label", "splits"), SPLIT)
+def test_split_programs_add_up(label: str, splits: int, steps: Any) -> None:
+    """Sixteen steps; partial sums are poisoned before each launch, and its counters zero after it (conftest.py)."""
+    cell = Cell.from_label(label)
+    assert_close(cell, steps(cell, size=(1, 5, 7), tile=Tile(32, 16, 32, 2, splits=splits)).run(16))
+
+
+@pytest.mark.parametrize(("label", "splits"), SPLIT)
+def test_the_order_of_arrival_changes_no_bit(
+    label: str, splits: int, steps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that of the whole kernel, up to rounding, and no one but the last writes it."""
+    cell, last_first, outputs = Cell.from_label(label), False, list[torch.Tensor]()
+    set_grid_idx = interpreter_builder.set_grid_idx
+
+    def in_order(x: int, y: int, z: int) -> None:
+        """Called before each program, those of a tile on end."""
+        if (x, y, z) == (0, 0, splits - 1):
+            assert all(output.isnan().all() for output in outputs), "written before the last program"
+        set_grid_idx(x, y, splits - 1 - z if last_first else z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", in_order)
+
+    def launch(kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: Any) -> None:
+        nonlocal last_first
+        outputs[:] = [buffers[p.buffer] for p in PARAMETERS[kernel] if p.name.endswith("_out")]
+        found = []
+        for one, order in ((replace(tile, splits=1), False), (tile, True), (tile, False)):
+            last_first = order
+            for output in outputs:
+                output.fill_(float("nan"))
+            steps.launch(kernel, cell, one, buffers, size)
+            found.append([output.clone() for output in outputs])
+        for whole, backward, forward in zip(*found, strict=True):
+            assert torch.equal(backward, forward), f"{kernel}: the order of arrival changes the result"
+            worst = float((whole.double() - forward.double()).abs().max())
+            assert worst < (1e-5 if forward.dtype == torch.float32 else 2e-3), f"{kernel}: differs by {worst:.1e}"
+
+    steps(cell, size=(1, 5, 7), tile=Tile(32, 16, 32, 2, splits=splits), launch=launch).run(2)
+
+
 @st.composite
 def cells(draw: Any) -> Cell:
     """Any cell of small size."""
@@ -91,7 +145,14 @@ def cells(draw: Any) -> Cell:
 @given(
     cell=cells(),
     size=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)),
-    tile=st.builds(Tile, st.sampled_from([64, 128]), st.sampled_from([16, 32]), st.sampled_from([32, 64]), st.just(2)),
+    tile=st.builds(
+        Tile,
+        pixels=st.sampled_from([64, 128]),
+        channels=st.sampled_from([16, 32]),
+        depth=st.sampled_from([32, 64]),
+        stages=st.just(2),
+        splits=st.sampled_from([1, 1, 2, 5]),
+    ),
     half_copy=st.booleans(),
     seed=st.integers(0, 9),
 )

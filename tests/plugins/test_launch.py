@@ -19,7 +19,7 @@ from stepcell.plugins.kernels.signature import PARAMETERS
 from stepcell.plugins.launch import arguments_format
 
 CUBIN = b"\x7fELF"
-LAUNCH = """
+START = """
 import sys
 from pathlib import Path
 from stepcell.errors import StepcellError
@@ -27,6 +27,9 @@ from stepcell.plugins.kernels.image import read_image
 from stepcell.plugins.launch import Launcher
 
 launcher = Launcher(read_image(Path(sys.argv[1])), device=3)
+"""
+LAUNCH = """
+launcher.prepare(42)
 print(*launcher.buffers)
 addresses = [256 * (i + 1) for i in range(len(launcher.buffers))]
 launcher.launch(0x77, addresses, 2, 3, 7)
@@ -40,9 +43,20 @@ for stream, where, size in [(0xbad0, addresses, (1, 1, 1)), (0, odd, (1, 1, 1)),
 launcher.close()
 launcher.close()
 """
+SPLIT = """
+addresses = [0] * len(launcher.buffers)
+try:
+    launcher.launch(0, addresses, 1, 1, 1)
+except StepcellError as error:
+    print(error.message)
+for height in (2, 6, 8, 4):
+    launcher.prepare(8 * height)
+    launcher.launch(0, addresses, 1, height, 8)
+launcher.close()
+"""
 
 
-def image(kernel: str) -> KernelImage:
+def image(kernel: str, splits: int = 1, overlaps: bool = False) -> KernelImage:
     info = ImageInfo(
         schema=1,
         key=kernel,
@@ -63,6 +77,8 @@ def image(kernel: str) -> KernelImage:
         arguments=arguments_of(kernel),
         sha256=hashlib.sha256(CUBIN).hexdigest(),
         triton="",
+        splits=splits,
+        overlaps=overlaps,
     )
     return KernelImage(info, CUBIN)
 
@@ -79,32 +95,41 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kernel", sorted(PARAMETERS))
-def test_a_launch_hands_over_grid_block_and_every_argument(kernel: str, fake_driver: Path, tmp_path: Path) -> None:
-    made = image(kernel)
-    path = write_image(made, tmp_path).with_suffix(".json")
-    sizes = "".join(str(argument.size) for argument in made.info.arguments)
+def run(script: str, made: KernelImage, fake_driver: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """What a script prints about a launcher, and what the driver wrote down."""
+    path = write_image(made, folder).with_suffix(".json")
     environment = {
         **os.environ,
         "LD_LIBRARY_PATH": str(fake_driver),
-        "FAKE_LOG": str(tmp_path / "log"),
-        "FAKE_SIZES": sizes,
+        "FAKE_LOG": str(folder / "log"),
+        "FAKE_SIZES": "".join(str(argument.size) for argument in made.info.arguments),
     }
-    found = subprocess.run(
-        [sys.executable, "-c", LAUNCH, str(path)], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", START + script, str(path)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    buffers, *errors = found.stdout.splitlines()
-    pointers = [p.buffer for p in PARAMETERS[kernel] if p.dtype != "int32"]
+    return found.stdout.splitlines(), (folder / "log").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "overlaps"), [*((kernel, False) for kernel in sorted(PARAMETERS)), ("gru_candidate", True)]
+)
+def test_a_launch_hands_over_grid_block_and_every_argument(
+    kernel: str, overlaps: bool, fake_driver: Path, tmp_path: Path
+) -> None:
+    (buffers, *errors), log = run(LAUNCH, image(kernel, overlaps=overlaps), fake_driver, tmp_path)
+    attribute = "with 6 = 1: " if overlaps else ""  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    pointers = [p.buffer for p in PARAMETERS[kernel] if p.dtype != "int32" and p.name != "arrivals"]
     assert buffers.split() == pointers
     addresses = [256 * (i + 1) for i in range(len(pointers))]
+    arrivals = [] if kernel == "narrow_state" else [0]
 
     def launch(stream: str, programs: int, values: list[int]) -> str:
-        numbers = " ".join(map(str, [*values, 0, 0]))
-        return f"launch 0x2222 grid {programs} 5 1 block 128 1 1 shared 50000 stream {stream} extra 0: {numbers}"
+        numbers = " ".join(map(str, [*values[:-3], *arrivals, *values[-3:], 0, 0]))
+        sizes = f"grid {programs} 5 1 block 128 1 1 shared 50000"
+        return f"{attribute}launch 0x2222 {sizes} stream {stream} extra 0: {numbers}"
 
     assert (
-        (tmp_path / "log").read_text().splitlines()
+        log
         == [
             "load ELF",
             f"kernel {kernel}_entry of 0x1111",
@@ -119,6 +144,27 @@ def test_a_launch_hands_over_grid_block_and_every_argument(kernel: str, fake_dri
         "DeviceError CUDA: CUDA_ERROR_ILLEGAL_ADDRESS",
         f"InputError {kernel}: addresses must be multiples of 16, got others for {pointers[0]}",
         f"InputError {kernel}: takes 1 to 100 pixels, got 9 x 9 x 9",
+    ]
+
+
+def test_a_split_kernel_has_counters_of_its_own_that_grow_and_stay(fake_driver: Path, tmp_path: Path) -> None:
+    """A captured graph may hold the address of earlier ones, so they are freed at the end only."""
+    printed, log = run(SPLIT, image("gru_gates", splits=4), fake_driver, tmp_path)
+    assert printed == ["gru_gates: was not prepared for 1 x 1 x 1 pixels"]
+    launches = [line.split(": ") for line in log if line.startswith("launch")]
+    assert [line.split(" block")[0] for line, _ in launches] == [f"launch 0x2222 grid {n} 5 4" for n in (1, 2, 2, 1)]
+    place = [p.name for p in PARAMETERS["gru_gates"]].index("arrivals")
+    assert [int(values.split()[place]) for _, values in launches] == [0x30000, 0x40000, 0x40000, 0x40000]
+    assert [line for line in log if line.split()[0] in ("alloc", "set", "wait", "free", "unload")] == [
+        "alloc 20 at 0x30000",  # 16 pixels in tiles of 32, 5 tiles of channels
+        "set 0x30000 to 0, 5 times",
+        "wait for (nil)",
+        "alloc 40 at 0x40000",
+        "set 0x40000 to 0, 10 times",
+        "wait for (nil)",
+        "free 0x30000",
+        "free 0x40000",
+        "unload 0x1111",
     ]
 
 

@@ -14,8 +14,9 @@ from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest, pack_field
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.compile import arguments_of, cell_word
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage
-from stepcell.plugins.kernels.signature import kernels_of
+from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of
 from stepcell.plugins.registry import kernels_offered, register
+from stepcell.plugins.step import workspace_size
 from stepcell.plugins.tensors import inputs_of, outputs_of
 
 GRU = Cell.from_label("gru_x3_h5_k3x3_soft_float32")
@@ -221,6 +222,18 @@ def test_workspace_of_the_largest_sizes(trt: Any) -> None:
     }
 
 
+def test_partial_sums_of_the_largest_split_kernel_join_the_workspace() -> None:
+    plain, pixels = images(GRU), 130
+    split = [
+        KernelImage(msgspec.structs.replace(each.info, splits=3, partial_bytes=1000 * number), each.cubin)
+        for number, each in enumerate(plain)
+    ]
+    tiles = 3  # of 64 pixels
+    expected = -(-4000 * 3 * tiles // 256) * 256
+    assert len(split) == 5
+    assert workspace_size(GRU, split, pixels) == workspace_size(GRU, plain, pixels) + expected
+
+
 def test_tactics_are_the_tiles(trt: Any) -> None:
     plugin = from_node(trt, GRU)
     assert plugin.get_valid_tactics() == [1, 2, 3, 4]  # two tiles of each of two kernels
@@ -305,7 +318,11 @@ def test_unusable_images(change: dict[str, Any], message: str) -> None:
 def test_interface_digest_follows_the_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
     before = interface_digest()
     assert before == interface_digest()
-    monkeypatch.setattr("stepcell.plugins.fields._SCHEMA", 2)
+    with monkeypatch.context() as changed:
+        changed.setattr("stepcell.plugins.fields._SCHEMA", 2)
+        assert interface_digest() != before
+    assert interface_digest() == before
+    monkeypatch.setitem(PARAMETERS, "gru_gates", PARAMETERS["gru_gates"][1:])
     assert interface_digest() != before
 
 

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stepcell.errors import BuildError
 from stepcell.models.cells import conv_gru, conv_lstm
+from stepcell.plugins import aot
 from stepcell.plugins.aot import portable_ptx
 from stepcell.plugins.chain import chained_model, kernel_inputs, kernel_outputs, node_name
 from stepcell.plugins.kernels import gru, lstm, narrow
@@ -132,6 +133,16 @@ def test_the_chain_computes_the_cell(label: str) -> None:
         y = got["y"][..., : cell.hidden].permute(0, 3, 1, 2)
         worst = max(worst, float((y.double() - exact["h"]).abs().nan_to_num(nan=9.0).max()))
     assert worst < (3e-3 if wide else 2e-2), f"worst difference over 4 steps {worst:.2e}"
+
+
+def test_no_tile_needs_what_tensorrt_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No counters and no launch attribute; gates that differ in nothing else are compiled once."""
+    monkeypatch.setattr(aot, "_fitting", lambda *arguments: arguments[2])
+    cell = Cell.from_label("gru_x256_h256_k3x3_soft_float32")
+    for kernel in ("gru_gates", "gru_candidate"):
+        found: Any = aot.portable_kernels(kernel, cell, "9.0", 300)
+        assert len(found) == len(set(found)) == 3
+        assert not any(tile.overlap or tile.splits > 1 for tile in found)
 
 
 def declaration(kernel: str, body: str = "") -> str:
