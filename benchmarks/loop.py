@@ -5,7 +5,8 @@
 
 All loops (benchmarks/loops.py) have the same weights and threads, and none is timed before all agree
 with float64 over 32 steps. In every round each of them makes a few steps, in an order drawn anew, so
-that what else the machine does falls on all of them alike; ratios are taken within a round. The
+that what else the machine does falls on all of them alike; ratios are taken within a round. In the
+same rounds a matrix product of as many operations is timed, to show how far the processor can go. The
 result is a JSON file with every time, and a picture beside it.
 """
 
@@ -28,7 +29,7 @@ import onnxruntime
 import torch
 from loop_cases import SHAPES, Case, Shape, make_case
 from loop_report import as_block, svg, table, with_block
-from loops import BASELINE, LOOPS, Frame, Loop, reference
+from loops import BASELINE, FLOOR, LOOPS, Frame, Loop, matrix_product, reference
 
 import stepcell
 from stepcell.console import log
@@ -135,6 +136,7 @@ def measure(shapes: list[Shape], rounds: int, threads: int, *, without: tuple[st
         for shape in shapes:
             case = make_case(shape, Path(folder), threads)
             loops, found = checked_loops(case, without=without)
+            loops[FLOOR], found[FLOOR] = matrix_product(case), {}
             steps, times = time_rounds(loops, case, rounds)
             for name in times:
                 found[name]["milliseconds"] = times[name]

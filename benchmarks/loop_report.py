@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from loops import BASELINE, OURS
+from loops import BASELINE, FLOOR, OURS
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
@@ -31,6 +31,7 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", _row("StepLoop is faster by (quartiles)", heads), rule]
     rivals = {"than `session.run`": [BASELINE] * len(shapes)}
     rivals["than torch eager in its better layout"] = [_best_eager(shape["loops"]) for shape in shapes]
+    rivals[f"than {FLOOR}"] = [FLOOR] * len(shapes)
     for text, names in rivals.items():
         factors = [_ratio(shape["loops"], name, OURS) for shape, name in zip(shapes, names, strict=True)]
         lines.append(_row(text, [f"{_quartiles(factor)} times" for factor in factors]))

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from loop_cases import Case
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.step import initial_states
 from stepcell.runtime import StepLoop
 
-__all__ = ["BASELINE", "LOOPS", "OURS", "Frame", "Loop", "reference"]
+__all__ = ["BASELINE", "FLOOR", "LOOPS", "OURS", "Frame", "Loop", "matrix_product", "reference"]
 
 Frame: TypeAlias = NDArray[np.float32]
 Loop: TypeAlias = Callable[[Frame], Frame]
@@ -138,7 +139,27 @@ def reference(case: Case) -> Loop:
     return _torch_loop(case, copy.deepcopy(case.module).double(), dtype=torch.float64)
 
 
-OURS, BASELINE = "StepLoop", "session.run"
+def matrix_product(case: Case) -> Loop:
+    """No step at all: a matrix product by torch of as many multiplications as the module's convolutions have.
+
+    What a processor does at its best rate. Algorithms with fewer multiplications (Winograd's) could
+    be below it; a loop that convolves directly cannot be far below.
+    """
+    states = initial_states(case.module, torch.zeros(case.shape))
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        case.module(torch.zeros(case.shape), *states)
+    rows = max(1, round(counter.get_total_flops() / (2 * WIDE * WIDE)))
+    left, right = torch.rand(rows, WIDE), torch.rand(WIDE, WIDE)
+
+    @torch.inference_mode()
+    def product(_: Frame) -> Frame:
+        return torch.mm(left, right).numpy()  # type: ignore[no-any-return]
+
+    return product
+
+
+OURS, BASELINE, FLOOR = "StepLoop", "session.run", "a matrix product of as many operations"
+WIDE = 512  # of its square factor: large enough for the best rate, small enough to stay in the cache
 LOOPS: dict[str, Callable[[Case], Loop]] = {
     OURS: step_loop,
     BASELINE: session_run,

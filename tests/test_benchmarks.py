@@ -56,6 +56,7 @@ SMALL = {
     "torch eager": [8.0, 8.0, 8.0],
     "torch eager, channels last": [6.0, 6.0, 60.0],
     "torch.compile": [],
+    "a matrix product of as many operations": [0.5, 0.5, 0.5],
 }
 
 
@@ -70,12 +71,13 @@ def test_loop_quick(script: Callable[..., ModuleType], tmp_path: Path, capsys: p
     assert {"python", "stepcell", "onnxruntime", "torch", "numpy"} == set(found["versions"])
     (shape,) = found["shapes"]
     assert shape["frame"] == [16, 5, 8, 8]
-    assert list(shape["loops"]) == list(loop.LOOPS)
+    assert list(shape["loops"]) == [*loop.LOOPS, loop.FLOOR]
     for name, timed in shape["loops"].items():
         if name == "torch.compile":
             assert timed == {"not_run": "left out by --quick"}
         else:
-            assert 0 < timed["error"] < 1e-5, (name, timed["error"])  # float32 is not float64, and near it
+            if name != loop.FLOOR:
+                assert 0 < timed["error"] < 1e-5, (name, timed["error"])  # float32 is not float64, and near it
             assert len(timed["milliseconds"]) == shape["rounds"] == 2
             assert all(math.isfinite(ms) and ms > 0 for ms in timed["milliseconds"]), name
     printed = capsys.readouterr().out
@@ -114,6 +116,14 @@ def test_a_loop_that_computes_something_else_is_refused(
     assert refusal.value.exit_code == 3
 
 
+def test_the_floor_has_as_many_operations_as_the_convolutions(script: Callable[..., ModuleType]) -> None:
+    loop = script("loop")
+    case = loop.Case(CellStack([ConvGRUCell(5, 32)]).eval(), Path("absent"), Path("absent"), (16, 5, 8, 8), 1)
+    convolutions = 2 * 16 * 8 * 8 * 9 * (5 * 96 + 32 * 64 + 32 * 32)
+    product = 2 * loop.matrix_product(case)(None).size * 512
+    assert abs(product / convolutions - 1) < 0.01, f"{product} against {convolutions}"
+
+
 def test_nan_is_an_error(script: Callable[..., ModuleType]) -> None:
     frames = np.zeros((2, 1), np.float32)
     assert math.isnan(script("loop").error_of(lambda x: x * np.nan, frames, frames))
@@ -127,13 +137,14 @@ def test_ratios_are_taken_within_rounds(script: Callable[..., ModuleType]) -> No
     assert "| than `session.run` | 2.00 (1.50 to 2.00) times |" in lines
     # channels last has the better median, for all its slow third round
     assert "| than torch eager in its better layout | 6.00 (4.50 to 6.00) times |" in lines
+    assert "| than a matrix product of as many operations | 0.25 (0.15 to 0.38) times |" in lines
 
 
 def test_the_picture_has_a_bar_for_each_loop_that_ran(script: Callable[..., ModuleType]) -> None:
     picture = ET.fromstring(script("loop_report").svg(result(**SMALL)))
     bars = picture.findall("{http://www.w3.org/2000/svg}rect")[1:]
     widths = [float(bar.get("width", "0")) for bar in bars]
-    assert len(bars) == 4
+    assert len(bars) == 5
     assert widths[0] == pytest.approx(widths[1] / 2, abs=0.1)
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert "not run" in texts
