@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.missing import require
+from stepcell.runtime.sources import RATES, shown
 
 __all__ = ["BT709", "CAMERA", "FolderSource", "VideoSource", "natural_key"]
 
@@ -24,6 +25,7 @@ BT709 = 1  # FFmpeg's number for it, the same for matrix, primaries and transfer
 URL_TIMEOUT = (10.0, 10.0)
 # A file is cut off where this much of its declared length is missing; headers round.
 CUT_OFF, CUT_OFF_SECONDS = 0.9, 0.5
+BROKEN_PACKETS = 100  # in a row, from which a live stream is taken for broken: a loss on the way is shorter
 
 
 class VideoSource:
@@ -36,28 +38,33 @@ class VideoSource:
 
     def __init__(self, name: str) -> None:
         av = require("av", extra="video", purpose="reading video")
-        self.name = name
+        self.name = shown(name)
         self._error: type[Exception] = av.FFmpegError
         camera = CAMERA.fullmatch(name)
         try:
+            # Titles are in any encoding, and nobody reads them here.
             if camera:
-                self._container = av.open(f"/dev/video{camera[1]}", format="v4l2")
+                self._container = av.open(f"/dev/video{camera[1]}", format="v4l2", metadata_errors="replace")
             elif "://" in name:
-                self._container = av.open(name, timeout=URL_TIMEOUT)
-            else:
-                self._container = av.open(f"file:{name}")  # a colon in a file name is no protocol
+                self._container = av.open(name, timeout=URL_TIMEOUT, metadata_errors="replace")
+            else:  # a colon in a file name is no protocol
+                self._container = av.open(f"file:{name}", metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:
             what = "camera" if camera else "video"
-            raise InputError(f"{name}: cannot be opened as {what} ({_reason(error)})") from error
+            raise InputError(f"{self.name}: cannot be opened as {what} ({_reason(error)})") from error
         if not self._container.streams.video:
             self._container.close()
-            raise InputError(f"{name}: has no video stream")
+            raise InputError(f"{self.name}: has no video stream")
         self._stream = self._container.streams.video[0]
-        self._stream.thread_type = "AUTO"
         self.live = bool(camera) or "://" in name
+        # Decoding frames side by side holds back one for each thread: of a camera these come late, and
+        # are lost with it.
+        self._stream.thread_type = "SLICE" if self.live else "AUTO"
         self.seconds: float | None = None
+        self._broken = 0  # packets since the last good one
         rate = self._stream.average_rate or self._stream.guessed_rate
-        self.fps: Fraction | None = Fraction(rate) if rate else None  # PyAV 19 has a type of its own
+        # PyAV 19 has a type of its own. With another rate FFmpeg would write files that it cannot read.
+        self.fps: Fraction | None = Fraction(rate) if rate and RATES[0] <= rate <= RATES[1] else None
         self.length: int | None = None if self.live else self._stream.frames or None
         self._seconds = None if self.live else self._declared_seconds()
 
@@ -72,16 +79,16 @@ class VideoSource:
         number, shape, first, last = 0, None, 0.0, 0.0
         try:
             for packet in self._container.demux(self._stream):
-                if packet.is_corrupt:
-                    raise InputError(f"{self.name}: broken or cut off at frame {number}")
-                for frame in packet.decode():
+                if packet.pts is not None:  # the last frame may be shown for long
+                    last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                for frame in self._decode(packet, number):
                     pixels = _pixels(frame)
                     if pixels.shape != (shape := shape or pixels.shape):
                         raise InputError(f"{self.name}: frame {number} is {pixels.shape}, the first one {shape}")
                     self.seconds = time.monotonic() if frame.time is None and self.live else frame.time
                     yield pixels
-                    last = frame.time or last
-                    first = first if number else last
+                    first = first if number else frame.time or 0.0
+                    last = max(last, frame.time or 0.0)
                     number += 1
         except (self._error, OSError) as error:
             raise InputError(f"{self.name}: broken at frame {number} ({_reason(error)})") from error
@@ -92,6 +99,20 @@ class VideoSource:
             raise InputError(
                 f"{self.name}: cut off: its header says {self._seconds:.1f} s, {last - first:.1f} s are there"
             )
+
+    def _decode(self, packet: Any, number: int) -> Sequence[Any]:
+        """The frames of a packet. A live stream goes on without a broken one, unless many are in a row."""
+        try:
+            if packet.is_corrupt:
+                raise InputError(f"{self.name}: broken or cut off at frame {number}")
+            frames: Sequence[Any] = packet.decode()
+        except (InputError, self._error):
+            self._broken += 1
+            if not self.live or self._broken > BROKEN_PACKETS:
+                raise
+            return ()
+        self._broken = 0
+        return frames
 
     def close(self) -> None:
         self._container.close()
@@ -112,7 +133,10 @@ class FolderSource:
     def __init__(self, folder: Path) -> None:
         require("av", extra="video", purpose="reading pictures")
         self.name = str(folder)
-        files = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file()]
+        try:
+            files = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file()]
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
         self._files = sorted(files, key=lambda path: natural_key(path.name))
         if not files:
             raise InputError(f"{folder}: holds no picture ({', '.join(PICTURES)})")
@@ -158,4 +182,6 @@ def _pixels(frame: Any) -> NDArray[np.uint8]:
 
 
 def _reason(error: Exception) -> str:
+    if type(error).__name__ == "ExitError":  # FFmpeg was told to give up, by `timeout`
+        return f"no answer within {URL_TIMEOUT[1]:g} s"
     return getattr(error, "strerror", None) or str(error)

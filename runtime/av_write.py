@@ -100,14 +100,18 @@ class FolderSink:
     def __init__(self, folder: Path) -> None:
         self._av = require("av", extra="video", purpose="writing pictures")
         self.name = str(folder)
-        self._folder = folder
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "holds files" if folder.is_dir() else "is a file"
-            raise OutputError(f"{folder}: {what} already", hint="name a new or an empty folder")
         try:
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                what = "holds files" if folder.is_dir() else "is a file"
+                raise OutputError(f"{folder}: {what} already", hint="name a new or an empty folder")
+            self._folder = folder.resolve()  # where a link leads to, since a folder cannot replace a link
+            if self._folder.is_mount() or self._folder == Path.cwd():
+                what = "a mount point" if self._folder.is_mount() else "the working folder"
+                raise OutputError(f"{folder}: is {what}, which cannot be replaced", hint="name a new folder in it")
+            self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.", dir=self._folder.parent))
+        except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{folder}: cannot be written ({reason})") from error
         self._codec: Any = None
         self._count = 0
 

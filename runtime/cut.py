@@ -32,11 +32,13 @@ class SceneCut:
         """How far this frame is from the last one given: 0 the same picture, 1 unrelated; 0 for the first.
 
         Args:
-            frame: pixels (H, W, C) uint8 or a tensor (C, H, W) of floats, always of one size.
+            frame: pixels (H, W, C) uint8 or a tensor (C, H, W) of floats. One of another size is unrelated.
         """
         last, self._last = self._last, _thumbnail(frame)
         if last is None:
             return 0.0
+        if last.shape != self._last.shape:
+            return 1.0
         power = float((last * last).sum() * (self._last * self._last).sum())
         if power == 0.0:  # at least one is of one colour; from there to a picture all is new
             return 0.0 if not last.any() and not self._last.any() else 1.0

@@ -105,6 +105,7 @@ class Feed:
         self._stopping = threading.Event()
         self._error: BaseException | None = None
         self._done = False
+        self._left = 0.0  # when the wait for the source is over
         self._last: tuple[float, float | None] = (time.monotonic(), None)  # arrival and time of the last frame
         self._offset = 0.0  # from the source's clock to one that goes on
         self._attempts = 0  # since the last frame
@@ -140,13 +141,14 @@ class Feed:
 
     def stop(self) -> None:
         """Read no further; the source is closed after the frame at hand."""
+        self._left = time.monotonic() + LEAVE_SECONDS
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until the source is closed; a read that hangs is left behind."""
-        self._thread.join(LEAVE_SECONDS)
+        """After `stop`: until the source is closed; a read that hangs is left behind, many as soon as one."""
+        self._thread.join(max(0.0, self._left - time.monotonic()))
 
     def _run(self) -> None:
         source = self._source
@@ -164,8 +166,11 @@ class Feed:
                 source = self._open(self._reconnect, broke)
         except BaseException as broken:  # `take` raises it again, in the thread that asks
             error = broken
-        if source is not None:
-            source.close()
+        try:
+            if source is not None:
+                source.close()
+        except BaseException as broken:
+            error = error or broken
         with self._changed:
             self._done, self._error = True, error
             self._changed.notify_all()

@@ -21,7 +21,7 @@ from stepcell.runtime.report import Dropped, RunReport, Stopped
 from stepcell.runtime.results import choose_output, result_of
 from stepcell.runtime.saving import SnapshotWriter
 from stepcell.runtime.sinks import Sink
-from stepcell.runtime.sources import Source
+from stepcell.runtime.sources import Source, shown
 from stepcell.runtime.statistics import Latency
 from stepcell.runtime.writer import Writer
 
@@ -73,8 +73,8 @@ class Lane:
         deadline: Deadline | None = None,
         reconnect: Reconnect | None = None,
     ) -> None:
-        self.input = source.name if source else name or ""
-        self.name = name or self.input
+        self.input = shown(source.name if source else name or "")
+        self.name = shown(name) if name else self.input
         self.sink, self.start, self.limit = sink, start, limit
         self.live = source is None or source.live
         self.length = source.length if source else None
@@ -145,12 +145,17 @@ class Lane:
             self.output = choose_output(contract, self.sink)
 
     @property
+    def has_room(self) -> bool:
+        """Whether a result could be handed over now, or the writer has failed."""
+        return self.writer is None or self.writer.failed or self.writer.ready
+
+    @property
     def ready(self) -> bool:
         """Whether `take` has something to do: a frame and room for its result, an end or a failure."""
         assert self.feed is not None
-        if self.writer is not None and (self.writer.failed or not self.writer.ready):
-            return self.writer.failed
-        return self.feed.waiting > 0 or self.feed.ended
+        if self.writer is not None and self.writer.failed:
+            return True
+        return self.has_room and (self.feed.waiting > 0 or self.feed.ended)
 
     def take(self) -> bool:
         """Take the next frame to be stepped, if there is one now; the stream may end here.
@@ -192,7 +197,11 @@ class Lane:
                 hint="was the snapshot taken of another input?",
             )
         if self.number == 0:
-            raise InputError(f"{self.input}: holds no frame")
+            dropped = sum(self.dropped.values())
+            raise InputError(
+                f"{self.input}: " + (f"all its {dropped} frames were dropped" if dropped else "holds no frame"),
+                hint="--deadline-ms allows more, or --on-late block steps late frames too" if dropped else None,
+            )
         self.end("end of input")
 
     def inputs(self, spec: TensorSpec) -> tuple[Arrays, Cause | None]:
@@ -203,6 +212,10 @@ class Lane:
         """
         frame = self._frame
         assert frame is not None
+        if self.adapter is not None and frame.array.shape != self.adapter.shape:
+            raise InputError(
+                f"{self.input}: frame {self.number} is {frame.array.shape}, the first one {self.adapter.shape}"
+            )
         cause = self.watch.due(self.number, frame.array, frame.seconds)
         last, self._connection = self._connection, frame.connection
         if cause is None and frame.connection != last and self.watch.policy.gap is None:
@@ -288,11 +301,11 @@ class Lane:
         """What this stream did; after `close`."""
         seconds = self.ended - self.started
         return RunReport(
-            model=loop.name,
+            model=shown(loop.name),
             backend=loop.description,
             device=loop.device,
             input=self.input,
-            output=self.sink.name if self.sink else None,
+            output=shown(self.sink.name) if self.sink else None,
             output_tensor=self.output.name if self.output else None,
             frame_size=(self.adapter.size[1], self.adapter.size[0]) if self.adapter else None,
             first_frame=self.start,
@@ -305,7 +318,7 @@ class Lane:
             snapshots=snapshots.written if snapshots else 0,
             failed_snapshots=snapshots.failed if snapshots else 0,
             stopped=self.stopped or "error",
-            error=self.failure.message if self.failure else None,
+            error=shown(self.failure.message) if self.failure else None,
             seconds=round(seconds, 3),
             frames_per_second=round(self.frames / seconds, 2) if seconds else 0.0,
             latency=self.latency.summary(),

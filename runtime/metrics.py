@@ -150,6 +150,6 @@ def parse_address(text: str) -> tuple[str, int]:
         UsageError: another form.
     """
     address, _, port = text.rpartition(":")
-    if not port.isascii() or not port.isdecimal() or int(port) > 65535:
+    if not port.isascii() or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise UsageError(f"--metrics-port: expected [ADDRESS:]PORT, got {text!r}", hint="such as 9095")
     return address.strip("[]") or LOCALHOST, int(port)

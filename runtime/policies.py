@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -121,8 +121,12 @@ def non_finite_rows(contract: StepContract, states: Mapping[str, NDArray[Any]]) 
 
 
 @contextlib.contextmanager
-def reset_on_signal(*watches: ResetWatch) -> Iterator[None]:
-    """SIGUSR1 demands a reset of these streams inside the block (main thread only)."""
+def reset_on_signal(watches: Sequence[ResetWatch]) -> Iterator[None]:
+    """SIGUSR1 demands a reset of these streams inside the block (main thread only).
+
+    Args:
+        watches: as they are when the signal comes, so that streams may be opened inside the block.
+    """
 
     def handle(*_: object) -> None:
         for watch in watches:

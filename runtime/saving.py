@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -69,6 +70,8 @@ def saved_frames(snapshot: Snapshot) -> dict[str, int]:
         InputError: it does not say.
     """
     try:
-        return msgspec.json.decode(snapshot.metadata.get(FRAMES, ""), type=dict[str, int])
+        return msgspec.json.decode(
+            snapshot.metadata.get(FRAMES, ""), type=dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+        )
     except msgspec.DecodeError as error:
         raise InputError("snapshot: does not say how far each stream was") from error

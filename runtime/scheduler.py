@@ -103,8 +103,10 @@ class Scheduler:
         """Streams with a frame to be stepped now."""
         batch = self._take_ready(running)
         if batch and self._shared:
-            # Files are read as fast as they are stepped; of a camera nobody knows when it sends.
-            others = [lane for lane in running if lane not in batch and (self.steps == 0 or not lane.live)]
+            # Files are read as fast as they are stepped; of a camera nobody knows when it sends, nor when
+            # an output that is behind will take the next frame.
+            waiting = [lane for lane in running if lane not in batch and lane.has_room]
+            others = [lane for lane in waiting if self.steps == 0 or not lane.live]
             self._wait(lambda: all(lane.ready for lane in others), GATHER if self.steps else GATHER_FIRST)
             batch += self._take_ready([lane for lane in others if lane.running])
         return batch
@@ -118,8 +120,12 @@ class Scheduler:
         return batch
 
     def _wait(self, ready: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
         with self._changed:
-            self._changed.wait_for(ready, seconds)
+            # A signal wakes nobody, so it is looked for.
+            while self.stop.signal is None and (left := end - time.monotonic()) > 0:
+                if self._changed.wait_for(ready, min(left, NOTICE)):
+                    break
 
     def _step(self, batch: Sequence[Lane]) -> None:
         inputs: dict[Lane, Arrays] = {}

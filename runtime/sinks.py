@@ -59,13 +59,15 @@ def open_sink(text: str, fps: Fraction) -> Sink:
     if text == STDOUT:
         import sys
 
+        if sys.stdout is None:
+            raise OutputError("stdout: is closed", hint="--output FILE writes to a file")
         return RawSink(sys.stdout.buffer)
     path = Path(text)
     if path.suffix in VIDEOS:
         return VideoSink(path, fps)
     if path.suffix == ".npy":
         return ArraySink(path)
-    if path.is_dir() or not path.suffix:
+    if not path.suffix or _is_folder(path):
         return FolderSink(path)
     raise UsageError(
         f"--output: expected {', '.join(VIDEOS)}, .npy, a folder or -, got {text!r}",
@@ -85,8 +87,8 @@ class TemporaryFile:
         self._stack.close()
 
     def drop(self) -> None:
-        """Remove it."""
-        with contextlib.suppress(_Dropped), self._stack:
+        """Remove it, where the folder still lets it be removed."""
+        with contextlib.suppress(_Dropped, OSError), self._stack:
             raise _Dropped
 
 
@@ -127,7 +129,8 @@ class ArraySink:
         self._temporary.keep()
 
     def abandon(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what waits to be written finds no room now either
+            self._file.close()
         self._temporary.drop()
 
 
@@ -152,6 +155,13 @@ class RawSink:
         # A reader that went away would be reported a second time when Python closes stdout.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # nobody may look, or the name is too long; writing will say so
+        return False
 
 
 def _header(frame: NDArray[Any], count: int) -> bytes:

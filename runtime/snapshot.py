@@ -12,14 +12,14 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import InitialValue, StateSpec, StepContract
-from stepcell.errors import InputError, StateError
+from stepcell.errors import InputError, OutputError, StateError
 from stepcell.files import atomic_path, read_bytes
 
 __all__ = ["Snapshot", "contract_hash", "read_snapshot", "write_snapshot"]
@@ -46,7 +46,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     schema: str = SCHEMA
     contract_hash: str
     checksum: str = ""
-    frame: int = 0
+    frame: Annotated[int, msgspec.Meta(ge=0)] = 0
     slots: dict[str, int] | None = None
     rows: int | None = None
     metadata: dict[str, str] = {}
@@ -92,11 +92,14 @@ def write_snapshot(path: Path, states: States, snapshot: Snapshot) -> None:
     data = save(arrays, {METADATA_KEY: msgspec.json.encode(snapshot).decode()})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself is on the disk only after this
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself is on the disk only after this
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OutputError(f"{path}: its folder cannot be synchronised to the disk ({error.strerror})") from error
 
 
 def read_snapshot(path: Path, contract: StepContract) -> tuple[dict[str, NDArray[Any]], Snapshot]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -21,11 +22,11 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec
-from stepcell.files import read_bytes
 
-__all__ = ["STDIN", "ArraySource", "RawSource", "Source", "is_remote", "open_source", "parse_size"]
+__all__ = ["RATES", "STDIN", "ArraySource", "RawSource", "Source", "is_remote", "open_source", "parse_size", "shown"]
 
 STDIN = "-"
+RATES = (Fraction(1, 1000), Fraction(1000))  # frames per second: what is less or more is no rate of a video
 
 
 class Source(Protocol):
@@ -81,15 +82,20 @@ def open_source(
     if (text == STDIN) != (size is not None):
         raise UsageError("--size: raw frames on stdin (--input -) need it, and of pictures nothing else takes it")
     if size is not None:
+        if sys.stdin is None:
+            raise InputError("stdin: is closed")
+        os.set_blocking(sys.stdin.fileno(), True)  # else a frame that is not there yet reads as the end
         # A file of its own: a thread may still read when the interpreter ends, which closes sys.stdin.
         return RawSource(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), size, channels)
     if is_remote(text):
         return VideoSource(text)
     path = Path(text)
-    if path.is_dir():
+    try:
+        folder = stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        raise InputError(f"{text}: cannot be read ({error.strerror})") from error
+    if folder:
         return FolderSource(path)
-    if not path.is_file():
-        read_bytes(path)  # says why it cannot be read
     return ArraySource(path) if path.suffix == ".npy" else VideoSource(text)
 
 
@@ -98,6 +104,15 @@ def is_remote(text: str) -> bool:
     from stepcell.runtime.av_read import CAMERA
 
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or CAMERA.fullmatch(text))
+
+
+def shown(text: str) -> str:
+    """A name for messages, metrics and reports: without the password of a URL, and Unicode.
+
+    A file name may hold bytes that are no Unicode, which JSON cannot; they are written as escapes.
+    """
+    text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://[^/@:]*):[^/]*@", r"\1:***@", text)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -122,11 +137,9 @@ class ArraySource:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         try:
-            # Mapped, not read: a long clip does not have to fit in memory.
-            self._array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path}: not a readable .npy array ({error})") from error
-        array = self._array
         pixels = array.dtype == np.uint8
         if not (pixels or array.dtype.kind == "f") or array.ndim != 4:
             raise InputError(
@@ -140,10 +153,27 @@ class ArraySource:
                 f"{path}: expected 1 or 3 channels and at least one frame, got {array.shape} {array.dtype}"
             )
         self.length: int | None = len(array)
+        self._path, self._shape, self._dtype, self._start = path, array.shape, array.dtype, array.offset
+        # In Fortran order no frame is in one piece: the file is read as a whole.
+        self._array = None if array.flags.c_contiguous else np.array(array)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
-        for frame in self._array:
-            yield np.asarray(frame)
+        if self._array is not None:
+            yield from self._array
+            return
+        # Read and not mapped: where a mapped file is cut off meanwhile, the process dies of SIGBUS.
+        count, *shape = self._shape
+        size = int(np.prod(shape)) * self._dtype.itemsize
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._start)
+                for number in range(count):
+                    data = file.read(size)
+                    if len(data) < size:
+                        raise InputError(f"{self.name}: cut off at frame {number} of {count}")
+                    yield np.frombuffer(data, self._dtype).reshape(shape)
+        except OSError as error:
+            raise InputError(f"{self.name}: cannot be read ({error.strerror})") from error
 
     def close(self) -> None:
         pass
@@ -171,7 +201,7 @@ class RawSource:
     def __iter__(self) -> Iterator[NDArray[Any]]:
         size = int(np.prod(self._shape))
         number = 0
-        while data := self._stream.read(size):
+        while data := self._read(size):
             if len(data) < size:
                 raise InputError(
                     f"stdin: ended inside frame {number}: {len(data)} of {size} bytes",
@@ -180,6 +210,12 @@ class RawSource:
             self.seconds = time.monotonic()
             yield np.frombuffer(data, np.uint8).reshape(self._shape)
             number += 1
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._stream.read(size)
+        except OSError as error:
+            raise InputError(f"stdin: cannot be read ({error.strerror})") from error
 
     def close(self) -> None:
         pass

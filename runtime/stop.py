@@ -14,7 +14,7 @@ class StopRequest:
     """Turns ctrl-C and SIGTERM into a clean stop between two steps.
 
     The run asks for it before every step and ten times a second while it waits, so that no file is
-    cut off in the middle. A second signal interrupts at once.
+    cut off in the middle. A second signal interrupts at once, and ends the block of `listening`.
     """
 
     def __init__(self) -> None:
@@ -26,6 +26,9 @@ class StopRequest:
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except KeyboardInterrupt:
+            if self.signal is None:  # from elsewhere
+                raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -7,6 +7,7 @@ there, so a stream that is slow, lost or at its end holds up no other.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from stepcell.errors import StepcellError
@@ -92,8 +93,9 @@ def run_streams(
             raise
     finally:
         run.end("interrupted")
-        for lane in lanes:
-            lane.close()
+        with contextlib.ExitStack() as closing:  # each of them, whatever another one raises
+            for lane in reversed(lanes):
+                closing.callback(lane.close)
     if snapshots is not None and run.steps and run.between_steps and not all(lane.failure for lane in lanes):
         run.save(snapshots)
     return [lane.report(loop, snapshots) for lane in lanes]

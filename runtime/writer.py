@@ -5,6 +5,7 @@ Encoding a picture can take as long as the step that made it; it is done while t
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from stepcell.errors import StepcellError
 from stepcell.runtime.sinks import Sink
 from stepcell.runtime.statistics import Latency, Stopwatch
 
@@ -116,7 +118,8 @@ class Writer:
             with self._changed:
                 self._queue.clear()
                 self._changed.notify_all()
-            self.sink.abandon()
+            with contextlib.suppress(OSError, StepcellError):  # what broke first is what is raised
+                self.sink.abandon()
 
     def _next(self) -> NDArray[Any] | None:
         """The next frame; None once nothing is left and nothing will come."""

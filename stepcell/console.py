@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stepcell.errors import OutputError
 from stepcell.files import human_size
 
 __all__ = ["console", "log", "print_json", "stage", "table", "working"]
@@ -22,7 +23,19 @@ __all__ = ["console", "log", "print_json", "stage", "table", "working"]
 HEARTBEAT_SECONDS = 10.0
 _FILE_WIDTH = 1000  # of a log, whose lines are searched and not looked at: a path stays whole
 
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x:` in a path is no emoji
+
+class _Log(Console):
+    """Where nobody listens, or the disk of a log is full, the work goes on."""
+
+    def on_broken_pipe(self) -> None:  # rich ends the process here
+        self.quiet = True
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
+
+
+console = _Log(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x:` in a path is no emoji
 
 
 def log(message: str) -> None:
@@ -50,7 +63,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: b
         grid.add_column(column, overflow="fold")
     for row in rows:
         grid.add_row(*map(Text, row))  # as it is: `stepcell[rtx]` is no markup
-    output = Console(highlight=False, stderr=not to_stdout)
+    output = (Console if to_stdout else _Log)(highlight=False, stderr=not to_stdout)
     if not output.is_terminal:
         output.width = _FILE_WIDTH
     output.print(grid)
@@ -58,6 +71,8 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: b
 
 def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
     """A result for a machine, to stdout."""
+    if sys.stdout is None:
+        raise OutputError("stdout: is closed")
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=1).decode() + "\n")
 
 

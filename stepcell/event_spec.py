@@ -14,7 +14,7 @@ from stepcell.errors import UsageError
 
 __all__ = ["EventSpec", "EventWindow"]
 
-_TEXT = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s|events/pixel|events)")
+_TEXT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)(us|ms|s|events/pixel|events)")
 _MICROSECONDS = {"us": 1, "ms": 1000, "s": 1_000_000}
 
 

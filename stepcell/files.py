@@ -23,9 +23,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder does not exist or cannot be written.
     """
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder, expected a file name")
     try:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder, expected a file name")
+        if path.exists() and not path.is_file():  # such as /dev/null, which a file would replace
+            raise OutputError(f"{path}: is a device or a pipe, expected the name of a file")
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})", hint="choose another output path") from error
@@ -42,7 +44,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that nobody may write to any more
+            temporary.unlink()
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

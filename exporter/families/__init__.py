@@ -77,9 +77,6 @@ def step_model(
             f"--set {unknown[0]}: family {chosen.name} has no such argument",
             hint="it takes " + ", ".join(f"{key} ({text})" for key, text in chosen.arguments.items()),
         )
-    if words := [key for key, value in overrides.items() if value in ("True", "False", "None")]:
-        value = overrides[words[0]]
-        raise UsageError(f"--set {words[0]}: expected true, false or null as JSON has them, got {value}")
     own = checkpoint.arguments if checkpoint.family == chosen.name else {}
     sized = chosen.from_shapes(shapes or {}, {**inferred, **own, **overrides})
     arguments = {**inferred, **sized, **own, **overrides}

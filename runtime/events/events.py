@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 
-__all__ = ["CHUNK", "EventReader", "Events", "checked", "unwrap"]
+__all__ = ["CHUNK", "LARGEST", "EventReader", "Events", "checked", "unwrap"]
 
+LARGEST = 1 << 14  # pixels along a side: what DAT can hold, and more than any sensor has
 CHUNK = 1 << 20  # records that are read at once: memory does not grow with the file
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
-from stepcell.runtime.events.events import CHUNK, Events
+from stepcell.runtime.events.events import CHUNK, LARGEST, Events
 
 __all__ = ["NpzReader"]
 
@@ -80,8 +80,14 @@ class NpzReader:
             raise InputError(f"{self.name}: t: holds NaN, Inf or more than 1e12 seconds")
 
     def _size(self) -> tuple[int, int]:
-        width, height = (_Column(self._zip.open(f"{name}.npy"), f"{self.name}: {name}") for name in ("width", "height"))
-        return int(width.read(1).reshape(())), int(height.read(1).reshape(()))
+        sides = []
+        for name in ("width", "height"):
+            column = _Column(self._zip.open(f"{name}.npy"), f"{self.name}: {name}")
+            side = column.read(1)
+            if side.dtype.kind not in "iuf" or not 0 < side[0] <= LARGEST:
+                raise InputError(f"{self.name}: {name}: expected 1 to {LARGEST} pixels, got {side[0]}")
+            sides.append(int(side[0]))
+        return sides[0], sides[1]
 
 
 class _Column:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stepcell.errors import InputError
 from stepcell.event_spec import EventSpec
 from stepcell.runtime.events.dat import DatReader
-from stepcell.runtime.events.events import EventReader, checked
+from stepcell.runtime.events.events import LARGEST, EventReader, checked
 from stepcell.runtime.events.npz import NpzReader
 from stepcell.runtime.events.raw import RawReader
 from stepcell.runtime.events.tensor import event_tensor
@@ -22,7 +22,7 @@ __all__ = ["EVENT_FILES", "EventSource", "open_events"]
 
 _READERS: dict[str, Callable[[Path, BinaryIO], EventReader]] = {".dat": DatReader, ".raw": RawReader, ".npz": NpzReader}
 EVENT_FILES = tuple(_READERS)
-SHORTEST = 1000  # us: a video has no more than 1000 frames a second
+SHORTEST, LONGEST = 1000, 10**9  # us: a video has up to 1000 frames a second, and at least one in 1000 seconds
 
 
 def open_events(path: Path) -> EventReader:
@@ -50,7 +50,7 @@ class EventSource:
         spec: how tensors are made.
         size: width and height of the sensor, where the file does not say.
 
-    `fps` is known where windows are by time, of 1 ms or more.
+    `fps` is known where windows are by time, of 1 ms to 1000 s.
 
     Raises:
         InputError: the file cannot be read, or its sensor is unknown or not of `size`.
@@ -72,8 +72,11 @@ class EventSource:
         if found is None or 0 in found:
             self.close()
             raise InputError(f"{path}: does not say how large its sensor is", hint="--size WIDTHxHEIGHT does")
+        if max(found) > LARGEST:
+            self.close()
+            raise InputError(f"{path}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}")
         self.size = found
-        by_time = spec.window.unit == "us" and spec.window.size >= SHORTEST
+        by_time = spec.window.unit == "us" and SHORTEST <= spec.window.size <= LONGEST
         self.fps: Fraction | None = Fraction(1_000_000, round(spec.window.size)) if by_time else None
 
     def __iter__(self) -> Iterator[NDArray[Any]]:

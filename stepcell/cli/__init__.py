@@ -49,6 +49,8 @@ class _LazyGroup(click.Group):
             if error.hint:
                 log(f"hint:  {error.hint}")
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(130)  # as shells say it; click would say 1
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +18,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs; a value that is JSON is taken as such, anything else as a string.
+    """`key=value` pairs; a value that is JSON or a Python literal is taken as such, anything else as a string.
 
     Raises:
         UsageError: no `=`, or a key twice.
@@ -28,8 +30,12 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--set: expected KEY=VALUE, got {setting!r}")
         if key in parsed:
             raise UsageError(f"--set {key}: given twice")
-        try:
-            parsed[key] = json.loads(value)
-        except ValueError:
-            parsed[key] = value
+        parsed[key] = _value(value)
     return parsed
+
+
+def _value(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):  # False and (3, 5) stand in upstream's Python
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(text)
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
@@ -14,17 +15,17 @@ from stepcell.cli.common import json_option
 from stepcell.cli.streams import Streams, check_names
 from stepcell.cli.view import View, summarise
 from stepcell.console import log, print_json
-from stepcell.errors import StepcellError, UsageError
+from stepcell.errors import InputError, OutputError, StepcellError, UsageError
 from stepcell.files import write_atomic
 from stepcell.runtime.frames import event_input, image_input
 from stepcell.runtime.lane import Deadline, Lane, OnLate
 from stepcell.runtime.loop import StepLoop
 from stepcell.runtime.metrics import Metrics, parse_address
-from stepcell.runtime.policies import OnNonFinite, ResetPolicy, reset_on_signal
+from stepcell.runtime.policies import OnNonFinite, ResetPolicy, ResetWatch, reset_on_signal
 from stepcell.runtime.report import RunReport, StreamError, StreamsError, StreamsReport
 from stepcell.runtime.saving import SnapshotWriter, saved_frames
 from stepcell.runtime.scheduler import Watcher
-from stepcell.runtime.sources import parse_size
+from stepcell.runtime.sources import RATES, parse_size, shown
 from stepcell.runtime.stop import StopRequest
 from stepcell.runtime.stream import run_streams
 
@@ -34,13 +35,19 @@ SNAPSHOT_EVERY = 250  # frames: ten seconds of a camera
 
 
 def _parse_rate(text: str) -> Fraction:
-    try:
-        rate = Fraction(text)
+    try:  # an exponent such as 1e99999999 is a number that takes hours to write down
+        rate = Fraction(text) if "e" not in text.lower() and len(text) <= 40 else Fraction(0)
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
-    if not 0 < rate <= 1000:
+    if not RATES[0] <= rate <= RATES[1]:
         raise UsageError(f"--fps: expected frames per second such as 25, 29.97 or 30000/1001, got {text!r}")
     return rate
+
+
+def _no_nan(_ctx: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("expected a number, got nan")
+    return value
 
 
 @click.command(
@@ -74,7 +81,7 @@ Examples:
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for one step.  [default: one per core]")
 @click.option("--fps", "fps_text", metavar="N", help="Frame rate of the output.  [default: the input's, else 25]")
 @click.option(
-    "--deadline-ms", type=click.FloatRange(0, min_open=True), metavar="MS",
+    "--deadline-ms", type=click.FloatRange(0, min_open=True), callback=_no_nan, metavar="MS",
     help="A frame of a camera, a URL or stdin that waited longer than this is late.",
 )  # fmt: skip
 @click.option(
@@ -82,12 +89,12 @@ Examples:
     help="Late frames: leave them out and count them, or step and count them while the source waits.",
 )  # fmt: skip
 @click.option(
-    "--reconnect", "patience", type=click.FloatRange(0), default=0, metavar="SECONDS",
+    "--reconnect", "patience", type=click.FloatRange(0), callback=_no_nan, default=0, metavar="SECONDS",
     help="Open a lost camera or URL again, for up to this long after its last frame (inf: for ever).",
 )  # fmt: skip
 @click.option("--reset-every", type=click.IntRange(1), metavar="N", help="Forget the past before every N frames.")
 @click.option(
-    "--reset-gap", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+    "--reset-gap", type=click.FloatRange(0, min_open=True), callback=_no_nan, metavar="SECONDS",
     help="Forget the past where two frames are further apart than this.",
 )  # fmt: skip
 @click.option("--reset-on-cut", is_flag=True, help="Forget the past at a scene cut.")
@@ -167,18 +174,20 @@ def command(
     address = parse_address(address_text) if address_text else None
     stop = StopRequest()
     slots = len(inputs) if len(inputs) > 1 else None
+    watches: list[ResetWatch] = []
     with (
         stop.listening(),
+        reset_on_signal(watches),
         StepLoop.open(
             model, device, slots=slots, allow_fallback=allow_fallback, keep_float16=keep_float16, threads=threads
         ) as loop,
     ):
         log(f"{model}: {loop.description}")
         spec = image_input(loop.contract, len(inputs))
-        starts = _resume(loop, snapshot_path, inputs) if resume and snapshot_path else {}
+        starts = _resume(loop, snapshot_path, streams.names) if resume and snapshot_path else {}
         snapshots = None
         if snapshot_path is not None:
-            snapshots = SnapshotWriter(snapshot_path, snapshot_every or SNAPSHOT_EVERY, ", ".join(inputs))
+            snapshots = SnapshotWriter(snapshot_path, snapshot_every or SNAPSHOT_EVERY, ", ".join(streams.names))
         lanes: list[Lane] = []
         watchers: list[Watcher] = []
         with ExitStack() as stack:
@@ -186,19 +195,24 @@ def command(
                 metrics = stack.enter_context(Metrics(lanes, address[1], address[0]))
                 log(f"metrics: http://{metrics.address}:{metrics.port}/metrics")
                 watchers.append(metrics)
-            lanes += streams.open(spec, event_input(spec, event_window), starts)
-            stack.enter_context(reset_on_signal(*(lane.watch for lane in lanes)))
+            lanes += streams.open(spec, event_input(spec, event_window), starts, stop)
+            watches += [lane.watch for lane in lanes]
             watchers.append(stack.enter_context(View(lanes)))
             reports = run_streams(loop, lanes, snapshots=snapshots, stop=stop, watchers=watchers)
-    summarise(lanes, reports)
-    report = reports[0] if len(lanes) == 1 else StreamsReport(model=str(model), streams=reports)
-    if report_path is not None:
-        write_atomic(report_path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    if as_json:
-        print_json(report)
-    error = _failure(lanes, reports)
-    if error is not None:
-        raise error
+        summarise(lanes, reports)
+        report = reports[0] if len(lanes) == 1 else StreamsReport(model=shown(str(model)), streams=reports)
+        error = _failure(lanes, reports)
+        if report_path is not None:
+            try:
+                write_atomic(report_path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+            except OutputError as unwritten:
+                if error is not None:  # what broke a stream is said last, and decides the exit code
+                    log(unwritten.message)
+                error = error or unwritten
+        if as_json:
+            print_json(report)
+        if error is not None:
+            raise error
     if stop.signal is not None:
         ctx.exit(128 + stop.signal)
 
@@ -212,15 +226,19 @@ def _failure(lanes: Sequence[Lane], reports: Sequence[RunReport]) -> StepcellErr
     return StreamsError(failures, len(lanes))
 
 
-def _resume(loop: StepLoop, path: Path, inputs: Sequence[str]) -> dict[str, int]:
+def _resume(loop: StepLoop, path: Path, names: Sequence[str]) -> dict[str, int]:
     """Frames that were stepped before; none where there is no snapshot yet, as at a service's first start."""
-    if not path.exists():
+    try:
+        path.stat()
+    except FileNotFoundError:
         log(f"{path}: no snapshot yet: starting from the beginning")
         return {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     snapshot = loop.restore(path)
-    if len(inputs) == 1:
+    if len(names) == 1:
         log(f"{path}: going on at frame {snapshot.frame} of {snapshot.metadata.get('input', 'an unnamed input')}")
-        return {inputs[0]: snapshot.frame}
+        return {names[0]: snapshot.frame}
     starts = saved_frames(snapshot)
     log(f"{path}: going on at " + ", ".join(f"frame {number} of {name}" for name, number in starts.items()))
     return starts

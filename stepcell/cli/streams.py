@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,8 +18,10 @@ from stepcell.event_spec import EventSpec
 from stepcell.runtime.feed import Reconnect
 from stepcell.runtime.lane import Deadline, Lane
 from stepcell.runtime.policies import ResetPolicy, ResetWatch
+from stepcell.runtime.scheduler import NOTICE
 from stepcell.runtime.sinks import Sink, open_sink
-from stepcell.runtime.sources import STDIN, Source, is_remote, open_source
+from stepcell.runtime.sources import STDIN, Source, is_remote, open_source, shown
+from stepcell.runtime.stop import StopRequest
 
 __all__ = ["Streams", "check_names", "unique"]
 
@@ -43,12 +47,20 @@ class Streams:
     patience: float
     limit: int | None
 
-    def open(self, spec: TensorSpec, events: EventSpec | None, starts: Mapping[str, int]) -> list[Lane]:
+    @property
+    def names(self) -> list[str]:
+        """Of the streams, each one once."""
+        return unique([shown(text) for text in self.inputs])
+
+    def open(
+        self, spec: TensorSpec, events: EventSpec | None, starts: Mapping[str, int], stop: StopRequest
+    ) -> list[Lane]:
         """Open all of them, or none.
 
         Args:
             spec: the model's input; `events`: how it is made of events.
             starts: frames that were stepped before, by the stream's name.
+            stop: where it comes meanwhile, cameras and URLs that do not answer are not waited for.
 
         Raises:
             InputError: an input cannot be opened, and is no camera or URL that is waited for.
@@ -56,7 +68,7 @@ class Streams:
             UsageError: a name of another kind, or a size that nothing takes.
         """
         with contextlib.ExitStack() as opened:
-            sources = [self._source(text, spec, events, opened) for text in self.inputs]
+            sources = self._sources(spec, events, stop, opened)
             sinks: list[Sink | None] = [None] * len(sources)
             for number, text in enumerate(self.outputs):
                 source = sources[number]
@@ -65,7 +77,7 @@ class Streams:
                 sinks[number] = sink
             opened.pop_all()
         lanes = []
-        for text, name, found, target in zip(self.inputs, unique(self.inputs), sources, sinks, strict=True):
+        for text, name, found, target in zip(self.inputs, self.names, sources, sinks, strict=True):
             reconnect = None
             if self.patience and is_remote(text):
                 reconnect = Reconnect(functools.partial(open_source, text), self.patience)
@@ -83,29 +95,58 @@ class Streams:
             )
         return lanes
 
-    def _source(
-        self, text: str, spec: TensorSpec, events: EventSpec | None, opened: contextlib.ExitStack
-    ) -> Source | None:
+    def _sources(
+        self, spec: TensorSpec, events: EventSpec | None, stop: StopRequest, opened: contextlib.ExitStack
+    ) -> list[Source | None]:
+        """Cameras and URLs side by side: each may take ten seconds to give no answer."""
+        found: dict[int, Source | BaseException | None] = {}
+
+        def attempt(number: int) -> None:
+            try:
+                found[number] = self._source(self.inputs[number], spec, events)
+            except BaseException as error:  # raised below, in the thread that asked
+                found[number] = error
+
+        threads = []
+        for number, text in enumerate(self.inputs):
+            if is_remote(text):
+                threads.append(threading.Thread(target=attempt, args=(number,), daemon=True))
+                threads[-1].start()
+            else:
+                attempt(number)
+        for thread in threads:
+            while thread.is_alive() and stop.signal is None:
+                thread.join(NOTICE)
+        results = [found.get(number) for number in range(len(self.inputs))]
+        sources = [None if isinstance(result, BaseException) else result for result in results]
+        for source in sources:
+            if source is not None:
+                opened.callback(source.close)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return sources
+
+    def _source(self, text: str, spec: TensorSpec, events: EventSpec | None) -> Source | None:
         takes_size = len(self.inputs) == 1 or text == STDIN or events is not None
         try:
-            source = open_source(
-                text, channels=int(spec.shape[1]), size=self.size if takes_size else None, events=events
-            )
+            return open_source(text, channels=int(spec.shape[1]), size=self.size if takes_size else None, events=events)
         except InputError as error:
             if not (self.patience and is_remote(text)):
                 raise
             log(f"{error.message}: trying again")
             return None
-        opened.callback(source.close)
-        return source
 
 
 def unique(names: Sequence[str]) -> list[str]:
     """The names themselves; what comes again gets a number: a.mp4, a.mp4#2."""
     found: list[str] = []
     for name in names:
-        again = found.count(name) + sum(other.startswith(f"{name}#") for other in found)
-        found.append(f"{name}#{again + 1}" if again else name)
+        new, count = name, 1
+        while new in found:
+            count += 1
+            new = f"{name}#{count}"
+        found.append(new)
     return found
 
 
@@ -128,8 +169,8 @@ def check_names(model: Path, inputs: Sequence[str], outputs: Sequence[str], file
     written += [(option, path) for option, path in files.items() if path is not None]
     for option, name in written:
         for other, user in taken.items():
-            if Path(name).resolve() == Path(other).resolve():
+            if os.path.realpath(name) == os.path.realpath(other):  # unlike Path.resolve good for links in a circle
                 raise UsageError(f"{option} {name}: is {user} as well", hint="choose another name")
         taken[str(name)] = option
-        if isinstance(name, Path) and not name.absolute().parent.is_dir():
-            raise OutputError(f"{option} {name}: its folder does not exist")  # said now, not after the run
+        if isinstance(name, Path) and not os.access(name.absolute().parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{option} {name}: its folder does not exist or cannot be written")  # not after the run

@@ -111,14 +111,14 @@ def summarise(lanes: Sequence[Lane], reports: Sequence[RunReport]) -> None:
         table("", [*COLUMNS[:-1], "ended by"], [_row(lane) for lane in lanes])
         _latencies({"step": reports[0].step})
     for lane, report in zip(lanes, reports, strict=True):
-        if report.frames == 0:
-            continue
-        if len(lanes) == 1:
+        if report.frames and len(lanes) == 1:
             parts = {part: getattr(report, part) for part in ("decode", "convert", "step", "encode", "latency")}
             _latencies(parts)
         _say(f"{lane.prefix}resets", report.resets)
         _say(f"{lane.prefix}dropped", report.dropped)
         _say(f"{lane.prefix}counted", {"late": report.late, "reconnects": report.reconnects})
+        if not report.frames:
+            continue
         width, height = report.frame_size or (0, 0)
         ending = {"interrupted": ", stopped by a signal", "error": ", broken off"}.get(report.stopped, "")
         rate = f"{report.frames} frames of {width}x{height}, {report.frames_per_second:.1f} frames/s"

@@ -89,3 +89,10 @@ def test_cost_does_not_grow_with_the_frame() -> None:
         best = min(best, time.perf_counter() - started)
     print(f"{best * 1e6:.0f} us for a frame of 1920x1080")
     assert best < 2e-3
+
+
+def test_a_picture_of_another_size_is_unrelated() -> None:
+    """A camera that came back with another size: what refuses it comes after this."""
+    cut = SceneCut()
+    cut.distance(np.random.default_rng(0).integers(0, 256, (144, 176, 3), np.uint8))
+    assert cut.distance(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)) == 1.0

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
-from stepcell.models.zoo.clips import clip_path
+from stepcell.models.zoo.clips import clip_path, read_clip
+from stepcell.runtime.av_read import VideoSource
 from stepcell.runtime.feed import DEPTH, Feed, Frame, Reconnect
 from stepcell.runtime.sources import RawSource, open_source
 
@@ -135,10 +139,76 @@ def test_a_read_that_hangs_is_left_behind() -> None:
         started = time.monotonic()
         feed.stop()
         feed.wait()
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 5
         os.close(writer)  # ends the read
         feed._thread.join(5)
         assert not feed._thread.is_alive()
+
+
+def test_many_reads_that_hang_are_left_behind_together() -> None:
+    gate, changed = threading.Event(), threading.Condition()
+
+    class Hanging(Counting):
+        def __iter__(self) -> Iterator[NDArray[Any]]:
+            gate.wait(60)
+            return iter(())
+
+    feeds = [Feed(Hanging(0), changed) for _ in range(20)]
+    started = time.monotonic()
+    for feed in feeds:
+        feed.stop()
+    for feed in feeds:
+        feed.wait()
+    assert time.monotonic() - started < 10, "one after the other takes twenty seconds"
+    gate.set()
+    for feed in feeds:
+        feed._thread.join(10)
+
+
+def test_a_source_that_cannot_be_closed_ends_all_the_same() -> None:
+    class Stuck(Counting):
+        def close(self) -> None:
+            raise OSError(5, "Input/output error")
+
+    changed = threading.Condition()
+    feed = Feed(Stuck(1), changed)
+    until(changed, lambda: feed._done)
+    assert feed.take() is not None
+    with pytest.raises(OSError, match="Input/output error"):
+        feed.take()
+
+
+def test_no_frame_of_a_camera_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in the middle: what it has sent is there, however many threads decode."""
+    if "libx264" not in av.codecs_available:
+        pytest.skip("FFmpeg has no H.264 encoder here")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=25, options={"tune": "zerolatency"})
+        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
+        for frame in read_clip("carphone_pristine")[:30]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    monkeypatch.setattr("stepcell.runtime.av_read.URL_TIMEOUT", (30.0, 3.0))
+    gate = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def send() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(buffer.getvalue())
+                gate.wait(30)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        source = VideoSource(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        source._stream.codec_context.thread_count = 8  # of the machine this will run on
+        frames = []
+        with pytest.raises(InputError, match="no answer within 3 s"):
+            frames.extend(source)
+        gate.set()
+        thread.join(10)
+    source.close()
+    assert len(frames) >= 28, f"{len(frames)} of 30 frames"  # the last may wait for the begin of the next
 
 
 def test_waits_grow_to_a_bound_and_differ() -> None:
@@ -215,11 +285,11 @@ def test_a_camera_that_stays_away_is_given_up(camera: Any) -> None:
     reconnect = Reconnect(lambda: open_source(camera.url), 0.3, first=0.01, most=0.05)
     source = open_source(camera.url)
     camera.switch_off()
-    feed = Feed(source, changed, reconnect=reconnect)
     started = time.monotonic()
+    feed = Feed(source, changed, reconnect=reconnect)
     with pytest.raises(InputError, match=r"lost, and not back within 0.3 s \(.*cannot be opened as video"):
         take_all(feed, changed)
-    assert 0.2 < time.monotonic() - started < 3
+    assert 0.3 < time.monotonic() - started < 10
 
 
 def test_a_camera_that_is_not_there_yet(camera: Any) -> None:
@@ -236,3 +306,29 @@ def test_a_camera_that_is_not_there_yet(camera: Any) -> None:
     until(changed, lambda: feed.waiting > 0)
     feed.stop()
     feed.wait()
+
+
+def damaged(data: bytes, every: int) -> bytes:
+    """A transport stream in which each so-many-th packet from the middle on says that it is damaged."""
+    packets = bytearray(data)
+    for start in range(len(data) // 376 * 188, len(data), 188 * every):
+        packets[start + 1] |= 0x80  # transport_error_indicator, ISO/IEC 13818-1
+    return bytes(packets)
+
+
+def test_a_camera_goes_on_after_a_broken_packet(camera: Any) -> None:
+    camera._data = damaged(camera._data, 40)
+    source = VideoSource(camera.url)
+    frames = len(list(source))
+    source.close()
+    assert 40 <= frames < 60, f"{frames} of 60 frames"
+
+
+def test_a_camera_of_which_nothing_whole_comes_is_broken(camera: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    camera._data = damaged(camera._data, 1)
+    monkeypatch.setattr("stepcell.runtime.av_read.BROKEN_PACKETS", 10)
+    source, frames = VideoSource(camera.url), []
+    with pytest.raises(InputError, match=r"tcp://127.0.0.1:\d+: broken or cut off at frame \d+"):
+        frames.extend(source)
+    source.close()
+    assert 20 < len(frames) < 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +150,7 @@ def test_one_that_breaks_does_not_stop_the_others(
         "",
         "broken at frame 3",
         "c: x: 48 of 48 values are NaN",
-        "first frame has shape",
+        "d: frame 2 is (3, 8, 8), the first one (3, 4, 4)",
         "e: its frames",
         "f: holds no",
     ]
@@ -364,6 +365,32 @@ def test_a_slow_output_holds_up_its_own_stream_only(accumulator: Model, tmp_path
         assert np.load(tmp_path / f"{name}.npy")[:, 0, 0, 0].tolist() == list(range(1, 51))
 
 
+def test_an_output_that_is_stuck_is_not_waited_for_in_every_step(
+    accumulator: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepcell.runtime.scheduler.GATHER", 20.0)
+    gate = threading.Event()
+
+    class Stuck(ArraySink):
+        def write(self, frame: NDArray[Any]) -> None:
+            gate.wait(60)
+            super().write(frame)
+
+    class Opening(Watched):
+        def tick(self) -> None:
+            if lanes[1].frames == 12:
+                gate.set()
+
+    lanes = [
+        Lane(Frames("stuck", [ONE] * 12), Stuck(tmp_path / "stuck.npy")),
+        Lane(Frames("free", [ONE] * 12), ArraySink(tmp_path / "free.npy")),
+    ]
+    started = time.monotonic()
+    reports = together(accumulator(), lanes, watchers=[Opening()])
+    assert time.monotonic() - started < 15
+    assert [report.frames for report in reports] == [12, 12]
+
+
 @pytest.mark.parametrize(("gap", "resets"), [(None, 1), (60.0, 0), (0.05, 1)])
 def test_a_camera_that_came_back_starts_afresh_unless_the_gap_is_short(
     accumulator: Model, tmp_path: Path, gap: float | None, resets: int
@@ -409,6 +436,35 @@ def test_a_reconnection_is_a_gap_also_where_its_first_frames_are_dropped(accumul
     assert sum(report.dropped.values()) + report.frames == 80
     assert report.frames < 30
     assert (report.reconnects, report.resets["gap"]) == (1, 1)
+
+
+def test_a_stop_is_noticed_while_the_first_frames_are_waited_for(
+    accumulator: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepcell.runtime.scheduler.GATHER_FIRST", 30.0)
+    stop, gate = StopRequest(), threading.Event()
+
+    class Silent(Frames):
+        def __iter__(self) -> Iterator[NDArray[Any]]:
+            time.sleep(0.5)  # the other one's frame has come by now, and waits for one of this
+            stop.signal = signal.SIGTERM  # as a handler does it: nobody is woken
+            gate.wait(60)
+            return iter(())
+
+    lanes = [Lane(Frames("a", [ONE])), Lane(Silent("b", [], live=True))]
+    started = time.monotonic()
+    reports = together(accumulator(), lanes, stop=stop)
+    assert time.monotonic() - started < 20
+    gate.set()
+    assert {report.stopped for report in reports} == {"interrupted"}
+
+
+def test_frames_that_were_all_late_are_not_called_absent(accumulator: Model) -> None:
+    lane = Lane(Frames("a", [ONE] * 9, live=True), deadline=Deadline(1e-9))
+    with StepLoop.open(accumulator()) as loop:
+        (report,) = run_streams(loop, [lane])
+    assert report.error == "a: all its 9 frames were dropped"
+    assert sum(report.dropped.values()) == 9
 
 
 def test_a_stop_finishes_every_output(accumulator: Model, tmp_path: Path) -> None:

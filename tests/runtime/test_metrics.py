@@ -100,7 +100,9 @@ def test_addresses(text: str, address: str, port: int) -> None:
     assert parse_address(text) == (address, port)
 
 
-@pytest.mark.parametrize("text", ["", "x", "65536", "host:", "-1", "1.5", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "65536", "host:", "-1", "1.5", "²", pytest.param("9" * 5000, id="5000 digits")]
+)
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--metrics-port: expected"):
         parse_address(text)

@@ -60,7 +60,9 @@ def test_one_frame_resets_once_and_says_the_strongest_cause() -> None:
 def test_a_signal_demands_a_reset_of_all_and_the_old_handler_comes_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     first, second = ResetWatch(ResetPolicy()), ResetWatch(ResetPolicy())
-    with reset_on_signal(first, second):
+    watches = [first]
+    with reset_on_signal(watches):
+        watches.append(second)  # a stream that was opened later
         signal.raise_signal(signal.SIGUSR1)
     assert first.due(1, GREY, None) == second.due(5, GREY, None) == "demand"
     assert first.due(2, GREY, None) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -138,3 +139,37 @@ def test_full_disk_is_an_output_error() -> None:
         pytest.skip("no /dev/full on this system")
     with open("/dev/full", "wb", buffering=0) as stream, pytest.raises(OutputError, match="No space left"):  # noqa: PTH123
         RawSink(stream).write(noise(1, 4, 4, 3)[0])  # type: ignore[arg-type]
+
+
+def test_a_folder_behind_a_link_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    sink = open_sink(str(tmp_path / "link"), Fraction(25))
+    sink.write(np.zeros((8, 8, 3), np.uint8))
+    sink.close()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["000000.png"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is the working folder"):
+        open_sink(".", Fraction(25))
+    with pytest.raises(OutputError, match="holds files already"):
+        open_sink("/", Fraction(25))
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    (tmp_path / "volume").mkdir()
+    with pytest.raises(OutputError, match="is a mount point"):
+        open_sink("volume", Fraction(25))
+
+
+def test_an_array_that_does_not_fit_is_removed(tmp_path: Path) -> None:
+    """What is in the buffer cannot be written when the file is closed either."""
+    path = tmp_path / "out.npy"
+    sink = ArraySink(path)
+    sink.write(np.zeros((1, 4, 4), np.float32))
+    # Closed behind its back: every write from now on fails.
+    os.close(sink._file.fileno())
+    sink.abandon()
+    assert not list(tmp_path.iterdir())

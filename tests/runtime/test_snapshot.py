@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -193,10 +195,11 @@ def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Pa
         ({}, "without the metadata key"),
         ({"stepcell.snapshot": "{}"}, "malformed snapshot"),
         ({"stepcell.snapshot": '{"schema": "2.0", "contract_hash": ""}'}, r"schema 2\.0 is not supported"),
+        ({"stepcell.snapshot": '{"contract_hash": "", "frame": -1}'}, "malformed snapshot"),
         ({"stepcell.snapshot": '{"contract_hash": "", "rows": 2, "slots": {"a": 2}}'}, r"slots in rows \[2\] of 2"),
         ({"stepcell.snapshot": '{"contract_hash": "", "rows": 2, "slots": {"a": 1, "b": 1}}'}, r"rows \[1, 1\] of 2"),
     ],
-    ids=["absent", "text", "weights", "json", "schema", "row", "twice"],
+    ids=["absent", "text", "weights", "json", "schema", "frame", "row", "twice"],
 )
 def test_files_that_are_no_snapshot(accumulator: Model, tmp_path: Path, content: Any, message: str) -> None:
     from safetensors.numpy import save
@@ -217,6 +220,20 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(accumulator: Model, tm
         with pytest.raises(OutputError):
             loop.save(tmp_path / "none" / "state.safetensors")
     assert path.read_bytes() == old
+
+
+def test_a_folder_that_cannot_be_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a user may write into a folder and not list it: an error of the run, not a traceback."""
+    fsync = os.fsync
+
+    def refusing(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise PermissionError(13, "Permission denied")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with pytest.raises(OutputError, match=r"cannot be synchronised to the disk \(Permission denied\)"):
+        write_snapshot(tmp_path / "s.safetensors", {"h": ONE}, Snapshot(contract_hash="1"))
 
 
 WRITER = """

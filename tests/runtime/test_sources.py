@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, StepcellError, UsageError
 from stepcell.runtime.av_read import FolderSource, VideoSource, natural_key
-from stepcell.runtime.sources import ArraySource, RawSource, open_source, parse_size
+from stepcell.runtime.sources import ArraySource, RawSource, open_source, parse_size, shown
 
 WIDTH, HEIGHT = 176, 144
 
@@ -51,6 +53,56 @@ def test_video_equals_plain_decoding(clip_path: Path) -> None:
         expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     np.testing.assert_array_equal(frames, expected)
     assert np.stack(frames).shape == (120, HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_last_frame_may_be_shown_for_long(count: int, tmp_path: Path) -> None:
+    """A file at one frame in five seconds is not cut off where its last frame begins."""
+    path = tmp_path / "slow.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(1, 5))
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for _ in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    assert len(list(open_source(str(path)))) == count
+
+
+@pytest.mark.parametrize("rate", [Fraction(200_000), Fraction(1, 100_000)], ids=str)
+def test_a_rate_that_is_none(rate: Fraction, tmp_path: Path) -> None:
+    path = tmp_path / "odd.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    source = open_source(str(path))
+    assert source.fps is None
+    assert len(list(source)) == 3
+
+
+def test_a_title_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "titled.mkv"
+    with av.open(str(path), "w", metadata_encoding="latin-1") as container:
+        container.metadata["title"] = "caf\xe9"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode(None))
+    assert len(list(open_source(str(path)))) == 1
+
+
+def test_video_through_a_named_pipe(clip_path: Path, tmp_path: Path) -> None:
+    data = remux(clip_path, tmp_path / "clip.ts")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=pipe.write_bytes, args=(data,), daemon=True)
+    thread.start()
+    source = open_source(str(pipe))
+    assert len(list(source)) == 120
+    source.close()
+    thread.join(10)
 
 
 def test_file_name_with_a_colon(clip_path: Path, tmp_path: Path) -> None:
@@ -270,3 +322,59 @@ def test_matroska_that_was_cut_off_gives_its_frames_and_then_says_so(clip_path: 
     with pytest.raises(InputError, match=r"cut off: its header says 4\.0 s, |broken"):
         frames.extend(VideoSource(str(tmp_path / "cut.mkv")))
     assert 20 < len(frames) < 100
+
+
+def test_an_array_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    """A mapped file would kill the process with SIGBUS."""
+    path = tmp_path / "clip.npy"
+    np.save(path, np.ones((100, 64, 64, 3), np.uint8))
+    frames = iter(open_source(str(path)))
+    assert next(frames).all()
+    os.truncate(path, path.stat().st_size // 4)
+    with pytest.raises(InputError, match=r"cut off at frame 2[0-9] of 100"):
+        list(frames)
+
+
+def test_an_array_in_fortran_order(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).random((5, 3, 4, 6), np.float32)
+    np.save(tmp_path / "clip.npy", np.asfortranarray(frames))
+    np.testing.assert_array_equal(list(open_source(str(tmp_path / "clip.npy"))), frames)
+
+
+def test_another_file_under_the_name_of_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "clip.npy"
+    with path.open("wb") as file:
+        np.savez(file, frames=np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(InputError, match="not a readable"):
+        open_source(str(path))
+
+
+class Failing(io.RawIOBase):
+    """A pipe whose device is gone."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_pipe_that_breaks() -> None:
+    with pytest.raises(InputError, match=r"stdin: cannot be read \(Input/output error\)"):
+        list(RawSource(io.BufferedReader(Failing()), (2, 2), 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rtsp://user:pass:w@rd@host/a:b", "rtsp://user:***@host/a:b"),
+        ("rtsp://user@host:554/x", "rtsp://user@host:554/x"),
+        ("http://host:80/a:b@c", "http://host:80/a:b@c"),
+        ("/a:b@c/clip.mp4", "/a:b@c/clip.mp4"),
+        ("a\udcff.mp4", "a\\udcff.mp4"),
+        ("ü.mp4", "ü.mp4"),
+    ],
+    ids=ascii,
+)
+def test_what_is_shown_of_a_name(name: str, expected: str) -> None:
+    assert shown(name) == expected

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from stepcell.cli import main
+from stepcell.cli.common import parse_settings
 from stepcell.models import save_checkpoint
 from stepcell.models.zoo.denoiser import Denoiser
 
@@ -183,3 +184,24 @@ def test_bad_calls_with_a_module_of_ones_own(checkpoint: Path, arguments: list[s
     assert result.exit_code == code, result.output
     assert message in result.output
     assert not list(Path().glob("*.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[32, 64]", [32, 64]),
+        ("false", False),
+        ("False", False),
+        ("None", None),
+        ("(3, 5)", (3, 5)),
+        ("{'a': [1]}", {"a": [1]}),
+        ("sum", "sum"),
+        ("1.2.3", "1.2.3"),
+        ("__import__('os').getpid()", "__import__('os').getpid()"),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+)
+def test_settings_are_json_or_literals_of_python(text: str, expected: object) -> None:
+    (found,) = parse_settings([f"key={text}"]).values()
+    assert found == expected
+    assert type(found) is type(expected)

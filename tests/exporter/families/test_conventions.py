@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepcell.errors import CheckpointError, UsageError
+from stepcell.errors import CheckpointError
 from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
 from stepcell.models import run_sequence
 from stepcell.models.variants import ACTIVATIONS
@@ -113,13 +113,6 @@ def test_what_training_scripts_write(what: str, tmp_path: Path) -> None:
     case = kept("ndrplz_convlstm")
     expected = canonical(tmp_path, weights(case), case.system, case.settings)
     assert_equal(canonical(tmp_path, wrapped(weights(case))[what], case.system, case.settings), expected)
-
-
-@pytest.mark.parametrize("word", ["True", "False", "None"])
-def test_words_of_python_are_not_taken_for_true(word: str) -> None:
-    case = kept("openeb_convrnn")
-    with pytest.raises(UsageError, match=f"expected true, false or null as JSON has them, got {word}"):
-        step_model(load_checkpoint(case.path / "checkpoint.pth"), case.system, {"hard": word})
 
 
 def test_e2vid_no_skip_concatenates(tmp_path: Path) -> None:

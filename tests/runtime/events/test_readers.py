@@ -328,3 +328,11 @@ def test_dat_is_not_left_half_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no time below zero"):
         write_dat(tmp_path / "e.dat", [EVENTS, early], SIZE)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [np.inf, np.nan, -3, 0, 1j, 300_000], ids=str)
+def test_npz_with_a_sensor_of_no_size(width: complex, tmp_path: Path) -> None:
+    columns = {name: np.ones(3, np.int64) for name in "xypt"}
+    np.savez(tmp_path / "events.npz", **columns, width=width, height=480)
+    with pytest.raises(InputError, match="width: expected 1 to 16384 pixels"):
+        open_events(tmp_path / "events.npz")

@@ -178,7 +178,8 @@ def test_window_as_text(text: str, size: float, unit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "30", "ms", "0ms", "0.0001ms", "-5us", "1.5events", "0events/pixel", "5 us", "1e3us"]
+    "text",
+    ["", "30", "ms", "0ms", "0.0001ms", "-5us", "1.5events", "0events/pixel", "5 us", "1e3us", "9" * 400 + "ms"],
 )
 def test_other_windows_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected a time or a number of events"):
