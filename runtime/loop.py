@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,6 +52,7 @@ class StepLoop:
         self._inputs = {spec.name: spec for spec in backend.contract.inputs}
         self._slots = None if slots is None else SlotTable(backend.contract, slots)
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the inputs, once fixed
+        self._usual: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = []  # the same with dtypes, for `step`
         self._symbols: dict[str, int] | None = None  # what the back end's buffers are made for
         self._pending: dict[str, NDArray[Any]] | None = None  # a state loaded before the first step
         self._closed = False
@@ -243,7 +244,7 @@ class StepLoop:
         """
         self._require_open()
         if slots is None:
-            self._shapes, self._pending = None, None
+            self._shapes, self._pending, self._usual = None, None, []
         elif self._slots is not None:
             chosen: list[Any] = list(slots)
             self._slots.require(chosen)
@@ -323,7 +324,7 @@ class StepLoop:
     def close(self) -> None:
         """Free the model; calling it twice is allowed."""
         if not self._closed:
-            self._closed = True
+            self._closed, self._usual = True, []
             self._backend.close()
 
     def __enter__(self) -> StepLoop:
@@ -341,8 +342,13 @@ class StepLoop:
             raise UsageError(f"{self.name}: opened without slots", hint="StepLoop.open(..., slots=N)")
         return self._slots
 
-    def _checked(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> dict[str, NDArray[Any] | DeviceArray]:
+    def _checked(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> Mapping[str, NDArray[Any] | DeviceArray]:
         """The inputs of a step of the whole batch, which the sizes are fixed by."""
+        if self._are_usual(inputs):
+            if self._check_finite:
+                for name, usual in inputs.items():
+                    require_finite(name, usual)
+            return inputs
         self._require_open()
         if self._slots is not None:
             raise UsageError(f"{self.name}: opened with slots, which are stepped by step_slots({{slot: inputs}})")
@@ -356,6 +362,21 @@ class StepLoop:
         if shapes != self._shapes:
             self._fix_sizes(shapes)
         return arrays
+
+    def _are_usual(self, inputs: Mapping[str, Any]) -> TypeGuard[Mapping[str, NDArray[Any]]]:
+        """Whether these are arrays as the model takes them, of the sizes that are fixed: nearly always.
+
+        All other checks are passed then. Between two steps every instruction is cold, so fewer are quicker.
+        """
+        if len(inputs) != len(self._usual):
+            return False
+        for name, shape, dtype in self._usual:
+            array = inputs.get(name)
+            if type(array) is not np.ndarray or array.shape != shape or array.dtype != dtype:
+                return False
+            if not array.flags.c_contiguous:
+                return False
+        return bool(self._usual)
 
     def _array(self, spec: TensorSpec, value: Any) -> NDArray[Any] | DeviceArray:
         if type(value) is np.ndarray or not is_on_device(value):
@@ -417,6 +438,8 @@ class StepLoop:
             self._write(self._pending)
             self._pending = None
         self._shapes = shapes
+        if self._slots is None:
+            self._usual = [(name, shapes[name], np.dtype(spec.dtype)) for name, spec in self._inputs.items()]
 
     def _write(self, arrays: dict[str, NDArray[Any]]) -> None:
         require_shapes(arrays, self._state_shapes())

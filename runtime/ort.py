@@ -132,8 +132,8 @@ class OrtBackend:
     def _run_on_host(self, binding: Any, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         bound = self._bound[self._now]
         for name, array in inputs.items():
-            if name in self._inputs:
-                self._inputs[name].write(array)
+            if (buffer := self._inputs.get(name)) is not None:
+                buffer.host[...] = array
             elif bound.get(name) is not array:  # the frames of a stream are written to one array
                 binding.bind_cpu_input(name, array)
                 bound[name] = array
@@ -142,8 +142,8 @@ class OrtBackend:
             outputs[name] = np.empty(shape, dtype)
             binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(outputs[name]))  # its memory
         self._session.run_with_iobinding(binding)
-        for name, buffer in self._outputs.items():
-            outputs[name] = buffer.host.copy()
+        for name, output in self._outputs.items():
+            outputs[name] = output.host.copy()
         return outputs if len(self._ordered) == 1 else {name: outputs[name] for name in self._ordered}
 
     def _has_buffer(self, spec: Spec, symbols: Mapping[str, int]) -> bool:
@@ -281,7 +281,7 @@ class _Buffer:
 
     def write(self, array: NDArray[Any]) -> None:
         if self._on_host:
-            np.copyto(self.host, array)
+            self.host[...] = array
         else:
             self.value.update_inplace(array)
 
