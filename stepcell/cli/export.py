@@ -44,7 +44,9 @@ Examples:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="ONNX file to write [CHECKPOINT with .onnx].")
 @click.option("--family", help="Model family; recognised from the tensors by default.")
 @click.option("--module", metavar="PKG.MOD:FACTORY", help="Your own module; the checkpoint is loaded into it.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Argument of the family or factory; JSON.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Argument of the family or factory; JSON or Python."
+)
 @click.option("--shape", metavar="x:1x3x256x256", help="Fix the sizes of a data input; without it all are dynamic.")
 @click.option("--dynamic", metavar="batch,height,width", help="Sizes that stay dynamic although --shape is given.")
 @click.option(
