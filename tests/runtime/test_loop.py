@@ -77,6 +77,15 @@ def test_three_slots_equal_three_loops(denoiser_onnx_float32: Path) -> None:
                 np.testing.assert_allclose(y[slot], loop.step(x=x[slot : slot + 1])["y"][0], atol=1e-5)
 
 
+def test_frames_in_any_order_of_memory(denoiser_onnx_float32: Path) -> None:
+    """Also after the first step, and so large that the model reads them where they are."""
+    xs = frames(6, 1, 3, 64, 80)
+    with StepLoop.open(denoiser_onnx_float32) as loop, StepLoop.open(denoiser_onnx_float32) as other:
+        for number, x in enumerate(xs):
+            turned = np.asfortranarray(x) if number % 2 else x
+            np.testing.assert_array_equal(loop.step(x=turned)["y"], other.step(x=x)["y"], err_msg=f"step {number}")
+
+
 def test_nan_stays_in_its_slot_and_a_reset_clears_it(denoiser_onnx_float32: Path) -> None:
     xs = frames(20, 2, 3, 16, 16)
     with StepLoop.open(denoiser_onnx_float32) as loop, StepLoop.open(denoiser_onnx_float32) as healthy:

@@ -181,6 +181,10 @@ def test_states_of_another_number_of_slots_are_refused(loop: StepLoop) -> None:
 def test_both_kinds_of_loops_refuse_the_other_calls(accumulator: Model, loop: StepLoop) -> None:
     with pytest.raises(UsageError, match="step_slots"):
         loop.step(x=ONE)
+    slot = loop.attach()
+    loop.step_slots({slot: {"x": ONE}})
+    with pytest.raises(UsageError, match="step_slots"):
+        loop.step(x=np.concatenate([ONE] * loop._table().count))
     with pytest.raises(StateError, match="True is not attached"):
         loop.reset([True, False, True])
     with StepLoop.open(accumulator()) as plain:
