@@ -52,6 +52,7 @@ def result(**loops: list[float]) -> dict[str, Any]:
 
 SMALL = {
     "StepLoop": [1.0, 2.0, 10.0],
+    "StepLoop, check_finite=False": [0.5, 2.0, 10.0],
     "session.run": [2.0, 4.0, 10.0],
     "torch eager": [8.0, 8.0, 8.0],
     "torch eager, channels last": [6.0, 6.0, 60.0],
@@ -132,20 +133,21 @@ def test_nan_is_an_error(script: Callable[..., ModuleType]) -> None:
 def test_ratios_are_taken_within_rounds(script: Callable[..., ModuleType]) -> None:
     lines = script("loop_report").table(result(**SMALL)).splitlines()
     assert lines[2] == "| **StepLoop** | 2 ms; 0.50 (0.50 to 0.75) |"
-    assert lines[3] == "| session.run | 4 ms; 1 |"
-    assert lines[6] == "| torch.compile | not run: no compiler |"
-    assert "| than `session.run` | 2.00 (1.50 to 2.00) times |" in lines
+    assert lines[4] == "| session.run | 4 ms; 1 |"
+    assert lines[7] == "| torch.compile | not run: no compiler |"
+    assert "| StepLoop as `session.run` | 2.00 (1.50 to 2.00) |" in lines
+    assert "| StepLoop, check_finite=False as `session.run` | 2.00 (1.50 to 3.00) |" in lines
     # channels last has the better median, for all its slow third round
-    assert "| than torch eager in its better layout | 6.00 (4.50 to 6.00) times |" in lines
-    assert "| than a matrix product of as many operations | 0.25 (0.15 to 0.38) times |" in lines
+    assert "| StepLoop as torch eager in its better layout | 6.00 (4.50 to 6.00) |" in lines
+    assert "| StepLoop as a matrix product of as many operations | 0.25 (0.15 to 0.38) |" in lines
 
 
 def test_the_picture_has_a_bar_for_each_loop_that_ran(script: Callable[..., ModuleType]) -> None:
     picture = ET.fromstring(script("loop_report").svg(result(**SMALL)))
     bars = picture.findall("{http://www.w3.org/2000/svg}rect")[1:]
     widths = [float(bar.get("width", "0")) for bar in bars]
-    assert len(bars) == 5
-    assert widths[0] == pytest.approx(widths[1] / 2, abs=0.1)
+    assert len(bars) == 6
+    assert widths[0] == pytest.approx(widths[2] / 2, abs=0.1)
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert "not run" in texts
     assert "a < b" in texts
