@@ -29,7 +29,7 @@ from stepcell.runtime.backend import Device
 from stepcell.runtime.device_array import DeviceArray
 from stepcell.runtime.device_states import DeviceState
 from stepcell.runtime.engine.check import CheckedEngine, check_engine, register_plugins
-from stepcell.runtime.engine.flavor import Messages, dtype_name, make_logger
+from stepcell.runtime.engine.flavor import Messages, dtype_name, make_logger, no_collection
 from stepcell.runtime.engine.sidecar import rebuild_command
 from stepcell.runtime.pending import Pending
 from stepcell.runtime.runtime_cache import RuntimeCache
@@ -82,6 +82,7 @@ class TensorRTBackend:
         """Handle of the stream on which a step reads its inputs."""
         return self._uploads.handle
 
+    @no_collection()
     def _load(self, checked: CheckedEngine) -> None:
         register_plugins(checked)
         self._runtime: Any = self._trt.Runtime(self._logger)

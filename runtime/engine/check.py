@@ -15,7 +15,7 @@ from stepcell.files import read_bytes
 from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
 from stepcell.plugins.registry import register
 from stepcell.runtime import cuda
-from stepcell.runtime.engine.flavor import Messages, TensorRT, load_tensorrt, make_logger
+from stepcell.runtime.engine.flavor import Messages, TensorRT, load_tensorrt, make_logger, no_collection
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, read_sidecar, rebuild_command, this_platform
 
 __all__ = ["CheckedEngine", "check_engine", "covers", "read_engine", "register_plugins"]
@@ -114,6 +114,7 @@ def _differences(built: Fingerprint, library: TensorRT, version_compatible: bool
     return found
 
 
+@no_collection()
 def _runs_on(gpu: cuda.Gpu, built: Fingerprint, plan: bytes, library: TensorRT) -> bool:
     """By the fingerprint; what TensorRT-RTX was not asked to build for, it may still accept."""
     if covers(built.compute_capabilities, gpu.compute_capability) or not library.is_rtx:

@@ -6,6 +6,9 @@ from here and never asks which one it is, except where the flavours truly differ
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,7 +16,7 @@ from stepcell.console import log
 from stepcell.errors import MissingDependencyError, UsageError
 from stepcell.missing import require
 
-__all__ = ["FLAVORS", "Flavor", "Messages", "TensorRT", "dtype_name", "load_tensorrt", "make_logger"]
+__all__ = ["FLAVORS", "Flavor", "Messages", "TensorRT", "dtype_name", "load_tensorrt", "make_logger", "no_collection"]
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
@@ -113,6 +116,22 @@ class Messages:
         """
         about_model = [text for text in self.errors if "catchCudaError" not in text]
         return "; ".join(dict.fromkeys(about_model or self.errors)) or "TensorRT gave no reason"
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is not looked for inside the block, or a function that this decorates.
+
+    TensorRT calls the logger while it holds a lock that the destructors of its objects take. Where Python looked
+    for garbage in such a call and found a builder of an earlier, failed build, it would wait for itself for ever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def make_logger(trt: Any, messages: Messages, *, verbose: bool = False) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepcell.errors import BuildError
-from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger
+from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger, no_collection
 from stepcell.runtime.engine.graph import OnnxFile, check_graph, check_network
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
@@ -35,6 +35,7 @@ class BuiltPlan:
     warnings: tuple[str, ...]
 
 
+@no_collection()
 def build_plan(
     library: TensorRT,
     file: OnnxFile,

@@ -12,7 +12,7 @@ import numpy as np
 
 from stepcell.errors import DeviceError
 from stepcell.runtime import cuda
-from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger
+from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger, no_collection
 from stepcell.runtime.engine.profile import Profile
 
 __all__ = ["step_milliseconds"]
@@ -21,6 +21,7 @@ _WARM_UP = 20
 _ROUNDS, _STEPS = 15, 10
 
 
+@no_collection()
 def step_milliseconds(library: TensorRT, plan: bytes, profiles: Mapping[str, Profile], *, device: int = 0) -> float:
     """Median time of a step at the `opt` sizes, queued one by one as the step loop does it.
 

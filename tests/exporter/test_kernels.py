@@ -14,6 +14,7 @@ from stepcell.exporter.graph import attach_functions, tidy
 from stepcell.exporter.plan import contract_for
 from stepcell.exporter.trace import onnx_from_module
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
+from stepcell.runtime.engine.flavor import no_collection
 
 
 class Logger(trt.ILogger):
@@ -27,6 +28,7 @@ class Logger(trt.ILogger):
         self.lines.append(msg)
 
 
+@no_collection()
 def compute_kernels(model: onnx.ModelProto) -> list[str]:
     """Kernels of one step on compute capability 8.9, half activations as NHWC (HWC8).
 

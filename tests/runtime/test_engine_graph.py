@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from stepcell.errors import BuildError, ContractError, InputError, StepcellError
 from stepcell.runtime.engine.build import build_engine
+from stepcell.runtime.engine.options import BuildOptions
 
 
 def nothing(_: str) -> None:
@@ -169,3 +172,22 @@ def test_file_that_is_no_model_is_refused(denoiser_onnx: Path, tmp_path: Path, c
         build_engine(tmp_path / "missing.onnx", tmp_path / "broken.engine", say=nothing)
     with pytest.raises(InputError, match="cannot be read"):
         build_engine(tmp_path, tmp_path / "broken.engine", say=nothing)
+
+
+@pytest.mark.parametrize("op", ["Conv", "Det"])
+def test_no_garbage_is_collected_while_tensorrt_talks(
+    op: str, denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It talks while it holds a lock, which a builder found in the garbage would wait for: a build hung for ever."""
+    collecting: list[bool] = []
+    monkeypatch.setattr("stepcell.runtime.engine.flavor.log", lambda _: collecting.append(gc.isenabled()))
+    model = onnx.load(denoiser_onnx)
+    first(model, "Conv").op_type = op
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    assert gc.isenabled()
+    with contextlib.nullcontext() if op == "Conv" else pytest.raises(BuildError):
+        build_engine(path, tmp_path / "model.engine", options=BuildOptions(verbose=True), say=nothing)
+    assert collecting or op == "Det"  # refused before there is much to say
+    assert not any(collecting)
+    assert gc.isenabled()
