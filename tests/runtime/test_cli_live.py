@@ -18,21 +18,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from prometheus_client.parser import text_string_to_metric_families
 
-from stepcell.cli import main
 from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime.sources import open_source
+from tests.runtime.command import run
 
 Model = Callable[..., Path]
 STEPCELL = (sys.executable, "-c", "from stepcell.cli import main; main()")
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, ["run", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 @contextlib.contextmanager

@@ -13,20 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from stepcell.cli import main
 from stepcell.models.zoo.clips import clip_path as find_clip
 from stepcell.runtime.sources import open_source
+from tests.runtime.command import run
 
 Model = Callable[..., Path]
 STEPCELL = (sys.executable, "-c", "from stepcell.cli import main; main()")
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, ["run", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 @pytest.fixture

@@ -16,20 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from stepcell.cli import main
 from stepcell.cli.streams import unique
+from tests.runtime.command import run
 
 Model = Callable[..., Path]
 RUN = (sys.executable, "-c", "from stepcell.cli import main; main()", "run")
 ENOUGH = 60.0  # seconds; nothing here takes more than one on a machine that has nothing else to do
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, ["run", *map(str, arguments)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
 
 
 def shell(text: str, *arguments: object) -> tuple[int, str]:
@@ -236,7 +229,9 @@ def test_a_demand_to_forget_that_comes_before_the_first_frame(accumulator: Model
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(ENOUGH) == 143
+        code = process.wait(ENOUGH)
+        assert process.stderr is not None
+        assert code == 143, process.stderr.read().decode()
 
 
 @pytest.mark.parametrize("where", ["2>/dev/full", "2>&1 >/dev/null | head -c 1", "2>&-"])

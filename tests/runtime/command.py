@@ -1,0 +1,16 @@
+"""`stepcell run`, called in this process."""
+
+from __future__ import annotations
+
+from click.testing import CliRunner, Result
+
+from stepcell.cli import main
+
+__all__ = ["run"]
+
+
+def run(*arguments: object) -> Result:
+    """The result of a run; an exception that is no exit is a failure of the test."""
+    result = CliRunner().invoke(main, ["run", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
