@@ -108,7 +108,7 @@ def compile_kernel(kernel: str, cell: Cell, tile: Tile, capability: str) -> Kern
         raise BuildError(f"{kernel} for {capability}: Triton {triton.__version__} wants scratch memory for it")
     info = ImageInfo(
         schema=SCHEMA,
-        key=_image_key(kernel, constants(kernel, cell, tile), tile, capability, triton.__version__),
+        key=_image_key(kernel, constants(kernel, cell, tile, capability), tile, capability, triton.__version__),
         source=source_digest(),
         kernel=kernel,
         cell=cell_word(kernel, cell),
@@ -189,7 +189,7 @@ def _compiled(triton: ModuleType, kernel: str, cell: Cell, tile: Tile, sm: int, 
 
     triton.knobs.compilation.disable_line_info = True  # a third of the size, and no paths in the code
     function = getattr(importlib.import_module(f"stepcell.plugins.kernels.{_MODULES[kernel[0]]}"), kernel)
-    values = constants(kernel, cell, tile)
+    values = constants(kernel, cell, tile, f"{sm // 10}.{sm % 10}")
     dtypes = {p.name: _TRITON_TYPES[pointer_dtype(p, cell)] for p in PARAMETERS[kernel]}
     source = ASTSource(
         fn=function,

@@ -3,7 +3,9 @@
     acc[pixel, n] += sum over k of im2col(src)[pixel, k] * weight[k, n],  k = tap * LD + channel
 
 `src` is a half map (B, H, W, LD), LD the channels rounded up to 8 (TensorRT's kHWC8), zero outside
-the map ("same" padding). Padding channels of `src` may hold anything, NaN too: who wrote them is unknown.
+the map ("same" padding). Padding channels of `src` may hold anything, NaN too, where others wrote them; what
+these kernels wrote is CLEAN, zero there. Cleaning sends a tile through registers, and on compute capability
+9.0 Triton overwrites them while tensor cores still read (triton issue 9433): such a loop needs STAGES = 1 there.
 `weight` is what packing.py makes: it is read past its last row and column, where it has zeros, so
 only pixels need a mask.
 """
@@ -40,6 +42,7 @@ def _im2col(
     KH: tl.constexpr,
     KW: tl.constexpr,
     BK: tl.constexpr,
+    CLEAN: tl.constexpr,
 ) -> tl.tensor:
     """The (BM, BK) tile of im2col(src) whose columns are k = t * BK ... t * BK + BK - 1."""
     LD: tl.constexpr = (CIN + 7) // 8 * 8
@@ -67,7 +70,7 @@ def _im2col(
         channel = k % LD
         offset = (dy * W + dx) * LD + channel
         tile = tl.load(base + offset[None, :], mask=inside, other=0.0)
-    if CIN % 8 != 0:
+    if CIN % 8 != 0 and not CLEAN:
         # Not part of the load's mask, which would no longer be the same for 16 bytes.
         tile = tl.where((channel < CIN)[None, :], tile, 0.0)
     return tile
@@ -92,6 +95,7 @@ def accumulate(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the blocks of k
+    CLEAN: tl.constexpr = False,  # padding channels of src are zero
 ) -> tl.tensor:
     """`acc` plus the convolution of src with the chosen columns of weight, or the share of one split of it."""
     blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
@@ -100,7 +104,7 @@ def accumulate(
     # H >> 30 is 0. The assembler cannot know it, so it does not unroll the whole loop, which costs
     # registers and spills.
     for t in tl.range(first, blocks + (H >> 30), SPLITS, num_stages=STAGES):
-        tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK)
+        tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK, CLEAN)
         acc = tl.dot(tile, tl.load(weights + t * (BK * LDN)), acc)
     return acc
 
@@ -126,13 +130,14 @@ def accumulate_two(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the blocks of k
+    CLEAN: tl.constexpr = False,  # padding channels of src are zero
 ) -> tuple[tl.tensor, tl.tensor]:
     """`accumulate` for two sets of columns, which share every tile of src."""
     blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
     rows = weight + tl.arange(0, BK)[:, None] * LDN
     first = tl.program_id(2) if SPLITS > 1 else 0
     for t in tl.range(first, blocks + (H >> 30), SPLITS, num_stages=STAGES):
-        tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK)
+        tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK, CLEAN)
         acc = tl.dot(tile, tl.load(rows + columns[None, :] + t * (BK * LDN)), acc)
         acc_two = tl.dot(tile, tl.load(rows + columns_two[None, :] + t * (BK * LDN)), acc_two)
     return acc, acc_two

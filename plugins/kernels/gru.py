@@ -47,6 +47,7 @@ def gru_gates(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launch 2 may start before this one is done
 ) -> None:
@@ -54,6 +55,8 @@ def gru_gates(
     LDC: tl.constexpr = (C + 7) // 8 * 8
     LDN: tl.constexpr = (2 * C + 7) // 8 * 8
     LDP: tl.constexpr = (3 * C + 7) // 8 * 8
+    X_STAGES: tl.constexpr = STAGES if CX % 8 == 0 else RAGGED_STAGES
+    H_STAGES: tl.constexpr = STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES  # a wide state's copy is clean
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     columns = tl.program_id(1) * (2 * BC) + tl.arange(0, 2 * BC)
@@ -62,8 +65,10 @@ def gru_gates(
 
     acc = tl.full((BM, 2 * BC), 0.0, tl.float32)
     if CX > 0:
-        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES, SPLITS)
-    acc = accumulate(acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES, SPLITS)
+        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, X_STAGES, SPLITS)
+    acc = accumulate(
+        acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, H_STAGES, SPLITS, CLEAN=WIDE
+    )
     if SPLITS > 1:
         store_partial(acc, partials, 0, 2 * BC, SPLITS)
         if not arrived_last(arrivals, SPLITS):
@@ -108,6 +113,7 @@ def gru_candidate(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launch 1 may still run
 ) -> None:
@@ -117,17 +123,20 @@ def gru_candidate(
     """
     LDC: tl.constexpr = (C + 7) // 8 * 8
     LDP: tl.constexpr = (3 * C + 7) // 8 * 8
+    X_STAGES: tl.constexpr = STAGES if CX % 8 == 0 else RAGGED_STAGES
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
 
     acc = tl.full((BM, BC), 0.0, tl.float32)
     if CX > 0:
-        acc = accumulate(acc, x, wx, channel, pixel, exists, row, column, H, W, CX, LDC, KH, KW, BK, STAGES, SPLITS)
+        acc = accumulate(acc, x, wx, channel, pixel, exists, row, column, H, W, CX, LDC, KH, KW, BK, X_STAGES, SPLITS)
     if OVERLAP:
         # Above, only x and weights are read. Below are r . h and z, which launch 1 writes, the memory of
         # partial sums, which it uses too, and all that this one writes.
         gdc_wait()
-    acc = accumulate(acc, rh, wh, channel, pixel, exists, row, column, H, W, C, LDC, KH, KW, BK, STAGES, SPLITS)
+    acc = accumulate(
+        acc, rh, wh, channel, pixel, exists, row, column, H, W, C, LDC, KH, KW, BK, STAGES, SPLITS, CLEAN=True
+    )
     if SPLITS > 1:
         store_partial(acc, partials, 0, BC, SPLITS)
         if not arrived_last(arrivals, SPLITS):
@@ -170,6 +179,7 @@ def gru_after(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
     SPLITS: tl.constexpr,
 ) -> None:
     """The whole step: n = tanh(a_n + r . (W_n * h + b_hn)). state_out must not be state or h."""
@@ -177,19 +187,22 @@ def gru_after(
     LDG: tl.constexpr = (2 * C + 7) // 8 * 8  # where the columns of n begin
     LDN: tl.constexpr = LDG + LDC
     LDP: tl.constexpr = (3 * C + 7) // 8 * 8
+    X_STAGES: tl.constexpr = STAGES if CX % 8 == 0 else RAGGED_STAGES
+    H_STAGES: tl.constexpr = STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES  # a wide state's copy is clean
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     gates = tl.program_id(1) * (2 * BC) + tl.arange(0, 2 * BC)
+    of_n = LDG + channel
 
     acc = tl.full((BM, 2 * BC), 0.0, tl.float32)
     x_n = tl.full((BM, BC), 0.0, tl.float32)
     h_n = tl.full((BM, BC), 0.0, tl.float32)
     if CX > 0:
         acc, x_n = accumulate_two(
-            acc, x_n, x, wx, gates, LDG + channel, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES, SPLITS
+            acc, x_n, x, wx, gates, of_n, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, X_STAGES, SPLITS
         )
     acc, h_n = accumulate_two(
-        acc, h_n, h, wh, gates, LDG + channel, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES, SPLITS
+        acc, h_n, h, wh, gates, of_n, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, H_STAGES, SPLITS, CLEAN=WIDE
     )
     if SPLITS > 1:
         store_partial(acc, partials, 0, 4 * BC, SPLITS)
@@ -201,7 +214,7 @@ def gru_after(
         x_n = sum_partials(x_n, partials, 2 * BC, 4 * BC, SPLITS)
         h_n = sum_partials(h_n, partials, 3 * BC, 4 * BC, SPLITS)
     acc += tl.load(bias + gates)[None, :]
-    x_n += tl.load(bias + LDG + channel)[None, :]
+    x_n += tl.load(bias + of_n)[None, :]
     h_n += tl.load(bias + LDN + channel)[None, :]
     a_z, a_r = tl.split(tl.reshape(acc, (BM, BC, 2)))
     if HAS_PRE:

@@ -62,19 +62,24 @@ def lstm_step(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
     SPLITS: tl.constexpr,
 ) -> None:
     """The whole step: c' = f . c + i . tanh(a_g), h' = o . tanh(c'). y_out and state_out must not be h."""
     LDC: tl.constexpr = (C + 7) // 8 * 8
     LDN: tl.constexpr = (4 * C + 7) // 8 * 8
+    X_STAGES: tl.constexpr = STAGES if CX % 8 == 0 else RAGGED_STAGES
+    H_STAGES: tl.constexpr = STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES  # a wide state's copy is clean
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     columns = tl.program_id(1) * (4 * BC) + tl.arange(0, 4 * BC)
 
     acc = tl.full((BM, 4 * BC), 0.0, tl.float32)
     if CX > 0:
-        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, STAGES, SPLITS)
-    acc = accumulate(acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, STAGES, SPLITS)
+        acc = accumulate(acc, x, wx, columns, pixel, exists, row, column, H, W, CX, LDN, KH, KW, BK, X_STAGES, SPLITS)
+    acc = accumulate(
+        acc, h, wh, columns, pixel, exists, row, column, H, W, C, LDN, KH, KW, BK, H_STAGES, SPLITS, CLEAN=WIDE
+    )
     if SPLITS > 1:
         store_partial(acc, partials, 0, 4 * BC, SPLITS)
         if not arrived_last(arrivals, SPLITS):

@@ -79,8 +79,8 @@ def pointer_dtype(parameter: Parameter, cell: Cell) -> str:
     return cell.state_dtype if parameter.dtype == "state" else parameter.dtype
 
 
-def constants(kernel: str, cell: Cell, tile: Tile) -> dict[str, int | bool]:
-    """The constexpr arguments of a kernel."""
+def constants(kernel: str, cell: Cell, tile: Tile, capability: str = "") -> dict[str, int | bool]:
+    """The constexpr arguments of a kernel; the compute capability decides about stages only."""
     if kernel == "narrow_state":
         return {"C": cell.hidden, "BM": tile.pixels, "BC": tile.channels}
     values: dict[str, int | bool] = {
@@ -94,7 +94,8 @@ def constants(kernel: str, cell: Cell, tile: Tile) -> dict[str, int | bool]:
     }
     if kernel == "lstm_step":
         values["PEEPHOLE"] = ("none", "channel", "map").index(cell.variant)
-    values |= {"BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages, "SPLITS": tile.splits}
+    values |= {"BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages}
+    values |= {"RAGGED_STAGES": 1 if capability == "9.0" else tile.stages, "SPLITS": tile.splits}  # conv.py says why
     return values | ({"OVERLAP": tile.overlap} if kernel in ("gru_gates", "gru_candidate") else {})
 
 

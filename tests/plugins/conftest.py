@@ -206,11 +206,11 @@ class Steps:
         expected = {name: value.double() for name, value in start.items()}
         wide = cell.state_dtype == "float32"
         state = {n: v.float().contiguous() if wide else half_map(v, padding=POISON) for n, v in start.items()}
-        copy = half_map(start["h"], padding=POISON)
+        copy = half_map(start["h"], padding=0.0 if wide else POISON)
         for _ in range(steps):
             channels = cell.inputs + (cell.gate_count * cell.hidden if cell.pre else 0)
             x = torch.randn((batch, channels, height, width), generator=generator).half().to(self.device)
-            # Padding channels may hold anything.
+            # Padding channels may hold anything, but for the copy of a wide state, which kernels write.
             buffers: Tensors = {
                 **packed,
                 "h": copy,

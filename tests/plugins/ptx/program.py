@@ -1,0 +1,134 @@
+"""PTX as text -> instructions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["Address", "Fault", "Immediate", "Instruction", "Operand", "Program", "Register", "Vector", "parse"]
+
+
+class Fault(AssertionError):
+    """The code does what it must not, or what the emulator does not know."""
+
+
+@dataclass(frozen=True)
+class Register:
+    name: str
+
+
+@dataclass(frozen=True)
+class Immediate:
+    """A number as bits, cut to the size it is used with."""
+
+    bits: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """`[base + offset]`; the base is a register or the name of a parameter or of shared memory."""
+
+    base: Register | str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    """`{a, b}`; a part that nobody wants is the text `_`."""
+
+    items: tuple[Register | Immediate | str, ...]
+
+
+Operand = Register | Immediate | Address | Vector | str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        line: in the text, from 1.
+        opcode: its words, such as ("add", "s32").
+        operands: in order; a label or a special register is its text.
+        guard: predicate it depends on; None: always.
+        negated: it runs where the guard is false.
+    """
+
+    line: int
+    text: str
+    opcode: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: str | None = None
+    negated: bool = False
+
+    def fault(self, reason: str) -> Fault:
+        return Fault(f"line {self.line}: {self.text}: {reason}")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One kernel.
+
+    Attributes:
+        parameters: offset and size of each, by name.
+        threads: of a program.
+        labels: number of the instruction that each stands before.
+    """
+
+    parameters: dict[str, tuple[int, int]]
+    threads: int
+    instructions: tuple[Instruction, ...]
+    labels: dict[str, int]
+
+
+_NUMBER = re.compile(r"(-?(?:0x[0-9a-fA-F]+|\d+))U?$")
+_FLOAT = re.compile(r"0f([0-9a-fA-F]{8})$")
+
+
+def parse(text: str) -> Program:
+    """The kernel of a text that holds one."""
+    parameters: dict[str, tuple[int, int]] = {}
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    threads = end = 0
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.split("//")[0].strip()
+        if found := re.match(r"\.param \.u(\d+) .*?(\w+),?$", line):
+            size = int(found[1]) // 8
+            parameters[found[2]] = (-(-end // size) * size, size)
+            end = sum(parameters[found[2]])
+        elif found := re.match(r"\.reqntid (\d+)", line):
+            threads = int(found[1])
+        elif found := re.match(r"(\$\w+):$", line):
+            labels[found[1]] = len(instructions)
+        elif line.endswith(";") and not line.startswith("."):
+            instructions.append(_instruction(number, line[:-1].strip()))
+    if not (parameters and instructions and threads):
+        raise Fault("the text is not one kernel as Triton writes it")
+    return Program(parameters, threads, tuple(instructions), labels)
+
+
+def _instruction(number: int, text: str) -> Instruction:
+    text = " ".join(text.split())
+    found = re.match(r"(?:@(!?)%(p\d+) )?([a-zA-Z][\w.:]*) ?(.*)$", text)
+    if found is None:
+        raise Fault(f"line {number}: cannot read {text!r}")
+    operands = [] if not found[4] else re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", found[4])
+    opcode = tuple(found[3].replace("::", ".").split("."))
+    return Instruction(number, text, opcode, tuple(_operand(o.strip()) for o in operands), found[2], found[1] == "!")
+
+
+def _operand(text: str) -> Operand:
+    if text.startswith("{"):
+        items = [_operand(item.strip()) for item in text[1:-1].split(",")]
+        return Vector(tuple(item for item in items if isinstance(item, Register | Immediate | str)))
+    if text.startswith("["):
+        base, _, offset = text[1:-1].replace(" ", "").partition("+")
+        return Address(Register(base[1:]) if base.startswith("%") else base, int(offset or "0", 0))
+    if re.match(r"%(?:p|r|rs|rd)\d+$", text):
+        return Register(text[1:])
+    if found := _NUMBER.match(text):
+        return Immediate(int(found[1], 0))
+    if found := _FLOAT.match(text):
+        return Immediate(int(found[1], 16))
+    return text
