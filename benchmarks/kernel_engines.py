@@ -168,6 +168,8 @@ def tensorrt(
 ) -> Runs:
     """An engine as `stepcell build` makes it, for exactly this size, in one CUDA graph per chain.
 
+    Behind the op's states stand the half copies that an engine with the plugin keeps.
+
     Args:
         kernels: folder of compiled kernels, for the plugin.
 
@@ -193,15 +195,18 @@ def tensorrt(
     if not context:
         raise DeviceError(f"{checked.tensorrt.name} does not load its engine on this device")
     xs = [x.contiguous() for x in problem.xs]
-    states = tuple(s.to(getattr(torch, state)).contiguous() for s in problem.states)
-    for name, tensor in (("x", xs[0]), *zip((s.input for s in contract.states), states, strict=True)):
+    copies, names = checked.sidecar.half_copies, [spec.name for spec in contract.states]
+    ends = [(each.input, each.output) for each in (*contract.states, *copies)]
+    wide = [s.to(getattr(torch, state)).contiguous() for s in problem.states]
+    states = (*wide, *(problem.states[names.index(each.state)] for each in copies))  # channels last, as kHWC8
+    for name, tensor in (("x", xs[0]), *zip((each for each, _ in ends), states, strict=True)):
         context.set_input_shape(name, tuple(tensor.shape))
 
     def step(x: Tensor, old: States) -> States:
         new, y = tuple(torch.empty_like(s) for s in old), torch.empty_like(old[0], dtype=torch.float16)
         tensors = {"x": x, "y": y}
-        tensors |= {spec.input: tensor for spec, tensor in zip(contract.states, old, strict=True)}
-        tensors |= {spec.output: tensor for spec, tensor in zip(contract.states, new, strict=True)}
+        for (before, after), tensor, result in zip(ends, old, new, strict=True):
+            tensors |= {before: tensor, after: result}
         for name, tensor in tensors.items():
             context.set_tensor_address(name, tensor.data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):

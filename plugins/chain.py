@@ -14,7 +14,7 @@ from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.signature import PARAMETERS, Parameter, kernels_of, workspace
 from stepcell.plugins.plugin import NAMESPACE
-from stepcell.plugins.registry import CELL_ATTRIBUTE
+from stepcell.plugins.registry import CELL_ATTRIBUTE, HALF_COPY_ATTRIBUTE
 from stepcell.plugins.tensors import inputs_of, outputs_of
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ def chained_model(model: ModelProto) -> ModelProto:
             nodes.append(node)
             continue
         cell = Cell.from_label(next(a.s.decode() for a in node.attribute if a.name == CELL_ATTRIBUTE))
-        names = {t.buffer: name for t, name in zip(inputs_of(cell), node.input, strict=True)}
+        given = any(a.name == HALF_COPY_ATTRIBUTE for a in node.attribute)
+        names = {t.buffer: name for t, name in zip(inputs_of(cell, half_copy=given), node.input, strict=True)}
         names |= {t.buffer: name for t, name in zip(outputs_of(cell), node.output, strict=True)}
-        names |= {buffer: f"{node.output[0]}.{buffer}" for buffer in workspace(cell, 1, half_copy=False)}
+        names |= {buffer: f"{node.output[0]}.{buffer}" for buffer in workspace(cell, 1, half_copy=given)}
         names.setdefault("h", names["state"])  # a half state is its own half copy
-        for kernel in kernels_of(cell, half_copy=False):
+        for kernel in kernels_of(cell, half_copy=given):
             nodes.append(
                 onnx.helper.make_node(
                     node_name(kernel, cell),

@@ -22,14 +22,15 @@ from stepcell.plugins.tensors import inputs_of, outputs_of
 
 __all__ = ["PLUGIN_VERSION", "interface_digest", "pack_fields", "read_fields"]
 
-PLUGIN_VERSION = "1"  # as TensorRT's registry knows it; raise it when the node's tensors change
-_SCHEMA = 1  # of the bytes; raise it when a field changes its meaning
+PLUGIN_VERSION = "2"  # as TensorRT's registry knows it; raise it when the node's tensors change
+_SCHEMA = 2  # of the bytes; raise it when a field changes its meaning
 _DIGEST = 32
 
 
 class _Fields(msgspec.Struct, frozen=True):
     schema: int
     cell: str
+    half_copy: bool
     images: tuple[KernelImage, ...]
 
 
@@ -47,23 +48,28 @@ def interface_digest() -> str:
     agreed = (
         (PLUGIN_VERSION, _SCHEMA, image.SCHEMA),
         [(kernel, arguments_of(kernel)) for kernel in sorted(PARAMETERS)],
-        [(cell.label, inputs_of(cell), outputs_of(cell), kernels_of(cell, half_copy=False)) for cell in samples],
+        [
+            (cell.label, given, inputs_of(cell, half_copy=given), outputs_of(cell), kernels_of(cell, half_copy=given))
+            for cell in samples
+            for given in (False, True)
+        ],
     )
     return hashlib.sha256(repr(agreed).encode()).hexdigest()
 
 
-def pack_fields(cell: Cell, images: Sequence[KernelImage]) -> bytes:
+def pack_fields(cell: Cell, images: Sequence[KernelImage], *, half_copy: bool) -> bytes:
     """The field's bytes.
 
     Args:
+        half_copy: as in `inputs_of`.
         images: of every kernel of the cell, with one tile or more, for one compute capability.
     """
-    body = msgspec.msgpack.encode(_Fields(_SCHEMA, cell.label, tuple(images)))
+    body = msgspec.msgpack.encode(_Fields(_SCHEMA, cell.label, half_copy, tuple(images)))
     return hashlib.sha256(body).digest() + body
 
 
-def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...]]:
-    """The cell and its kernels.
+def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...], bool]:
+    """The cell, its kernels, and whether its node has the half copy.
 
     Raises:
         EngineMismatchError: the bytes are damaged, or another stepcell's that this one cannot run.
@@ -79,12 +85,12 @@ def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...]]:
         cell = Cell.from_label(fields.cell)
     except (msgspec.MsgspecError, UsageError) as error:
         raise _unusable(f"not readable: {error}") from error
-    for kernel in kernels_of(cell, half_copy=False):
+    for kernel in kernels_of(cell, half_copy=fields.half_copy):
         if not any(each.info.kernel == kernel for each in fields.images):
             raise _unusable(f"incomplete: {cell.label} needs {kernel}")
     for each in fields.images:
         _check_image(cell, each)
-    return cell, fields.images
+    return cell, fields.images, fields.half_copy
 
 
 def _check_image(cell: Cell, kernel: KernelImage) -> None:

@@ -1,23 +1,26 @@
 """The op's nodes in an ONNX model, turned into what TensorRT's parser hands to the plugin.
 
-A node keeps its name, its states and its outputs. Its weights become packed ones (kernels/packing.py),
-so that packing is done once, at build time; its attributes become the label of its cell and what the
-parser looks a plugin up by. The op's function leaves the model: the parser prefers a function to a plugin.
+A node keeps its name, its states and its outputs, and gets the half copy of its h where there is one
+(half_copies.py). Its weights become packed ones (kernels/packing.py), so that packing is done once, at build
+time; its attributes become the label of its cell and what the parser looks a plugin up by. The op's function
+leaves the model: the parser prefers a function to a plugin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stepcell.contract import StateSpec
 from stepcell.errors import PluginError, UsageError
 from stepcell.missing import require
 from stepcell.plugins.fields import PLUGIN_VERSION
+from stepcell.plugins.half_copies import HalfCopy, add_half_copies, all_nodes
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.plugin import NAMESPACE
-from stepcell.plugins.registry import CELL_ATTRIBUTE, OPS
+from stepcell.plugins.registry import CELL_ATTRIBUTE, HALF_COPY_ATTRIBUTE, OPS
 from stepcell.plugins.tensors import weights_of
 
 if TYPE_CHECKING:
@@ -37,10 +40,12 @@ class PluginModel:
     Attributes:
         model: with packed weights and without the op's functions.
         cells: each with the name of the state tensor h that it reads.
+        half_copies: inputs and outputs that the model was given.
     """
 
     model: ModelProto
     cells: tuple[tuple[str, Cell], ...]
+    half_copies: tuple[HalfCopy, ...] = ()
 
 
 def has_cells(model: ModelProto) -> bool:
@@ -48,8 +53,11 @@ def has_cells(model: ModelProto) -> bool:
     return any(_is_cell(node) for node in model.graph.node)
 
 
-def plugin_model(model: ModelProto) -> PluginModel:
+def plugin_model(model: ModelProto, states: Sequence[StateSpec] = ()) -> PluginModel:
     """The model with every cell made ready for the plugin; `model` stays as it is.
+
+    Args:
+        states: whose half copies may become inputs and outputs of the model.
 
     Raises:
         PluginError: a cell that the plugin cannot take: other precision than float16, weights that
@@ -62,20 +70,21 @@ def plugin_model(model: ModelProto) -> PluginModel:
     graph = result.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     types = _types(onnx, model)
-    cells = []
-    for node in graph.node:
-        if not _is_cell(node):
-            continue
+    found = []
+    for node in filter(_is_cell, graph.node):
         where = f"cell {node.name or node.output[0]!r}"
         arrays = _weights(onnx, node, weights, where)
-        cell = _cell(onnx, node, arrays, types, where)
-        cells.append((node.input[1], cell))
-        _replace(onnx, graph, node, cell, pack(cell, arrays))
+        found.append((node, _cell(onnx, node, arrays, types, where), arrays))
+    cells = tuple((node.input[1], cell) for node, cell, _ in found)
+    wide = [node for node, cell, _ in found if cell.state_dtype == "float32"]
+    halves, copies = add_half_copies(onnx, graph, wide, states)
+    for node, cell, arrays in found:
+        _replace(onnx, graph, node, cell, halves.get(node.input[1]), pack(cell, arrays))
     functions = [each for each in result.functions if (each.domain, each.name) not in {(NAMESPACE, op) for op in OPS}]
     del result.functions[:]
     result.functions.extend(functions)
     _drop_unused(graph)
-    return PluginModel(result, tuple(cells))
+    return PluginModel(result, cells, copies)
 
 
 def _is_cell(node: NodeProto) -> bool:
@@ -83,19 +92,10 @@ def _is_cell(node: NodeProto) -> bool:
 
 
 def _refuse_nested(model: ModelProto) -> None:
-    inside = [node for function in model.functions for node in _all_nodes(function.node)]
-    inside += [node for top in model.graph.node for node in _all_nodes([top]) if node is not top]
+    inside = [node for function in model.functions for node in all_nodes(function.node)]
+    inside += [node for top in model.graph.node for node in all_nodes([top]) if node is not top]
     if any(_is_cell(node) for node in inside):
         raise PluginError("a cell lies inside a function or a subgraph, where the plugin does not take it")
-
-
-def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """These nodes and those of their subgraphs."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(graph.node)
 
 
 def _types(onnx: Any, model: ModelProto) -> dict[str, int]:
@@ -153,19 +153,27 @@ def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[
         raise PluginError(f"{where}: {error.message}") from error
 
 
-def _replace(onnx: Any, graph: GraphProto, node: NodeProto, cell: Cell, packed: Mapping[str, Any]) -> None:
-    states = list(node.input[: 1 + _STATES[node.op_type]])
+def _replace(
+    onnx: Any, graph: GraphProto, node: NodeProto, cell: Cell, half: str | None, packed: Mapping[str, Any]
+) -> None:
+    states = [*node.input[: 1 + _STATES[node.op_type]], *([half] if half else [])]
     names = {tensor.buffer: f"{node.output[0]}.{tensor.buffer}" for tensor in weights_of(cell)}
     graph.initializer.extend(onnx.numpy_helper.from_array(packed[buffer], name) for buffer, name in names.items())
     del node.input[:], node.attribute[:]
     node.input.extend([*states, *names.values()])
-    # TensorRT 10.10 and later find a plugin by the node's domain, earlier ones by these attributes.
-    attributes = {CELL_ATTRIBUTE: cell.label, "plugin_namespace": NAMESPACE, "plugin_version": PLUGIN_VERSION}
-    node.attribute.extend(onnx.helper.make_attribute(name, text) for name, text in attributes.items())
+    # TensorRT 10.10 and later take the namespace from the node's domain, earlier ones from its attribute; all take
+    # the version from its own ("1" where it has none).
+    attributes: dict[str, str | int] = {
+        CELL_ATTRIBUTE: cell.label,
+        "plugin_namespace": NAMESPACE,
+        "plugin_version": PLUGIN_VERSION,
+    }
+    attributes |= {HALF_COPY_ATTRIBUTE: 1} if half else {}
+    node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
 
 
 def _drop_unused(graph: GraphProto) -> None:
-    used = {name for node in _all_nodes(graph.node) for name in node.input} | {output.name for output in graph.output}
+    used = {name for node in all_nodes(graph.node) for name in node.input} | {output.name for output in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)

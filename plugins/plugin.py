@@ -18,6 +18,7 @@ from stepcell.errors import InputError, PluginError
 from stepcell.plugins.fields import PLUGIN_VERSION, pack_fields
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.step import CellStep, current_device, tactics, workspace_size
 from stepcell.plugins.tensors import Tensor, inputs_of, outputs_of
 
@@ -28,16 +29,21 @@ FIELDS = "stepcell"  # name of the field that a plan carries
 
 
 def plugin_class(trt: Any) -> type:
-    """The plugin's class for a TensorRT module; takes a cell and the images of its kernels."""
+    """The plugin's class for a TensorRT module.
+
+    It takes a cell, the images of its kernels, and whether the node has the half copy of a float32 h.
+    """
     bases: Any = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class CellPlugin(*bases):  # type: ignore[misc]  # the bases are known only once a TensorRT is loaded
-        def __init__(self, cell: Cell, images: Sequence[KernelImage], tactic: int = 1) -> None:
+        def __init__(self, cell: Cell, images: Sequence[KernelImage], half_copy: bool, tactic: int = 1) -> None:
             for base in bases:
                 base.__init__(self)  # the bindings require each by name
-            self.cell, self.images, self.tactic = cell, tuple(images), tactic
-            self.inputs, self.outputs = inputs_of(cell), outputs_of(cell)
-            self.tactics = tactics(cell, self.images)
+            kernels = kernels_of(cell, half_copy=half_copy)
+            self.images = tuple(image for image in images if image.info.kernel in kernels)
+            self.cell, self.half_copy, self.tactic = cell, half_copy, tactic
+            self.inputs, self.outputs = inputs_of(cell, half_copy=half_copy), outputs_of(cell)
+            self.tactics = tactics(cell, self.images, half_copy=half_copy)
             self.plugin_name, self.plugin_namespace, self.plugin_version = cell.op, NAMESPACE, PLUGIN_VERSION
             self.num_outputs = len(self.outputs)
             # Nodes of the same cell and kernels share their timings.
@@ -52,7 +58,7 @@ def plugin_class(trt: Any) -> type:
             return self
 
         def clone(self) -> CellPlugin:
-            copy = CellPlugin(self.cell, self.images, self.tactic)
+            copy = CellPlugin(self.cell, self.images, self.half_copy, self.tactic)
             copy._size = self._size
             return copy
 
@@ -99,7 +105,7 @@ def plugin_class(trt: Any) -> type:
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             batch, _, height, width = tuple(inputs[1].max)
-            return workspace_size(self.cell, self.images, batch * height * width)
+            return workspace_size(self.cell, self.images, batch * height * width, half_copy=self.half_copy)
 
         def get_valid_tactics(self) -> list[int]:
             return list(range(1, len(self.tactics) + 1))
@@ -123,7 +129,8 @@ def plugin_class(trt: Any) -> type:
         def _load(self) -> None:
             if self._step is None or self._loaded_tactic != self.tactic:
                 self.destroy()
-                self._step = CellStep(self.cell, self.tactics[self.tactic - 1], current_device())
+                images, device = self.tactics[self.tactic - 1], current_device()
+                self._step = CellStep(self.cell, images, device, half_copy=self.half_copy)
                 self._loaded_tactic = self.tactic
             assert self._size is not None
             self._step.resize(*self._size)
@@ -150,7 +157,7 @@ def plugin_class(trt: Any) -> type:
         def get_fields_to_serialize(self) -> Any:
             # A collection only refers to the bytes: they are made once and live as long as the plugin.
             if self._bytes is None:
-                self._bytes = np.frombuffer(pack_fields(self.cell, self.images), np.int8)
+                self._bytes = np.frombuffer(pack_fields(self.cell, self.images, half_copy=self.half_copy), np.int8)
             return trt.PluginFieldCollection([trt.PluginField(FIELDS, self._bytes, trt.PluginFieldType.INT8)])
 
     return CellPlugin

@@ -2,8 +2,8 @@
 
 The node is the op of docs/op-contract.md with its weights replaced by packed ones:
 
-    ConvGRU   x, h, weights...     ->  h_next, y
-    ConvLSTM  x, h, c, weights...  ->  h_next, c_next, y
+    ConvGRU   x, h, [half copy of h,] weights...     ->  h_next, y
+    ConvLSTM  x, h, c, [half copy of h,] weights...  ->  h_next, c_next, y
 
 Names here are those of the buffers in kernels/signature.py.
 """
@@ -33,10 +33,15 @@ class Tensor:
     channels_last: bool = False
 
 
-def inputs_of(cell: Cell) -> tuple[Tensor, ...]:
-    """x, the states, the packed weights."""
+def inputs_of(cell: Cell, *, half_copy: bool = False) -> tuple[Tensor, ...]:
+    """x, the states, the packed weights.
+
+    Args:
+        half_copy: the half copy of a float32 h is among them, behind the states; else the step makes it.
+    """
     states = ("state",) if cell.op == "ConvGRU" else ("state", "cell")
-    return (Tensor("x", "float16", channels_last=True), *(_state(cell, name) for name in states), *weights_of(cell))
+    maps = [Tensor("x", "float16", channels_last=True), *(_state(cell, name) for name in states)]
+    return (*maps, *([Tensor("h", "float16", channels_last=True)] if half_copy else []), *weights_of(cell))
 
 
 def outputs_of(cell: Cell) -> tuple[Tensor, ...]:

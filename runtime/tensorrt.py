@@ -6,7 +6,8 @@ leaves the state it started from. Inputs and outputs have two buffers as well, w
 parity chooses (`stepcell.runtime.turns`), so all addresses of a step are known by its parity: each
 parity is captured as a CUDA graph once, and a step is one launch. Within a step nothing is
 allocated, no state is copied but those of idle rows, and the host waits for nothing but the
-outputs.
+outputs. Where the engine takes the half copy of a state (its sidecar says so), that has two buffers
+beside the state's.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.console import log
 from stepcell.contract import StepContract
 from stepcell.dims import resolve
 from stepcell.errors import DeviceError, EngineMismatchError, InputError, StepcellError
+from stepcell.plugins.half_copies import engine_tensors
 from stepcell.runtime import cuda
 from stepcell.runtime.backend import Device
 from stepcell.runtime.device_array import DeviceArray
@@ -65,6 +66,7 @@ class TensorRTBackend:
         self._path = engine
         self._index = device.index
         self._sidecar = checked.sidecar
+        self._inputs, self._outputs = engine_tensors(self.contract, checked.sidecar.half_copies)
         self._trt: Any = checked.tensorrt.module
         self._messages = Messages()
         self._logger = make_logger(self._trt, self._messages)
@@ -111,14 +113,14 @@ class TensorRTBackend:
         return self._engine.create_execution_context(config)
 
     def _check_tensors(self) -> None:
-        """Every tensor of the engine against the contract: name, direction, dtype."""
+        """Every tensor of the engine against the contract and the half copies: name, direction, dtype, format."""
         trt, engine = self._trt, self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        inputs, outputs = self.contract.graph_inputs, self.contract.graph_outputs
+        inputs, outputs = self._inputs, self._outputs
         if sorted(names) != sorted([*inputs, *outputs]):
             raise EngineMismatchError(
                 f"{self._path}: tensors in the engine: {', '.join(sorted(names))}; "
-                f"in its contract: {', '.join(sorted([*inputs, *outputs]))}"
+                f"in its sidecar: {', '.join(sorted([*inputs, *outputs]))}"
             )
         for name in names:
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
@@ -128,7 +130,13 @@ class TensorRTBackend:
                 expected = (inputs.get(name) or outputs[name]).dtype
                 raise EngineMismatchError(
                     f"{self._path}: {name}: {'input' if is_input else 'output'} of {dtype} in the engine, "
-                    f"{'input' if name in inputs else 'output'} of {expected} in its contract"
+                    f"{'input' if name in inputs else 'output'} of {expected} in its sidecar"
+                )
+        for name in (name for copy in self._sidecar.half_copies for name in (copy.input, copy.output)):
+            layout = engine.get_tensor_format(name)
+            if layout != trt.TensorFormat.HWC8:
+                raise EngineMismatchError(
+                    f"{self._path}: {name}: format {layout.name} in the engine; the half copy of a state is HWC8"
                 )
 
     def configure(self, symbols: Mapping[str, int]) -> None:
@@ -138,9 +146,9 @@ class TensorRTBackend:
             InputError: sizes the engine was not built for.
             DeviceError: the buffers do not fit in memory.
         """
-        shapes = {name: resolve(spec.shape, symbols) for name, spec in self.contract.graph_inputs.items()}
-        for name, shape in shapes.items():
-            profile = self._sidecar.profiles[name]
+        shapes = {name: resolve(spec.shape, symbols) for name, spec in self._inputs.items()}
+        for name in self.contract.graph_inputs:
+            shape, profile = shapes[name], self._sidecar.profiles[name]
             if shape not in profile:
                 raise InputError(
                     f"{name}: the engine takes {profile.min} to {profile.max}, got {shape}",
@@ -150,10 +158,10 @@ class TensorRTBackend:
         self._free_buffers()
         for name, shape in shapes.items():
             self._accept(self._context.set_input_shape(name, shape), f"{name}: shape {shape}")
-        for name, spec in self.contract.graph_outputs.items():
+        for name, spec in self._outputs.items():
             shape, found = resolve(spec.shape, symbols), tuple(self._context.get_tensor_shape(name))
             if found != shape:
-                raise EngineMismatchError(f"{self._path}: {name}: {found} in the engine, {shape} in its contract")
+                raise EngineMismatchError(f"{self._path}: {name}: {found} in the engine, {shape} in its sidecar")
         try:
             self._allocate(symbols)
             for turn in self._turns:
@@ -166,8 +174,10 @@ class TensorRTBackend:
             self._cache.save()
 
     def _allocate(self, symbols: Mapping[str, int]) -> None:
+        copies = {copy.state: copy for copy in self._sidecar.half_copies}
         self._states = {
-            spec.name: DeviceState(spec, symbols, self._compute, self._own) for spec in self.contract.states
+            spec.name: DeviceState(spec, copies.get(spec.name), symbols, self._compute, self._own)
+            for spec in self.contract.states
         }
         self._turns = tuple(Turn(parity, self.contract, symbols, self._own) for parity in range(2))
 
@@ -195,8 +205,8 @@ class TensorRTBackend:
         for name, data in {**turn.inputs, **turn.outputs}.items():
             self._bind(name, data.device)
         for state in self._states.values():
-            self._bind(state.spec.input, state.buffers[turn.parity])
-            self._bind(state.spec.output, state.buffers[1 - turn.parity])
+            for name, buffer in state.bindings(turn.parity):
+                self._bind(name, buffer)
         self._accept(self._context.execute_async_v3(self._compute.handle), "the step")
 
     def step(
@@ -300,10 +310,8 @@ class TensorRTBackend:
     def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Replace every state; names, dtypes and shapes are the contract's."""
         cuda.use_device(self._index)
-        arrays = {name: np.ascontiguousarray(state[name]) for name in self._states}
         for name, own in self._states.items():
-            own.write(self._parity, arrays[name])
-        self._compute.synchronize()
+            own.write(self._parity, state[name])
 
     def close(self) -> None:
         """Free everything on the device. Calling it twice is allowed."""

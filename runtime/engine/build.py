@@ -103,6 +103,7 @@ def build_engine(
             build_seconds=round(seconds, 3),
             contract=file.contract,
             plugin=plugin,
+            half_copies=plan.half_copies,
         ).sealed()
         plan_file.write_bytes(plan.data)
         sidecar_file.write_text(sidecar.to_json())

@@ -11,6 +11,7 @@ from stepcell.errors import PluginError, StepcellError
 from stepcell.plugins import plugin_unavailable
 from stepcell.plugins.aot import PortableKernel, portable_kernels, register_portable
 from stepcell.plugins.chain import chained_model
+from stepcell.plugins.half_copies import HalfCopy
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import kernels_of
@@ -85,7 +86,9 @@ def build_form(
         return plan, PluginUse(used=True, reason=reason, portable=portable, cells=cells)
     own = native()
     try:
-        plugin_time, native_time = (step_milliseconds(library, each.data, profiles) for each in (plan, own))
+        plugin_time, native_time = (
+            step_milliseconds(library, each.data, profiles, each.half_copies) for each in (plan, own)
+        )
     except StepcellError as error:
         say(f"plugin:  off; {error.message}")
         return own, PluginUse(used=False, reason=error.message, cells=cells)
@@ -112,7 +115,7 @@ def _with_plugin(
     say: Callable[[str], None],
 ) -> tuple[BuiltPlan, tuple[str, ...]]:
     """The plan with the plugin, and the labels of the cells it runs."""
-    changed = plugin_model(file.model)
+    changed = plugin_model(file.model, () if options.plugin == "portable" else file.contract.states)
     labels = tuple(cell.label for _, cell in changed.cells)
     sizes = _sizes(changed.cells, profiles)
     if options.plugin == "portable":
@@ -123,13 +126,15 @@ def _with_plugin(
     kernels = {cell.label: _kernels(cell, capability, folder, pixels, say) for cell, pixels in sizes.items()}
     register(library.module)
     with kernels_offered(kernels):
-        return build_plan(library, _rewritten(file, changed.model), profiles, options, timings), labels
+        rewritten = _rewritten(file, changed.model, changed.half_copies)
+        return build_plan(library, rewritten, profiles, options, timings), labels
 
 
-def _rewritten(file: OnnxFile, model: ModelProto) -> OnnxFile:
+def _rewritten(file: OnnxFile, model: ModelProto, copies: tuple[HalfCopy, ...] = ()) -> OnnxFile:
     """The file as TensorRT is to see it; every node of the op's domain is a plugin's."""
     plugins = frozenset((node.domain, node.op_type) for node in model.graph.node if node.domain == NAMESPACE)
-    return dataclasses.replace(file, model=model, data=model.SerializeToString(deterministic=True), plugins=plugins)
+    data = model.SerializeToString(deterministic=True)
+    return dataclasses.replace(file, model=model, data=data, plugins=plugins, half_copies=copies)
 
 
 def _portable(

@@ -8,7 +8,7 @@ a user.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from stepcell.dims import Dim, evaluate
 from stepcell.errors import BuildError, ContractError
 from stepcell.missing import require
 from stepcell.onnx_model import read_model
+from stepcell.plugins.half_copies import HalfCopy, engine_tensors
 from stepcell.runtime.engine.flavor import dtype_name
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class OnnxFile:
         sha256: of the file.
         model: `data`, decoded.
         plugins: operators (domain, name) that a registered plugin takes.
+        half_copies: inputs and outputs that `model` has beyond the contract, for the plugin.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class OnnxFile:
     model: ModelProto
     contract: StepContract
     plugins: frozenset[tuple[str, str]] = frozenset()
+    half_copies: tuple[HalfCopy, ...] = ()
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -121,15 +124,19 @@ def _walk(
             yield from _walk(function.node, functions, path)
 
 
-def check_network(network: Any, contract: StepContract) -> None:
+def check_network(network: Any, contract: StepContract, copies: Sequence[HalfCopy] = ()) -> None:
     """Compare what TensorRT parsed with the contract: names, dtypes, ranks and fixed sizes.
+
+    Args:
+        copies: what it has beyond the contract.
 
     Raises:
         ContractError: they differ.
     """
+    inputs, outputs = engine_tensors(contract, copies)
     sides = (
-        ("inputs", contract.graph_inputs, [network.get_input(i) for i in range(network.num_inputs)]),
-        ("outputs", contract.graph_outputs, [network.get_output(i) for i in range(network.num_outputs)]),
+        ("inputs", inputs, [network.get_input(i) for i in range(network.num_inputs)]),
+        ("outputs", outputs, [network.get_output(i) for i in range(network.num_outputs)]),
     )
     for side, specs, tensors in sides:
         names = [tensor.name for tensor in tensors]

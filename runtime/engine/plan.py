@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stepcell.errors import BuildError
+from stepcell.plugins.half_copies import HalfCopy
 from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger, no_collection
 from stepcell.runtime.engine.graph import OnnxFile, check_graph, check_network
 from stepcell.runtime.engine.options import BuildOptions
-from stepcell.runtime.engine.profile import Profile
+from stepcell.runtime.engine.profile import Profile, with_half_copies
 
 __all__ = ["BuiltPlan", "build_plan"]
 
@@ -27,12 +28,14 @@ class BuiltPlan:
         compute_layers: convolutions and matrix products by the dtype they compute in.
         timing_cache: kernel timings to keep for the next build; None where none were asked for.
         warnings: what TensorRT warned of, each once.
+        half_copies: inputs and outputs of the engine beyond the contract.
     """
 
     data: bytes
     compute_layers: dict[str, int]
     timing_cache: bytes | None
     warnings: tuple[str, ...]
+    half_copies: tuple[HalfCopy, ...] = ()
 
 
 @no_collection()
@@ -63,7 +66,8 @@ def build_plan(
     if not parser.parse(file.data):
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         raise BuildError(f"{file.path}: {library.name} refused the model: {'; '.join(reasons) or messages.explain()}")
-    check_network(network, file.contract)
+    check_network(network, file.contract, file.half_copies)
+    _fix_formats(trt, network, file.half_copies)
     config = _configure(trt, builder, options)
     if library.is_rtx and options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
@@ -72,7 +76,7 @@ def build_plan(
             _require(config.set_compute_capability(capability, index), f"compute capability {target}", messages)
     if file.contract.symbols:
         profile = builder.create_optimization_profile()
-        for name, shapes in profiles.items():
+        for name, shapes in with_half_copies(profiles, file.half_copies).items():
             profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
         _require(config.add_optimization_profile(profile) >= 0, "the sizes", messages)
     if timing_cache is not None:
@@ -84,7 +88,18 @@ def build_plan(
         raise BuildError(f"{file.path}: {library.name} {library.version} built no engine: {messages.explain()}")
     if timing_cache is not None:
         timing_cache = bytes(config.get_timing_cache().serialize())
-    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, tuple(dict.fromkeys(messages.warnings)))
+    warnings = tuple(dict.fromkeys(messages.warnings))
+    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, warnings, file.half_copies)
+
+
+def _fix_formats(trt: Any, network: Any, copies: Sequence[HalfCopy]) -> None:
+    """Both ends of a half copy lie as the kernels read and write them, so that nothing is put between."""
+    names = {name for copy in copies for name in (copy.input, copy.output)}
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    for tensor in tensors:
+        if tensor.name in names:
+            tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
 
 
 def _configure(trt: Any, builder: Any, options: BuildOptions) -> Any:

@@ -6,17 +6,18 @@ expressions, so they are derived and never asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from stepcell.contract import StepContract, TensorSpec
+from stepcell.contract import STATE_IN, StepContract, TensorSpec
 from stepcell.dims import bind, resolve
 from stepcell.errors import ContractError, InputError, UsageError
+from stepcell.plugins.half_copies import HalfCopy
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.shapes import format_shapes
 
-__all__ = ["Profile", "data_shapes", "derive_profiles"]
+__all__ = ["Profile", "data_shapes", "derive_profiles", "with_half_copies"]
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -62,6 +63,11 @@ def derive_profiles(contract: StepContract, options: BuildOptions) -> dict[str, 
                 f"{name}: shapes must be in order, min <= opt <= max, got {profile.min}, {profile.opt}, {profile.max}"
             )
     return profiles
+
+
+def with_half_copies(profiles: Mapping[str, Profile], copies: Sequence[HalfCopy]) -> dict[str, Profile]:
+    """Profiles of all inputs of an engine: a half copy has its state's."""
+    return {**profiles, **{copy.input: profiles[STATE_IN + copy.state] for copy in copies}}
 
 
 def data_shapes(contract: StepContract, profiles: Mapping[str, Profile]) -> str:

@@ -19,6 +19,7 @@ from stepcell import __version__
 from stepcell.contract import StepContract
 from stepcell.errors import EngineMismatchError
 from stepcell.files import read_bytes
+from stepcell.plugins.half_copies import HalfCopy
 from stepcell.runtime.engine.flavor import Flavor
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
@@ -34,7 +35,7 @@ __all__ = [
     "this_platform",
 ]
 
-SCHEMA = "1.0"
+SCHEMA = "1.1"  # 1.1: half_copies
 _ZEROS = "0" * 64
 
 
@@ -93,6 +94,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
         options: what the build was asked for.
         plugin: how it was decided whether the fused plugin is used; None: it was not to be, or the
             model has no cells for it.
+        half_copies: inputs and outputs of the engine that the contract does not have, for the plugin.
         compute_layers: how many convolutions and matrix products compute in which dtype.
         build_seconds: how long TensorRT took.
         contract: the state contract of the ONNX file.
@@ -109,6 +111,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     build_seconds: float
     contract: StepContract
     plugin: PluginUse | None = None
+    half_copies: tuple[HalfCopy, ...] = ()
     checksum: str = _ZEROS
 
     def sealed(self) -> Sidecar:

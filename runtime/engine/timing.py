@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
 from stepcell.errors import DeviceError
+from stepcell.plugins.half_copies import HalfCopy, half_shape
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger, no_collection
-from stepcell.runtime.engine.profile import Profile
+from stepcell.runtime.engine.profile import Profile, with_half_copies
 
 __all__ = ["step_milliseconds"]
 
@@ -22,11 +23,14 @@ _ROUNDS, _STEPS = 15, 10
 
 
 @no_collection()
-def step_milliseconds(library: TensorRT, plan: bytes, profiles: Mapping[str, Profile], *, device: int = 0) -> float:
+def step_milliseconds(
+    library: TensorRT, plan: bytes, profiles: Mapping[str, Profile], copies: Sequence[HalfCopy] = (), *, device: int = 0
+) -> float:
     """Median time of a step at the `opt` sizes, queued one by one as the step loop does it.
 
     Args:
         profiles: by graph input.
+        copies: inputs and outputs of the plan beyond the contract.
         device: CUDA number of the GPU.
 
     Raises:
@@ -46,15 +50,17 @@ def step_milliseconds(library: TensorRT, plan: bytes, profiles: Mapping[str, Pro
         accept(engine, "the plan")
         context = engine.create_execution_context()
         accept(context, "an execution context")
-        for name, profile in profiles.items():
+        for name, profile in with_half_copies(profiles, copies).items():
             accept(context.set_input_shape(name, profile.opt), f"{name}: shape {profile.opt}")
         stream, events = cuda.Stream(), [cuda.Event() for _ in range(_ROUNDS + 1)]
         owned.callback(stream.close)
         for event in events:
             owned.callback(event.close)
+        padded = {name for copy in copies for name in (copy.input, copy.output)}
         for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
             itemsize = np.dtype(dtype_name(engine.get_tensor_dtype(name))).itemsize
-            buffer = cuda.DeviceBuffer(math.prod(context.get_tensor_shape(name)) * itemsize)
+            shape = tuple(context.get_tensor_shape(name))
+            buffer = cuda.DeviceBuffer(math.prod(half_shape(shape) if name in padded else shape) * itemsize)
             owned.callback(buffer.close)
             buffer.clear(stream)
             accept(context.set_tensor_address(name, buffer.address), f"{name}: its address")

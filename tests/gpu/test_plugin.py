@@ -18,13 +18,16 @@ import torch
 
 from stepcell.models.cells import conv_gru, conv_lstm
 from stepcell.plugins.fields import PLUGIN_VERSION
+from stepcell.plugins.half_copies import half_map
 from stepcell.plugins.kernels.cell import Cell, padded
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.store import images_for
+from stepcell.plugins.nodes import plugin_model
 from stepcell.plugins.registry import kernels_offered, register
 from stepcell.plugins.tensors import inputs_of, outputs_of, weights_of
 from stepcell.runtime import StepLoop, cuda
+from stepcell.runtime.engine import form
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 
@@ -90,26 +93,32 @@ def to_map(x: torch.Tensor) -> torch.Tensor:
 
 
 class OnDevice:
-    """A plugin of a vendor's bindings, with its memory."""
+    """A plugin of a vendor's bindings, with its memory.
 
-    def __init__(self, trt: Any, cell: Cell, images: tuple[KernelImage, ...]) -> None:
+    Args:
+        half_copy: y of a step is among the inputs of the next.
+    """
+
+    def __init__(self, trt: Any, cell: Cell, images: tuple[KernelImage, ...], *, half_copy: bool) -> None:
         register(trt)
         self.cell, (batch, height, width) = cell, SIZE
         creator = trt.get_plugin_registry().get_creator(cell.op, PLUGIN_VERSION, "stepcell")
         text = np.frombuffer(cell.label.encode() + b"\0", np.int8)
-        attributes = trt.PluginFieldCollection([trt.PluginField("cell", text, trt.PluginFieldType.CHAR)])
+        fields = [trt.PluginField("cell", text, trt.PluginFieldType.CHAR)]
+        if half_copy:
+            fields.append(trt.PluginField("half_copy", np.ones(1, np.int32), trt.PluginFieldType.INT32))
+        attributes = trt.PluginFieldCollection(fields)
         with kernels_offered({cell.label: images}):
             self.built = creator.create_plugin("cell", attributes, trt.TensorRTPhase.BUILD)
         loaded = creator.create_plugin("cell", self.built.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
         self.plugin = loaded.attach_to_context(None)
-        descriptions = []
-        for tensor in (*inputs_of(cell), *outputs_of(cell)):
+        descriptions, tensors = [], inputs_of(cell, half_copy=half_copy)
+        for tensor in (*tensors, *outputs_of(cell)):
             description = trt.PluginTensorDesc()
             channels = cell.inputs if tensor.buffer == "x" else cell.hidden
             description.dims = trt.Dims([1] if "." in tensor.buffer else [batch, channels, height, width])
             descriptions.append(description)
-        count = len(inputs_of(cell))
-        self.described = descriptions[:count], descriptions[count:]
+        self.described = descriptions[: len(tensors)], descriptions[len(tensors) :]
         self.weights = weights_for(cell)
         packed = pack(cell, self.weights)
         self.packed = [torch.from_numpy(packed[tensor.buffer]).cuda() for tensor in weights_of(cell)]
@@ -124,6 +133,7 @@ class OnDevice:
         self.x = torch.zeros((batch, height, width, padded(cell.inputs)), dtype=torch.float16, device="cuda")
         self.old = [torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(count)]
         self.new = [torch.full(shape, float("nan"), dtype=dtype, device="cuda") for _ in range(count)]
+        self.copies = [torch.zeros(map_shape, dtype=torch.float16, device="cuda")] if half_copy else []
         self.y = torch.full(map_shape, float("nan"), dtype=torch.float16, device="cuda")
 
     def set_tactic(self, tactic: int) -> None:
@@ -131,7 +141,7 @@ class OnDevice:
         self.plugin.on_shape_change(*self.described)
 
     def enqueue(self) -> None:
-        inputs = [tensor.data_ptr() for tensor in (self.x, *self.old, *self.packed)]
+        inputs = [tensor.data_ptr() for tensor in (self.x, *self.old, *self.copies, *self.packed)]
         outputs = [tensor.data_ptr() for tensor in (*self.new, self.y)]
         stream = torch.cuda.current_stream().cuda_stream
         self.plugin.enqueue(*self.described, inputs, outputs, self.scratch.data_ptr(), stream)
@@ -145,15 +155,18 @@ class OnDevice:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vendor", ["tensorrt", "tensorrt_rtx", "tensorrt_lean_bindings"])
-@pytest.mark.parametrize("label", CELLS)
-def test_enqueue_and_its_capture(vendor: str, label: str) -> None:
+@pytest.mark.parametrize(
+    ("label", "half_copy"),
+    [*((label, False) for label in CELLS), *((label, True) for label in CELLS if label.endswith("float32"))],
+)
+def test_enqueue_and_its_capture(vendor: str, label: str, half_copy: bool) -> None:
     device = gpu()
     trt, cell = pytest.importorskip(vendor, exc_type=ImportError), Cell.from_label(label)
-    it = OnDevice(trt, cell, kernels(cell, device.compute_capability))
+    it = OnDevice(trt, cell, kernels(cell, device.compute_capability), half_copy=half_copy)
     weights = {name: torch.from_numpy(array).cuda().double() for name, array in it.weights.items()}
     for tactic in it.built.get_valid_tactics():
         it.set_tactic(tactic)
-        for state in it.old:
+        for state in (*it.old, *it.copies):
             state.zero_()
         batch, height, width = SIZE
         generator = torch.Generator().manual_seed(0)
@@ -186,7 +199,12 @@ def test_enqueue_and_its_capture(vendor: str, label: str) -> None:
                 worst = max(worst, float(difference.max()))
             for target, source in zip(it.old, it.new, strict=True):  # the graph's addresses are fixed
                 target.copy_(source)
-        print(f"{vendor} {label} tactic {tactic}: worst relative difference {worst:.2e} over {STEPS} steps")
+            for target in it.copies:
+                target.copy_(it.y)
+        for target in it.copies:  # what the host makes of a state that it writes
+            assert np.array_equal(half_map(it.old[0].cpu().numpy()), target.cpu().numpy())
+        name = f"{label}, y given back," if half_copy else label
+        print(f"{vendor} {name} tactic {tactic}: worst relative difference {worst:.2e} over {STEPS} steps")
         assert worst < TOLERANCE[cell.state_dtype], f"tactic {tactic}: worst relative difference {worst:.2e}"
     it.plugin.destroy()
 
@@ -200,7 +218,8 @@ def test_inside_an_engine(plugin: Any, denoiser_onnx: Path, tmp_path: Path) -> N
         pytest.skip(f"not run: TensorRT {trt.__version__} has no ahead-of-time plugins")
     options = BuildOptions(flavor="tensorrt", plugin=plugin, opt_shapes={"x": (1, 3, 128, 160)})
     info = build_engine(denoiser_onnx, tmp_path / "model.engine", options)
-    print(info.contents.plugin)
+    print(info.contents.plugin, info.contents.half_copies)
+    assert bool(info.contents.half_copies) == (plugin == "on" or (plugin == "auto" and info.contents.plugin.used))
     random, worst = np.random.default_rng(0), 0.0
     with (
         StepLoop.open(denoiser_onnx, device="cpu") as exact,
@@ -212,3 +231,54 @@ def test_inside_an_engine(plugin: Any, denoiser_onnx: Path, tmp_path: Path) -> N
             worst = max(worst, float(np.abs(got.astype(np.float64) - wanted.astype(np.float64)).max()))
     print(f"--plugin {plugin}: worst difference to ONNX Runtime on the CPU {worst:.2e} over {STEPS} steps")
     assert worst < 2e-2, worst
+
+
+@pytest.mark.slow
+def test_an_engine_with_half_copies_equals_one_without(
+    denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after resets, for idle rows, and from a snapshot, bit by bit. Each engine chose its own tiles, so the two
+    differ by roundings."""
+    gpu()
+    pytest.importorskip("tensorrt", reason="not run: TensorRT is not installed", exc_type=ImportError)
+    options = BuildOptions(flavor="tensorrt", plugin="on", opt_shapes={"x": (3, 3, 64, 96)})
+    given = build_engine(denoiser_onnx, tmp_path / "given.engine", options).contents
+    with monkeypatch.context() as patch:
+        patch.setattr(form, "plugin_model", lambda model, _: plugin_model(model))
+        made = build_engine(denoiser_onnx, tmp_path / "made.engine", options).contents
+    assert (len(given.half_copies), len(made.half_copies)) == (1, 0)
+    xs = np.random.default_rng(0).random((STEPS, 3, 3, 64, 96), np.float32).astype(np.float16)
+    with (
+        StepLoop.open(tmp_path / "given.engine", device="cuda") as loop,
+        StepLoop.open(tmp_path / "made.engine", device="cuda") as other,
+    ):
+        worst = 0.0
+        for number, x in enumerate(xs):
+            if number in (30, 60):
+                for each in (loop, other):
+                    each.reset([False, number == 30, True])
+            if number == 50:
+                for each in (loop, other):
+                    each.load_state({"h": each.state()["h"] * np.float32(0.5)})
+            pair = [each.step(x=x)["y"].astype(np.float64) for each in (loop, other)]
+            worst = max(worst, float(np.abs(pair[0] - pair[1]).max()))
+        snapshot = loop.state()
+        expected = [loop.step(x=x)["y"] for x in xs[:10]]
+        loop.load_state(snapshot)
+        for x, y in zip(xs, expected, strict=False):
+            np.testing.assert_array_equal(loop.step(x=x)["y"], y)
+    print(f"with the half copy and without: worst difference {worst:.2e} over {STEPS} steps")
+    assert worst < 5e-3, worst
+    with StepLoop.open(tmp_path / "given.engine", device="cuda", slots=3) as slots:
+        busy, idle, again = (slots.attach() for _ in range(3))
+        first = {slot: {"x": xs[0][:1]} for slot in (busy, idle, again)}
+        slots.step_slots(first)
+        kept = slots.state()["h"][idle.index].tobytes()
+        for x in xs[1:10]:
+            slots.step_slots({busy: {"x": x[:1]}, again: {"x": x[:1]}})
+        assert slots.state()["h"][idle.index].tobytes() == kept
+        late = slots.step_slots({idle: {"x": xs[1][:1]}})[idle]["y"]
+        slots.reset([busy])
+        slots.step_slots({busy: {"x": xs[0][:1]}})
+        fresh = slots.step_slots({busy: {"x": xs[1][:1]}})[busy]["y"]
+        np.testing.assert_allclose(fresh.astype(np.float64), late, atol=5e-3)  # another row of the batch

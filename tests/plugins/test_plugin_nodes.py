@@ -1,19 +1,16 @@
 """From an ONNX node to numbers: the model is rewritten, the plugin made by TensorRT-RTX's own registry,
-carried by a plan's fields, and stepped. Only the GPU is replaced: a driver that hands each launch to
-Triton's interpreter, which finds everything through the packed arguments."""
+carried by a plan's fields, and stepped. Only the GPU is replaced: `tests.plugins.interpreted_driver`."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -21,22 +18,23 @@ import tensorrt_rtx as trt
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from stepcell.contract import StateSpec
 from stepcell.errors import PluginError
 from stepcell.exporter.functions import function_for, variant_of
 from stepcell.models.cells import conv_gru, conv_lstm
+from stepcell.plugins.chain import chained_model
 from stepcell.plugins.fields import PLUGIN_VERSION
-from stepcell.plugins.kernels import gru, lstm, narrow
+from stepcell.plugins.half_copies import HalfCopy, half_map
 from stepcell.plugins.kernels.cell import Cell, padded
-from stepcell.plugins.kernels.compile import arguments_of, cell_word
-from stepcell.plugins.kernels.image import ImageInfo, KernelImage
-from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
-from stepcell.plugins.kernels.tiles import Tile, partial_bytes
+from stepcell.plugins.kernels.signature import kernels_of
+from stepcell.plugins.kernels.tiles import Tile
 from stepcell.plugins.nodes import has_cells, plugin_model
 from stepcell.plugins.registry import kernels_offered, register
 from stepcell.plugins.tensors import inputs_of, outputs_of
+from tests.plugins.interpreted_driver import TILES, Driver, images_of, to_map
 
 Array = np.ndarray[Any, Any]
-TILES = (Tile(32, 16, 16, 1), Tile(128, 32, 64, 1), Tile(32, 32, 32, 1, splits=3))
+H, C = (StateSpec(name=name, shape=("batch", 8, "height", "width")) for name in "hc")
 CELLS = [
     "gru_x3_h5_k3x3_soft_float32",
     "gru_x8_h20_k1x5_hard_float16",
@@ -105,6 +103,7 @@ def test_a_node_becomes_the_plugins(label: str) -> None:
     assert model.SerializeToString(deterministic=True) == before
     assert has_cells(model)
     assert found.cells == (("state_in.h", cell),)
+    assert not found.half_copies
     assert not found.model.functions
     (node,) = found.model.graph.node
     assert {a.name: a.s.decode() for a in node.attribute} == {
@@ -119,6 +118,114 @@ def test_a_node_becomes_the_plugins(label: str) -> None:
             assert packed[name].dtype == tensor.dtype, name
             assert packed[name].ndim == 1, name
     onnx.checker.check_model(found.model)
+
+
+def port(graph: onnx.GraphProto, name: str) -> tuple[int, list[Any]]:
+    """Element type and shape of an input or output of the graph."""
+    kind = next(each for each in (*graph.input, *graph.output) if each.name == name).type.tensor_type
+    return kind.elem_type, [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+@pytest.mark.parametrize("label", CELLS)
+def test_a_wide_state_brings_its_half_copy(label: str) -> None:
+    cell = Cell.from_label(label)
+    found = plugin_model(cell_model(cell), [H, C])
+    node, *others = found.model.graph.node
+    onnx.checker.check_model(found.model)
+    if cell.state_dtype == "float16":
+        assert not found.half_copies
+        assert "half_copy" not in attributes_of(node)
+        return
+    assert found.half_copies == (HalfCopy("h", "half_in.h", "half_out.h"),)
+    states = ["state_in.h"] if cell.op == "ConvGRU" else ["state_in.h", "state_in.c"]
+    assert list(node.input)[: len(states) + 2] == ["x", *states, "half_in.h"]
+    assert len(node.input) == len(inputs_of(cell, half_copy=True))
+    assert attributes_of(node)["half_copy"] == 1
+    for name in ("half_in.h", "half_out.h"):
+        assert port(found.model.graph, name) == (TensorProto.FLOAT16, ["batch", cell.hidden, 7, 9])
+    # y is an output of the model under its own name, so the copy is one of it
+    assert [(each.op_type, *each.input, *each.output) for each in others] == [("Identity", "y", "half_out.h")]
+
+
+def test_y_that_only_the_graph_reads_is_the_half_copy_itself() -> None:
+    model = cell_model(Cell.from_label(CELLS[0]))
+    graph = model.graph
+    graph.node[0].output[1] = "inner"
+    graph.node.append(helper.make_node("Relu", ["inner"], ["y"]))
+    branch = helper.make_graph(
+        [helper.make_node("Neg", ["inner"], ["nested"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("nested", TensorProto.FLOAT16, None)],
+    )
+    graph.initializer.append(numpy_helper.from_array(np.bool_(1), "yes"))
+    graph.node.append(helper.make_node("If", ["yes"], ["either"], then_branch=branch, else_branch=branch))
+    found = plugin_model(model, [H])
+    onnx.checker.check_model(found.model)
+    node, relu, either = found.model.graph.node
+    assert list(node.output) == ["state_out.h", "half_out.h"]
+    assert list(relu.input) == ["half_out.h"]
+    assert [list(a.g.node[0].input) for a in either.attribute] == [["half_out.h"]] * 2
+
+
+def in_turn() -> onnx.ModelProto:
+    """Two cells on one state, as RAFT's: the second's h is the first's h_next."""
+    cell = Cell.from_label("gru_x5_h5_k1x5_soft_float32")
+    model = cell_model(cell)
+    node = model.graph.node[0]
+    second = model.graph.node.add()
+    second.CopyFrom(node)
+    second.name, second.input[1] = "second", "between"
+    node.output[0], node.output[1] = "between", "inner"
+    return model
+
+
+def test_a_state_of_another_cell_takes_that_cells_y() -> None:
+    found = plugin_model(in_turn(), [H])
+    onnx.checker.check_model(found.model)
+    first, second, copy = found.model.graph.node
+    assert list(first.input)[:3] == ["x", "state_in.h", "half_in.h"]
+    assert list(second.input)[:3] == ["x", "between", "inner"]
+    assert [*copy.input, *copy.output] == ["y", "half_out.h"]
+    # the portable form has no half copy from outside, and this one from inside
+    portable = plugin_model(in_turn())
+    assert not portable.half_copies
+    assert [attributes_of(each).get("half_copy") for each in portable.model.graph.node] == [None, 1]
+    kernels = [node.op_type for node in chained_model(portable.model).graph.node]
+    assert kernels == ["narrow_state", "gru_gates", "gru_candidate", "gru_gates", "gru_candidate"]
+
+
+def _computed_state(model: onnx.ModelProto) -> None:
+    model.graph.node.insert(0, helper.make_node("Relu", ["state_in.h"], ["positive"]))
+    model.graph.node[1].input[1] = "positive"
+
+
+def _changed_after(model: onnx.ModelProto) -> None:
+    model.graph.node[0].output[0] = "raw"
+    model.graph.node.append(helper.make_node("Relu", ["raw"], ["state_out.h"]))
+
+
+def _no_y(model: onnx.ModelProto) -> None:
+    model.graph.node[0].output[1] = ""
+    model.graph.node.append(helper.make_node("Cast", ["state_out.h"], ["y"], to=TensorProto.FLOAT16))
+
+
+@pytest.mark.parametrize("change", [_computed_state, _changed_after, _no_y])
+def test_states_that_have_no_half_copy(change: Callable[[onnx.ModelProto], None]) -> None:
+    model = cell_model(Cell.from_label(CELLS[0]))
+    change(model)
+    found = plugin_model(model, [H])
+    assert not found.half_copies
+    assert not [node for node in found.model.graph.node if "half_copy" in attributes_of(node)]
+
+
+def test_a_state_whose_streams_are_no_batch_has_no_half_copy() -> None:
+    other = msgspec.structs.replace(H, batch_axis=2)
+    assert not plugin_model(cell_model(Cell.from_label(CELLS[0])), [other]).half_copies
 
 
 def test_only_what_the_nodes_replaced_is_dropped() -> None:
@@ -212,7 +319,7 @@ registry.register(trt)
 creators = registry._creators["tensorrt_rtx"]
 original = type(creators[0])._offered
 def offered(self, name, found):
-    print("node", name, sorted(found), flush=True)
+    print("node", name, {key: value for key, value in found.items() if key != "cell"}, flush=True)
     cell, kernels = original(self, name, found)
     print("cell", cell.label, flush=True)
     return cell, kernels
@@ -230,139 +337,20 @@ def test_a_real_parser_finds_the_plugin(tmp_path: Path, by_attributes: bool) -> 
     """TensorRT-RTX's parser asks our creator, with fields that it made, and then ends the process: it can
     make a plugin but not host it. So this needs a process of its own, and shows how far it gets."""
     cell = Cell.from_label(CELLS[3])
-    model = plugin_model(cell_model(cell)).model
+    model = plugin_model(cell_model(cell), [H]).model
     node = model.graph.node[0]
     if by_attributes:  # as before TensorRT 10.10, where the domain was not looked at
         node.domain = ""
     else:
-        kept = [a for a in node.attribute if not a.name.startswith("plugin_")]
+        kept = [a for a in node.attribute if a.name != "plugin_namespace"]
         del node.attribute[:]
         node.attribute.extend(kept)
     onnx.save(model, tmp_path / "model.onnx")
     command = [sys.executable, "-c", PARSE, tmp_path / "model.onnx", cell.label]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert run.stdout.splitlines() == ["node cell ['cell']", f"cell {cell.label}"], (run.stdout, run.stderr[-2000:])
-
-
-def images_of(cell: Cell) -> tuple[KernelImage, ...]:
-    found = []
-    for kernel in kernels_of(cell, half_copy=False):
-        for tile in TILES[:2] if kernel == "narrow_state" else TILES:
-            cubin = f"{kernel} {tile.label}".encode()
-            info = ImageInfo(
-                schema=1,
-                key=f"{kernel}-{tile.label}",
-                source="",
-                kernel=kernel,
-                cell=cell_word(kernel, cell),
-                tile=tile.label,
-                capability="8.7",
-                entry=f"entry of {kernel}",
-                warps=tile.warps,
-                shared_bytes=0,
-                registers=0,
-                tensor_core_instructions=0,
-                spill_instructions=0,
-                grid_pixels=tile.pixels,
-                grid_channels=-(-padded(cell.hidden) // tile.channels),
-                max_pixels=1 << 20,
-                arguments=arguments_of(kernel),
-                sha256=hashlib.sha256(cubin).hexdigest(),
-                triton="",
-                splits=tile.splits,
-                partial_bytes=partial_bytes(kernel, tile),
-            )
-            found.append(KernelImage(info, cubin))
-    return tuple(found)
-
-
-class Driver(types.ModuleType):
-    """In the place of cuda.bindings.driver: a launch runs at once, in Triton's interpreter, on host memory."""
-
-    def __init__(self, cell: Cell) -> None:
-        super().__init__("cuda.bindings.driver")
-        self.cell, self.memory, self.loaded, self.launches = cell, list[torch.Tensor](), list[str](), list[str]()
-        self.ok = types.SimpleNamespace(value=0)
-        self.CUfunction = int
-        self.counters = dict[int, torch.Tensor]()
-
-    def cuCtxGetDevice(self) -> Any:  # noqa: N802
-        return self.ok, 0
-
-    def cuLibraryLoadData(self, code: bytes, *rest: Any) -> Any:  # noqa: N802
-        self.loaded.append(code.decode())
-        return self.ok, len(self.loaded) - 1
-
-    def cuLibraryGetKernel(self, library: int, name: bytes) -> Any:  # noqa: N802
-        assert name.decode() == f"entry of {self.loaded[library].split()[0]}"
-        return self.ok, library
-
-    def cuLibraryUnload(self, library: int) -> Any:  # noqa: N802
-        self.loaded[library] = "unloaded"
-        return (self.ok,)
-
-    def cuMemAlloc(self, nbytes: int) -> Any:  # noqa: N802
-        """Dirty memory: for counters, which must be set to zero."""
-        memory = self.buffer(nbytes)
-        self.counters[memory.data_ptr()] = memory.view(torch.int32)
-        return self.ok, memory.data_ptr()
-
-    def cuMemsetD32(self, address: int, value: int, count: int) -> Any:  # noqa: N802
-        assert len(self.counters[address]) == count
-        self.counters[address].fill_(value)
-        return (self.ok,)
-
-    def cuStreamSynchronize(self, stream: int) -> Any:  # noqa: N802
-        return (self.ok,)
-
-    def cuMemFree(self, address: int) -> Any:  # noqa: N802
-        del self.counters[address]
-        return (self.ok,)
-
-    def cuLaunchKernel(self, function: int, *rest: Any) -> Any:  # noqa: N802
-        kernel, label = self.loaded[function].split()
-        columns, rows, splits, threads, _, _, _, stream, parameters, _ = rest
-        assert (threads, stream) == (128, 77)
-        tile = next(tile for tile in TILES if tile.label == label)
-        count = len(PARAMETERS[kernel]) + 2
-        places = (ctypes.c_void_p * count).from_address(parameters)
-        arguments: list[Any] = []
-        for place, parameter in zip(places, PARAMETERS[kernel], strict=False):
-            assert place is not None
-            if parameter.dtype == "int32":
-                arguments.append(ctypes.c_int32.from_address(place).value)
-            else:
-                address = ctypes.c_uint64.from_address(place).value
-                arguments.append(self._tensor(address, pointer_dtype(parameter, self.cell)))
-        self.launches.append(f"{kernel} {label}")
-        module: Any = {"n": narrow, "g": gru, "l": lstm}[kernel[0]]
-        getattr(module, kernel)[columns, rows, splits](*arguments, **constants(kernel, self.cell, tile))
-        return (self.ok,)
-
-    def _tensor(self, address: int, dtype: str) -> torch.Tensor:
-        """The memory from an address to the end of the buffer it lies in; nothing may be read at 0."""
-        if address == 0:
-            return torch.zeros(8, dtype=torch.float16)
-        dtype = "int32" if dtype == "count" else dtype
-        for owner in self.memory:
-            offset = address - owner.data_ptr()
-            if 0 <= offset < owner.numel():
-                return owner[offset:].view(getattr(torch, dtype))
-        raise AssertionError(f"address {address:#x} lies in no buffer")
-
-    def buffer(self, nbytes: int) -> torch.Tensor:
-        """Bytes at an address that is a multiple of 256, all ones: NaN in every float type."""
-        whole = torch.full((nbytes + 256,), 255, dtype=torch.uint8)
-        start = -whole.data_ptr() % 256
-        self.memory.append(whole[start : start + nbytes])
-        return self.memory[-1]
-
-
-def to_map(x: torch.Tensor) -> torch.Tensor:
-    result = torch.zeros(x.shape[0], *x.shape[2:], padded(x.shape[1]), dtype=torch.float16)
-    result[..., : x.shape[1]] = x.permute(0, 2, 3, 1)
-    return result
+    found = ["node cell {'half_copy': b'\\x01\\x00\\x00\\x00'}", f"cell {cell.label}"]
+    assert run.stdout.splitlines() == found, (run.stdout, run.stderr[-2000:])
 
 
 def exact_step(
@@ -373,20 +361,29 @@ def exact_step(
     return list(conv_lstm(x, *states, w["W_x"], w["b"], w["W_h"], w.get("w_c"), cell.gates))
 
 
-@pytest.mark.parametrize("tile", TILES[1:], ids=lambda tile: tile.label)
-@pytest.mark.parametrize("label", CELLS)
-def test_steps_of_the_plugin_equal_the_reference(label: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+RUNS = [(label, tile, False) for label in CELLS for tile in TILES[1:]]
+RUNS += [(label, TILES[1], True) for label in CELLS if label.endswith("float32")]
+
+
+@pytest.mark.parametrize(("label", "tile", "given"), RUNS, ids=lambda value: getattr(value, "label", str(value)))
+def test_steps_of_the_plugin_equal_the_reference(
+    label: str, tile: Tile, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`given`: y of a step is the half copy of the next."""
     cell, (batch, height, width) = Cell.from_label(label), (2, 7, 9)
     weights = weights_for(cell, (height, width))
-    model = plugin_model(cell_model(cell, (height, width), weights)).model
+    model = plugin_model(cell_model(cell, (height, width), weights), [H] if given else []).model
     packed = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    driver = Driver(cell)
+    driver = Driver()
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
 
     register(trt)
     creator: Any = trt.get_plugin_registry().get_creator(cell.op, PLUGIN_VERSION, "stepcell")
     text = np.frombuffer(_attribute(model, "cell").s + b"\0", np.int8)
-    attributes = trt.PluginFieldCollection([trt.PluginField("cell", text, trt.PluginFieldType.CHAR)])
+    fields = [trt.PluginField("cell", text, trt.PluginFieldType.CHAR)]
+    if given:
+        fields.append(trt.PluginField("half_copy", np.ones(1, np.int32), trt.PluginFieldType.INT32))
+    attributes = trt.PluginFieldCollection(fields)
     with kernels_offered({label: images_of(cell)}):
         built = creator.create_plugin("cell", attributes, trt.TensorRTPhase.BUILD)
     loaded = creator.create_plugin("cell", built.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
@@ -394,24 +391,25 @@ def test_steps_of_the_plugin_equal_the_reference(label: str, tile: Tile, monkeyp
 
     nodes, states = model.graph.node[0], 1 if cell.op == "ConvGRU" else 2
     descriptions = []
-    for tensor in (*inputs_of(cell), *outputs_of(cell)):
+    inputs = inputs_of(cell, half_copy=given)
+    for tensor in (*inputs, *outputs_of(cell)):
         desc = trt.PluginTensorDesc()
         channels = cell.inputs if tensor.buffer == "x" else cell.hidden
         desc.dims = trt.Dims([1] if "." in tensor.buffer else [batch, channels, height, width])
         descriptions.append(desc)
-    described = descriptions[: len(inputs_of(cell))], descriptions[len(inputs_of(cell)) :]
+    described = descriptions[: len(inputs)], descriptions[len(inputs) :]
     plugin.on_shape_change(*described)
-    expected = [f"{k} {(tile if k != 'narrow_state' else TILES[1]).label}" for k in kernels_of(cell, half_copy=False)]
+    expected = [f"{k} {(tile if k != 'narrow_state' else TILES[1]).label}" for k in kernels_of(cell, half_copy=given)]
     tactics = [[f"{image.info.kernel} {image.info.tile}" for image in images] for images in plugin.tactics]
     plugin.set_tactic(1 + tactics.index(expected))  # after the sizes: the first tactic's code goes
 
     pixels, wide = batch * height * width, cell.state_dtype == "float32"
     state_bytes = pixels * (cell.hidden * 4 if wide else padded(cell.hidden) * 2)
     x = driver.buffer(pixels * padded(cell.inputs) * 2)
-    y = driver.buffer(pixels * padded(cell.hidden) * 2)
+    copy, y = (driver.buffer(pixels * padded(cell.hidden) * 2) for _ in range(2))
     old, new = ([driver.buffer(state_bytes) for _ in range(states)] for _ in range(2))
     constants_ = []
-    for name in nodes.input[1 + states :]:
+    for name in nodes.input[1 + states + given :]:
         constants_.append(driver.buffer(packed[name].nbytes))
         constants_[-1][:] = torch.from_numpy(packed[name].view(np.uint8).copy())
     bounds = trt.DynamicPluginTensorDesc()
@@ -424,6 +422,7 @@ def test_steps_of_the_plugin_equal_the_reference(label: str, tile: Tile, monkeyp
     for buffer, value in zip(old, exact, strict=True):
         whole = value.float().contiguous() if wide else to_map(value.half())
         buffer[:] = whole.view(torch.uint8).flatten()
+    copy[:] = torch.from_numpy(half_map(exact[0].float().numpy())).view(torch.uint8).flatten()
     w = {name: torch.from_numpy(array).double() for name, array in weights.items()}
     worst = 0.0
     for step in range(16):
@@ -434,7 +433,8 @@ def test_steps_of_the_plugin_equal_the_reference(label: str, tile: Tile, monkeyp
         x[:] = to_map(frame).view(torch.uint8).flatten()
         for buffer in (y, scratch, *new):
             buffer.fill_(255)  # NaN: what is not written, or read before it is, shows
-        addresses = [[b.data_ptr() for b in buffers] for buffers in ((x, *old, *constants_), (*new, y))]
+        read = (x, *old, *([copy] if given else []), *constants_)
+        addresses = [[b.data_ptr() for b in buffers] for buffers in (read, (*new, y))]
         plugin.enqueue(*described, *addresses, scratch.data_ptr(), 77)
         exact = exact_step(cell, w, frame.double(), exact)
         for buffer, wanted in zip((*new, y), (*exact, exact[0]), strict=True):
@@ -444,7 +444,7 @@ def test_steps_of_the_plugin_equal_the_reference(label: str, tile: Tile, monkeyp
                 got = buffer.view(torch.float16).view(batch, height, width, -1)[..., : cell.hidden].permute(0, 3, 1, 2)
             difference = float((got.double() - wanted).abs().max())
             worst = max(worst, difference) if difference == difference else float("inf")
-        old, new = new, old
+        old, new, copy, y = new, old, y, copy
     tolerance = 3e-3 if wide else 2e-2  # as in test_kernels.py
     assert worst < tolerance, f"worst difference over 16 steps {worst:.2e}, allowed {tolerance:.0e}"
     assert driver.launches == expected * 16

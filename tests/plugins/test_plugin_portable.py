@@ -135,6 +135,33 @@ def test_the_chain_computes_the_cell(label: str) -> None:
     assert worst < (3e-3 if wide else 2e-2), f"worst difference over 4 steps {worst:.2e}"
 
 
+def test_a_chain_of_two_cells_on_one_state_narrows_it_once() -> None:
+    """The second cell reads y of the first as the half copy of its state."""
+    cell, (batch, height, width) = Cell.from_label("gru_x3_h5_k3x3_soft_float32"), SIZE
+    model, w = model_of(cell)
+    first, copy = model.graph.node
+    second = onnx.NodeProto()
+    second.CopyFrom(first)
+    second.name, second.input[1] = "second", "between"
+    first.output[0], first.output[1] = "between", "inner"
+    del model.graph.node[:]
+    model.graph.node.extend([first, second, copy])
+    model.graph.value_info.append(helper.make_tensor_value_info("between", TensorProto.FLOAT, [2, cell.hidden, 5, 6]))
+    chain = chained_model(plugin_model(model).model)
+    kernels = ["narrow_state", *["gru_gates", "gru_candidate"] * 2, "Identity"]
+    assert [node.op_type for node in chain.graph.node] == kernels
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn((batch, cell.hidden, height, width), generator=generator) * 0.5
+    exact, worst = h.double(), 0.0
+    for _ in range(3):
+        x = torch.randn((batch, cell.inputs, height, width), generator=generator).half()
+        h = run(chain, cell, {"x": to_map(x), "in.h": h})["out.h"]
+        for _ in range(2):
+            exact = conv_gru(x.double(), exact, w["W_x"], w["b"], w["W_h"], w["W_n"], None, cell.gates)
+        worst = max(worst, float((h.double() - exact).abs().nan_to_num(nan=9.0).max()))
+    assert worst < 3e-3, f"worst difference over 3 steps {worst:.2e}"
+
+
 def test_no_tile_needs_what_tensorrt_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """No counters and no launch attribute; gates that differ in nothing else are compiled once."""
     monkeypatch.setattr(aot, "_fitting", lambda *arguments: arguments[2])

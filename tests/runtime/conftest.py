@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -21,6 +21,10 @@ from stepcell.contract import METADATA_KEY, Spec, StateSpec, StepContract, Tenso
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
 from stepcell.models.zoo.clips import read_clip
+
+if TYPE_CHECKING:
+    from stepcell.runtime.tensorrt import TensorRTBackend
+    from tests.runtime.pretended_gpu import Machine
 
 
 def _write_model(path: Path, contract: StepContract, nodes: list[onnx.NodeProto], **graph: Any) -> Path:
@@ -43,6 +47,31 @@ def _write_model(path: Path, contract: StepContract, nodes: list[onnx.NodeProto]
 def write_model() -> Callable[..., Path]:
     """`write_model(path, contract, nodes, **graph)` makes a model of one's own."""
     return _write_model
+
+
+@pytest.fixture(params=["graphs", "kernels", "half copies"])
+def machine(
+    request: pytest.FixtureRequest, denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Machine:
+    """A pretended GPU with an engine: steps captured as CUDA graphs, or queued kernel by kernel, or captured in an
+    engine that takes the half copy of its state.
+    """
+    from tests.runtime.pretended_gpu import Machine
+
+    made = Machine(denoiser_onnx, tmp_path, monkeypatch, half_copies=request.param == "half copies")
+    made.engine.capturable = request.param != "kernels"
+    return made
+
+
+@pytest.fixture
+def backend(machine: Machine) -> Iterator[TensorRTBackend]:
+    """Opened on it; whatever it took must be given back at the end."""
+    backend = machine.open()
+    yield backend
+    backend.close()
+    assert not machine.engine.stale, f"{machine.engine.stale} values of a half copy were out of date"
+    assert not machine.gpu.memory, "memory that was never freed"
+    assert not machine.gpu.live, "streams, events or graphs that were never closed"
 
 
 @pytest.fixture

@@ -19,20 +19,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
 import tensorrt_rtx
 from numpy.typing import NDArray
 
-from stepcell.contract import StepContract
+from stepcell.contract import STATE_IN, STATE_OUT, StepContract
+from stepcell.plugins.half_copies import HalfCopy, engine_tensors, half_map, half_shape
 from stepcell.runtime import cuda, tensorrt
 from stepcell.runtime.backend import Device
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.check import CheckedEngine, check_engine
 from stepcell.runtime.engine.flavor import TensorRT
 from stepcell.runtime.engine.options import BuildOptions
-from stepcell.runtime.engine.sidecar import sidecar_path
+from stepcell.runtime.engine.sidecar import read_sidecar, sidecar_path
 from stepcell.runtime.tensorrt import TensorRTBackend
 from tests.counting import CountingCuda
 
@@ -255,15 +257,23 @@ class PretendedConfig:
 
 
 class PretendedEngine:
-    """An engine and its only context: the ONNX model, run on addresses."""
+    """An engine and its only context: the ONNX model, run on addresses.
 
-    def __init__(self, gpu: PretendedCuda, onnx: Path, contract: StepContract) -> None:
+    It reads a state only where the half copy that it was given is this state's: what is out of date becomes NaN.
+    """
+
+    def __init__(
+        self, gpu: PretendedCuda, onnx: Path, contract: StepContract, copies: tuple[HalfCopy, ...] = ()
+    ) -> None:
         self.gpu = gpu
         self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-        self.inputs, self.outputs = dict(contract.graph_inputs), dict(contract.graph_outputs)
+        self.inputs, self.outputs = engine_tensors(contract, copies)
+        self.copies = copies
+        self.formats = {name: "HWC8" for copy in copies for name in (copy.input, copy.output)}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.runs: list[dict[str, int]] = []
+        self.stale = 0  # values of half copies that were not their state's
         self.refuse = False
         self.capturable = True
         self.config = PretendedConfig()
@@ -282,6 +292,9 @@ class PretendedEngine:
         dtype = {**self.inputs, **self.outputs}[name].dtype
         return SimpleNamespace(name={"float16": "HALF", "float32": "FLOAT", "int32": "INT32"}[dtype])
 
+    def get_tensor_format(self, name: str) -> Any:
+        return getattr(tensorrt_rtx.TensorFormat, self.formats.get(name, "LINEAR"))
+
     def create_runtime_config(self) -> PretendedConfig:
         return self.config
 
@@ -296,7 +309,7 @@ class PretendedEngine:
         return name in self.inputs
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        source = {"y": "x"}.get(name, name.replace("state_out.", "state_in."))
+        source = {"y": "x"}.get(name, name.replace("state_out.", "state_in.").replace("half_out.", "half_in."))
         return self.shapes[source]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -317,21 +330,37 @@ class PretendedEngine:
     def _run(self, addresses: dict[str, int]) -> None:
         self.runs.append(addresses)
         feeds = {name: self._at(addresses[name], name, spec.dtype).copy() for name, spec in self.inputs.items()}
-        results = self.session.run(list(self.outputs), feeds)
-        for (name, spec), result in zip(self.outputs.items(), results, strict=True):
-            self._at(addresses[name], name, spec.dtype)[:] = result
+        for copy in self.copies:
+            state, half = feeds[STATE_IN + copy.state], feeds.pop(copy.input)[..., : self.channels(copy)]
+            wanted = half_map(state)[..., : self.channels(copy)]
+            stale = (half != wanted) & ~(np.isnan(half) & np.isnan(wanted))
+            state[stale.transpose(0, 3, 1, 2)] = np.nan
+            self.stale += int(stale.sum())
+        names = [name for name in self.outputs if name not in self.formats]
+        results = dict(zip(names, self.session.run(names, feeds), strict=True))
+        results |= {copy.output: half_map(results[STATE_OUT + copy.state]) for copy in self.copies}
+        for name, spec in self.outputs.items():
+            self._at(addresses[name], name, spec.dtype)[:] = results[name]
+
+    def channels(self, copy: HalfCopy) -> int:
+        return self.get_tensor_shape(copy.input)[1]
 
     def _at(self, address: int, name: str, dtype: str) -> NDArray[Any]:
         shape = self.get_tensor_shape(name)
+        shape = half_shape(shape) if name in self.formats else shape
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         block: Any = (ctypes.c_ubyte * size).from_address(address)
         return np.frombuffer(block, dtype).reshape(shape)
 
 
 class Machine:
-    """A back end over a model, with the pretended GPU it runs on and the count of its calls."""
+    """A back end over a model, with the pretended GPU it runs on and the count of its calls.
 
-    def __init__(self, onnx: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Args:
+        half_copies: the engine has the half copies of all states, as one with the plugin.
+    """
+
+    def __init__(self, onnx: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, half_copies: bool = False) -> None:
         self.path = folder / "model.engine"
         built = onnx.with_suffix(".pretended.engine")  # once for all tests of a model
         if not built.exists():
@@ -339,16 +368,22 @@ class Machine:
             build_engine(onnx, built, options, say=lambda _: None)
         shutil.copy(built, self.path)
         shutil.copy(sidecar_path(built), sidecar_path(self.path))
+        if half_copies:
+            sidecar = read_sidecar(built)
+            names = [state.name for state in sidecar.contract.states]
+            copies = tuple(HalfCopy(name, f"half_in.{name}", f"half_out.{name}") for name in names)
+            sidecar_path(self.path).write_text(msgspec.structs.replace(sidecar, half_copies=copies).to_json())
         checked = check_engine(self.path)
         self.onnx, self.contract = onnx, checked.sidecar.contract
         self.gpu = PretendedCuda()
         self.counted = CountingCuda(self.gpu)
-        self.engine = PretendedEngine(self.gpu, onnx, self.contract)
+        self.engine = PretendedEngine(self.gpu, onnx, self.contract, checked.sidecar.half_copies)
         runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: self.engine if plan == checked.plan else None)
         module = SimpleNamespace(
             __version__=checked.tensorrt.version,
             ILogger=tensorrt_rtx.ILogger,
             TensorIOMode=tensorrt_rtx.TensorIOMode,
+            TensorFormat=tensorrt_rtx.TensorFormat,
             DynamicShapesKernelSpecializationStrategy=tensorrt_rtx.DynamicShapesKernelSpecializationStrategy,
             Runtime=lambda _: runtime,
         )
@@ -368,7 +403,7 @@ class Machine:
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Of a tensor of a stack, whose maps are all as large as its frames."""
-        channels = {**self.contract.graph_inputs, **self.contract.graph_outputs}[name].shape[1]
+        channels = {**self.engine.inputs, **self.engine.outputs}[name].shape[1]
         assert isinstance(channels, int)
         return (2, channels, 16, 24)
 

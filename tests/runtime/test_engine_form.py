@@ -18,6 +18,7 @@ import tensorrt_rtx
 
 from stepcell.errors import BuildError, DeviceError, MissingDependencyError, PluginError, UsageError
 from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
+from stepcell.plugins.half_copies import HalfCopy
 from stepcell.plugins.kernels import store
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.compile import arguments_of, cell_word, source_digest
@@ -34,6 +35,7 @@ from stepcell.runtime.engine.sidecar import rebuild_command
 
 CELL = "gru_x8_h8_k3x3_soft_float32"  # of the denoiser of these tests
 WITH_PLUGIN = b"a plan with the plugin"
+COPIES = (HalfCopy("h", "half_in.h", "half_out.h"),)
 
 
 @pytest.fixture(autouse=True)
@@ -92,13 +94,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             return build_plan(library, file, *rest)
         (node,) = [node for node in file.model.graph.node if node.domain]
         assert not file.model.functions
+        assert file.half_copies == COPIES
+        assert "half_in.h" in node.input
         assert file.data == file.model.SerializeToString(deterministic=True)
         creator: Any = tensorrt_rtx.get_plugin_registry().get_creator(node.op_type, PLUGIN_VERSION, "stepcell")
         label = next(each.s for each in node.attribute if each.name == "cell")
-        field = tensorrt_rtx.PluginField("cell", np.frombuffer(label, np.int8), tensorrt_rtx.PluginFieldType.CHAR)
-        fields = tensorrt_rtx.PluginFieldCollection([field])
+        text = tensorrt_rtx.PluginField("cell", np.frombuffer(label, np.int8), tensorrt_rtx.PluginFieldType.CHAR)
+        number = tensorrt_rtx.PluginField("half_copy", np.ones(1, np.int32), tensorrt_rtx.PluginFieldType.INT32)
+        fields = tensorrt_rtx.PluginFieldCollection([text, number])
         plugins.append(creator.create_plugin(node.name, fields, tensorrt_rtx.TensorRTPhase.BUILD))
-        return BuiltPlan(WITH_PLUGIN, {"float16": 1}, None, ())
+        return BuiltPlan(WITH_PLUGIN, {"float16": 1}, None, (), file.half_copies)
 
     monkeypatch.setattr(form, "build_plan", build)
     return plugins
@@ -109,7 +114,8 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`times(plugin=0.2, native=0.3)`: milliseconds that either form takes."""
 
     def fix(*, plugin: float, native: float) -> None:
-        def milliseconds(library: Any, plan: bytes, profiles: Any) -> float:
+        def milliseconds(library: Any, plan: bytes, profiles: Any, copies: Any) -> float:
+            assert copies == (COPIES if plan == WITH_PLUGIN else ())
             return plugin if plan == WITH_PLUGIN else native
 
         monkeypatch.setattr(form, "step_milliseconds", milliseconds)
@@ -140,13 +146,17 @@ def test_auto_keeps_the_faster(
     fingerprint = info.contents.fingerprint
     expected = (PLUGIN_VERSION, interface_digest()) if used else (None, None)
     assert (fingerprint.plugin_version, fingerprint.plugin_sha256) == expected
+    assert info.contents.half_copies == (COPIES if used else ())
+    assert list(info.contents.profiles) == ["x", "state_in.h"]
     assert info.contents.fingerprint.onnx_sha256 == hashlib.sha256(denoiser_onnx.read_bytes()).hexdigest()
     checked = check_engine(tmp_path / "m.engine")
     register_plugins(checked)
     assert checked.sidecar == info.contents
     assert f"--kernels {kernels}" in rebuild_command(checked.sidecar, tmp_path / "m.engine")
     wanted = store.wanted(Cell.from_label(CELL), "8.7", 64 * 64)  # pixels of the state at these sizes
-    assert [image.info.key for image in made[0].images] == [f"{name}-sm87-{tile.label}" for name, tile in wanted]
+    assert [image.info.key for image in made[0].images] == [
+        f"{name}-sm87-{tile.label}" for name, tile in wanted if name != "narrow_state"
+    ]
 
 
 def test_on_takes_the_plugin_untimed(denoiser_onnx: Path, tmp_path: Path, kernels: Path, made: list[Any]) -> None:
@@ -181,6 +191,7 @@ def test_portable(denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert info.contents.plugin is not None
     assert (info.contents.plugin.used, info.contents.plugin.portable) == (True, True)
     assert info.contents.fingerprint.plugin_version is None  # nothing is needed to run it
+    assert not info.contents.half_copies  # others run it
 
 
 def test_off_asks_nobody(denoiser_onnx: Path, tmp_path: Path, made: list[Any]) -> None:
@@ -287,11 +298,15 @@ class PretendedEngine:
         self.durations, self.clock, self.steps = iter(durations), 0.0, 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        self.names, self.num_io_tensors = ("x", "y"), 2
+        self.names: tuple[str, ...] = ("x", "y")
         self.refuses = False
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
         return None if plan == b"bad" else self
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.names)
 
     def create_execution_context(self) -> PretendedEngine:
         return self
@@ -300,7 +315,7 @@ class PretendedEngine:
         return self.names[index]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return tensorrt_rtx.DataType.HALF if name == "x" else tensorrt_rtx.DataType.FLOAT
+        return tensorrt_rtx.DataType.FLOAT if name in ("y", "state_in.h") else tensorrt_rtx.DataType.HALF
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shapes["x"]
@@ -314,7 +329,7 @@ class PretendedEngine:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert set(self.addresses) == {"x", "y"}
+        assert set(self.addresses) == set(self.names)
         self.steps += 1
         self.clock += next(self.durations)
         return not self.refuses
@@ -367,6 +382,16 @@ def test_timing_is_a_median_after_a_warm_up(pretended: Any) -> None:
     assert engine.shapes == {"x": (1, 3, 8, 8)}
     assert [buffer.nbytes for buffer in memory] == [192 * 2, 192 * 4]
     assert all(buffer.closed and buffer.cleared for buffer in memory)
+
+
+def test_timing_binds_half_copies_with_their_padding(pretended: Any) -> None:
+    engine, library, memory = pretended([1.0] * 170)
+    engine.names = ("x", "state_in.h", "half_in.h", "y", "half_out.h")
+    engine.get_tensor_shape = lambda _: (2, 5, 4, 3)
+    one = Profile((2, 5, 4, 3), (2, 5, 4, 3), (2, 5, 4, 3))
+    assert timing.step_milliseconds(library, b"plan", {"x": one, "state_in.h": one}, COPIES) == pytest.approx(1.0)
+    assert engine.shapes == dict.fromkeys(("x", "state_in.h", "half_in.h"), (2, 5, 4, 3))
+    assert [buffer.nbytes for buffer in memory] == [120 * 2, 120 * 4, 2 * 4 * 3 * 8 * 2, 120 * 4, 2 * 4 * 3 * 8 * 2]
 
 
 def test_timing_errors(pretended: Any) -> None:

@@ -107,8 +107,8 @@ def test_unknown_schema_is_refused(engine: Path) -> None:
     [
         ({"tensorrt": "1.6.0.1"}, "built with TensorRT-RTX 1.6.0.1, 1.7"),
         ({"platform": "Linux-riscv64"}, "built on Linux-riscv64, this is "),
-        ({"plugin_version": "9", "plugin_sha256": "0" * 64}, "built with plugin version 9, this stepcell has 1"),
-        ({"plugin_version": "1", "plugin_sha256": "0" * 64}, f"plugin interface {'0' * 64}, this stepcell has "),
+        ({"plugin_version": "9", "plugin_sha256": "0" * 64}, "built with plugin version 9, this stepcell has 2"),
+        ({"plugin_version": "2", "plugin_sha256": "0" * 64}, f"plugin interface {'0' * 64}, this stepcell has "),
     ],
 )
 def test_differences_name_both_values_and_the_rebuild(engine: Path, changes: dict[str, Any], message: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,6 @@ from tests.counting import ALLOCATING, CREATING, WAITING
 from tests.runtime.pretended_gpu import SYMBOLS, Machine, frames, reference
 
 THEIRS = 99  # a stream that is not ours
-
-
-@pytest.fixture(params=["graphs", "kernels"])
-def machine(
-    request: pytest.FixtureRequest, denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Machine:
-    made = Machine(denoiser_onnx, tmp_path, monkeypatch)
-    made.engine.capturable = request.param == "graphs"
-    return made
-
-
-@pytest.fixture
-def backend(machine: Machine) -> Iterator[TensorRTBackend]:
-    backend = machine.open()
-    yield backend
-    backend.close()
-    assert not machine.gpu.memory, "memory that was never freed"
-    assert not machine.gpu.live, "streams, events or graphs that were never closed"
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """The step logic of the TensorRT back end on a pretended GPU: `tests.runtime.pretended_gpu`.
 
-Everything but the GPU is real: the engine file, its sidecar and the back end. Each test runs with
-the step captured as CUDA graphs and with its kernels queued one by one.
+Everything but the GPU is real: the engine file, its sidecar and the back end. Each test runs with the step captured
+as CUDA graphs, with its kernels queued one by one, and with an engine that takes the half copy of its state; that one
+computes NaN wherever the copy is not the state's.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +15,11 @@ import pytest
 import tensorrt_rtx
 
 from stepcell.errors import DeviceError, EngineMismatchError, InputError, StateError
+from stepcell.plugins.half_copies import HalfCopy, engine_tensors
 from stepcell.runtime import StepLoop
 from stepcell.runtime.tensorrt import TensorRTBackend
 from tests.counting import ALLOCATING, CREATING, WAITING
 from tests.runtime.pretended_gpu import SYMBOLS, Machine, frames, reference
-
-
-@pytest.fixture(params=["graphs", "kernels"])
-def machine(
-    request: pytest.FixtureRequest, denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Machine:
-    made = Machine(denoiser_onnx, tmp_path, monkeypatch)
-    made.engine.capturable = request.param == "graphs"
-    return made
-
-
-@pytest.fixture
-def backend(machine: Machine) -> Iterator[TensorRTBackend]:
-    backend = machine.open()
-    yield backend
-    backend.close()
-    assert not machine.gpu.memory, "memory that was never freed"
-    assert not machine.gpu.live, "streams, events or graphs that were never closed"
 
 
 def test_many_steps_equal_plain_onnx_runtime(machine: Machine, backend: TensorRTBackend) -> None:
@@ -49,8 +32,11 @@ def test_many_steps_equal_plain_onnx_runtime(machine: Machine, backend: TensorRT
     np.testing.assert_array_equal(backend.read_state()["h"], expected[-1]["state_out.h"])
 
 
-def test_several_states_of_different_kinds(stack_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(stack_onnx, tmp_path, monkeypatch)
+@pytest.mark.parametrize("half_copies", [False, True])
+def test_several_states_of_different_kinds(
+    stack_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_copies: bool
+) -> None:
+    machine = Machine(stack_onnx, tmp_path, monkeypatch, half_copies=half_copies)
     backend = machine.open()
     machine.engine.get_tensor_shape = machine.shape_of  # type: ignore[method-assign]
     backend.configure(SYMBOLS)
@@ -74,6 +60,9 @@ def test_state_buffers_change_places_and_nothing_is_allocated(machine: Machine, 
     for earlier, later in itertools.pairwise(runs):
         assert later["state_in.h"] == earlier["state_out.h"]
         assert later["state_out.h"] == earlier["state_in.h"]
+        for copy in machine.engine.copies:
+            assert later[copy.input] == earlier[copy.output]
+            assert later[copy.output] == earlier[copy.input]
         assert later["x"] != earlier["x"]
     assert runs[0]["x"] == runs[2]["x"]
 
@@ -118,7 +107,7 @@ def test_idle_rows_keep_their_states_and_only_they_are_copied(machine: Machine, 
         assert state[0].tobytes() == before[0].tobytes()
         assert state[2].tobytes() == before[2].tobytes()
         np.testing.assert_array_equal(state[1], outputs["state_out.h"][1])
-    assert machine.counted.calls["cudaMemcpy2DAsync"] == 2 * len(clip[2:])
+    assert machine.counted.calls["cudaMemcpy2DAsync"] == 2 * (1 + len(machine.engine.copies)) * len(clip[2:])
     assert not machine.counted.calls.keys() & {*ALLOCATING, *CREATING}
 
 
@@ -172,8 +161,11 @@ def test_loop_with_slots_equals_the_same_loop_on_the_cpu(machine: Machine, tmp_p
     assert not machine.gpu.memory
 
 
-def test_learned_initial_states(learned_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(learned_onnx, tmp_path, monkeypatch)
+@pytest.mark.parametrize("half_copies", [False, True])
+def test_learned_initial_states(
+    learned_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_copies: bool
+) -> None:
+    machine = Machine(learned_onnx, tmp_path, monkeypatch, half_copies=half_copies)
     machine.engine.get_tensor_shape = machine.shape_of  # type: ignore[method-assign]
     backend = machine.open()
     backend.configure(SYMBOLS)
@@ -184,7 +176,7 @@ def test_learned_initial_states(learned_onnx: Path, tmp_path: Path, monkeypatch:
         for name, value in backend.read_state().items():
             np.testing.assert_array_equal(value, start[name], err_msg=name)
         for frame in frames(3):
-            backend.step({"x": frame.astype(np.float32)})
+            assert np.isfinite(backend.step({"x": frame.astype(np.float32)})["y"]).all()
         backend.reset(slots)
     backend.step({"x": frames(1)[0].astype(np.float32)})
     before = backend.read_state()
@@ -194,6 +186,7 @@ def test_learned_initial_states(learned_onnx: Path, tmp_path: Path, monkeypatch:
     for name, value in backend.read_state().items():
         np.testing.assert_array_equal(value[1], start[name][1])
         np.testing.assert_array_equal(value[0], before[name][0])
+    assert np.isfinite(backend.step({"x": frames(1)[0].astype(np.float32)})["y"]).all()
     backend.close()
     assert not machine.gpu.memory
 
@@ -272,12 +265,59 @@ def test_engine_whose_tensors_differ_from_the_contract_is_refused(machine: Machi
     right = machine.engine.inputs
     machine.engine.inputs = {name: spec for name, spec in right.items() if name != "x"}
     with pytest.raises(
-        EngineMismatchError, match=r"tensors in the engine: state_in\.h, state_out\.h, y; in its contract"
+        EngineMismatchError, match=r"tensors in the engine: .*state_in\.h, state_out\.h, y; in its sidecar: .*x, y"
     ):
         machine.open()
     machine.engine.inputs = {**right, "x": msgspec.structs.replace(right["x"], dtype="int32")}
-    with pytest.raises(EngineMismatchError, match="x: input of int32 in the engine, input of float16 in its contract"):
+    with pytest.raises(EngineMismatchError, match="x: input of int32 in the engine, input of float16 in its sidecar"):
         machine.open()
+
+
+def test_engine_whose_half_copy_differs_from_the_sidecar_is_refused(
+    denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import msgspec
+
+    machine = Machine(denoiser_onnx, tmp_path, monkeypatch, half_copies=True)
+    (copy,) = machine.engine.copies
+    machine.engine.formats[copy.output] = "LINEAR"
+    with pytest.raises(EngineMismatchError, match=r"half_out\.h: format LINEAR in the engine; .* is HWC8"):
+        machine.open()
+    machine.engine.formats[copy.output] = "HWC8"
+    right = machine.engine.inputs
+    machine.engine.inputs = {**right, copy.input: msgspec.structs.replace(right[copy.input], dtype="float32")}
+    with pytest.raises(EngineMismatchError, match=r"half_in\.h: input of float32 in the engine, input of float16 in"):
+        machine.open()
+    machine.engine.inputs = machine.contract.graph_inputs
+    with pytest.raises(
+        EngineMismatchError, match=r"in the engine: half_out\.h, .*; in its sidecar: half_in\.h, half_out"
+    ):
+        machine.open()
+
+
+def test_an_engine_with_more_tensors_than_its_sidecar_is_refused(
+    denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stepcell sees a half copy that reads the sidecar without it."""
+    machine = Machine(denoiser_onnx, tmp_path, monkeypatch)
+    copies = (HalfCopy("h", "half_in.h", "half_out.h"),)
+    machine.engine.inputs, machine.engine.outputs = engine_tensors(machine.contract, copies)
+    with pytest.raises(EngineMismatchError, match=r"in the engine: half_in\.h, .*; in its sidecar: state_in\.h, "):
+        machine.open()
+
+
+def test_states_beyond_float16_are_infinite_in_the_half_copy(machine: Machine, backend: TensorRTBackend) -> None:
+    backend.configure(SYMBOLS)
+    backend.step({"x": frames(1)[0]})
+    state = backend.read_state()
+    flat = state["h"].reshape(-1)
+    flat[:4] = [1e6, -70000.0, 1e-9, 65519.9]
+    backend.write_state(state)
+    backend.step({"x": frames(1)[0]})
+    for copy in machine.engine.copies:
+        run = machine.engine.runs[-1]
+        half = machine.engine._at(run[copy.input], copy.input, "float16")
+        assert half[0, 0, :4, 0].tolist() == [np.inf, -np.inf, 0.0, 65504.0]
 
 
 def test_engine_that_does_not_load_is_refused(machine: Machine) -> None:
