@@ -16,9 +16,13 @@ import torch
 from stepcell.plugins.kernels import compile as compiling
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.compile import compile_kernel, compile_ptx
+from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.signature import constants, kernels_of
 from stepcell.plugins.kernels.tiles import Tile, tiles
 from stepcell.plugins.launch import Launcher
+from stepcell.plugins.step import CellStep, workspace_size
+from stepcell.plugins.tensors import inputs_of, outputs_of
+from tests.plugins.conftest import POISON, half_map, random_weights, reference_step
 from tests.plugins.ptx.driver import EmulatedDriver
 from tests.plugins.ptx.program import Fault, parse
 
@@ -203,3 +207,55 @@ def test_the_compiler_still_writes_registers_that_tensor_cores_read(
     run = steps(cell, size=(1, 6, 11), tile=chosen(cell, "9.0", 0), launch=emulated("9.0").launch)
     with pytest.raises(Fault, match="which a product in the background still reads"):
         run.run(1)
+
+
+OVERLAPPING = [("64x16x32s4w4p", "64x16x32s4w4p"), ("64x16x32s4w4k2p", "64x16x32s4w4k2p")]
+
+
+def overlapping_steps(driver: EmulatedDriver, tiles: tuple[str, str], edit: Edit, count: int) -> float:
+    """Worst difference to float64 of steps as the plugin queues them: the candidate is launched on top of the gates."""
+    cell, size = Cell.from_label("gru_x16_h16_k3x3_soft_float32"), (1, 6, 11)
+    images = []
+    for kernel, label in zip(("gru_gates", "gru_candidate"), tiles, strict=True):
+        tile = Tile.from_label(label)
+        images.append(compile_kernel(kernel, cell, tile, "9.0"))
+        driver.learn(images[-1], parse(edit(compile_ptx(kernel, cell, tile, "9.0").text)))
+    step = CellStep(cell, images, 0, half_copy=True)
+    step.resize(*size)
+    scratch = torch.empty(workspace_size(cell, images, 66, half_copy=True) + 256, dtype=torch.uint8)
+    weights = random_weights(cell, size[1:], seed=3)
+    given = {name: torch.from_numpy(array) for name, array in pack(cell, weights).items()}
+    exact = {name: torch.from_numpy(array).double() for name, array in weights.items()}
+    state = (torch.randn(1, 16, 6, 11, generator=torch.Generator().manual_seed(0)) * 0.5).half()
+    expected, worst = {"h": state.double()}, 0.0
+    given |= {"state": state.float().contiguous(), "h": half_map(state)}
+    for number in range(count):
+        x = torch.randn(1, 16, 6, 11, generator=torch.Generator().manual_seed(number + 1)).half()
+        given["x"] = half_map(x)
+        made = {"state_out": torch.full_like(given["state"], POISON), "y": torch.full_like(given["h"], POISON)}
+        scratch.fill_(255)  # NaN
+        inputs, outputs = (
+            [driver.know(t.buffer, buffers[t.buffer]) for t in tensors]
+            for buffers, tensors in ((given, inputs_of(cell, half_copy=True)), (made, outputs_of(cell)))
+        )
+        start = driver.know("scratch", scratch, shared=True) + 255 & ~255
+        step.run(inputs, outputs, start, 7)
+        driver.finish()
+        expected = reference_step(cell, exact, x.double(), expected)
+        worst = max(worst, float((made["state_out"].double() - expected["h"]).abs().nan_to_num(torch.inf).max()))
+        given |= {"state": made["state_out"], "h": made["y"]}
+    step.close()
+    return worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", OVERLAPPING, ids=" ".join)
+def test_launches_that_overlap(tiles: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The candidate runs as far as it may before the gates have begun: nothing could be overlapped more."""
+    driver = EmulatedDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    worst = overlapping_steps(driver, tiles, lambda text: text, 8)
+    assert worst < TOLERANCE["float32"], f"worst difference over 8 steps {worst:.2e}"
+    assert driver.overlapped == 8
+    worst = overlapping_steps(driver, tiles, lambda text: text.replace("griddepcontrol.wait", "// no wait"), 1)
+    assert not worst < 1, worst

@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver as real
 
-from stepcell.plugins.kernels.cell import Cell
-from stepcell.plugins.kernels.compile import compile_kernel, compile_ptx
 from stepcell.plugins.kernels.image import KernelImage
-from stepcell.plugins.kernels.tiles import Tile
 from tests.plugins.ptx.cta import Code, Cta
 from tests.plugins.ptx.memory import Memory
 from tests.plugins.ptx.program import Fault, Program, parse
@@ -44,6 +41,9 @@ class EmulatedDriver(types.ModuleType):
 
     Args:
         seed: of the order in which the programs of a launch run.
+
+    Attributes:
+        overlapped: launches that began before the one ahead of them.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -58,12 +58,7 @@ class EmulatedDriver(types.ModuleType):
         self._libraries: list[Code | None] = []
         self._own: dict[int, torch.Tensor] = {}
         self._waiting: _Launch | None = None
-
-    def compile(self, kernel: str, cell: Cell, tile: Tile, capability: str) -> KernelImage:
-        """A kernel that this driver can run."""
-        image = compile_kernel(kernel, cell, tile, capability)
-        self.learn(image, parse(compile_ptx(kernel, cell, tile, capability).text))
-        return image
+        self.overlapped = 0
 
     def learn(self, image: KernelImage, program: Program) -> None:
         """`program` is what an image's machine code was made from."""
@@ -133,6 +128,7 @@ class EmulatedDriver(types.ModuleType):
         )
         if not allowed:
             self.finish()
+        self.overlapped += allowed
         self.memory.start_launch()
         begun = [(program, next(program, None)) for program in launch.running]
         launch.running = [program for program, word in begun if word is not None]
