@@ -4,8 +4,9 @@
 
 `src` is a half map (B, H, W, LD), LD the channels rounded up to 8 (TensorRT's kHWC8), zero outside
 the map ("same" padding). Padding channels of `src` may hold anything, NaN too, where others wrote them; what
-these kernels wrote is CLEAN, zero there. Cleaning sends a tile through registers, and on compute capability
-9.0 Triton overwrites them while tensor cores still read (triton issue 9433): such a loop needs STAGES = 1 there.
+these kernels wrote is CLEAN, zero there. Cleaning sends a tile through registers, which Triton 3.7 overwrites
+while tensor cores still read them: on compute capability 9.0 (triton issue 9433), and on 10 and 11, in tensor
+memory, where two products share the tile. Such a loop needs STAGES = 1 (signature.py).
 `weight` is what packing.py makes: it is read past its last row and column, where it has zeros, so
 only pixels need a mask.
 """

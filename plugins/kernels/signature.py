@@ -95,7 +95,8 @@ def constants(kernel: str, cell: Cell, tile: Tile, capability: str = "") -> dict
     if kernel == "lstm_step":
         values["PEEPHOLE"] = ("none", "channel", "map").index(cell.variant)
     values |= {"BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages}
-    values |= {"RAGGED_STAGES": 1 if capability == "9.0" else tile.stages, "SPLITS": tile.splits}  # conv.py says why
+    unsafe = ("9.0", "10.0", "11.0") if kernel == "gru_after" else ("9.0",)  # conv.py says why
+    values |= {"RAGGED_STAGES": 1 if capability in unsafe else tile.stages, "SPLITS": tile.splits}
     return values | ({"OVERLAP": tile.overlap} if kernel in ("gru_gates", "gru_candidate") else {})
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ from tests.plugins.ptx.program import Address, Fault, Immediate, Instruction, Op
 from tests.plugins.ptx.scalar import TYPES, Run, scalar
 from tests.plugins.ptx.shared import BASE, Shared
 from tests.plugins.ptx.tensor_core import tensor_core
+from tests.plugins.ptx.tensor_memory import TensorMemory, tensor_memory
 
 __all__ = ["Code", "Cta"]
 
@@ -28,13 +31,25 @@ class Code:
         self.program = program
         self.steps = [_runner(instruction) for instruction in program.instructions]
 
+    @cached_property
+    def meetings(self) -> dict[int, int]:
+        """Where threads that part ways at an instruction meet again: its immediate post-dominator."""
+        graph, instructions = nx.DiGraph(), self.program.instructions
+        for at, instruction in enumerate(instructions):
+            branches = instruction.opcode[0] == "bra"
+            if branches:
+                graph.add_edge(self.program.labels[str(instruction.operands[0])], at)
+            if not branches or instruction.guard is not None:
+                graph.add_edge(at + 1, at)
+        return dict(nx.immediate_dominators(graph, len(instructions)))
+
 
 def _runner(instruction: Instruction) -> Run | None:
     """None: control flow, which `Cta.run` knows itself."""
     name = instruction.opcode[0]
     if name in ("bra", "ret", "griddepcontrol"):
         return None
-    run = scalar(instruction) or tensor_core(instruction) or access(instruction)
+    run = scalar(instruction) or tensor_core(instruction) or tensor_memory(instruction) or access(instruction)
     if run is None:
         raise instruction.fault("the emulator does not know it")
     return run
@@ -60,13 +75,14 @@ class Cta:
     ) -> None:
         self.code, self.memory, self.number = code, memory, number
         self.threads = code.program.threads
-        self.shared = Shared(shared_bytes)
+        self.shared, self.tensor_memory = Shared(shared_bytes), TensorMemory()
         self.acquired = False  # an atomic of this program has seen others, and a barrier followed
         self._sees = False
         self._stored: set[int] = set()  # warps that wrote to global memory since the last barrier
         self._registers: dict[str, Array] = {}
         self._running: dict[str, int] = {}  # results of products in the background, with their group
         self._operands: dict[str, int] = {}  # and what they read
+        self._loading: set[str] = set()  # results of loads from tensor memory
         self._groups = 0
         self._arguments = arguments
         self._special: dict[str, Array] = {"%tid.x": np.arange(self.threads, dtype=np.uint32)}
@@ -78,40 +94,56 @@ class Cta:
         """Run to the end; yields where the program waits for the launch before it, or lets the next one start."""
         instructions, steps, labels = self.code.program.instructions, self.code.steps, self.code.program.labels
         at = 0
+        active: Any = None  # threads that are here; None: all
+        apart: list[tuple[int, list[tuple[int, Any]], Any]] = []  # meeting, who comes there later, and all of them
         np.seterr(invalid="ignore", over="ignore", under="ignore", divide="ignore")
         while at < len(instructions):
+            if apart and apart[-1][0] == at:
+                _, others, everyone = apart[-1]
+                if others:
+                    at, active = others.pop()
+                else:
+                    active = everyone
+                    apart.pop()
+                continue
             instruction, step = instructions[at], steps[at]
             at += 1
             try:
-                mask = None
+                mask = active
                 if instruction.guard is not None:
                     mask = self._registers[instruction.guard] ^ instruction.negated
+                    mask = mask if active is None else mask & active
                     if not mask.any():
                         continue
                     mask = None if mask.all() else mask
                 if step is not None:
                     step(self, mask)
                     continue
+                if instruction.opcode[0] == "bra":
+                    target = labels[str(instruction.operands[0])]
+                    if mask is active or (active is not None and (mask == active).all()):
+                        at = target
+                    else:  # thread 0 goes first, since it starts what others wait for
+                        rest = ~mask if active is None else active & ~mask
+                        ways = sorted([(target, mask), (at, rest)], key=lambda way: int(way[1].argmax()))
+                        apart.append((self.code.meetings[at - 1], ways[1:], active))
+                        at, active = ways[0]
+                    continue
                 if mask is not None:
-                    raise Fault("threads of a program part ways")
+                    raise Fault("some threads take no part")
                 if instruction.opcode[0] == "ret":
                     break
-                if instruction.opcode[0] == "griddepcontrol":
-                    yield instruction.opcode[1]
-                    continue
-                target = instruction.operands[0]
-                assert isinstance(target, str)
-                at = labels[target]
+                yield instruction.opcode[1]
             except (AssertionError, KeyError, ValueError) as error:  # KeyError: a register that nobody has written
                 raise instruction.fault(str(error)) from error
-        if not self.shared.idle or self._running:
-            raise Fault("the program ends with copies or products in flight")
+        if apart or not (self.shared.idle and self.tensor_memory.idle) or self._running:
+            raise Fault("the program ends with copies or products in flight, or tensor memory kept")
 
     def get(self, operand: Operand, kind: Any, *, running: bool = False) -> Array:
         """A value per thread, or one for all."""
         if isinstance(operand, Register):
-            if operand.name in self._running and not running:
-                raise Fault(f"reads %{operand.name}, which a product in the background still writes")
+            if operand.name in self._loading or (operand.name in self._running and not running):
+                raise Fault(f"reads %{operand.name}, which is still written in the background")
             held = self._registers[operand.name]
             if np.dtype(kind).itemsize < held.dtype.itemsize:
                 held = held.astype(TYPES[f"u{8 * np.dtype(kind).itemsize}"])
@@ -158,6 +190,17 @@ class Cta:
             raise Fault("threads differ in what must be one value")
         return int(values[0])
 
+    def first(self, operand: Operand, mask: Any) -> int:
+        """Of the first thread that takes part: an address in shared or tensor memory, or a value."""
+        thread = 0 if mask is None else int(mask.argmax())
+        if isinstance(operand, Address):
+            return int(self.shared_addresses(operand)[thread])
+        values = self.get(operand, np.uint64 if self._is_wide(operand) else np.uint32)
+        return int(np.broadcast_to(values, self.threads)[thread])
+
+    def _is_wide(self, operand: Operand) -> bool:
+        return isinstance(operand, Register) and operand.name.startswith("rd")
+
     def shared_addresses(self, operand: Operand) -> NDArray[np.int64]:
         return self._addresses(operand, np.uint32)
 
@@ -176,7 +219,14 @@ class Cta:
         first = self._groups - left
         self._running = {name: group for name, group in self._running.items() if group >= first}
         self._operands = {name: group for name, group in self._operands.items() if group >= first}
-        self.shared.background_done(first)
+        self.shared.background_done(first, everyone=False)
+
+    def load_runs(self, results: Sequence[Register]) -> None:
+        """Results that may not be read before `loads_wait`."""
+        self._loading.update(r.name for r in results)
+
+    def loads_wait(self) -> None:
+        self._loading.clear()
 
     def products_commit(self) -> None:
         self._groups += 1
@@ -188,6 +238,7 @@ class Cta:
 
     def barrier(self) -> None:
         self.shared.barrier()
+        self.tensor_memory.barrier()
         self.acquired |= self._sees
         self._stored.clear()
 

@@ -20,7 +20,7 @@ from cuda.bindings import driver as real
 from stepcell.plugins.kernels.image import KernelImage
 from tests.plugins.ptx.cta import Code, Cta
 from tests.plugins.ptx.memory import Memory
-from tests.plugins.ptx.program import Fault, Program, parse
+from tests.plugins.ptx.program import Fault, Program
 
 __all__ = ["EmulatedDriver"]
 

@@ -82,6 +82,7 @@ class Program:
 
 
 _NUMBER = re.compile(r"(-?(?:0x[0-9a-fA-F]+|\d+))U?$")
+_SCOPE = re.compile(r"\{\s*\.reg \.pred (\w+);\s*(\w+):[^}]*\}")  # a loop with names of its own
 _FLOAT = re.compile(r"0f([0-9a-fA-F]{8})$")
 
 
@@ -91,6 +92,7 @@ def parse(text: str) -> Program:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     threads = end = 0
+    text = _SCOPE.sub(_renamed, text)
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split("//")[0].strip()
         if found := re.match(r"\.param \.u(\d+) .*?(\w+),?$", line):
@@ -106,6 +108,14 @@ def parse(text: str) -> Program:
     if not (parameters and instructions and threads):
         raise Fault("the text is not one kernel as Triton writes it")
     return Program(parameters, threads, tuple(instructions), labels)
+
+
+def _renamed(found: re.Match[str]) -> str:
+    """A scope as lines of the program, with names that no other line has."""
+    predicate, label, where = found[1], found[2], found.start()
+    body = re.sub(rf"\b{label}\b", f"$scope{where}", found[0])
+    body = re.sub(rf"@!{predicate}\b", f"@!%p9{where}", body)
+    return re.sub(rf"\b{predicate},", f"%p9{where},", body).replace("{", " ").replace("}", " ")
 
 
 def _instruction(number: int, text: str) -> Instruction:

@@ -100,10 +100,11 @@ class Shared:
         self._background[units] = group
         return self._data.view(np.uint16)[units].reshape(addresses.shape)
 
-    def background_done(self, first: int) -> None:
-        """Groups of products before `first` are done, in the warp that waited; others may still be behind."""
+    def background_done(self, first: int, *, everyone: bool) -> None:
+        """Groups of products before `first` are done, for everyone or in the warp that waited."""
         done = (self._background >= 0) & (self._background < first)
-        self._readers[done] = 0xFFFF
+        if not everyone:
+            self._readers[done] = 0xFFFF  # warps that have yet to come there may still read
         self._background[done] = -1
 
     @property

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.plugins.ptx.program import Instruction, Register, Vector
+from tests.plugins.ptx.program import Fault, Instruction, Register, Vector
 
 if TYPE_CHECKING:
     from tests.plugins.ptx.cta import Cta
     from tests.plugins.ptx.scalar import Run
 
-__all__ = ["tensor_core"]
+__all__ = ["described", "registers_of", "tensor_core"]
 
 _LANE = np.arange(32)
 
@@ -35,7 +35,8 @@ def tensor_core(instruction: Instruction) -> Run | None:
     return None
 
 
-def _registers(operand: Any) -> tuple[Register, ...]:
+def registers_of(operand: Any) -> tuple[Register, ...]:
+    """Of a vector."""
     assert isinstance(operand, Vector)
     return tuple(item for item in operand.items if isinstance(item, Register))
 
@@ -44,7 +45,7 @@ def _matrices(instruction: Instruction) -> Run:
     """8 x 8 matrices of two-byte values: lane 8 i + j has the address of row j of matrix i."""
     words, load = instruction.opcode, instruction.opcode[0] == "ldmatrix"
     address, vector = instruction.operands if not load else instruction.operands[::-1]
-    count, transposed, registers = int(words[4][1:]), "trans" in words, _registers(vector)
+    count, transposed, registers = int(words[4][1:]), "trans" in words, registers_of(vector)
     if words[1:4] != ("sync", "aligned", "m8n8") or words[-1] != "b16" or len(registers) != count:
         raise instruction.fault("these matrices are not known")
     row, pair = _LANE // 4, _LANE % 4 * 2
@@ -86,7 +87,7 @@ def _rows(cta: Cta, registers: tuple[Register, ...]) -> NDArray[np.float32]:
 
 def _mma(instruction: Instruction) -> Run:
     """Per warp, (16, 16) x (16, 8); lane 4 g + t has rows g and g + 8, and columns 2 t and 2 t + 1."""
-    d, a, b, c = map(_registers, instruction.operands)
+    d, a, b, c = map(registers_of, instruction.operands)
 
     def run(cta: Cta, mask: Any) -> None:
         assert mask is None
@@ -114,7 +115,7 @@ def _wgmma(instruction: Instruction) -> Run:
     vector, left, right, scale, *flags = instruction.operands
     if words[-3:] != ("f32", "f16", "f16") or len(flags) != (3 if isinstance(left, Vector) else 4):
         raise instruction.fault("this product is not known")
-    columns, registers = int(words[4].split("n")[1].split("k")[0]), _registers(vector)
+    columns, registers = int(words[4].split("n")[1].split("k")[0]), registers_of(vector)
     signs, transposes = flags[:2], flags[2:]
 
     def run(cta: Cta, mask: Any) -> None:
@@ -122,30 +123,37 @@ def _wgmma(instruction: Instruction) -> Run:
         if cta.threads != 128 or any(int(cta.get(s, np.int32)[0]) != 1 for s in signs):
             raise instruction.fault("only of four warps, without signs")
         first, last = (bool(cta.get(t, np.uint32)[0]) for t in (transposes[0], transposes[-1]))
-        a = _rows(cta, _registers(left)) if isinstance(left, Vector) else _described(cta, left, 64, first)
-        b = _described(cta, right, columns, last)
+        a = (
+            _rows(cta, registers_of(left))
+            if isinstance(left, Vector)
+            else described(cta, cta.uniform(left), 64, transposed=first)
+        )
+        b = described(cta, cta.uniform(right), columns, transposed=last)
         product = (a.reshape(64, 16) @ b.T).reshape(4, 2, 8, columns // 8, 4, 2)
         keep = cta.get(scale, np.bool_)[0]
         for number, register in enumerate(registers):
             part = product[:, number // 2 % 2, :, number // 4, :, number % 2].reshape(-1)
             old = cta.get(register, np.float32, running=True) if keep else np.float32(0)
             cta.put(register, old + part, None)
-        cta.run_on(registers, _registers(left) if isinstance(left, Vector) else ())
+        cta.run_on(registers, registers_of(left) if isinstance(left, Vector) else ())
 
     return run
 
 
-def _described(cta: Cta, operand: Any, rows: int, transposed: bool) -> NDArray[np.float32]:
-    """(rows, 16) values of an operand whose rows are those of A, or the columns of B.
+def described(
+    cta: Cta, description: int, rows: int, *, transposed: bool, blackwell: bool = False
+) -> NDArray[np.float32]:
+    """(rows, 16) values in shared memory of an operand whose rows are those of A, or the columns of B.
 
     PTX ISA, "Matrix Descriptor Format" and "Strides": bits 0-13 the address, 16-29 the leading byte offset,
-    32-45 the stride byte offset, all in units of 16 bytes; 62-63 the swizzle (1, 2, 3: 128, 64, 32 bytes).
+    32-45 the stride byte offset, all in units of 16 bytes; 62-63 the swizzle (1, 2, 3: 128, 64, 32 bytes), on
+    compute capability 10 and later 61-63 (2, 4, 6).
     """
-    description = int(cta.uniform(operand))
     start, leading, stride = (description >> shift & 0x3FFF for shift in (0, 16, 32))
-    if description >> 49 & 7 or not description >> 62:
-        raise AssertionError("a description with a base offset, or without a swizzle, is not known")
-    row_bytes = {1: 128, 2: 64, 3: 32}[description >> 62]
+    swizzle = description >> 61
+    row_bytes = {2: 128, 4: 64, 6: 32}.get(swizzle if blackwell else swizzle & 6)
+    if description >> 49 & 7 or row_bytes is None:
+        raise Fault("a description with a base offset, or without a swizzle, is not known")
     row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
     if transposed:  # rows of memory are values of k
         across = row_bytes // 2
@@ -153,4 +161,5 @@ def _described(cta: Cta, operand: Any, rows: int, transposed: bool) -> NDArray[n
     else:
         offsets = row // 8 * (16 * stride) + row % 8 * row_bytes + k * 2
     addresses = _swizzled(16 * start + offsets, row_bytes)
-    return cta.shared.read_in_background(addresses, cta.group).view(np.float16).astype(np.float32)
+    group = cta.tensor_memory.group if blackwell else cta.group
+    return cta.shared.read_in_background(addresses, group).view(np.float16).astype(np.float32)
