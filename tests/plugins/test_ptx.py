@@ -5,6 +5,7 @@ The last tests damage the code on purpose: what the emulator cannot see would sh
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from stepcell.plugins.aot import portable_kernels
+from stepcell.plugins.chain import kernel_inputs, kernel_outputs
 from stepcell.plugins.kernels import compile as compiling
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.compile import compile_kernel, compile_ptx
@@ -276,3 +279,33 @@ def test_launches_that_overlap(tiles: tuple[str, str], monkeypatch: pytest.Monke
     assert driver.overlapped == 8
     worst = overlapping_steps(driver, tiles, lambda text: text.replace("griddepcontrol.wait", "// no wait"), 1)
     assert not worst < 1, worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["8.7", "11.0"])
+@pytest.mark.parametrize("label", ["gru_x3_h12_k3x3_soft_float32", "lstm-channel_x16_h16_k3x3_soft_float32"])
+def test_the_portable_form(label: str, capability: str, steps: Any) -> None:
+    """Launched as TensorRT does it: inputs, H, W, P, outputs, and no other memory."""
+    cell, driver = Cell.from_label(label), EmulatedDriver()
+    kernels = {k: portable_kernels(k, cell, capability, 300)[0] for k in kernels_of(cell, half_copy=False)}
+    functions = {kernel: driver.load(parse(portable.ptx)) for kernel, portable in kernels.items()}
+
+    def launch(
+        kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
+    ) -> None:
+        portable, numbers = kernels[kernel], (size[1], size[2], size[0] * size[1] * size[2])
+        inputs, outputs = (
+            [driver.know(p.name, buffers[p.buffer]) for p in parameters]
+            for parameters in (kernel_inputs(kernel, cell), kernel_outputs(kernel))
+        )
+        values: list[Any] = [*map(ctypes.c_uint64, inputs), *map(ctypes.c_int32, numbers)]
+        values += map(ctypes.c_uint64, outputs)
+        places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        grid = (-(-numbers[2] // portable.grid_pixels), portable.grid_channels, 1)
+        block = (portable.threads, 1, 1, portable.shared_bytes, 0)
+        driver.cuLaunchKernel(functions[kernel], *grid, *block, ctypes.addressof(places), 0)
+        driver.finish()
+
+    tile = chosen(cell, capability, 0)  # of no meaning here
+    worst = steps(cell, size=(2, 3, 7), tile=tile, half_copy=False, launch=launch).run(8)
+    assert max(worst.values()) <= TOLERANCE[cell.state_dtype], worst

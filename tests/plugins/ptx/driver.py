@@ -68,6 +68,11 @@ class EmulatedDriver(types.ModuleType):
             )
         self._codes[image.cubin] = Code(program)
 
+    def load(self, program: Program) -> int:
+        """Code that comes as PTX; what a launch names it by."""
+        self._libraries.append(Code(program))
+        return len(self._libraries)
+
     def know(self, name: str, tensor: torch.Tensor, *, shared: bool = False) -> int:
         """Let launches reach a tensor's memory; its address."""
         self.memory.add(name, tensor.data_ptr(), tensor.numel() * tensor.element_size(), shared=shared)
