@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := stepcell models exporter runtime plugins tests
 
-.PHONY: setup demo test gpu-check kernels-report lint clean
+.PHONY: setup demo test gpu-check kernels-report kernels-emulate lint clean
 
 setup: $(VENV)/.ready
 
@@ -17,9 +17,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m stepcell.models.zoo.demo
 
-# Two to four files at a time, each on one thread: most of the work is Python's.
+# Two to four files at a time, each on one thread: most of the work is Python's. What crashes or hangs is run once: a
+# fresh process would run it again, up to 16 times.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 # The same promises on a GPU; without one it says what was not run.
 gpu-check: setup
@@ -29,6 +30,10 @@ gpu-check: setup
 # Registers, spills and code size of every kernel for every GPU (ten minutes, no GPU needed).
 kernels-report: setup
 	$(BIN)/python -m stepcell.plugins.kernels.report
+
+# Every kernel with every tile in an emulator of PTX (twenty minutes, no GPU needed).
+kernels-emulate: setup
+	$(BIN)/python -m tests.plugins.ptx
 
 lint: setup
 	$(BIN)/ruff check .

@@ -42,13 +42,14 @@ class VideoSource:
         self._error: type[Exception] = av.FFmpegError
         camera = CAMERA.fullmatch(name)
         try:
-            # Titles are in any encoding, and nobody reads them here.
+            # Titles are in any encoding, and nobody reads them here; PyAV takes them as they are from 19 on.
+            options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
             if camera:
-                self._container = av.open(f"/dev/video{camera[1]}", format="v4l2", metadata_errors="replace")
+                self._container = av.open(f"/dev/video{camera[1]}", format="v4l2", **options)
             elif "://" in name:
-                self._container = av.open(name, timeout=URL_TIMEOUT, metadata_errors="replace")
+                self._container = av.open(name, timeout=URL_TIMEOUT, **options)
             else:  # a colon in a file name is no protocol
-                self._container = av.open(f"file:{name}", metadata_errors="replace")
+                self._container = av.open(f"file:{name}", **options)
         except (av.FFmpegError, OSError) as error:
             what = "camera" if camera else "video"
             raise InputError(f"{self.name}: cannot be opened as {what} ({_reason(error)})") from error

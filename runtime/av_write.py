@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,20 @@ from numpy.typing import NDArray
 from stepcell.errors import OutputError
 from stepcell.missing import require
 from stepcell.runtime.av_read import BT709
-from stepcell.runtime.sinks import TemporaryFile
+from stepcell.runtime.rest import keep_whole
+from stepcell.runtime.sinks import TemporaryFile, writing
 
 __all__ = ["FolderSink", "VideoSink", "encoder_for"]
 
 # Near to lossless for the eye, and fast enough to keep up with a stream on a small CPU.
 _H264 = ("libx264", {"crf": "18", "preset": "veryfast"})
 _MPEG4 = ("mpeg4", {"qmin": "2", "qmax": "4"})
+# A file is made of pieces of a second, so that it can be played up to where it breaks off. MP4 and QuickTime have their
+# index in each piece then, and get the usual one for all of it at the end. FFmpeg can do that from 7.1 on, and from 8.1
+# on together with delay_moov, without which the first frame is not at 0.0 s: before, a part of the file is lost.
+_MATROSKA = {"cluster_time_limit": "1000", "flush_packets": "1"}  # ms
+_PIECES = {"movflags": "+hybrid_fragmented+delay_moov", "frag_duration": "1000000", "flush_packets": "1"}  # us
+_PIECES_FROM = (62, 12)  # libavformat
 
 
 class VideoSink:
@@ -45,12 +52,15 @@ class VideoSink:
         self.name = str(path)
         self._fps = fps.limit_denominator(65535)  # what MPEG-4 can hold
         self._temporary = TemporaryFile(path)
-        self._container = av.open(str(self._temporary.path), "w")
+        self.replaces = self._temporary.replaces
+        pieces = _PIECES if av.library_versions["libavformat"] >= _PIECES_FROM else {}
+        options = _MATROSKA if path.suffix == ".mkv" else pieces
+        self._container = av.open(str(self._temporary.path), "w", options=options)
         self._stream: Any = None
 
     def write(self, frame: NDArray[Any]) -> None:
         height, width, channels = frame.shape
-        with self._writing():
+        with writing(self.name, self._av.FFmpegError):
             if self._stream is None:
                 self._add_stream(width + width % 2, height + height % 2)
             even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -60,11 +70,21 @@ class VideoSink:
             self._container.mux(self._stream.encode(picture))
 
     def close(self) -> None:
-        with self._writing():
+        with writing(self.name, self._av.FFmpegError):
             if self._stream is not None:
                 self._container.mux(self._stream.encode(None))
             self._container.close()
         self._temporary.keep()
+
+    def salvage(self) -> int:
+        with contextlib.suppress(self._av.FFmpegError, OSError):
+            self._container.close()
+        with contextlib.suppress(self._av.FFmpegError, OSError, OutputError):
+            if count := keep_whole(self._temporary.path):
+                self._temporary.keep()
+                return count
+        self._temporary.drop()
+        return 0
 
     def abandon(self) -> None:
         with contextlib.suppress(self._av.FFmpegError, OSError):
@@ -79,13 +99,6 @@ class VideoSink:
         context.colorspace = context.color_primaries = context.color_trc = BT709
         self._stream = stream
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (self._av.FFmpegError, OSError) as error:
-            raise OutputError(f"{self.name}: cannot be written ({error.strerror or error})") from error
-
 
 class FolderSink:
     """A folder of 000000.png, 000001.png, ...; made under a temporary name, renamed on `close()`.
@@ -96,6 +109,7 @@ class FolderSink:
     """
 
     takes_pixels = True
+    replaces = False
 
     def __init__(self, folder: Path) -> None:
         self._av = require("av", extra="video", purpose="writing pictures")
@@ -118,7 +132,7 @@ class FolderSink:
     def write(self, frame: NDArray[Any]) -> None:
         grey = frame.shape[2] == 1
         kind = "gray" if grey else "rgb24"
-        try:
+        with writing(self.name, self._av.FFmpegError):
             if self._codec is None:
                 self._codec = self._av.CodecContext.create("png", "w")
                 self._codec.height, self._codec.width = frame.shape[:2]
@@ -126,10 +140,12 @@ class FolderSink:
                 self._codec.thread_count = 1  # more would hold frames back
             pixels = np.ascontiguousarray(frame[..., 0] if grey else frame)
             (packet,) = self._codec.encode(self._av.VideoFrame.from_ndarray(pixels, kind))
-            (self._temporary / f"{self._count:06d}.png").write_bytes(bytes(packet))
-        except (self._av.FFmpegError, OSError) as error:
-            raise OutputError(f"{self.name}: cannot be written ({error.strerror or error})") from error
+            self._picture().write_bytes(bytes(packet))
         self._count += 1
+
+    def _picture(self) -> Path:
+        """The file of the next frame."""
+        return self._temporary / f"{self._count:06d}.png"
 
     def close(self) -> None:
         umask = os.umask(0)
@@ -140,6 +156,15 @@ class FolderSink:
         except OSError as error:
             self.abandon()
             raise OutputError(f"{self.name}: cannot be written ({error.strerror})") from error
+
+    def salvage(self) -> int:
+        if self._count:
+            with contextlib.suppress(OSError, OutputError):
+                self._picture().unlink(missing_ok=True)  # a part of it
+                self.close()
+                return self._count
+        self.abandon()
+        return 0
 
     def abandon(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)

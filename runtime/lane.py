@@ -17,12 +17,13 @@ from stepcell.runtime.feed import Feed, Frame, Reconnect
 from stepcell.runtime.frames import FrameAdapter, to_pixels
 from stepcell.runtime.loop import StepLoop
 from stepcell.runtime.policies import Cause, ResetPolicy, ResetWatch
-from stepcell.runtime.report import Dropped, RunReport, Stopped
+from stepcell.runtime.report import Dropped, RunReport, Stopped, with_rest
 from stepcell.runtime.results import choose_output, result_of
 from stepcell.runtime.saving import SnapshotWriter
 from stepcell.runtime.sinks import Sink
 from stepcell.runtime.sources import Source, shown
 from stepcell.runtime.statistics import Latency
+from stepcell.runtime.stop import StopRequest
 from stepcell.runtime.writer import Writer
 
 __all__ = ["Deadline", "Lane", "OnLate"]
@@ -122,6 +123,13 @@ class Lane:
     @property
     def reconnects(self) -> int:
         return self.feed.reconnects if self.feed else 0
+
+    @property
+    def written(self) -> int | None:
+        """Frames in the output, after `close`; None where there is no output."""
+        if self.sink is None:
+            return None
+        return self.writer.written if self.writer is not None and self.writer.closed is not None else 0
 
     @property
     def queued(self) -> dict[str, int]:
@@ -266,8 +274,7 @@ class Lane:
     def end(self, stopped: Stopped, failure: StepcellError | None = None) -> None:
         """Read no further, and finish what was written as a valid file.
 
-        Where nothing was written, or writing failed (the writer gave up then), a file that was there
-        before is left alone.
+        Where nothing was written, a file that was there before is left alone.
         """
         if self.stopped is not None:
             return
@@ -281,21 +288,44 @@ class Lane:
         elif self.writer is not None:
             self.writer.abandon()
 
-    def close(self) -> None:
-        """Wait until the source and the sink are closed; a failure of the sink is the stream's."""
+    def close(self, stop: StopRequest) -> None:
+        """Wait until the source and the sink are closed; a failure of the sink is the stream's.
+
+        A failure says how many frames the output holds.
+        """
+        try:
+            self._close(wait=not stop.hurried)
+        except KeyboardInterrupt:
+            if stop.signal is None:
+                raise
+            stop.hurried = True
+
+    def _close(self, *, wait: bool) -> None:
         if self.feed is not None:
-            self.feed.wait()
+            if wait:
+                self.feed.wait()
         elif self._source is not None:  # it never began
             self._source.close()
         try:
             if self.writer is not None:
-                self.writer.wait()
+                if wait:
+                    self.writer.wait()
                 self.ended = max(self.ended, self.writer.closed or 0.0)
             elif self.sink is not None:
                 self.sink.abandon()
         except OutputError as error:
             self.failure = self.failure or error
             self.stopped = "error"
+        if self.failure is not None and self.sink is not None and self.written:
+            some = f"first {self.written} of {self.frames} frames"
+            held = f"{self.written} frames before it" if self.written == self.frames else some
+            older = ", in place of an older file" if self.sink.replaces else ""
+            self.failure = with_rest(self.failure, f" ({shown(self.sink.name)} holds the {held}{older})")
+
+    def _error(self) -> str | None:
+        if self.failure is None and self.writer is not None and self.writer.closed is None:
+            return f"{shown(self.writer.sink.name)}: not finished when a further signal came"
+        return shown(self.failure.message) if self.failure else None
 
     def report(self, loop: StepLoop, snapshots: SnapshotWriter | None) -> RunReport:
         """What this stream did; after `close`."""
@@ -310,6 +340,7 @@ class Lane:
             frame_size=(self.adapter.size[1], self.adapter.size[0]) if self.adapter else None,
             first_frame=self.start,
             frames=self.frames,
+            written=self.written,
             dropped=self.dropped,
             late=self.late,
             resets=self.resets,
@@ -318,7 +349,7 @@ class Lane:
             snapshots=snapshots.written if snapshots else 0,
             failed_snapshots=snapshots.failed if snapshots else 0,
             stopped=self.stopped or "error",
-            error=shown(self.failure.message) if self.failure else None,
+            error=self._error(),
             seconds=round(seconds, 3),
             frames_per_second=round(self.frames / seconds, 2) if seconds else 0.0,
             latency=self.latency.summary(),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
-from stepcell.errors import OutputError, StepcellError
+from stepcell.errors import StepcellError
 from stepcell.runtime.policies import Cause
 from stepcell.runtime.statistics import LatencySummary
 
-__all__ = ["Dropped", "RunReport", "Stopped", "StreamError", "StreamsError", "StreamsReport", "blame"]
+__all__ = ["Dropped", "RunReport", "Stopped", "StreamError", "StreamsError", "StreamsReport", "blame", "with_rest"]
 
 Stopped = Literal["end of input", "limit", "interrupted", "error"]
 Dropped = dict[Literal["late", "queue full"], int]
@@ -22,7 +23,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         first_frame: number of the first one; above zero where a run was resumed.
-        frames: frames stepped, and written where there is an output.
+        frames: frames stepped.
+        written: frames in the output: all of them, unless it could not be written. None: no output.
         dropped: frames that were read and not stepped: older than the deadline, or read while the
             queue was full.
         late: frames that were stepped though they were older than the deadline.
@@ -46,6 +48,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     frame_size: tuple[int, int] | None  # width, height
     first_frame: int
     frames: int
+    written: int | None
     dropped: Dropped
     late: int
     resets: dict[Cause, int]
@@ -68,9 +71,7 @@ class StreamError(StepcellError):
     """A stream that broke half-way: the cause's message and exit code, and the report so far."""
 
     def __init__(self, cause: StepcellError, report: RunReport) -> None:
-        kept = f" ({report.output} holds the {report.frames} frames before it)"
-        whole = report.frames > 0 and report.output is not None and not isinstance(cause, OutputError)
-        super().__init__(cause.message + (kept if whole else ""), hint=cause.hint)
+        super().__init__(cause.message, hint=cause.hint)
         self.exit_code = cause.exit_code
         self.report = report
 
@@ -80,6 +81,14 @@ class StreamsReport(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     streams: list[RunReport]
+
+
+def with_rest(error: StepcellError, rest: str) -> StepcellError:
+    """The same error, whose message says what is left as well; one error may have ended several streams."""
+    told = copy.copy(error)
+    told.message += rest
+    told.args = (told.message,)
+    return told
 
 
 def blame(name: str, error: StepcellError) -> str:

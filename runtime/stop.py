@@ -15,10 +15,15 @@ class StopRequest:
 
     The run asks for it before every step and ten times a second while it waits, so that no file is
     cut off in the middle. A second signal interrupts at once, and ends the block of `listening`.
+
+    Attributes:
+        signal: the first one.
+        hurried: whether a further one came while outputs were being finished, so that nothing is waited for.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.hurried = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -74,7 +74,8 @@ def run_streams(
         lanes: the streams; one whose `failure` is set afterwards broke. A device that fails, or a
             model that takes neither pictures nor events, breaks all of them.
         snapshots: writes the states now and then, and at the end unless everything broke.
-        stop: asked before every step; a stopped run returns its reports.
+        stop: asked before every step; a stopped run returns its reports. Outputs that are being
+            finished when a further signal comes are left behind.
         watchers: told of every step and frame.
 
     Returns:
@@ -95,7 +96,7 @@ def run_streams(
         run.end("interrupted")
         with contextlib.ExitStack() as closing:  # each of them, whatever another one raises
             for lane in reversed(lanes):
-                closing.callback(lane.close)
+                closing.callback(lane.close, run.stop)
     if snapshots is not None and run.steps and run.between_steps and not all(lane.failure for lane in lanes):
         run.save(snapshots)
     return [lane.report(loop, snapshots) for lane in lanes]

@@ -23,7 +23,7 @@ DEPTH = 4  # frames that wait to be written
 
 
 class Writer:
-    """Writes to one sink until it is finished or abandoned, and closes it.
+    """Writes to one sink until it is finished, abandoned or fails, and closes it.
 
     Args:
         sink: written to and closed by this thread only.
@@ -33,12 +33,14 @@ class Writer:
     Attributes:
         encode: time per frame in `Sink.write`; to be read after `wait`.
         closed: when the sink was closed, by `time.perf_counter`.
+        written: frames in what it was closed with.
     """
 
     def __init__(self, sink: Sink, changed: threading.Condition, *, depth: int = DEPTH) -> None:
         self.sink = sink
         self.encode = Latency()
         self.closed: float | None = None
+        self.written = 0
         self._changed, self._depth = changed, depth
         self._queue: deque[NDArray[Any]] = deque()
         self._keep: bool | None = None  # once decided, the thread ends
@@ -91,7 +93,7 @@ class Writer:
         """Until the sink is closed.
 
         Raises:
-            OutputError: it could not be written or closed; it is abandoned then.
+            OutputError: it could not be written or closed; it holds what could be salvaged then.
         """
         self._thread.join()
         self.check()
@@ -108,18 +110,20 @@ class Writer:
             while (frame := self._next()) is not None:
                 with Stopwatch(self.encode):
                     self.sink.write(frame)
+                self.written += 1
             if self._keep:
                 self.sink.close()
             else:
+                self.written = 0
                 self.sink.abandon()
-            self.closed = time.perf_counter()
-        except BaseException as error:  # the thread that hands over frames raises it again
-            self._error = error
+        except BaseException as error:  # the thread that hands over frames raises it again, at once
+            self.written, self._error = 0, error
             with self._changed:
                 self._queue.clear()
                 self._changed.notify_all()
             with contextlib.suppress(OSError, StepcellError):  # what broke first is what is raised
-                self.sink.abandon()
+                self.written = self.sink.salvage()
+        self.closed = time.perf_counter()
 
     def _next(self) -> NDArray[Any] | None:
         """The next frame; None once nothing is left and nothing will come."""

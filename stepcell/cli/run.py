@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from stepcell.cli.common import json_option
+from stepcell.cli.common import json_option, leaving
 from stepcell.cli.streams import Streams, check_names
 from stepcell.cli.view import View, summarise
 from stepcell.console import log, print_json
@@ -123,6 +123,7 @@ Examples:
 )
 @json_option
 @click.pass_context
+@leaving()
 def command(
     ctx: click.Context,
     model: Path,

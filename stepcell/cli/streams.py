@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import os
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,8 +117,6 @@ class Streams:
         for thread in threads:
             while thread.is_alive() and stop.signal is None:
                 thread.join(NOTICE)
-        if stop.signal is not None:
-            atexit.register(_leave, threads, 128 + stop.signal)
         results = [found.get(number) for number in range(len(self.inputs))]
         sources = [None if isinstance(result, BaseException) else result for result in results]
         for source in sources:
@@ -140,16 +136,6 @@ class Streams:
                 raise
             log(f"{error.message}: trying again")
             return None
-
-
-def _leave(threads: Sequence[threading.Thread], code: int) -> None:
-    """End the process at once where FFmpeg still opens something: it crashes when Python is taken down under it."""
-    if any(thread.is_alive() for thread in threads):
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-        os._exit(code)
 
 
 def unique(names: Sequence[str]) -> list[str]:

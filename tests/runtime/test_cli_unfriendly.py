@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -13,22 +14,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 
 from stepcell.cli.streams import unique
+from stepcell.runtime.sources import open_source
 from tests.runtime.command import run
 
 Model = Callable[..., Path]
 RUN = (sys.executable, "-c", "from stepcell.cli import main; main()", "run")
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
 ENOUGH = 60.0  # seconds; nothing here takes more than one on a machine that has nothing else to do
 
 
 def shell(text: str, *arguments: object) -> tuple[int, str]:
     """Exit code, and what a run said; `{}` in the text is the run with these arguments."""
     command = shlex.join([*RUN, *map(str, arguments)])
-    done = subprocess.run(["bash", "-c", text.format(command)], stderr=subprocess.PIPE, timeout=ENOUGH, check=False)
+    bash = ["bash", "-c", text.format(command)]
+    done = subprocess.run(bash, stderr=subprocess.PIPE, timeout=ENOUGH, check=False, env=BUFFERED)
     said = done.stderr.decode()
     assert "Traceback" not in said, said
     return done.returncode, " ".join(said.split())
@@ -41,14 +47,58 @@ def clip(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_full_disk_leaves_no_file_and_one_message(accumulator: Model, clip: Path, tmp_path: Path) -> None:
-    """Frames so small that some wait in a buffer, which cannot be written when the file is closed either."""
+@pytest.mark.parametrize(
+    ("name", "most", "older"),
+    [("out.npy", 6, False), ("out.mkv", 120, True), ("out.mp4", 120, False), ("out.mov", 120, True)],
+)
+def test_a_full_disk_costs_the_last_frames_only(
+    accumulator: Model, tmp_path: Path, name: str, most: int, older: bool
+) -> None:
+    """The same as with a disk that is full: no byte more can be written. `most`: frames that are lost, at most."""
+    np.save(tmp_path / "clip.npy", np.random.default_rng(0).integers(0, 256, (600, 32, 32, 3), np.uint8))
+    model, output, report = accumulator(range=(0.0, 1.0)), tmp_path / "outputs" / name, tmp_path / "run.json"
+    output.parent.mkdir()
+    if older:
+        output.write_text("an older recording")
+    limit = 4000 if name == "out.npy" else 200  # KiB
+    arguments = [model, "-i", tmp_path / "clip.npy", "-o", output, "--reset-every", 1, "--report", report]
+    code, said = shell(f"ulimit -f {limit}; {{}}", *arguments)
+    assert code == 1
+    found = np.load(output) if name == "out.npy" else np.stack(list(open_source(str(output))))
+    summary = json.loads(report.read_text())
+    if name == "out.npy":
+        assert output.stat().st_size == 128 + found.nbytes, "the part of a frame is cut off"
+    assert 60 <= len(found) < summary["frames"] <= len(found) + most
+    assert summary["written"] == len(found)
+    rest = f"{output} holds the first {len(found)} of {summary['frames']} frames"
+    rest += ", in place of an older file" * older
+    assert f"error: {output}: cannot be written (File too large) ({rest}) hint: make room there" in said
+    assert [path.name for path in output.parent.iterdir()] == [name]
+
+
+def test_a_full_disk_costs_the_last_pictures_only(accumulator: Model, tmp_path: Path) -> None:
+    frames = np.zeros((40, 64, 64, 3), np.uint8)
+    frames[25:] = np.random.default_rng(0).integers(0, 256, frames[25:].shape)
+    np.save(tmp_path / "clip.npy", frames)
+    outputs = tmp_path / "outputs"
+    code, said = shell("ulimit -f 4; {}", accumulator(), "-i", tmp_path / "clip.npy", "-o", outputs, "--reset-every", 1)
+    assert code == 1
+    assert f"{outputs} holds the first 25 of " in said
+    assert len(list(open_source(str(outputs)))) == len(list(outputs.iterdir())) == 25
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out.mkv", "out.mp4", "out"])
+def test_a_disk_that_was_full_from_the_start_leaves_no_file(
+    accumulator: Model, clip: Path, tmp_path: Path, name: str
+) -> None:
     outputs = tmp_path / "outputs"
     outputs.mkdir()
-    code, said = shell("ulimit -f 40; {}", accumulator(), "-i", clip, "-o", outputs / "out.npy")
+    (outputs / "out.mp4").write_text("an older recording")
+    code, said = shell("ulimit -f 0; {}", accumulator(range=(0.0, 1.0)), "-i", clip, "-o", outputs / name)
     assert code == 1
-    assert said.count("out.npy: cannot be written (File too large)") == 1
-    assert not list(outputs.iterdir())
+    assert said.count(f"{name}: cannot be written (File too large)") == 1
+    assert "holds the" not in said
+    assert [path.read_text() for path in outputs.iterdir()] == ["an older recording"]
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_what_broke(accumulator: Model, tmp_path: Path) -> None:
@@ -148,9 +198,10 @@ def test_where_all_frames_are_late_that_is_said(accumulator: Model, tmp_path: Pa
 
 
 class Silent:
-    """A server that takes connections and never says a word."""
+    """A server that takes connections, says what it has to say, and then never a word."""
 
     def __init__(self) -> None:
+        self.words = b""
         self._server = socket.create_server(("127.0.0.1", 0))
         self.url = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
         self.connected: list[socket.socket] = []
@@ -159,7 +210,9 @@ class Silent:
     def _accept(self) -> None:
         while True:
             try:
-                self.connected.append(self._server.accept()[0])
+                connection = self._server.accept()[0]
+                connection.sendall(self.words)
+                self.connected.append(connection)
             except OSError:
                 return
 
@@ -201,12 +254,68 @@ def test_cameras_that_do_not_answer_do_not_hold_up_a_stop(
     assert [stream["stopped"] for stream in streams] == ["interrupted"] * 3
 
 
+TAKEN_DOWN = "Python was taken down"
+TELLING = f"import atexit, os; atexit.register(os.write, 2, b'{TAKEN_DOWN}'); from stepcell.cli import main; main()"
+
+
+def test_a_usual_end_takes_python_down(accumulator: Model, clip: Path) -> None:
+    command = [sys.executable, "-c", TELLING, "run", str(accumulator()), "-i", str(clip)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=ENOUGH, check=True)
+    assert TAKEN_DOWN in done.stderr.decode()
+
+
+@pytest.mark.parametrize("source", ["url", "pipe"])
+@pytest.mark.parametrize(
+    ("end", "code"), [("limit", 0), ("output", 1), (signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=str
+)
+def test_a_read_that_is_left_behind_does_not_crash_the_end(
+    accumulator: Model, silent: Silent, camera: Any, tmp_path: Path, source: str, end: str | signal.Signals, code: int
+) -> None:
+    """FFmpeg may crash when Python is taken down under it (one run in 25): so that must not happen."""
+    words, output, report = camera._data[: len(camera._data) // 2], tmp_path / "out.npy", tmp_path / "run.json"
+    with av.open(io.BytesIO(words)) as container:
+        count = sum(1 for _ in container.decode(video=0)) - 3  # then all is read: as many wait to be stepped
+    name, silent.words = silent.url, words
+    if source == "pipe":
+        name = str(tmp_path / "pipe.ts")
+        os.mkfifo(name)
+    arguments = [accumulator(), "-i", name, "-o", output, "--report", report, "--json"]
+    arguments += ["--limit", count] if end == "limit" else []
+    command = [sys.executable, "-c", TELLING, "run", *map(str, arguments)]
+    if end == "output":
+        command = ["bash", "-c", f"ulimit -f {(count - 1) * 297 + 1}; {shlex.join(command)}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED) as process:
+        try:
+            pipe = os.open(name, os.O_WRONLY) if source == "pipe" else None
+            if pipe is not None:
+                os.write(pipe, words)  # and it stays open
+            if isinstance(end, signal.Signals):
+                until(lambda: any(path.stat().st_size > count * 297 * 1024 for path in tmp_path.glob(".out*.npy")))
+                process.send_signal(end)
+            said, errors = process.communicate(timeout=ENOUGH)
+        finally:
+            process.kill()
+    if pipe is not None:
+        os.close(pipe)
+    assert process.returncode == code, errors.decode()
+    assert TAKEN_DOWN not in errors.decode()
+    assert ("error: " in errors.decode()) == (code == 1)
+    summary = json.loads(report.read_text())
+    assert summary == json.loads(said)
+    assert summary["written"] == len(np.load(output)) >= count - 1
+    assert sorted(path.suffix for path in tmp_path.glob("*out*")) == [".npy"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_waits_for_nothing(accumulator: Model, clip: Path, number: signal.Signals, code: int) -> None:
+def test_a_second_signal_waits_for_nothing(
+    accumulator: Model, clip: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     """Whoever reads stdout has stopped reading, so the first signal waits for what is to be written."""
     np.save(clip, np.zeros((60, 144, 176, 3), np.uint8))
-    command = [*RUN, str(accumulator(range=(0.0, 1.0))), "-i", str(clip), "-o", "-"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    report = tmp_path / "run.json"
+    command = [sys.executable, "-c", TELLING, "run", str(accumulator(range=(0.0, 1.0))), "-i", str(clip), "-o", "-"]
+    command += ["-i", str(clip), "-o", str(tmp_path / "out.npy"), "--report", str(report)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED) as process:
         assert process.stdout is not None
         process.stdout.read(1)
         process.send_signal(number)
@@ -217,7 +326,10 @@ def test_a_second_signal_waits_for_nothing(accumulator: Model, clip: Path, numbe
         assert process.stderr is not None
         said = process.stderr.read().decode()
     assert "Traceback" not in said
-    assert "Aborted" not in said
+    assert TAKEN_DOWN not in said
+    stuck, other = json.loads(report.read_text())["streams"]
+    assert (stuck["written"], stuck["error"]) == (0, "stdout: not finished when a further signal came")
+    assert (other["written"], other["error"]) == (len(np.load(tmp_path / "out.npy")), None)
 
 
 def test_a_demand_to_forget_that_comes_before_the_first_frame(accumulator: Model, silent: Silent) -> None:

@@ -177,10 +177,11 @@ def test_an_output_that_fails_stops_its_stream_only(accumulator: Model, tmp_path
         Lane(Frames("c", [ONE] * 30), open_sink(str(tmp_path / "c.mp4"), Fraction(25))),
     ]
     reports = together(accumulator(range=(0.0, 1.0)), lanes)
-    assert "No space left" in (reports[0].error or "")
-    assert [report.frames for report in reports[1:]] == [30, 30]
+    assert "No space left on device) (" + str(tmp_path / "a.npy") + " holds the first 3 of " in (reports[0].error or "")
+    assert reports[0].written == len(np.load(tmp_path / "a.npy")) == 3
+    assert [(report.frames, report.written) for report in reports[1:]] == [(30, 30), (30, 30)]
     assert len(np.load(tmp_path / "b.npy")) == len(list(open_source(str(tmp_path / "c.mp4")))) == 30
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.npy", "c.mp4", "sum.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "b.npy", "c.mp4", "sum.onnx"]
 
 
 def test_a_source_that_breaks_while_it_is_asked_is_no_end_of_input(accumulator: Model) -> None:
@@ -219,12 +220,15 @@ def test_an_output_that_fails_is_noticed_while_the_input_is_silent(accumulator: 
     reader, writer = os.pipe()
 
     class Full:
-        name, takes_pixels = "full", False
+        name, takes_pixels, replaces = "full", False, False
 
         def write(self, frame: NDArray[Any]) -> None:
             raise OutputError("full: cannot be written (No space left on device)")
 
         def close(self) -> None: ...
+
+        def salvage(self) -> int:
+            return 0
 
         def abandon(self) -> None: ...
 
@@ -254,7 +258,8 @@ def test_a_device_that_fails_ends_every_stream(accumulator: Model, tmp_path: Pat
 
         loop.step_slots = failing  # type: ignore[method-assign]
         reports = run_streams(loop, lanes)
-    assert all(report.error == "gone" for report in reports)
+    for name, report in zip("ab", reports, strict=True):
+        assert report.error == f"gone ({tmp_path / name}.npy holds the {report.frames} frames before it)"
     assert all(lane.failure is not None and lane.failure.exit_code == 6 for lane in lanes)
     for name, report in zip("ab", reports, strict=True):
         assert len(np.load(tmp_path / f"{name}.npy")) == report.frames > 0
@@ -486,6 +491,28 @@ def test_a_stop_finishes_every_output(accumulator: Model, tmp_path: Path) -> Non
     assert found == [report.frames for report in reports]
     assert found[1] == 7
     assert all(source.closed for source in sources)
+
+
+def test_a_further_signal_leaves_every_output_behind_that_hangs(accumulator: Model, tmp_path: Path) -> None:
+    gate, stop = threading.Event(), StopRequest()
+
+    class Stuck(ArraySink):
+        def write(self, frame: NDArray[Any]) -> None:
+            gate.wait(60)
+
+    lanes = [Lane(Frames(name, [ONE] * 3), Stuck(tmp_path / f"{name}.npy")) for name in "ab"]
+    timers = [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)) for seconds in (0.5, 1.0)]
+    with stop.listening():
+        for timer in timers:
+            timer.start()
+        started = time.monotonic()
+        reports = together(accumulator(), lanes, stop=stop)
+        assert time.monotonic() - started < 20
+    gate.set()
+    assert stop.hurried
+    assert [report.written for report in reports] == [0, 0]
+    for name, report in zip("ab", reports, strict=True):
+        assert report.error == f"{tmp_path / name}.npy: not finished when a further signal came"
 
 
 def test_limits_and_snapshots_go_through_several_clips_piece_by_piece(denoiser_onnx: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from fractions import Fraction
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stepcell.errors import OutputError, UsageError
+from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.runtime.av_read import FolderSource, VideoSource
 from stepcell.runtime.av_write import VideoSink, encoder_for
+from stepcell.runtime.rest import keep_whole
 from stepcell.runtime.sinks import ArraySink, RawSink, Sink, open_sink
 
 FPS = Fraction(30000, 1001)
@@ -162,6 +164,39 @@ def test_a_folder_that_cannot_be_replaced_is_refused_at_once(tmp_path: Path, mon
     (tmp_path / "volume").mkdir()
     with pytest.raises(OutputError, match="is a mount point"):
         open_sink("volume", Fraction(25))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_a_video_that_is_not_finished_can_be_played(suffix: str, tmp_path: Path) -> None:
+    """As after SIGKILL or with the power gone: what is on the disk is in pieces of a second."""
+    frames = noise(300, 48, 64, 3)
+    sink = VideoSink(tmp_path / f"out{suffix}", Fraction(25))
+    for frame in frames:
+        sink.write(frame)
+    (unfinished,) = tmp_path.iterdir()
+    copy = tmp_path / f"copy{suffix}"
+    copy.write_bytes(unfinished.read_bytes())
+    sink.close()
+    found = VideoSource(str(copy))
+    count = 0
+    with contextlib.suppress(InputError):  # its last piece may be cut off
+        for _ in found:
+            count += 1
+    found.close()
+    assert count >= 200, f"{count} of 300 frames"
+    assert len(list(VideoSource(str(tmp_path / f"out{suffix}")))) == 300
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_a_finished_video_has_one_index_and_starts_at_zero(suffix: str, tmp_path: Path) -> None:
+    """However it was written: pieces would make players slow, and their B-frames shift every time."""
+    write_all(VideoSink(tmp_path / f"out{suffix}", Fraction(25)), noise(100, 48, 64, 3))
+    source = VideoSource(str(tmp_path / f"out{suffix}"))
+    next(iter(source))
+    assert (source.length, source.seconds) == (100, 0.0)
+    data = (tmp_path / f"out{suffix}").read_bytes()
+    assert keep_whole(tmp_path / f"out{suffix}") == 100, "nothing is cut off where nothing is missing"
+    assert (tmp_path / f"out{suffix}").read_bytes() == data
 
 
 def test_an_array_that_does_not_fit_is_removed(tmp_path: Path) -> None:

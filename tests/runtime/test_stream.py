@@ -143,7 +143,7 @@ def test_stream_that_never_starts_leaves_the_old_file(
 
 class BrokenSink:
     name = "sink"
-    takes_pixels = False
+    takes_pixels = replaces = False
 
     def __init__(self, fails_at: str) -> None:
         self._fails_at = fails_at
@@ -160,16 +160,20 @@ class BrokenSink:
     def close(self) -> None:
         self._call("close")
 
+    def salvage(self) -> int:
+        self._call("salvage")
+        return 0
+
     def abandon(self) -> None:
         self._call("abandon")
 
 
 @pytest.mark.parametrize("fails_at", ["write", "close"])
-def test_failing_output_is_abandoned(accumulator: Model, fails_at: str) -> None:
+def test_failing_output_is_salvaged(accumulator: Model, fails_at: str) -> None:
     sink = BrokenSink(fails_at)
     with StepLoop.open(accumulator()) as loop, pytest.raises(StreamError, match=r"No space left on device\)$"):
         run_stream(loop, Frames(clip(2)), sink)
-    assert sink.calls[-1] == "abandon"
+    assert sink.calls[-1] == "salvage"
 
 
 def test_stop_request_ends_between_two_frames(accumulator: Model, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class Gate:
     """A sink that writes when it is let through, and fails when it is told to."""
 
     name = "gate"
-    takes_pixels = False
+    takes_pixels = replaces = False
 
     def __init__(self, fails_at: int | None = None, fails_on: str = "write") -> None:
         self.open = threading.Semaphore(0)
@@ -42,6 +42,10 @@ class Gate:
         self.calls.append("close")
         if self._fails_on == "close":
             raise OutputError("gate: cannot be written (No space left on device)")
+
+    def salvage(self) -> int:
+        self.calls.append("salvage")
+        return len(self.written)
 
     def abandon(self) -> None:
         self.calls.append("abandon")
@@ -149,7 +153,7 @@ def test_a_failure_comes_back_with_the_next_frame(fails_at: int) -> None:
     writer.finish()
     with pytest.raises(OutputError, match="No space left"):
         writer.wait()
-    assert gate.calls == ["abandon"]
+    assert (gate.calls, writer.written) == (["salvage"], fails_at)
 
 
 def test_a_failure_wakes_a_put_that_waits() -> None:
@@ -170,16 +174,16 @@ def test_a_failure_in_closing_comes_back(tmp_path: Path) -> None:
     writer.finish()
     with pytest.raises(OutputError, match="No space left"):
         writer.wait()
-    assert gate.calls == ["close", "abandon"]
+    assert gate.calls == ["close", "salvage"]
 
 
 def test_a_failure_is_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sink that cannot even be abandoned, as on a disk that is gone."""
+    """A sink of which not even a part can be kept, as on a disk that is gone."""
     unexpected: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", unexpected.append)
 
     class Gone(Gate):
-        def abandon(self) -> None:
+        def salvage(self) -> int:
             raise OSError(5, "Input/output error")
 
     gate = Gone(fails_at=0)
