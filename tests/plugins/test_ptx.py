@@ -108,6 +108,16 @@ def test_compiled_kernels_equal_the_reference(label: str, capability: str, steps
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("label", ["gru_x3_h5_k3x3_soft_float32", "lstm-map_x8_h24_k3x3_soft_float32_pre"])
+def test_gpus_that_are_not_emulated_run_the_text_of_one_that_is(label: str) -> None:
+    cell = Cell.from_label(label)
+    for alike in (("8.7", "8.0", "8.6", "8.9"), ("11.0", "10.0")):
+        for kernel in kernels_of(cell, half_copy=False):
+            texts = [compile_ptx(kernel, cell, chosen(cell, each, -1)[kernel], each).text for each in alike]
+            assert len({re.sub(r"(?m)^\.(version|target) .*$", "", text) for text in texts}) == 1, kernel
+
+
+@pytest.mark.slow
 def test_a_split_tile_does_not_depend_on_the_order_of_programs(steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell.from_label("gru_x64_h64_k3x3_soft_float32")
     found = []
