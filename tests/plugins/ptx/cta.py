@@ -96,7 +96,6 @@ class Cta:
         at = 0
         active: Any = None  # threads that are here; None: all
         apart: list[tuple[int, list[tuple[int, Any]], Any]] = []  # meeting, who comes there later, and all of them
-        np.seterr(invalid="ignore", over="ignore", under="ignore", divide="ignore")
         while at < len(instructions):
             if apart and apart[-1][0] == at:
                 _, others, everyone = apart[-1]
