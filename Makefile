@@ -31,7 +31,7 @@ gpu-check: setup
 kernels-report: setup
 	$(BIN)/python -m stepcell.plugins.kernels.report
 
-# Every kernel with every tile in an emulator of PTX (twenty minutes, no GPU needed).
+# Every kernel with every tile in an emulator of PTX (fifteen minutes, no GPU needed).
 kernels-emulate: setup
 	$(BIN)/python -m tests.plugins.ptx
 

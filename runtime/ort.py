@@ -55,8 +55,9 @@ class OrtBackend:
         self._path = path
         self._device = device
         self._ort: Any = require("onnxruntime", extra="ort", purpose="running a model")
-        session, contract = open_session(path, device, keep_float16=keep_float16, threads=threads)
+        session, contract, sized = open_session(path, device, keep_float16=keep_float16, threads=threads)
         self._session: Any = session
+        self._sized = sized
         self.contract: StepContract = contract
         self.device = str(device)
         kind = "CPU" if device.kind == "cpu" else f"CUDA device {device.index}"
@@ -83,6 +84,10 @@ class OrtBackend:
         contract = self.contract
         self._free()
         try:
+            if self._sized is not None:
+                self._session = self._sized.session(
+                    {name: resolve(spec.shape, symbols) for name, spec in contract.graph_inputs.items()}
+                )
             inputs = [spec for spec in contract.inputs if self._has_buffer(spec, symbols)]
             self._inputs = {spec.name: self._buffer(spec, symbols) for spec in inputs}
             self._large = self._large_outputs(symbols)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,52 @@ from stepcell.runtime.backend import Device
 from stepcell.runtime.cpu_form import convolve_apart
 from stepcell.runtime.float32 import to_float32
 
-__all__ = ["captures_graphs", "open_session"]
+__all__ = ["SizedSessions", "captures_graphs", "open_session"]
 
 _CAPTURE = "enable_cuda_graph"
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named alike
+# Bytes of weights from which a model is run as it is: its other form takes a temporary file, perhaps in memory.
+_LARGE = 1 << 28
 
 
-def open_session(path: Path, device: Device, *, keep_float16: bool, threads: int | None) -> tuple[Any, StepContract]:
-    """An `onnxruntime.InferenceSession` and the contract of what it runs.
+class SizedSessions:
+    """A model on the CPU, of which a session in a quicker form is made once the sizes are known."""
+
+    def __init__(self, path: Path, model: bytes, threads: int | None, session: Any) -> None:
+        self._path, self._model, self._threads = path, model, threads
+        # Numbers, or texts in their place such as "height" and "height // 2".
+        self._inputs: dict[str, list[int | str | None]] = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+
+    def session(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        """A session for inputs of these shapes."""
+        ort = require("onnxruntime", extra="ort", purpose="running a model")
+        cpu = Device("cpu", 0)
+        try:
+            model = self._simplified(ort, shapes)
+            convolve_apart(model)
+            return _create(ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads))
+        except Exception as error:  # such as no space in the folder for temporary files
+            log(f"{self._path}: runs as it is, which is slower: {_reason(error)}")
+            return _create(ort, self._path, self._model, cpu, _options(ort, self._threads))
+
+    def _simplified(self, ort: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        """The model without functions, with sizes and folded constants. ONNX Runtime only writes that to a file."""
+        onnx = require("onnx", extra="ort", purpose="running a model")
+        options = _options(ort, 1, only_basic=True)
+        for name, shape in shapes.items():
+            for text, size in zip(self._inputs[name], shape, strict=True):
+                if isinstance(text, str):
+                    options.add_free_dimension_override_by_name(text, size)
+        with tempfile.TemporaryDirectory(prefix="stepcell-") as folder:
+            options.optimized_model_filepath = str(Path(folder) / "model.onnx")
+            ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+            return onnx.load(options.optimized_model_filepath)
+
+
+def open_session(
+    path: Path, device: Device, *, keep_float16: bool, threads: int | None
+) -> tuple[Any, StepContract, SizedSessions | None]:
+    """An `onnxruntime.InferenceSession`, the contract of what it runs, and what makes quicker ones of known sizes.
 
     On the CPU a float16 model is opened in its float32 form unless `keep_float16`; the contract
     then says float32, and the log says so once. Errors: see `OrtBackend`.
@@ -35,21 +76,22 @@ def open_session(path: Path, device: Device, *, keep_float16: bool, threads: int
     if not path.is_file():
         read_bytes(path)  # says why it cannot be read
     model = _for_cpu(path, keep_float16) if device.kind == "cpu" else None
-    session = _create(ort, path, model or str(path), device, threads)
+    options = _options(ort, threads, only_basic=model is not None)
+    session = _create(ort, path, model or str(path), device, options)
     contract = _contract(session, path)
     _check_graph(session, contract, path)
-    return session, contract
+    return session, contract, None if model is None else SizedSessions(path, model, threads, session)
 
 
 def _for_cpu(path: Path, keep_float16: bool) -> bytes | None:
-    """The model in the form that a CPU is quicker with; None if that is the file itself."""
+    """The model with its weights, in float32, for `SizedSessions`; None where the file is run as it is."""
     onnx = require("onnx", extra="ort", purpose="running a model")
     _, model = read_model(path)
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     is_float16 = text is not None and StepContract.from_json(text, subject=str(path)).precision == "float16"
     if is_float16 and keep_float16:
         return None
-    if not convolve_apart(model) and not is_float16:
+    if sum(4 * math.prod(tensor.dims) for tensor in model.graph.initializer) > _LARGE and not is_float16:
         return None
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
@@ -61,11 +103,17 @@ def _for_cpu(path: Path, keep_float16: bool) -> bytes | None:
     return bytes(model.SerializeToString())
 
 
-def _create(ort: Any, path: Path, model: str | bytes, device: Device, threads: int | None) -> Any:
+def _options(ort: Any, threads: int | None, *, only_basic: bool = False) -> Any:
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
     if threads is not None:
         options.intra_op_num_threads = threads
+    if only_basic:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options
+
+
+def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: Any) -> Any:
     if device.kind == "cuda":
         _require_cuda(ort, device)
     try:
