@@ -110,7 +110,7 @@ class Cta:
             try:
                 mask = active
                 if instruction.guard is not None:
-                    mask = self._registers[instruction.guard] ^ instruction.negated
+                    mask = self._held(instruction.guard) ^ instruction.negated
                     mask = mask if active is None else mask & active
                     if not mask.any():
                         continue
@@ -133,7 +133,7 @@ class Cta:
                 if instruction.opcode[0] == "ret":
                     break
                 yield instruction.opcode[1]
-            except (AssertionError, KeyError, ValueError) as error:  # KeyError: a register that nobody has written
+            except (AssertionError, ValueError) as error:
                 raise instruction.fault(str(error)) from error
         if apart or not (self.shared.idle and self.tensor_memory.idle) or self._running:
             raise Fault("the program ends with copies or products in flight, or tensor memory kept")
@@ -143,7 +143,7 @@ class Cta:
         if isinstance(operand, Register):
             if operand.name in self._loading or (operand.name in self._running and not running):
                 raise Fault(f"reads %{operand.name}, which is still written in the background")
-            held = self._registers[operand.name]
+            held = self._held(operand.name)
             if np.dtype(kind).itemsize < held.dtype.itemsize:
                 held = held.astype(TYPES[f"u{8 * np.dtype(kind).itemsize}"])
             return held.view(kind)
@@ -159,11 +159,17 @@ class Cta:
             return np.full(self.threads, BASE, np.uint32).view(kind)
         raise Fault(f"operand {operand} is not known")
 
+    def _held(self, name: str) -> Array:
+        """A register; NaN where nobody has written it, as the compiler leaves what it knows to be of no use."""
+        held = self._registers.get(name)
+        container = _CONTAINERS[name.rstrip("0123456789")]
+        return ~np.zeros(self.threads, container) if held is None else held
+
     def parts(self, operand: Operand, kind: Any) -> Array:
         """As `get`, but a wider register holds several values, which lie side by side."""
         if not isinstance(operand, Register):
             raise Fault(f"{operand} is not known as several values")
-        return self.get(operand, self._registers[operand.name].dtype).view(kind)
+        return self.get(operand, self._held(operand.name).dtype).view(kind)
 
     def put(self, target: Operand, value: Array, mask: Any) -> None:
         if target == "_":
@@ -178,8 +184,7 @@ class Cta:
         if len(value) != self.threads:
             value = np.broadcast_to(value, self.threads).copy()
         if mask is not None:
-            old = self._registers.get(target.name)
-            value = np.where(mask, value, old if old is not None else ~np.zeros_like(value))  # NaN
+            value = np.where(mask, value, self._held(target.name))
         self._registers[target.name] = value
 
     def uniform(self, operand: Operand) -> int:
