@@ -98,11 +98,11 @@ def add_half_copies(
             port.CopyFrom(like)
             port.name, port.type.tensor_type.elem_type = name, _HALF
         y = halves[state.output]
-        if y in outputs:  # an output of the model keeps its name and its format
-            graph.node.append(onnx.helper.make_node("Identity", [y], [copy.output]))
-        else:
-            _rename(graph, y, copy.output)
-            halves[state.output] = copy.output
+        # The kernel writes the copy itself, since the next step counts on zeros in its padding channels.
+        _rename(graph, y, copy.output)
+        if y in outputs:
+            graph.node.append(onnx.helper.make_node("Identity", [copy.output], [y]))
+        halves[state.output] = copy.output
         halves[state.input] = copy.input
         copies.append(copy)
     return halves, tuple(copies)

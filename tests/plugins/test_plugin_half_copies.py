@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -134,7 +135,14 @@ class PluginEngine(PretendedEngine):
         values |= {name: weight.data_ptr() for name, weight in self.weights.items()}
         for node in self.graph.node:
             if node.op_type == "Identity":
-                ctypes.memmove(values[node.output[0]], values[node.input[0]], len(self.maps[node.input[0]]))
+                (origin,), (name,), channels = node.input, node.output, self.contract.outputs[0].shape[1]
+                if name not in values:
+                    values[name] = self._map(name, channels)
+                shape = (batch, height, width, padded(channels))
+                ctypes.memmove(values[name], values[origin], 2 * math.prod(shape))
+                # TensorRT does not say what a copy that it makes has in its padding.
+                memory = (ctypes.c_uint16 * math.prod(shape)).from_address(values[name])
+                np.frombuffer(memory, np.float16).reshape(shape)[..., channels:] = np.nan
                 continue
             plugin = self.plugins[node.name]
             if node.output[-1] not in values:
