@@ -94,9 +94,6 @@ class EmulatedDriver(types.ModuleType):
     def cuKernelSetAttribute(self, *rest: Any) -> Any:  # noqa: N802
         return (self._ok,)
 
-    def cuCtxGetDevice(self) -> Any:  # noqa: N802
-        return self._ok, 0
-
     def cuMemAlloc(self, nbytes: int) -> Any:  # noqa: N802
         tensor = torch.full((nbytes,), 255, dtype=torch.uint8)
         self._own[tensor.data_ptr()] = tensor
