@@ -33,15 +33,11 @@ kernels-report: setup
 
 # Every kernel with every tile in an emulator of PTX (fifteen minutes, no GPU needed).
 kernels-emulate: setup
-	$(BIN)/python -m tests.plugins.ptx
+	$(BIN)/python -m tools.ptx_emulator
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# mypy sees the folders as the wheel installs them
-	mkdir -p build/typecheck/stepcell
-	ln -sfn $(CURDIR)/stepcell/*.py $(CURDIR)/stepcell/cli $(CURDIR)/stepcell/py.typed $(CURDIR)/models $(CURDIR)/exporter \
-	  $(CURDIR)/runtime $(CURDIR)/plugins build/typecheck/stepcell/
 	$(BIN)/mypy
 
 clean:

@@ -22,8 +22,8 @@ from stepcell.errors import DeviceError
 from stepcell.models import ConvGRUCell, ConvLSTMCell
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.check import check_engine, register_plugins
-from stepcell.runtime.engine.flavor import load_tensorrt
 from stepcell.runtime.engine.options import BuildOptions
+from stepcell.runtime.engine.tensorrt_module import load_tensorrt
 
 __all__ = ["exported", "onnx_runtime", "tensorrt"]
 
@@ -168,7 +168,7 @@ def tensorrt(
 ) -> Runs:
     """An engine as `stepcell build` makes it, for exactly this size, in one CUDA graph per chain.
 
-    Behind the op's states stand the half copies that an engine with the plugin keeps.
+    Behind the op's states stand the fp16 mirrors that an engine with the plugin keeps.
 
     Args:
         kernels: folder of compiled kernels, for the plugin.
@@ -195,7 +195,7 @@ def tensorrt(
     if not context:
         raise DeviceError(f"{checked.tensorrt.name} does not load its engine on this device")
     xs = [x.contiguous() for x in problem.xs]
-    copies, names = checked.sidecar.half_copies, [spec.name for spec in contract.states]
+    copies, names = checked.sidecar.fp16_mirrors, [spec.name for spec in contract.states]
     ends = [(each.input, each.output) for each in (*contract.states, *copies)]
     wide = [s.to(getattr(torch, state)).contiguous() for s in problem.states]
     states = (*wide, *(problem.states[names.index(each.state)] for each in copies))  # channels last, as kHWC8

@@ -60,7 +60,7 @@ class Device:
 
 
 def ours(problem: Problem, state: Any, chosen: Sequence[Mapping[str, Tile]], launch: Launch) -> tuple[Step, States]:
-    """The step, and the states it starts from: those of the op, then the half copy of a float32 h.
+    """The step, and the states it starts from: those of the op, then the fp16 mirror of a float32 h.
 
     A loop keeps that copy (it is y of the last step), so no kernel has to make it.
 
@@ -87,7 +87,7 @@ def _cell_step(
 
     def step(x: Tensor, states: States) -> States:
         buffers = {**packed, **_step_buffers(cell, x, states)}
-        for kernel in kernels_of(cell, half_copy=True):
+        for kernel in kernels_of(cell, fp16_mirror=True):
             launch(kernel, cell, chosen[kernel], buffers, size)
         new = [buffers[name] for name in ("state_out", "cell_out") if name in buffers]
         return (*new, buffers["y"]) if cell.state_dtype == "float32" else tuple(new)
@@ -127,7 +127,10 @@ def defaults(problem: Problem, state: Any, capability: str) -> list[dict[str, Ti
     """The table's first tile of every kernel, for each cell."""
     cells = [cell.with_state(state) for cell in problem.case.cells]
     return [
-        {kernel: tiles(kernel, cell, capability, problem.case.pixels)[0] for kernel in kernels_of(cell, half_copy=True)}
+        {
+            kernel: tiles(kernel, cell, capability, problem.case.pixels)[0]
+            for kernel in kernels_of(cell, fp16_mirror=True)
+        }
         for cell in cells
     ]
 

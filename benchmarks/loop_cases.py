@@ -15,7 +15,7 @@ from stepcell.exporter import export_onnx, load_checkpoint, step_model
 from stepcell.files import write_atomic
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.zoo import denoiser
-from stepcell.runtime.float32 import to_float32
+from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
 
 __all__ = ["SHAPES", "Case", "Shape", "make_case"]
 

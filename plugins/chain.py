@@ -1,6 +1,6 @@
 """A cell as a chain of nodes, one per kernel: the form for plugins that hold a single kernel.
 
-What one kernel hands to the next (z, r . h, the half copy of the state) becomes a tensor of the graph, so
+What one kernel hands to the next (z, r . h, the fp16 mirror of the state) becomes a tensor of the graph, so
 TensorRT provides its memory. A node is named after its kernel and takes the kernel's pointers in order,
 without those that its cell does not use.
 """
@@ -14,7 +14,7 @@ from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.signature import PARAMETERS, Parameter, kernels_of, workspace
 from stepcell.plugins.plugin import NAMESPACE
-from stepcell.plugins.registry import CELL_ATTRIBUTE, HALF_COPY_ATTRIBUTE
+from stepcell.plugins.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
 from stepcell.plugins.tensors import inputs_of, outputs_of
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def chained_model(model: ModelProto) -> ModelProto:
             nodes.append(node)
             continue
         cell = Cell.from_label(next(a.s.decode() for a in node.attribute if a.name == CELL_ATTRIBUTE))
-        given = any(a.name == HALF_COPY_ATTRIBUTE for a in node.attribute)
-        names = {t.buffer: name for t, name in zip(inputs_of(cell, half_copy=given), node.input, strict=True)}
+        given = any(a.name == FP16_MIRROR_ATTRIBUTE for a in node.attribute)
+        names = {t.buffer: name for t, name in zip(inputs_of(cell, fp16_mirror=given), node.input, strict=True)}
         names |= {t.buffer: name for t, name in zip(outputs_of(cell), node.output, strict=True)}
-        names |= {buffer: f"{node.output[0]}.{buffer}" for buffer in workspace(cell, 1, half_copy=given)}
-        names.setdefault("h", names["state"])  # a half state is its own half copy
-        for kernel in kernels_of(cell, half_copy=given):
+        names |= {buffer: f"{node.output[0]}.{buffer}" for buffer in workspace(cell, 1, fp16_mirror=given)}
+        names.setdefault("h", names["state"])  # a half state is its own fp16 mirror
+        for kernel in kernels_of(cell, fp16_mirror=given):
             nodes.append(
                 onnx.helper.make_node(
                     node_name(kernel, cell),

@@ -30,7 +30,7 @@ _DIGEST = 32
 class _Fields(msgspec.Struct, frozen=True):
     schema: int
     cell: str
-    half_copy: bool
+    fp16_mirror: bool
     images: tuple[KernelImage, ...]
 
 
@@ -49,7 +49,13 @@ def interface_digest() -> str:
         (PLUGIN_VERSION, _SCHEMA, image.SCHEMA),
         [(kernel, arguments_of(kernel)) for kernel in sorted(PARAMETERS)],
         [
-            (cell.label, given, inputs_of(cell, half_copy=given), outputs_of(cell), kernels_of(cell, half_copy=given))
+            (
+                cell.label,
+                given,
+                inputs_of(cell, fp16_mirror=given),
+                outputs_of(cell),
+                kernels_of(cell, fp16_mirror=given),
+            )
             for cell in samples
             for given in (False, True)
         ],
@@ -57,19 +63,19 @@ def interface_digest() -> str:
     return hashlib.sha256(repr(agreed).encode()).hexdigest()
 
 
-def pack_fields(cell: Cell, images: Sequence[KernelImage], *, half_copy: bool) -> bytes:
+def pack_fields(cell: Cell, images: Sequence[KernelImage], *, fp16_mirror: bool) -> bytes:
     """The field's bytes.
 
     Args:
-        half_copy: as in `inputs_of`.
+        fp16_mirror: as in `inputs_of`.
         images: of every kernel of the cell, with one tile or more, for one compute capability.
     """
-    body = msgspec.msgpack.encode(_Fields(_SCHEMA, cell.label, half_copy, tuple(images)))
+    body = msgspec.msgpack.encode(_Fields(_SCHEMA, cell.label, fp16_mirror, tuple(images)))
     return hashlib.sha256(body).digest() + body
 
 
 def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...], bool]:
-    """The cell, its kernels, and whether its node has the half copy.
+    """The cell, its kernels, and whether its node has the fp16 mirror.
 
     Raises:
         EngineMismatchError: the bytes are damaged, or another stepcell's that this one cannot run.
@@ -85,12 +91,12 @@ def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...], bool]:
         cell = Cell.from_label(fields.cell)
     except (msgspec.MsgspecError, UsageError) as error:
         raise _unusable(f"not readable: {error}") from error
-    for kernel in kernels_of(cell, half_copy=fields.half_copy):
+    for kernel in kernels_of(cell, fp16_mirror=fields.fp16_mirror):
         if not any(each.info.kernel == kernel for each in fields.images):
             raise _unusable(f"incomplete: {cell.label} needs {kernel}")
     for each in fields.images:
         _check_image(cell, each)
-    return cell, fields.images, fields.half_copy
+    return cell, fields.images, fields.fp16_mirror
 
 
 def _check_image(cell: Cell, kernel: KernelImage) -> None:

@@ -1,7 +1,7 @@
 """The op's nodes in an ONNX model, turned into what TensorRT's parser hands to the plugin.
 
-A node keeps its name, its states and its outputs, and gets the half copy of its h where there is one
-(half_copies.py). Its weights become packed ones (kernels/packing.py), so that packing is done once, at build
+A node keeps its name, its states and its outputs, and gets the fp16 mirror of its h where there is one
+(fp16_mirrors.py). Its weights become packed ones (kernels/packing.py), so that packing is done once, at build
 time; its attributes become the label of its cell and what the parser looks a plugin up by. The op's function
 leaves the model: the parser prefers a function to a plugin.
 """
@@ -16,11 +16,11 @@ from stepcell.contract import StateSpec
 from stepcell.errors import PluginError, UsageError
 from stepcell.missing import require
 from stepcell.plugins.fields import PLUGIN_VERSION
-from stepcell.plugins.half_copies import HalfCopy, add_half_copies, all_nodes
+from stepcell.plugins.fp16_mirrors import Fp16Mirror, add_fp16_mirrors, all_nodes
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.plugin import NAMESPACE
-from stepcell.plugins.registry import CELL_ATTRIBUTE, HALF_COPY_ATTRIBUTE, OPS
+from stepcell.plugins.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE, OPS
 from stepcell.plugins.tensors import weights_of
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class PluginModel:
     Attributes:
         model: with packed weights and without the op's functions.
         cells: each with the name of the state tensor h that it reads.
-        half_copies: inputs and outputs that the model was given.
+        fp16_mirrors: inputs and outputs that the model was given.
     """
 
     model: ModelProto
     cells: tuple[tuple[str, Cell], ...]
-    half_copies: tuple[HalfCopy, ...] = ()
+    fp16_mirrors: tuple[Fp16Mirror, ...] = ()
 
 
 def has_cells(model: ModelProto) -> bool:
@@ -57,7 +57,7 @@ def plugin_model(model: ModelProto, states: Sequence[StateSpec] = ()) -> PluginM
     """The model with every cell made ready for the plugin; `model` stays as it is.
 
     Args:
-        states: whose half copies may become inputs and outputs of the model.
+        states: whose fp16 mirrors may become inputs and outputs of the model.
 
     Raises:
         PluginError: a cell that the plugin cannot take: other precision than float16, weights that
@@ -77,7 +77,7 @@ def plugin_model(model: ModelProto, states: Sequence[StateSpec] = ()) -> PluginM
         found.append((node, _cell(onnx, node, arrays, types, where), arrays))
     cells = tuple((node.input[1], cell) for node, cell, _ in found)
     wide = [node for node, cell, _ in found if cell.state_dtype == "float32"]
-    halves, copies = add_half_copies(onnx, graph, wide, states)
+    halves, copies = add_fp16_mirrors(onnx, graph, wide, states)
     for node, cell, arrays in found:
         _replace(onnx, graph, node, cell, halves.get(node.input[1]), pack(cell, arrays))
     functions = [each for each in result.functions if (each.domain, each.name) not in {(NAMESPACE, op) for op in OPS}]
@@ -168,7 +168,7 @@ def _replace(
         "plugin_namespace": NAMESPACE,
         "plugin_version": PLUGIN_VERSION,
     }
-    attributes |= {HALF_COPY_ATTRIBUTE: 1} if half else {}
+    attributes |= {FP16_MIRROR_ATTRIBUTE: 1} if half else {}
     node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
 
 

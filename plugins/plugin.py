@@ -31,19 +31,19 @@ FIELDS = "stepcell"  # name of the field that a plan carries
 def plugin_class(trt: Any) -> type:
     """The plugin's class for a TensorRT module.
 
-    It takes a cell, the images of its kernels, and whether the node has the half copy of a float32 h.
+    It takes a cell, the images of its kernels, and whether the node has the fp16 mirror of a float32 h.
     """
     bases: Any = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class CellPlugin(*bases):  # type: ignore[misc]  # the bases are known only once a TensorRT is loaded
-        def __init__(self, cell: Cell, images: Sequence[KernelImage], half_copy: bool, tactic: int = 1) -> None:
+        def __init__(self, cell: Cell, images: Sequence[KernelImage], fp16_mirror: bool, tactic: int = 1) -> None:
             for base in bases:
                 base.__init__(self)  # the bindings require each by name
-            kernels = kernels_of(cell, half_copy=half_copy)
+            kernels = kernels_of(cell, fp16_mirror=fp16_mirror)
             self.images = tuple(image for image in images if image.info.kernel in kernels)
-            self.cell, self.half_copy, self.tactic = cell, half_copy, tactic
-            self.inputs, self.outputs = inputs_of(cell, half_copy=half_copy), outputs_of(cell)
-            self.tactics = tactics(cell, self.images, half_copy=half_copy)
+            self.cell, self.fp16_mirror, self.tactic = cell, fp16_mirror, tactic
+            self.inputs, self.outputs = inputs_of(cell, fp16_mirror=fp16_mirror), outputs_of(cell)
+            self.tactics = tactics(cell, self.images, fp16_mirror=fp16_mirror)
             self.plugin_name, self.plugin_namespace, self.plugin_version = cell.op, NAMESPACE, PLUGIN_VERSION
             self.num_outputs = len(self.outputs)
             # Nodes of the same cell and kernels share their timings.
@@ -58,7 +58,7 @@ def plugin_class(trt: Any) -> type:
             return self
 
         def clone(self) -> CellPlugin:
-            copy = CellPlugin(self.cell, self.images, self.half_copy, self.tactic)
+            copy = CellPlugin(self.cell, self.images, self.fp16_mirror, self.tactic)
             copy._size = self._size
             return copy
 
@@ -105,7 +105,7 @@ def plugin_class(trt: Any) -> type:
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             batch, _, height, width = tuple(inputs[1].max)
-            return workspace_size(self.cell, self.images, batch * height * width, half_copy=self.half_copy)
+            return workspace_size(self.cell, self.images, batch * height * width, fp16_mirror=self.fp16_mirror)
 
         def get_valid_tactics(self) -> list[int]:
             return list(range(1, len(self.tactics) + 1))
@@ -130,7 +130,7 @@ def plugin_class(trt: Any) -> type:
             if self._step is None or self._loaded_tactic != self.tactic:
                 self.destroy()
                 images, device = self.tactics[self.tactic - 1], current_device()
-                self._step = CellStep(self.cell, images, device, half_copy=self.half_copy)
+                self._step = CellStep(self.cell, images, device, fp16_mirror=self.fp16_mirror)
                 self._loaded_tactic = self.tactic
             assert self._size is not None
             self._step.resize(*self._size)
@@ -157,7 +157,7 @@ def plugin_class(trt: Any) -> type:
         def get_fields_to_serialize(self) -> Any:
             # A collection only refers to the bytes: they are made once and live as long as the plugin.
             if self._bytes is None:
-                self._bytes = np.frombuffer(pack_fields(self.cell, self.images, half_copy=self.half_copy), np.int8)
+                self._bytes = np.frombuffer(pack_fields(self.cell, self.images, fp16_mirror=self.fp16_mirror), np.int8)
             return trt.PluginFieldCollection([trt.PluginField(FIELDS, self._bytes, trt.PluginFieldType.INT8)])
 
     return CellPlugin

@@ -14,11 +14,11 @@ from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.plugin import FIELDS, NAMESPACE, plugin_class
 
-__all__ = ["CELL_ATTRIBUTE", "HALF_COPY_ATTRIBUTE", "OPS", "kernels_offered", "register"]
+__all__ = ["CELL_ATTRIBUTE", "FP16_MIRROR_ATTRIBUTE", "OPS", "kernels_offered", "register"]
 
 OPS = ("ConvGRU", "ConvLSTM")
 CELL_ATTRIBUTE = "cell"  # of the ONNX node: the label of its cell
-HALF_COPY_ATTRIBUTE = "half_copy"  # of the ONNX node: 1 where its inputs have the half copy of h, else absent
+FP16_MIRROR_ATTRIBUTE = "fp16_mirror"  # of the ONNX node: 1 where its inputs have the fp16 mirror of h, else absent
 
 # TensorRT has one registry per process, so there is one set of creators per module, and one set of
 # kernels that a build offers to them.
@@ -68,7 +68,7 @@ def _creator_class(trt: Any) -> type:
             self.field_names = trt.PluginFieldCollection(
                 [
                     trt.PluginField(CELL_ATTRIBUTE, empty, trt.PluginFieldType.CHAR),
-                    trt.PluginField(HALF_COPY_ATTRIBUTE, empty, trt.PluginFieldType.INT32),
+                    trt.PluginField(FP16_MIRROR_ATTRIBUTE, empty, trt.PluginFieldType.INT32),
                 ]
             )
 
@@ -85,13 +85,13 @@ def _creator_class(trt: Any) -> type:
             if phase == trt.TensorRTPhase.RUNTIME:
                 if FIELDS not in found:
                     raise EngineMismatchError(f"plugin {name}: the plan holds nothing for it")
-                cell, images, half_copy = read_fields(found[FIELDS])
+                cell, images, fp16_mirror = read_fields(found[FIELDS])
             else:
                 cell, images = self._offered(name, found)
-                half_copy = any(found.get(HALF_COPY_ATTRIBUTE, b""))  # a number, of as many bytes as it likes
+                fp16_mirror = any(found.get(FP16_MIRROR_ATTRIBUTE, b""))  # a number, of as many bytes as it likes
             if cell.op != self.name:
                 raise PluginError(f"plugin {name}: expected a cell of {self.name}, got {cell.label}")
-            return plugin(cell, images, half_copy)
+            return plugin(cell, images, fp16_mirror)
 
         def _offered(self, name: str, found: Mapping[str, bytes]) -> tuple[Cell, Sequence[KernelImage]]:
             if CELL_ATTRIBUTE not in found:

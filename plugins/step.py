@@ -28,25 +28,25 @@ def current_device() -> int:
     return int(check(driver.cuCtxGetDevice()))
 
 
-def tactics(cell: Cell, images: Sequence[KernelImage], *, half_copy: bool) -> tuple[tuple[KernelImage, ...], ...]:
+def tactics(cell: Cell, images: Sequence[KernelImage], *, fp16_mirror: bool) -> tuple[tuple[KernelImage, ...], ...]:
     """Every way to run a step: one image per kernel, in launch order; the default tiles first.
 
     Args:
-        half_copy: as in `inputs_of`.
+        fp16_mirror: as in `inputs_of`.
     """
-    kernels = kernels_of(cell, half_copy=half_copy)
+    kernels = kernels_of(cell, fp16_mirror=fp16_mirror)
     return tuple(itertools.product(*([i for i in images if i.info.kernel == kernel] for kernel in kernels)))
 
 
-def workspace_size(cell: Cell, images: Sequence[KernelImage], pixels: int, *, half_copy: bool) -> int:
+def workspace_size(cell: Cell, images: Sequence[KernelImage], pixels: int, *, fp16_mirror: bool) -> int:
     """Bytes of scratch memory of a step over `pixels` = batch * height * width with any of these kernels."""
-    return sum(map(_aligned, _scratch(cell, images, pixels, half_copy).values()))
+    return sum(map(_aligned, _scratch(cell, images, pixels, fp16_mirror).values()))
 
 
-def _scratch(cell: Cell, images: Sequence[KernelImage], pixels: int, half_copy: bool) -> dict[str, int]:
+def _scratch(cell: Cell, images: Sequence[KernelImage], pixels: int, fp16_mirror: bool) -> dict[str, int]:
     """Bytes of each scratch buffer; split kernels run one after another and share their partial sums'."""
     partials = max(image.info.all_partial_bytes(pixels) for image in images)
-    return workspace(cell, pixels, half_copy=half_copy) | ({"partials": partials} if partials else {})
+    return workspace(cell, pixels, fp16_mirror=fp16_mirror) | ({"partials": partials} if partials else {})
 
 
 def _aligned(nbytes: int) -> int:
@@ -60,21 +60,21 @@ class CellStep:
         cell: what is computed.
         images: one per kernel, in launch order: an entry of `tactics`.
         device: CUDA number of the current device.
-        half_copy: as in `inputs_of`.
+        fp16_mirror: as in `inputs_of`.
 
     Raises:
         DeviceError, MissingDependencyError: the code cannot be loaded.
     """
 
-    def __init__(self, cell: Cell, images: Sequence[KernelImage], device: int, *, half_copy: bool) -> None:
-        self._cell, self._images, self._half_copy = cell, images, half_copy
+    def __init__(self, cell: Cell, images: Sequence[KernelImage], device: int, *, fp16_mirror: bool) -> None:
+        self._cell, self._images, self._fp16_mirror = cell, images, fp16_mirror
         self._launchers = [Launcher(image, device) for image in images]
         # Addresses of a step stand in one row: none, inputs, outputs, scratch.
-        scratch = list(_scratch(cell, images, 1, half_copy))
-        row = ["", *(t.buffer for t in (*inputs_of(cell, half_copy=half_copy), *outputs_of(cell))), *scratch]
+        scratch = list(_scratch(cell, images, 1, fp16_mirror))
+        row = ["", *(t.buffer for t in (*inputs_of(cell, fp16_mirror=fp16_mirror), *outputs_of(cell))), *scratch]
         places = {name: place for place, name in enumerate(row)}
         if "h" not in places:
-            places["h"] = places["state"]  # a half state is its own half copy
+            places["h"] = places["state"]  # a half state is its own fp16 mirror
         # A kernel's pointer that this cell does not use is null.
         self._launches = [
             (each.launch, itemgetter(*(places.get(b, 0) for b in each.buffers))) for each in self._launchers
@@ -87,7 +87,7 @@ class CellStep:
         self._sizes, pixels = (batch, height, width), batch * height * width
         for launcher in self._launchers:
             launcher.prepare(pixels)
-        sizes = _scratch(self._cell, self._images, pixels, self._half_copy).values()
+        sizes = _scratch(self._cell, self._images, pixels, self._fp16_mirror).values()
         self._offsets = list(itertools.accumulate(map(_aligned, sizes), initial=0))[:-1]
 
     def run(self, inputs: Sequence[int], outputs: Sequence[int], scratch: int, stream: int) -> None:

@@ -2,8 +2,8 @@
 
 The node is the op of docs/op-contract.md with its weights replaced by packed ones:
 
-    ConvGRU   x, h, [half copy of h,] weights...     ->  h_next, y
-    ConvLSTM  x, h, c, [half copy of h,] weights...  ->  h_next, c_next, y
+    ConvGRU   x, h, [fp16 mirror of h,] weights...     ->  h_next, y
+    ConvLSTM  x, h, c, [fp16 mirror of h,] weights...  ->  h_next, c_next, y
 
 Names here are those of the buffers in kernels/signature.py.
 """
@@ -33,15 +33,15 @@ class Tensor:
     channels_last: bool = False
 
 
-def inputs_of(cell: Cell, *, half_copy: bool = False) -> tuple[Tensor, ...]:
+def inputs_of(cell: Cell, *, fp16_mirror: bool = False) -> tuple[Tensor, ...]:
     """x, the states, the packed weights.
 
     Args:
-        half_copy: the half copy of a float32 h is among them, behind the states; else the step makes it.
+        fp16_mirror: the fp16 mirror of a float32 h is among them, behind the states; else the step makes it.
     """
     states = ("state",) if cell.op == "ConvGRU" else ("state", "cell")
     maps = [Tensor("x", "float16", channels_last=True), *(_state(cell, name) for name in states)]
-    return (*maps, *([Tensor("h", "float16", channels_last=True)] if half_copy else []), *weights_of(cell))
+    return (*maps, *([Tensor("h", "float16", channels_last=True)] if fp16_mirror else []), *weights_of(cell))
 
 
 def outputs_of(cell: Cell) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ def weights_of(cell: Cell) -> tuple[Tensor, ...]:
     """The packed weights, flat, in the order of the kernels and their parameters."""
     return tuple(
         Tensor(parameter.buffer, pointer_dtype(parameter, cell))
-        for kernel in kernels_of(cell, half_copy=True)
+        for kernel in kernels_of(cell, fp16_mirror=True)
         for parameter in PARAMETERS[kernel]
         if parameter.buffer.startswith(f"{kernel}.") and (parameter.name != "peephole" or cell.variant != "none")
     )

@@ -1,5 +1,5 @@
 """What the device needs: the step loop, its back ends, streams and statistics. No torch, no triton."""
 
-from stepcell.runtime.loop import StepLoop
+from stepcell.runtime.loop.step_loop import StepLoop
 
 __all__ = ["StepLoop"]

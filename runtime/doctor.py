@@ -12,8 +12,8 @@ import msgspec
 from stepcell import __version__
 from stepcell.errors import StepcellError
 from stepcell.plugins import plugin_unavailable
-from stepcell.runtime import cuda
-from stepcell.runtime.engine.flavor import FLAVORS, load_tensorrt
+from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime.engine.tensorrt_module import FLAVORS, load_tensorrt
 
 __all__ = ["Finding", "examine"]
 

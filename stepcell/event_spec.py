@@ -64,7 +64,7 @@ class EventSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         representation: "voxel_grid", "event_volume" or "histogram": how an event is shared out
-            among the time bins (`stepcell.runtime.events.tensor`).
+            among the time bins (`stepcell.runtime.media.events.tensor`).
         bins: time bins from the first event of a window to its last.
         polarity: "signed": one channel a bin, where a falling event counts as -1; "split": first
             the bins of the falling events, then those of the rising ones, all counted as +1.

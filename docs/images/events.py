@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from stepcell.event_spec import EventSpec, EventWindow
 from stepcell.models.zoo.clips import HELD_OUT, read_clip
-from stepcell.runtime.events import Events, event_tensor, simulate_events
+from stepcell.runtime.media.events import Events, event_tensor, simulate_events
 
 FPS, FRAME = 30, 60
 

@@ -23,7 +23,7 @@ __all__ = ["gru_after", "gru_candidate", "gru_gates"]
 @jit
 def gru_gates(
     x: tl.tensor,
-    h: tl.tensor,  # half copy of the state
+    h: tl.tensor,  # fp16 mirror of the state
     pre: tl.tensor,  # half pre-activations to add, gates z, r, n; not read unless HAS_PRE
     wx: tl.tensor,  # packed, columns z, r of every channel in turn
     wh: tl.tensor,

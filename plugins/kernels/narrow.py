@@ -1,4 +1,4 @@
-"""The half copy of a float32 state, which the convolutions read."""
+"""The fp16 mirror of a float32 state, which the convolutions read."""
 
 from __future__ import annotations
 

@@ -60,18 +60,18 @@ PARAMETERS: dict[str, tuple[Parameter, ...]] = {
 }
 
 
-def kernels_of(cell: Cell, *, half_copy: bool) -> tuple[str, ...]:
+def kernels_of(cell: Cell, *, fp16_mirror: bool) -> tuple[str, ...]:
     """The kernels of one step, in launch order.
 
     Args:
-        half_copy: whether the caller gives the half copy of a float32 state (y of the last step);
+        fp16_mirror: whether the caller gives the fp16 mirror of a float32 state (y of the last step);
             without it narrow_state makes one. A float16 state is its own copy.
     """
     step = {
         "before": ("gru_gates", "gru_candidate"),
         "after": ("gru_after",),
     }.get(cell.variant, ("lstm_step",))
-    return step if half_copy or cell.state_dtype == "float16" else ("narrow_state", *step)
+    return step if fp16_mirror or cell.state_dtype == "float16" else ("narrow_state", *step)
 
 
 def pointer_dtype(parameter: Parameter, cell: Cell) -> str:
@@ -100,14 +100,14 @@ def constants(kernel: str, cell: Cell, tile: Tile, capability: str = "") -> dict
     return values | ({"OVERLAP": tile.overlap} if kernel in ("gru_gates", "gru_candidate") else {})
 
 
-def workspace(cell: Cell, pixels: int, *, half_copy: bool) -> dict[str, int]:
+def workspace(cell: Cell, pixels: int, *, fp16_mirror: bool) -> dict[str, int]:
     """Bytes of each buffer that lives only within a step: what one kernel hands to the next.
 
     Args:
         pixels: batch * height * width.
-        half_copy: as in `kernels_of`.
+        fp16_mirror: as in `kernels_of`.
     """
     nbytes = pixels * padded(cell.hidden) * 2
-    written = {p.buffer for kernel in kernels_of(cell, half_copy=half_copy) for p in PARAMETERS[kernel]}
-    made = {"z", "rh"} | ({"h"} if "narrow_state" in kernels_of(cell, half_copy=half_copy) else set())
+    written = {p.buffer for kernel in kernels_of(cell, fp16_mirror=fp16_mirror) for p in PARAMETERS[kernel]}
+    made = {"z", "rh"} | ({"h"} if "narrow_state" in kernels_of(cell, fp16_mirror=fp16_mirror) else set())
     return dict.fromkeys(sorted(made & written), nbytes)

@@ -30,7 +30,7 @@ def wanted(cell: Cell, capability: str, pixels: int | None = None) -> list[tuple
     check_capability(capability)
     return [
         (kernel, tile)
-        for kernel in kernels_of(cell, half_copy=False)
+        for kernel in kernels_of(cell, fp16_mirror=False)
         for tile in tiles(kernel, cell, capability, pixels)
     ]
 

@@ -13,13 +13,13 @@ from stepcell.console import log
 from stepcell.errors import DeviceError, OutputError, UsageError
 from stepcell.files import atomic_path, read_bytes, write_atomic
 from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
-from stepcell.runtime import cuda
-from stepcell.runtime.engine.flavor import TensorRT, load_tensorrt
-from stepcell.runtime.engine.form import build_form
-from stepcell.runtime.engine.graph import read_onnx
+from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime.engine.onnx_input import read_onnx
 from stepcell.runtime.engine.options import BuildOptions, check_options
+from stepcell.runtime.engine.plugin_choice import build_form
 from stepcell.runtime.engine.profile import data_shapes, derive_profiles
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, sidecar_path, this_platform
+from stepcell.runtime.engine.tensorrt_module import TensorRT, load_tensorrt
 
 __all__ = ["EngineInfo", "build_engine"]
 
@@ -103,7 +103,7 @@ def build_engine(
             build_seconds=round(seconds, 3),
             contract=file.contract,
             plugin=plugin,
-            half_copies=plan.half_copies,
+            fp16_mirrors=plan.fp16_mirrors,
         ).sealed()
         plan_file.write_bytes(plan.data)
         sidecar_file.write_text(sidecar.to_json())

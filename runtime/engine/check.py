@@ -14,9 +14,9 @@ from stepcell.errors import EngineMismatchError
 from stepcell.files import read_bytes
 from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
 from stepcell.plugins.registry import register
-from stepcell.runtime import cuda
-from stepcell.runtime.engine.flavor import Messages, TensorRT, load_tensorrt, make_logger, no_collection
+from stepcell.runtime.cuda import driver as cuda
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, read_sidecar, rebuild_command, this_platform
+from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, load_tensorrt, make_logger, no_collection
 
 __all__ = ["CheckedEngine", "check_engine", "covers", "read_engine", "register_plugins"]
 

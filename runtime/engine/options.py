@@ -9,7 +9,7 @@ import msgspec
 
 from stepcell.errors import PluginError, UsageError
 from stepcell.plugins import plugin_unavailable
-from stepcell.runtime.engine.flavor import TensorRT
+from stepcell.runtime.engine.tensorrt_module import TensorRT
 from stepcell.shapes import format_shapes
 
 __all__ = ["BuildOptions", "check_options", "parse_memory_pool", "parse_targets"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepcell.errors import BuildError
-from stepcell.plugins.half_copies import HalfCopy
-from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger, no_collection
-from stepcell.runtime.engine.graph import OnnxFile, check_graph, check_network
+from stepcell.plugins.fp16_mirrors import Fp16Mirror
+from stepcell.runtime.engine.onnx_input import OnnxFile, check_graph, check_network
 from stepcell.runtime.engine.options import BuildOptions
-from stepcell.runtime.engine.profile import Profile, with_half_copies
+from stepcell.runtime.engine.profile import Profile, with_fp16_mirrors
+from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, dtype_name, make_logger, no_collection
 
 __all__ = ["BuiltPlan", "build_plan"]
 
@@ -28,14 +28,14 @@ class BuiltPlan:
         compute_layers: convolutions and matrix products by the dtype they compute in.
         timing_cache: kernel timings to keep for the next build; None where none were asked for.
         warnings: what TensorRT warned of, each once.
-        half_copies: inputs and outputs of the engine beyond the contract.
+        fp16_mirrors: inputs and outputs of the engine beyond the contract.
     """
 
     data: bytes
     compute_layers: dict[str, int]
     timing_cache: bytes | None
     warnings: tuple[str, ...]
-    half_copies: tuple[HalfCopy, ...] = ()
+    fp16_mirrors: tuple[Fp16Mirror, ...] = ()
 
 
 @no_collection()
@@ -66,8 +66,8 @@ def build_plan(
     if not parser.parse(file.data):
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         raise BuildError(f"{file.path}: {library.name} refused the model: {'; '.join(reasons) or messages.explain()}")
-    check_network(network, file.contract, file.half_copies)
-    _fix_formats(trt, network, file.half_copies)
+    check_network(network, file.contract, file.fp16_mirrors)
+    _fix_formats(trt, network, file.fp16_mirrors)
     config = _configure(trt, builder, options)
     if library.is_rtx and options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
@@ -76,7 +76,7 @@ def build_plan(
             _require(config.set_compute_capability(capability, index), f"compute capability {target}", messages)
     if file.contract.symbols:
         profile = builder.create_optimization_profile()
-        for name, shapes in with_half_copies(profiles, file.half_copies).items():
+        for name, shapes in with_fp16_mirrors(profiles, file.fp16_mirrors).items():
             profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
         _require(config.add_optimization_profile(profile) >= 0, "the sizes", messages)
     if timing_cache is not None:
@@ -89,11 +89,11 @@ def build_plan(
     if timing_cache is not None:
         timing_cache = bytes(config.get_timing_cache().serialize())
     warnings = tuple(dict.fromkeys(messages.warnings))
-    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, warnings, file.half_copies)
+    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, warnings, file.fp16_mirrors)
 
 
-def _fix_formats(trt: Any, network: Any, copies: Sequence[HalfCopy]) -> None:
-    """Both ends of a half copy lie as the kernels read and write them, so that nothing is put between."""
+def _fix_formats(trt: Any, network: Any, copies: Sequence[Fp16Mirror]) -> None:
+    """Both ends of a fp16 mirror lie as the kernels read and write them, so that nothing is put between."""
     names = {name for copy in copies for name in (copy.input, copy.output)}
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]

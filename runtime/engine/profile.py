@@ -13,11 +13,11 @@ import msgspec
 from stepcell.contract import STATE_IN, StepContract, TensorSpec
 from stepcell.dims import bind, resolve
 from stepcell.errors import ContractError, InputError, UsageError
-from stepcell.plugins.half_copies import HalfCopy
+from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.shapes import format_shapes
 
-__all__ = ["Profile", "data_shapes", "derive_profiles", "with_half_copies"]
+__all__ = ["Profile", "data_shapes", "derive_profiles", "with_fp16_mirrors"]
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -65,8 +65,8 @@ def derive_profiles(contract: StepContract, options: BuildOptions) -> dict[str, 
     return profiles
 
 
-def with_half_copies(profiles: Mapping[str, Profile], copies: Sequence[HalfCopy]) -> dict[str, Profile]:
-    """Profiles of all inputs of an engine: a half copy has its state's."""
+def with_fp16_mirrors(profiles: Mapping[str, Profile], copies: Sequence[Fp16Mirror]) -> dict[str, Profile]:
+    """Profiles of all inputs of an engine: a fp16 mirror has its state's."""
     return {**profiles, **{copy.input: profiles[STATE_IN + copy.state] for copy in copies}}
 
 

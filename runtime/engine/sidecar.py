@@ -19,10 +19,10 @@ from stepcell import __version__
 from stepcell.contract import StepContract
 from stepcell.errors import EngineMismatchError
 from stepcell.files import read_bytes
-from stepcell.plugins.half_copies import HalfCopy
-from stepcell.runtime.engine.flavor import Flavor
+from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
+from stepcell.runtime.engine.tensorrt_module import Flavor
 
 __all__ = [
     "SCHEMA",
@@ -35,7 +35,7 @@ __all__ = [
     "this_platform",
 ]
 
-SCHEMA = "1.1"  # 1.1: half_copies
+SCHEMA = "1.1"  # 1.1: half_copies, the name on disk of fp16_mirrors
 _ZEROS = "0" * 64
 
 
@@ -94,7 +94,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
         options: what the build was asked for.
         plugin: how it was decided whether the fused plugin is used; None: it was not to be, or the
             model has no cells for it.
-        half_copies: inputs and outputs of the engine that the contract does not have, for the plugin.
+        fp16_mirrors: inputs and outputs of the engine that the contract does not have, for the plugin.
         compute_layers: how many convolutions and matrix products compute in which dtype.
         build_seconds: how long TensorRT took.
         contract: the state contract of the ONNX file.
@@ -111,7 +111,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     build_seconds: float
     contract: StepContract
     plugin: PluginUse | None = None
-    half_copies: tuple[HalfCopy, ...] = ()
+    fp16_mirrors: tuple[Fp16Mirror, ...] = msgspec.field(default=(), name="half_copies")
     checksum: str = _ZEROS
 
     def sealed(self) -> Sidecar:

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 import numpy as np
 
 from stepcell.errors import DeviceError
-from stepcell.plugins.half_copies import HalfCopy, half_shape
-from stepcell.runtime import cuda
-from stepcell.runtime.engine.flavor import Messages, TensorRT, dtype_name, make_logger, no_collection
-from stepcell.runtime.engine.profile import Profile, with_half_copies
+from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_shape
+from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime.engine.profile import Profile, with_fp16_mirrors
+from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, dtype_name, make_logger, no_collection
 
 __all__ = ["step_milliseconds"]
 
@@ -24,7 +24,12 @@ _ROUNDS, _STEPS = 15, 10
 
 @no_collection()
 def step_milliseconds(
-    library: TensorRT, plan: bytes, profiles: Mapping[str, Profile], copies: Sequence[HalfCopy] = (), *, device: int = 0
+    library: TensorRT,
+    plan: bytes,
+    profiles: Mapping[str, Profile],
+    copies: Sequence[Fp16Mirror] = (),
+    *,
+    device: int = 0,
 ) -> float:
     """Median time of a step at the `opt` sizes, queued one by one as the step loop does it.
 
@@ -50,7 +55,7 @@ def step_milliseconds(
         accept(engine, "the plan")
         context = engine.create_execution_context()
         accept(context, "an execution context")
-        for name, profile in with_half_copies(profiles, copies).items():
+        for name, profile in with_fp16_mirrors(profiles, copies).items():
             accept(context.set_input_shape(name, profile.opt), f"{name}: shape {profile.opt}")
         stream, events = cuda.Stream(), [cuda.Event() for _ in range(_ROUNDS + 1)]
         owned.callback(stream.close)

@@ -136,8 +136,8 @@ def _load(
     checkpoint: Path | None, family: str | None, module: str | None, arguments: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[nn.Module, str, dict[str, object]]:
     from stepcell.exporter import load_checkpoint, step_model
-    from stepcell.exporter.families import load_strictly
-    from stepcell.exporter.module import module_from_factory
+    from stepcell.exporter.from_checkpoint.families import load_strictly
+    from stepcell.exporter.from_module.factory import module_from_factory
 
     if module is None:
         assert checkpoint is not None
@@ -162,7 +162,7 @@ def _adopt(
     positions: dict[str, int],
     precision: str,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    from stepcell.exporter.adopt import adopt
+    from stepcell.exporter.from_module import adopt
 
     if not shapes:
         raise UsageError(

@@ -16,7 +16,7 @@ from stepcell.missing import require
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
-    from stepcell.exporter.fusing.fuse import FuseReport
+    from stepcell.exporter.from_onnx.fuse import FuseReport
 
 
 @click.command(
@@ -49,7 +49,7 @@ def command(model: Path, output: Path, states: Sequence[str], shape: str | None,
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="`stepcell fuse`")
-    from stepcell.exporter.fusing.fuse import fuse_onnx
+    from stepcell.exporter.from_onnx.fuse import fuse_onnx
 
     started = time.monotonic()
     with working(f"fusing {model}"):

@@ -31,7 +31,7 @@ def command(file: Path, as_json: bool) -> None:
     An engine is compared with its sidecar; TensorRT and a GPU are not needed.
     """
     from stepcell.runtime.engine.check import read_engine
-    from stepcell.runtime.engine.graph import read_onnx
+    from stepcell.runtime.engine.onnx_input import read_onnx
 
     if file.suffix == ".onnx":
         model = read_onnx(file)

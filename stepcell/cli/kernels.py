@@ -75,7 +75,7 @@ def compile_command(
 def _cells_of(path: Path) -> list[Cell]:
     """The cells of an exported model."""
     from stepcell.plugins.nodes import plugin_model
-    from stepcell.runtime.engine.graph import read_onnx
+    from stepcell.runtime.engine.onnx_input import read_onnx
 
     cells = [cell for _, cell in plugin_model(read_onnx(path).model).cells]
     if not cells:

@@ -17,17 +17,17 @@ from stepcell.cli.view import View, summarise
 from stepcell.console import log, print_json
 from stepcell.errors import InputError, OutputError, StepcellError, UsageError
 from stepcell.files import write_atomic
-from stepcell.runtime.frames import event_input, image_input
-from stepcell.runtime.lane import Deadline, Lane, OnLate
-from stepcell.runtime.loop import StepLoop
-from stepcell.runtime.metrics import Metrics, parse_address
-from stepcell.runtime.policies import OnNonFinite, ResetPolicy, ResetWatch, reset_on_signal
-from stepcell.runtime.report import RunReport, StreamError, StreamsError, StreamsReport
-from stepcell.runtime.saving import SnapshotWriter, saved_frames
-from stepcell.runtime.scheduler import Watcher
-from stepcell.runtime.sources import RATES, parse_size, shown
-from stepcell.runtime.stop import StopRequest
-from stepcell.runtime.stream import run_streams
+from stepcell.runtime.loop.step_loop import StepLoop
+from stepcell.runtime.media.preprocess import event_input, image_input
+from stepcell.runtime.media.sources import RATES, parse_size, shown
+from stepcell.runtime.streams.metrics import Metrics, parse_address
+from stepcell.runtime.streams.report import RunReport, StreamError, StreamsError, StreamsReport
+from stepcell.runtime.streams.reset_policy import OnNonFinite, ResetPolicy, ResetWatch, reset_on_signal
+from stepcell.runtime.streams.run import run_streams
+from stepcell.runtime.streams.scheduler import Watcher
+from stepcell.runtime.streams.shutdown import StopRequest
+from stepcell.runtime.streams.snapshot_writer import SnapshotWriter, saved_frames
+from stepcell.runtime.streams.stream import Deadline, Lane, OnLate
 
 __all__ = ["command"]
 

@@ -15,13 +15,13 @@ from stepcell.console import log
 from stepcell.contract import TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
-from stepcell.runtime.feed import Reconnect
-from stepcell.runtime.lane import Deadline, Lane
-from stepcell.runtime.policies import ResetPolicy, ResetWatch
-from stepcell.runtime.scheduler import NOTICE
-from stepcell.runtime.sinks import Sink, open_sink
-from stepcell.runtime.sources import STDIN, Source, is_remote, open_source, shown
-from stepcell.runtime.stop import StopRequest
+from stepcell.runtime.media.sinks import Sink, open_sink
+from stepcell.runtime.media.sources import STDIN, Source, is_remote, open_source, shown
+from stepcell.runtime.streams.frame_reader import Reconnect
+from stepcell.runtime.streams.reset_policy import ResetPolicy, ResetWatch
+from stepcell.runtime.streams.scheduler import NOTICE
+from stepcell.runtime.streams.shutdown import StopRequest
+from stepcell.runtime.streams.stream import Deadline, Lane
 
 __all__ = ["Streams", "check_names", "unique"]
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from stepcell.console import console, log, stage, table
-from stepcell.runtime.lane import Lane
-from stepcell.runtime.report import RunReport
-from stepcell.runtime.statistics import Latency, LatencySummary
+from stepcell.runtime.loop.latency import Latency, LatencySummary
+from stepcell.runtime.streams.report import RunReport
+from stepcell.runtime.streams.stream import Lane
 
 __all__ = ["View", "summarise"]
 

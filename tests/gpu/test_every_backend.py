@@ -20,13 +20,14 @@ from stepcell.errors import InputError
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.zoo.clips import read_clip
-from stepcell.runtime import StepLoop, cuda
-from stepcell.runtime.policies import ResetPolicy, ResetWatch
-from stepcell.runtime.report import RunReport
-from stepcell.runtime.saving import SnapshotWriter
-from stepcell.runtime.sinks import ArraySink
-from stepcell.runtime.sources import open_source
-from stepcell.runtime.stream import run_stream
+from stepcell.runtime import StepLoop
+from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime.media.sinks import ArraySink
+from stepcell.runtime.media.sources import open_source
+from stepcell.runtime.streams.report import RunReport
+from stepcell.runtime.streams.reset_policy import ResetPolicy, ResetWatch
+from stepcell.runtime.streams.run import run_stream
+from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
 from tests.gpu.places import SLOTS, TOLERANCE, Place, frames, worst
 
 STEPS = 1000

@@ -18,7 +18,7 @@ import torch
 
 from stepcell.models.cells import conv_gru, conv_lstm
 from stepcell.plugins.fields import PLUGIN_VERSION
-from stepcell.plugins.half_copies import half_map
+from stepcell.plugins.fp16_mirrors import half_map
 from stepcell.plugins.kernels.cell import Cell, padded
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.packing import pack
@@ -26,8 +26,9 @@ from stepcell.plugins.kernels.store import images_for
 from stepcell.plugins.nodes import plugin_model
 from stepcell.plugins.registry import kernels_offered, register
 from stepcell.plugins.tensors import inputs_of, outputs_of, weights_of
-from stepcell.runtime import StepLoop, cuda
-from stepcell.runtime.engine import form
+from stepcell.runtime import StepLoop
+from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 
@@ -96,23 +97,23 @@ class OnDevice:
     """A plugin of a vendor's bindings, with its memory.
 
     Args:
-        half_copy: y of a step is among the inputs of the next.
+        fp16_mirror: y of a step is among the inputs of the next.
     """
 
-    def __init__(self, trt: Any, cell: Cell, images: tuple[KernelImage, ...], *, half_copy: bool) -> None:
+    def __init__(self, trt: Any, cell: Cell, images: tuple[KernelImage, ...], *, fp16_mirror: bool) -> None:
         register(trt)
         self.cell, (batch, height, width) = cell, SIZE
         creator = trt.get_plugin_registry().get_creator(cell.op, PLUGIN_VERSION, "stepcell")
         text = np.frombuffer(cell.label.encode() + b"\0", np.int8)
         fields = [trt.PluginField("cell", text, trt.PluginFieldType.CHAR)]
-        if half_copy:
-            fields.append(trt.PluginField("half_copy", np.ones(1, np.int32), trt.PluginFieldType.INT32))
+        if fp16_mirror:
+            fields.append(trt.PluginField("fp16_mirror", np.ones(1, np.int32), trt.PluginFieldType.INT32))
         attributes = trt.PluginFieldCollection(fields)
         with kernels_offered({cell.label: images}):
             self.built = creator.create_plugin("cell", attributes, trt.TensorRTPhase.BUILD)
         loaded = creator.create_plugin("cell", self.built.get_fields_to_serialize(), trt.TensorRTPhase.RUNTIME)
         self.plugin = loaded.attach_to_context(None)
-        descriptions, tensors = [], inputs_of(cell, half_copy=half_copy)
+        descriptions, tensors = [], inputs_of(cell, fp16_mirror=fp16_mirror)
         for tensor in (*tensors, *outputs_of(cell)):
             description = trt.PluginTensorDesc()
             channels = cell.inputs if tensor.buffer == "x" else cell.hidden
@@ -133,7 +134,7 @@ class OnDevice:
         self.x = torch.zeros((batch, height, width, padded(cell.inputs)), dtype=torch.float16, device="cuda")
         self.old = [torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(count)]
         self.new = [torch.full(shape, float("nan"), dtype=dtype, device="cuda") for _ in range(count)]
-        self.copies = [torch.zeros(map_shape, dtype=torch.float16, device="cuda")] if half_copy else []
+        self.copies = [torch.zeros(map_shape, dtype=torch.float16, device="cuda")] if fp16_mirror else []
         self.y = torch.full(map_shape, float("nan"), dtype=torch.float16, device="cuda")
 
     def set_tactic(self, tactic: int) -> None:
@@ -156,13 +157,13 @@ class OnDevice:
 @pytest.mark.slow
 @pytest.mark.parametrize("vendor", ["tensorrt", "tensorrt_rtx", "tensorrt_lean_bindings"])
 @pytest.mark.parametrize(
-    ("label", "half_copy"),
+    ("label", "fp16_mirror"),
     [*((label, False) for label in CELLS), *((label, True) for label in CELLS if label.endswith("float32"))],
 )
-def test_enqueue_and_its_capture(vendor: str, label: str, half_copy: bool) -> None:
+def test_enqueue_and_its_capture(vendor: str, label: str, fp16_mirror: bool) -> None:
     device = gpu()
     trt, cell = pytest.importorskip(vendor, exc_type=ImportError), Cell.from_label(label)
-    it = OnDevice(trt, cell, kernels(cell, device.compute_capability), half_copy=half_copy)
+    it = OnDevice(trt, cell, kernels(cell, device.compute_capability), fp16_mirror=fp16_mirror)
     weights = {name: torch.from_numpy(array).cuda().double() for name, array in it.weights.items()}
     for tactic in it.built.get_valid_tactics():
         it.set_tactic(tactic)
@@ -203,7 +204,7 @@ def test_enqueue_and_its_capture(vendor: str, label: str, half_copy: bool) -> No
                 target.copy_(it.y)
         for target in it.copies:  # what the host makes of a state that it writes
             assert np.array_equal(half_map(it.old[0].cpu().numpy()), target.cpu().numpy())
-        name = f"{label}, y given back," if half_copy else label
+        name = f"{label}, y given back," if fp16_mirror else label
         print(f"{vendor} {name} tactic {tactic}: worst relative difference {worst:.2e} over {STEPS} steps")
         assert worst < TOLERANCE[cell.state_dtype], f"tactic {tactic}: worst relative difference {worst:.2e}"
     it.plugin.destroy()
@@ -218,8 +219,8 @@ def test_inside_an_engine(plugin: Any, denoiser_onnx: Path, tmp_path: Path) -> N
         pytest.skip(f"not run: TensorRT {trt.__version__} has no ahead-of-time plugins")
     options = BuildOptions(flavor="tensorrt", plugin=plugin, opt_shapes={"x": (1, 3, 128, 160)})
     info = build_engine(denoiser_onnx, tmp_path / "model.engine", options)
-    print(info.contents.plugin, info.contents.half_copies)
-    assert bool(info.contents.half_copies) == (plugin == "on" or (plugin == "auto" and info.contents.plugin.used))
+    print(info.contents.plugin, info.contents.fp16_mirrors)
+    assert bool(info.contents.fp16_mirrors) == (plugin == "on" or (plugin == "auto" and info.contents.plugin.used))
     random, worst = np.random.default_rng(0), 0.0
     with (
         StepLoop.open(denoiser_onnx, device="cpu") as exact,
@@ -234,7 +235,7 @@ def test_inside_an_engine(plugin: Any, denoiser_onnx: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_an_engine_with_half_copies_equals_one_without(
+def test_an_engine_with_fp16_mirrors_equals_one_without(
     denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after resets, for idle rows, and from a snapshot, bit by bit. Each engine chose its own tiles, so the two
@@ -246,7 +247,7 @@ def test_an_engine_with_half_copies_equals_one_without(
     with monkeypatch.context() as patch:
         patch.setattr(form, "plugin_model", lambda model, _: plugin_model(model))
         made = build_engine(denoiser_onnx, tmp_path / "made.engine", options).contents
-    assert (len(given.half_copies), len(made.half_copies)) == (1, 0)
+    assert (len(given.fp16_mirrors), len(made.fp16_mirrors)) == (1, 0)
     xs = np.random.default_rng(0).random((STEPS, 3, 3, 64, 96), np.float32).astype(np.float16)
     with (
         StepLoop.open(tmp_path / "given.engine", device="cuda") as loop,
@@ -267,7 +268,7 @@ def test_an_engine_with_half_copies_equals_one_without(
         loop.load_state(snapshot)
         for x, y in zip(xs, expected, strict=False):
             np.testing.assert_array_equal(loop.step(x=x)["y"], y)
-    print(f"with the half copy and without: worst difference {worst:.2e} over {STEPS} steps")
+    print(f"with the fp16 mirror and without: worst difference {worst:.2e} over {STEPS} steps")
     assert worst < 5e-3, worst
     with StepLoop.open(tmp_path / "given.engine", device="cuda", slots=3) as slots:
         busy, idle, again = (slots.attach() for _ in range(3))

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from stepcell.errors import DeviceError, MissingDependencyError
 from stepcell.files import write_atomic
-from stepcell.runtime import StepLoop, cuda
+from stepcell.runtime import StepLoop
+from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
+from stepcell.runtime.backends.tensorrt.runtime_cache import cache_path
+from stepcell.runtime.cuda import driver as cuda
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
-from stepcell.runtime.runtime_cache import cache_path
-from stepcell.runtime.tensorrt import TensorRTBackend
-from tests.counting import ALLOCATING, CREATING, WAITING, CountingCuda
 from tests.gpu.places import SHAPE, Place, frames
+from tests.stand_ins.counting import ALLOCATING, CREATING, WAITING, CountingCuda
 
 LARGE = (1, 3, 1080, 1920)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

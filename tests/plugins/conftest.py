@@ -174,7 +174,7 @@ class Steps:
 
     Attributes:
         size: batch, height, width.
-        half_copy: y of the last step is given as the half copy of the state.
+        fp16_mirror: y of the last step is given as the fp16 mirror of the state.
         tile: for every kernel of the step, or one for each.
         weights: of the op; None: random.
         launch: runs one kernel on tensors of `device`.
@@ -183,7 +183,7 @@ class Steps:
     cell: Cell
     size: tuple[int, int, int]
     tile: Tile | Mapping[str, Tile]
-    half_copy: bool = True
+    fp16_mirror: bool = True
     seed: int = 0
     device: str = "cpu"
     launch: Launch = interpret
@@ -235,7 +235,7 @@ class Steps:
         state_shape = (batch, cell.hidden, height, width) if cell.state_dtype == "float32" else half_shape
         state_dtype = getattr(torch, cell.state_dtype)
         outputs: dict[str, Buffer] = {}
-        for kernel in kernels_of(cell, half_copy=self.half_copy):
+        for kernel in kernels_of(cell, fp16_mirror=self.fp16_mirror):
             new = {}
             for parameter in PARAMETERS[kernel]:
                 if parameter.name.endswith("_out"):

@@ -86,7 +86,7 @@ def check_tiles(
 ) -> None:
     """Every choice of tiles against float64, outputs poisoned and guarded (conftest.py)."""
     for tile in choices(cell, capability, pixels):
-        worst = steps(cell, tile=tile, half_copy=False, **where).run(count)
+        worst = steps(cell, tile=tile, fp16_mirror=False, **where).run(count)
         names = ", ".join(f"{kernel} {t.label}" for kernel, t in tile.items())
         print(f"{cell.label}: {names}: {worst}")
         assert max(worst.values()) <= TOLERANCE[cell.state_dtype], f"{cell.label}: {names}: worst {worst}"
@@ -127,7 +127,7 @@ def test_a_captured_step_equals_an_eager_one(label: str, steps: Any, device: Dev
         graphs.append(graph)
 
     last = dict(wanted(cell, device.capability, 300))  # the split tiles, where there are any
-    steps(cell, size=(1, 9, 11), tile=last, half_copy=False, device="cuda", launch=launch).run(3)
+    steps(cell, size=(1, 9, 11), tile=last, fp16_mirror=False, device="cuda", launch=launch).run(3)
     assert len(graphs) == 9
 
 

@@ -19,7 +19,7 @@ from stepcell.plugins.kernels.signature import PARAMETERS
 from stepcell.plugins.kernels.tiles import Tile
 
 # Relative to max(1, |value|). The spacing of float16 below 2 is 1e-3, and what follows from rounding
-# r . h, z and the state's half copy stays below that over 16 steps.
+# r . h, z and the state's fp16 mirror stays below that over 16 steps.
 WIDE_STATE = 1.5e-3
 HALF_STATE = 4e-3  # the state itself is rounded at every step
 
@@ -67,16 +67,16 @@ def test_larger_kernels_and_more_channels(label: str, steps: Any) -> None:
 
 
 @pytest.mark.parametrize("op", ["gru", "gru-after", "lstm-map"])
-def test_without_a_given_half_copy_the_state_is_narrowed_first(op: str, steps: Any) -> None:
+def test_without_a_given_fp16_mirror_the_state_is_narrowed_first(op: str, steps: Any) -> None:
     cell = Cell.from_label(f"{op}_x5_h20_k3x3_soft_float32")
-    assert_close(cell, steps(cell, size=(2, 3, 5), tile=TILE, half_copy=False).run(4))
+    assert_close(cell, steps(cell, size=(2, 3, 5), tile=TILE, fp16_mirror=False).run(4))
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 16, 16, 1), Tile(128, 32, 64, 4), Tile(16, 64, 32, 3)])
 def test_every_tile_shape_gives_the_same(tile: Tile, steps: Any) -> None:
     for op in ("gru", "gru-after", "lstm"):
         cell = Cell.from_label(f"{op}_x24_h24_k1x3_soft_float32")
-        assert_close(cell, steps(cell, size=(1, 3, 6), tile=tile, half_copy=False).run(2))
+        assert_close(cell, steps(cell, size=(1, 3, 6), tile=tile, fp16_mirror=False).run(2))
 
 
 SPLIT = [  # of up to 5 steps in either half of the loop: even, uneven, and with some that get none
@@ -153,22 +153,22 @@ def cells(draw: Any) -> Cell:
         stages=st.just(2),
         splits=st.sampled_from([1, 1, 2, 5]),
     ),
-    half_copy=st.booleans(),
+    fp16_mirror=st.booleans(),
     seed=st.integers(0, 9),
 )
 @example(
-    cell=Cell.from_label("gru_x8_h8_k7x7_soft_float32"), size=(1, 1, 1), tile=TILE, half_copy=False, seed=0
+    cell=Cell.from_label("gru_x8_h8_k7x7_soft_float32"), size=(1, 1, 1), tile=TILE, fp16_mirror=False, seed=0
 )  # one pixel, kernel larger
 @example(
-    cell=Cell.from_label("lstm_x8_h8_k5x5_soft_float32"), size=(1, 1, 40), tile=TILE, half_copy=False, seed=0
+    cell=Cell.from_label("lstm_x8_h8_k5x5_soft_float32"), size=(1, 1, 40), tile=TILE, fp16_mirror=False, seed=0
 )  # wide
 @example(
-    cell=Cell.from_label("gru-after_x8_h8_k5x5_soft_float32"), size=(3, 40, 1), tile=TILE, half_copy=True, seed=0
+    cell=Cell.from_label("gru-after_x8_h8_k5x5_soft_float32"), size=(3, 40, 1), tile=TILE, fp16_mirror=True, seed=0
 )  # narrow
 def test_any_cell_any_size(
-    steps: Any, cell: Cell, size: tuple[int, int, int], tile: Tile, half_copy: bool, seed: int
+    steps: Any, cell: Cell, size: tuple[int, int, int], tile: Tile, fp16_mirror: bool, seed: int
 ) -> None:
-    assert_close(cell, steps(cell, size=size, tile=tile, half_copy=half_copy, seed=seed).run(2))
+    assert_close(cell, steps(cell, size=size, tile=tile, fp16_mirror=fp16_mirror, seed=seed).run(2))
 
 
 def test_a_wide_state_moves_by_less_than_half_can_hold(steps: Any) -> None:

@@ -29,14 +29,14 @@ CELLS = [
 ]
 # and whether y of the last step is among the inputs
 NODES = [(cell, given) for cell in CELLS for given in (False, True) if not given or cell.state_dtype == "float32"]
-NODE_IDS = [f"{cell.label}{'-half-copy' if given else ''}" for cell, given in NODES]
+NODE_IDS = [f"{cell.label}{'-fp16-mirror' if given else ''}" for cell, given in NODES]
 MAX_PIXELS = 4 * 64 * 96
 
 
 def images(cell: Cell, tiles: int = 2) -> tuple[KernelImage, ...]:
     """Images as the compiler describes them, with other bytes for the code."""
     found = []
-    for kernel in kernels_of(cell, half_copy=False):
+    for kernel in kernels_of(cell, fp16_mirror=False):
         for tile in range(1 if kernel == "narrow_state" else tiles):
             cubin = f"{kernel} {tile}".encode()
             info = ImageInfo(
@@ -76,21 +76,21 @@ def creator(trt: Any, op: str) -> Any:
 
 
 def from_node(
-    trt: Any, cell: Cell, label: bytes | None = None, op: str | None = None, *, half_copy: bool = False
+    trt: Any, cell: Cell, label: bytes | None = None, op: str | None = None, *, fp16_mirror: bool = False
 ) -> Any:
     """What the ONNX parser makes of a node: the text of an attribute ends with a zero byte, a number has 4 bytes."""
     text = cell.label.encode() + b"\0" if label is None else label
     listed = [trt.PluginField("cell", np.frombuffer(text, np.int8), trt.PluginFieldType.CHAR)]
-    if half_copy:
-        listed.append(trt.PluginField("half_copy", np.ones(1, np.int32), trt.PluginFieldType.INT32))
+    if fp16_mirror:
+        listed.append(trt.PluginField("fp16_mirror", np.ones(1, np.int32), trt.PluginFieldType.INT32))
     fields = trt.PluginFieldCollection(listed)
     with kernels_offered({cell.label: images(cell)}):
         return creator(trt, op or cell.op).create_plugin("node", fields, trt.TensorRTPhase.BUILD)
 
 
-def shapes_of(cell: Cell, half_copy: bool, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
+def shapes_of(cell: Cell, fp16_mirror: bool, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
-    for tensor in (*inputs_of(cell, half_copy=half_copy), *outputs_of(cell)):
+    for tensor in (*inputs_of(cell, fp16_mirror=fp16_mirror), *outputs_of(cell)):
         channels = cell.inputs if tensor.buffer == "x" else cell.hidden
         shapes.append((100,) if "." in tensor.buffer else (batch, channels, height, width))
     return shapes
@@ -102,11 +102,11 @@ def described(
     dynamic: bool = False,
     smallest: Any = (1, 8, 8),
     largest: Any = (4, 64, 96),
-    half_copy: bool = False,
+    fp16_mirror: bool = False,
 ) -> Any:
     """Real descriptors of the cell's tensors, split into inputs and outputs."""
     result = []
-    lowest, highest = (shapes_of(cell, half_copy, *size) for size in (smallest, largest))
+    lowest, highest = (shapes_of(cell, fp16_mirror, *size) for size in (smallest, largest))
     for low, high in zip(lowest, highest, strict=True):
         desc = trt.PluginTensorDesc()
         desc.dims = trt.Dims([-1 if a != b else a for a, b in zip(low, high, strict=True)] if dynamic else high)
@@ -115,21 +115,21 @@ def described(
             bounds.desc, bounds.min, bounds.opt, bounds.max = desc_inside, trt.Dims(low), trt.Dims(low), trt.Dims(high)
             desc = bounds
         result.append(desc)
-    count = len(inputs_of(cell, half_copy=half_copy))
+    count = len(inputs_of(cell, fp16_mirror=fp16_mirror))
     return result[:count], result[count:]
 
 
-@pytest.mark.parametrize(("cell", "half_copy"), NODES, ids=NODE_IDS)
-def test_creator_makes_a_plugin_of_a_node(trt: Any, cell: Cell, half_copy: bool) -> None:
-    plugin = from_node(trt, cell, half_copy=half_copy)
-    assert len(plugin.inputs) == len(inputs_of(cell)) + half_copy
-    assert {image.info.kernel for image in plugin.images} == set(kernels_of(cell, half_copy=half_copy))
+@pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
+def test_creator_makes_a_plugin_of_a_node(trt: Any, cell: Cell, fp16_mirror: bool) -> None:
+    plugin = from_node(trt, cell, fp16_mirror=fp16_mirror)
+    assert len(plugin.inputs) == len(inputs_of(cell)) + fp16_mirror
+    assert {image.info.kernel for image in plugin.images} == set(kernels_of(cell, fp16_mirror=fp16_mirror))
     assert isinstance(plugin, trt.IPluginV3)
     assert (plugin.plugin_name, plugin.plugin_namespace, plugin.plugin_version) == (cell.op, "stepcell", PLUGIN_VERSION)
     assert plugin.num_outputs == (2 if cell.op == "ConvGRU" else 3)
     for kind in trt.PluginCapabilityType.__members__.values():
         assert plugin.get_capability_interface(kind) is plugin
-    assert [field.name for field in creator(trt, cell.op).field_names] == ["cell", "half_copy"]
+    assert [field.name for field in creator(trt, cell.op).field_names] == ["cell", "fp16_mirror"]
 
 
 def test_registering_twice_is_allowed_and_a_taken_name_is_refused(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,9 +169,9 @@ def test_missing_fields(trt: Any) -> None:
         creator(trt, "ConvGRU").create_plugin("node", empty, trt.TensorRTPhase.RUNTIME)
 
 
-@pytest.mark.parametrize(("cell", "half_copy"), NODES, ids=NODE_IDS)
-def test_types_and_shapes_of_outputs(trt: Any, cell: Cell, half_copy: bool) -> None:
-    plugin, half = from_node(trt, cell, half_copy=half_copy), trt.DataType.HALF
+@pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
+def test_types_and_shapes_of_outputs(trt: Any, cell: Cell, fp16_mirror: bool) -> None:
+    plugin, half = from_node(trt, cell, fp16_mirror=fp16_mirror), trt.DataType.HALF
     state = trt.DataType.FLOAT if cell.state_dtype == "float32" else half
     states = [state] * (1 if cell.op == "ConvGRU" else 2)
     weights = [half] * (len(plugin.inputs) - 1 - len(states))
@@ -182,19 +182,19 @@ def test_types_and_shapes_of_outputs(trt: Any, cell: Cell, half_copy: bool) -> N
     assert ranks == [2, *([3] if cell.op == "ConvLSTM" else []), 2]
 
 
-@pytest.mark.parametrize(("cell", "half_copy"), NODES, ids=NODE_IDS)
-def test_formats_one_per_tensor(cell: Cell, half_copy: bool) -> None:
+@pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
+def test_formats_one_per_tensor(cell: Cell, fp16_mirror: bool) -> None:
     import tensorrt_rtx as trt  # the lean bindings do not have the type TensorFormat
 
     register(trt)
-    plugin = from_node(trt, cell, half_copy=half_copy)
+    plugin = from_node(trt, cell, fp16_mirror=fp16_mirror)
     wide = cell.state_dtype == "float32"
     expected = dict.fromkeys(["x", "h", "y"], ("HALF", "HWC8"))
     expected |= dict.fromkeys(
         ["state", "cell", "state_out", "cell_out"], ("FLOAT", "LINEAR") if wide else ("HALF", "HWC8")
     )
-    inputs, outputs = described(trt, cell, dynamic=True, half_copy=half_copy)
-    tensors = (*inputs_of(cell, half_copy=half_copy), *outputs_of(cell))
+    inputs, outputs = described(trt, cell, dynamic=True, fp16_mirror=fp16_mirror)
+    tensors = (*inputs_of(cell, fp16_mirror=fp16_mirror), *outputs_of(cell))
     for place, tensor in enumerate(tensors):
         accepted = set()
         for dtype in trt.DataType.__members__.values():
@@ -223,8 +223,8 @@ def test_configure_refuses_what_the_kernels_cannot_take(trt: Any) -> None:
     inputs, outputs = described(trt, GRU, dynamic=True)
     with pytest.raises(PluginError, match="expected 8 inputs and 2 outputs, got 7 and 2"):
         plugin.configure_plugin(inputs[:-1], outputs)
-    copied = from_node(trt, GRU, half_copy=True)
-    copied.configure_plugin(*described(trt, GRU, dynamic=True, half_copy=True))
+    copied = from_node(trt, GRU, fp16_mirror=True)
+    copied.configure_plugin(*described(trt, GRU, dynamic=True, fp16_mirror=True))
     with pytest.raises(PluginError, match="expected 9 inputs and 2 outputs, got 8 and 2"):
         copied.configure_plugin(inputs, outputs)
 
@@ -232,10 +232,10 @@ def test_configure_refuses_what_the_kernels_cannot_take(trt: Any) -> None:
 def test_workspace_of_the_largest_sizes(trt: Any) -> None:
     bounds = {cell: described(trt, cell, dynamic=True) for cell in CELLS}
     sizes = {cell.label: from_node(trt, cell).get_workspace_size(*bounds[cell]) for cell in CELLS}
-    copied = described(trt, GRU, dynamic=True, half_copy=True)
-    assert from_node(trt, GRU, half_copy=True).get_workspace_size(*copied) == 2 * MAX_PIXELS * 8 * 2  # z, r.h
+    copied = described(trt, GRU, dynamic=True, fp16_mirror=True)
+    assert from_node(trt, GRU, fp16_mirror=True).get_workspace_size(*copied) == 2 * MAX_PIXELS * 8 * 2  # z, r.h
     assert sizes == {
-        "gru_x3_h5_k3x3_soft_float32": 3 * MAX_PIXELS * 8 * 2,  # z, r.h, half copy of the state
+        "gru_x3_h5_k3x3_soft_float32": 3 * MAX_PIXELS * 8 * 2,  # z, r.h, fp16 mirror of the state
         "lstm-map_x12_h8_k5x1_hard_float16": 0,
         "gru-after_x8_h16_k1x1_soft_float16": 0,
         "lstm_x3_h5_k3x3_soft_float32": MAX_PIXELS * 8 * 2,
@@ -251,7 +251,7 @@ def test_partial_sums_of_the_largest_split_kernel_join_the_workspace() -> None:
     tiles = 3  # of 64 pixels
     expected = -(-4000 * 3 * tiles // 256) * 256
     assert len(split) == 5
-    sizes = [workspace_size(GRU, images, pixels, half_copy=False) for images in (plain, split)]
+    sizes = [workspace_size(GRU, images, pixels, fp16_mirror=False) for images in (plain, split)]
     assert sizes[1] == sizes[0] + expected
 
 
@@ -264,7 +264,7 @@ def test_tactics_are_the_tiles(trt: Any) -> None:
         ["narrow_state-0", "gru_gates-1", "gru_candidate-0"],
         ["narrow_state-0", "gru_gates-1", "gru_candidate-1"],
     ]
-    copied = from_node(trt, GRU, half_copy=True)
+    copied = from_node(trt, GRU, fp16_mirror=True)
     assert [[image.info.kernel for image in images] for images in copied.tactics] == [
         ["gru_gates", "gru_candidate"]
     ] * 4
@@ -277,15 +277,15 @@ def test_tactics_are_the_tiles(trt: Any) -> None:
     assert plugin.timing_cache_id != from_node(trt, CELLS[3]).timing_cache_id
 
 
-@pytest.mark.parametrize(("cell", "half_copy"), NODES, ids=NODE_IDS)
-def test_a_plan_carries_the_cell_and_its_code(trt: Any, cell: Cell, half_copy: bool) -> None:
-    built = from_node(trt, cell, half_copy=half_copy).clone()
+@pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
+def test_a_plan_carries_the_cell_and_its_code(trt: Any, cell: Cell, fp16_mirror: bool) -> None:
+    built = from_node(trt, cell, fp16_mirror=fp16_mirror).clone()
     fields = built.get_fields_to_serialize()
     assert built.get_fields_to_serialize() is not fields  # a second asking leaves the first's bytes alone
     loaded = creator(trt, cell.op).create_plugin("node", fields, trt.TensorRTPhase.RUNTIME)
-    assert (loaded.cell, loaded.half_copy) == (cell, half_copy)
+    assert (loaded.cell, loaded.fp16_mirror) == (cell, fp16_mirror)
     assert loaded.images == tuple(
-        image for image in images(cell) if not half_copy or image.info.kernel != "narrow_state"
+        image for image in images(cell) if not fp16_mirror or image.info.kernel != "narrow_state"
     )
     other = "ConvLSTM" if cell.op == "ConvGRU" else "ConvGRU"
     with pytest.raises(PluginError, match=f"expected a cell of {other}"):
@@ -293,7 +293,7 @@ def test_a_plan_carries_the_cell_and_its_code(trt: Any, cell: Cell, half_copy: b
 
 
 def test_every_damaged_byte_is_noticed() -> None:
-    data = pack_fields(LSTM, images(LSTM, tiles=1), half_copy=False)
+    data = pack_fields(LSTM, images(LSTM, tiles=1), fp16_mirror=False)
     assert read_fields(data) == (LSTM, images(LSTM, tiles=1), False)
     for place in range(0, len(data), 7):
         damaged = bytearray(data)
@@ -318,14 +318,14 @@ def sealed(document: Any) -> bytes:
         ({"cell": 7}, "not readable"),
         ({"images": []}, "needs narrow_state"),
         ({"images": images(CELLS[3])}, "needs gru_gates"),
-        ({"images": [], "half_copy": True}, "needs gru_gates"),
-        ({"half_copy": 7}, "not readable"),
+        ({"images": [], "fp16_mirror": True}, "needs gru_gates"),
+        ({"fp16_mirror": 7}, "not readable"),
         ({"cell": "gru_x3_h5_k5x5_soft_float32"}, "mixed up: kernel gru_gates of gru_x3_h5_k3x3_soft_float32"),
     ],
 )
 def test_unusable_fields(change: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineMismatchError, match=message) as caught:
-        read_fields(sealed({"schema": 2, "cell": GRU.label, "half_copy": False, "images": images(GRU)} | change))
+        read_fields(sealed({"schema": 2, "cell": GRU.label, "fp16_mirror": False, "images": images(GRU)} | change))
     assert "stepcell build" in str(caught.value.hint)
 
 
@@ -342,7 +342,7 @@ def test_unusable_images(change: dict[str, Any], message: str) -> None:
     broken = KernelImage(msgspec.structs.replace(first.info, **change), first.cubin)
     rest = [each for each in images(GRU) if each.info.kernel != "gru_gates"]
     with pytest.raises(EngineMismatchError, match=message):
-        read_fields(pack_fields(GRU, [broken, *others, *rest], half_copy=False))
+        read_fields(pack_fields(GRU, [broken, *others, *rest], fp16_mirror=False))
 
 
 def test_interface_digest_follows_the_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,8 +352,8 @@ def test_interface_digest_follows_the_interface_only(monkeypatch: pytest.MonkeyP
         changed.setattr("stepcell.plugins.fields._SCHEMA", 3)
         assert interface_digest() != before
     assert interface_digest() == before
-    with monkeypatch.context() as changed:  # a node whose half copy stood elsewhere
-        moved = lambda cell, half_copy: inputs_of(cell, half_copy=half_copy)[:: -1 if half_copy else 1]  # noqa: E731
+    with monkeypatch.context() as changed:  # a node whose fp16 mirror stood elsewhere
+        moved = lambda cell, fp16_mirror: inputs_of(cell, fp16_mirror=fp16_mirror)[:: -1 if fp16_mirror else 1]  # noqa: E731
         changed.setattr("stepcell.plugins.fields.inputs_of", moved)
         assert interface_digest() != before
     monkeypatch.setitem(PARAMETERS, "gru_gates", PARAMETERS["gru_gates"][1:])

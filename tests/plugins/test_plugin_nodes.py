@@ -1,5 +1,5 @@
 """From an ONNX node to numbers: the model is rewritten, the plugin made by TensorRT-RTX's own registry,
-carried by a plan's fields, and stepped. Only the GPU is replaced: `tests.plugins.interpreted_driver`."""
+carried by a plan's fields, and stepped. Only the GPU is replaced: `tests.stand_ins.interpreted_driver`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stepcell.contract import StateSpec
 from stepcell.errors import PluginError
-from stepcell.exporter.functions import function_for, variant_of
+from stepcell.exporter.step_onnx.op_functions import function_for, variant_of
 from stepcell.models.cells import conv_gru, conv_lstm
 from stepcell.plugins.chain import chained_model
 from stepcell.plugins.fields import PLUGIN_VERSION
-from stepcell.plugins.half_copies import HalfCopy, half_map
+from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_map
 from stepcell.plugins.kernels.cell import Cell, padded
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.tiles import Tile
 from stepcell.plugins.nodes import has_cells, plugin_model
 from stepcell.plugins.registry import kernels_offered, register
 from stepcell.plugins.tensors import inputs_of, outputs_of
-from tests.plugins.interpreted_driver import TILES, Driver, images_of, to_map
+from tests.stand_ins.interpreted_driver import TILES, Driver, images_of, to_map
 
 Array = np.ndarray[Any, Any]
 H, C = (StateSpec(name=name, shape=("batch", 8, "height", "width")) for name in "hc")
@@ -103,7 +103,7 @@ def test_a_node_becomes_the_plugins(label: str) -> None:
     assert model.SerializeToString(deterministic=True) == before
     assert has_cells(model)
     assert found.cells == (("state_in.h", cell),)
-    assert not found.half_copies
+    assert not found.fp16_mirrors
     assert not found.model.functions
     (node,) = found.model.graph.node
     assert {a.name: a.s.decode() for a in node.attribute} == {
@@ -131,20 +131,20 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("label", CELLS)
-def test_a_wide_state_brings_its_half_copy(label: str) -> None:
+def test_a_wide_state_brings_its_fp16_mirror(label: str) -> None:
     cell = Cell.from_label(label)
     found = plugin_model(cell_model(cell), [H, C])
     node, *others = found.model.graph.node
     onnx.checker.check_model(found.model)
     if cell.state_dtype == "float16":
-        assert not found.half_copies
-        assert "half_copy" not in attributes_of(node)
+        assert not found.fp16_mirrors
+        assert "fp16_mirror" not in attributes_of(node)
         return
-    assert found.half_copies == (HalfCopy("h", "half_in.h", "half_out.h"),)
+    assert found.fp16_mirrors == (Fp16Mirror("h", "half_in.h", "half_out.h"),)
     states = ["state_in.h"] if cell.op == "ConvGRU" else ["state_in.h", "state_in.c"]
     assert list(node.input)[: len(states) + 2] == ["x", *states, "half_in.h"]
-    assert len(node.input) == len(inputs_of(cell, half_copy=True))
-    assert attributes_of(node)["half_copy"] == 1
+    assert len(node.input) == len(inputs_of(cell, fp16_mirror=True))
+    assert attributes_of(node)["fp16_mirror"] == 1
     for name in ("half_in.h", "half_out.h"):
         assert port(found.model.graph, name) == (TensorProto.FLOAT16, ["batch", cell.hidden, 7, 9])
     # The kernel writes the copy itself; y, an output of the model under its own name, is one of it.
@@ -152,7 +152,7 @@ def test_a_wide_state_brings_its_half_copy(label: str) -> None:
     assert [(each.op_type, *each.input, *each.output) for each in others] == [("Identity", "half_out.h", "y")]
 
 
-def test_y_that_only_the_graph_reads_is_the_half_copy_itself() -> None:
+def test_y_that_only_the_graph_reads_is_the_fp16_mirror_itself() -> None:
     model = cell_model(Cell.from_label(CELLS[0]))
     graph = model.graph
     graph.node[0].output[1] = "inner"
@@ -193,10 +193,10 @@ def test_a_state_of_another_cell_takes_that_cells_y() -> None:
     assert list(second.input)[:3] == ["x", "between", "inner"]
     assert [*second.output] == ["state_out.h", "half_out.h"]
     assert [*copy.input, *copy.output] == ["half_out.h", "y"]
-    # the portable form has no half copy from outside, and this one from inside
+    # the portable form has no fp16 mirror from outside, and this one from inside
     portable = plugin_model(in_turn())
-    assert not portable.half_copies
-    assert [attributes_of(each).get("half_copy") for each in portable.model.graph.node] == [None, 1]
+    assert not portable.fp16_mirrors
+    assert [attributes_of(each).get("fp16_mirror") for each in portable.model.graph.node] == [None, 1]
     kernels = [node.op_type for node in chained_model(portable.model).graph.node]
     assert kernels == ["narrow_state", "gru_gates", "gru_candidate", "gru_gates", "gru_candidate"]
 
@@ -217,17 +217,17 @@ def _no_y(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("change", [_computed_state, _changed_after, _no_y])
-def test_states_that_have_no_half_copy(change: Callable[[onnx.ModelProto], None]) -> None:
+def test_states_that_have_no_fp16_mirror(change: Callable[[onnx.ModelProto], None]) -> None:
     model = cell_model(Cell.from_label(CELLS[0]))
     change(model)
     found = plugin_model(model, [H])
-    assert not found.half_copies
-    assert not [node for node in found.model.graph.node if "half_copy" in attributes_of(node)]
+    assert not found.fp16_mirrors
+    assert not [node for node in found.model.graph.node if "fp16_mirror" in attributes_of(node)]
 
 
-def test_a_state_whose_streams_are_no_batch_has_no_half_copy() -> None:
+def test_a_state_whose_streams_are_no_batch_has_no_fp16_mirror() -> None:
     other = msgspec.structs.replace(H, batch_axis=2)
-    assert not plugin_model(cell_model(Cell.from_label(CELLS[0])), [other]).half_copies
+    assert not plugin_model(cell_model(Cell.from_label(CELLS[0])), [other]).fp16_mirrors
 
 
 def test_only_what_the_nodes_replaced_is_dropped() -> None:
@@ -351,7 +351,7 @@ def test_a_real_parser_finds_the_plugin(tmp_path: Path, by_attributes: bool) -> 
     command = [sys.executable, "-c", PARSE, tmp_path / "model.onnx", cell.label]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    found = ["node cell {'half_copy': b'\\x01\\x00\\x00\\x00'}", f"cell {cell.label}"]
+    found = ["node cell {'fp16_mirror': b'\\x01\\x00\\x00\\x00'}", f"cell {cell.label}"]
     assert run.stdout.splitlines() == found, (run.stdout, run.stderr[-2000:])
 
 
@@ -371,7 +371,7 @@ RUNS += [(label, TILES[1], True) for label in CELLS if label.endswith("float32")
 def test_steps_of_the_plugin_equal_the_reference(
     label: str, tile: Tile, given: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`given`: y of a step is the half copy of the next."""
+    """`given`: y of a step is the fp16 mirror of the next."""
     cell, (batch, height, width) = Cell.from_label(label), (2, 7, 9)
     weights = weights_for(cell, (height, width))
     model = plugin_model(cell_model(cell, (height, width), weights), [H] if given else []).model
@@ -384,7 +384,7 @@ def test_steps_of_the_plugin_equal_the_reference(
     text = np.frombuffer(_attribute(model, "cell").s + b"\0", np.int8)
     fields = [trt.PluginField("cell", text, trt.PluginFieldType.CHAR)]
     if given:
-        fields.append(trt.PluginField("half_copy", np.ones(1, np.int32), trt.PluginFieldType.INT32))
+        fields.append(trt.PluginField("fp16_mirror", np.ones(1, np.int32), trt.PluginFieldType.INT32))
     attributes = trt.PluginFieldCollection(fields)
     with kernels_offered({label: images_of(cell)}):
         built = creator.create_plugin("cell", attributes, trt.TensorRTPhase.BUILD)
@@ -393,7 +393,7 @@ def test_steps_of_the_plugin_equal_the_reference(
 
     nodes, states = model.graph.node[0], 1 if cell.op == "ConvGRU" else 2
     descriptions = []
-    inputs = inputs_of(cell, half_copy=given)
+    inputs = inputs_of(cell, fp16_mirror=given)
     for tensor in (*inputs, *outputs_of(cell)):
         desc = trt.PluginTensorDesc()
         channels = cell.inputs if tensor.buffer == "x" else cell.hidden
@@ -401,7 +401,7 @@ def test_steps_of_the_plugin_equal_the_reference(
         descriptions.append(desc)
     described = descriptions[: len(inputs)], descriptions[len(inputs) :]
     plugin.on_shape_change(*described)
-    expected = [f"{k} {(tile if k != 'narrow_state' else TILES[1]).label}" for k in kernels_of(cell, half_copy=given)]
+    expected = [f"{k} {(tile if k != 'narrow_state' else TILES[1]).label}" for k in kernels_of(cell, fp16_mirror=given)]
     tactics = [[f"{image.info.kernel} {image.info.tile}" for image in images] for images in plugin.tactics]
     plugin.set_tactic(1 + tactics.index(expected))  # after the sizes: the first tactic's code goes
 

@@ -136,7 +136,7 @@ def test_the_chain_computes_the_cell(label: str) -> None:
 
 
 def test_a_chain_of_two_cells_on_one_state_narrows_it_once() -> None:
-    """The second cell reads y of the first as the half copy of its state."""
+    """The second cell reads y of the first as the fp16 mirror of its state."""
     cell, (batch, height, width) = Cell.from_label("gru_x3_h5_k3x3_soft_float32"), SIZE
     model, w = model_of(cell)
     first, copy = model.graph.node
@@ -187,7 +187,7 @@ def declaration(kernel: str, body: str = "") -> str:
 @pytest.mark.parametrize("label", CELLS)
 def test_parameters_stand_in_tensorrts_order(label: str) -> None:
     cell = Cell.from_label(label)
-    for kernel in kernels_of(cell, half_copy=False):
+    for kernel in kernels_of(cell, fp16_mirror=False):
         ptx = portable_ptx(kernel, cell, declaration(kernel))
         numbers = [int(text) for text in re.findall(r"_param_(\d+)", ptx)]
         names = [PARAMETERS[kernel][number].name for number in numbers]
@@ -235,7 +235,7 @@ labels = sys.argv[1:]
 found = {}
 for label in labels:
     cell = Cell.from_label(label)
-    for kernel in kernels_of(cell, half_copy=False):
+    for kernel in kernels_of(cell, fp16_mirror=False):
         found[kernel, label] = aot.portable_kernels(kernel, cell, "8.7")
 aot.register_portable(trt, found)
 aot.register_portable(trt, found)  # a second build in the same process

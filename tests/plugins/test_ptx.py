@@ -26,8 +26,8 @@ from stepcell.plugins.launch import Launcher
 from stepcell.plugins.step import CellStep, workspace_size
 from stepcell.plugins.tensors import inputs_of, outputs_of
 from tests.plugins.conftest import POISON, half_map, random_weights, reference_step
-from tests.plugins.ptx.driver import EmulatedDriver
-from tests.plugins.ptx.program import Fault, parse
+from tools.ptx_emulator.driver import EmulatedDriver
+from tools.ptx_emulator.program import Fault, parse
 
 CAPABILITIES = ["8.7", "9.0", "11.0", "12.0"]  # four ways to multiply, or to load and store
 CELLS = [
@@ -91,7 +91,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Emulated]:
 
 def chosen(cell: Cell, capability: str, which: int) -> dict[str, Tile]:
     """The default tile of every kernel, or the last one, which is split where there is enough to split."""
-    return {k: tiles(k, cell, capability, 300)[which] for k in kernels_of(cell, half_copy=False)}
+    return {k: tiles(k, cell, capability, 300)[which] for k in kernels_of(cell, fp16_mirror=False)}
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_compiled_kernels_equal_the_reference(label: str, capability: str, steps
     cell = Cell.from_label(label)
     for which in (0, -1):
         tile = chosen(cell, capability, which)
-        run = steps(cell, size=(1, 6, 11), tile=tile, half_copy=False, launch=emulated(capability).launch)
+        run = steps(cell, size=(1, 6, 11), tile=tile, fp16_mirror=False, launch=emulated(capability).launch)
         worst = run.run(8)
         names = ", ".join(f"{kernel} {t.label}" for kernel, t in tile.items())
         assert max(worst.values()) <= TOLERANCE[cell.state_dtype], f"{label} for {capability}: {names}: {worst}"
@@ -112,7 +112,7 @@ def test_compiled_kernels_equal_the_reference(label: str, capability: str, steps
 def test_gpus_that_are_not_emulated_run_the_text_of_one_that_is(label: str) -> None:
     cell = Cell.from_label(label)
     for alike in (("8.7", "8.0", "8.6", "8.9"), ("11.0", "10.0")):
-        for kernel in kernels_of(cell, half_copy=False):
+        for kernel in kernels_of(cell, fp16_mirror=False):
             texts = [compile_ptx(kernel, cell, chosen(cell, each, -1)[kernel], each).text for each in alike]
             assert len({re.sub(r"(?m)^\.(version|target) .*$", "", text) for text in texts}) == 1, kernel
 
@@ -127,7 +127,7 @@ def test_a_split_tile_does_not_depend_on_the_order_of_programs(steps: Any, monke
         tile = chosen(cell, "8.7", -1)
         assert tile["gru_gates"].splits == tile["gru_candidate"].splits == 4
         device = Emulated("8.7", driver)
-        found.append(steps(cell, size=(1, 5, 13), tile=tile, half_copy=False, launch=device.launch).run(2))
+        found.append(steps(cell, size=(1, 5, 13), tile=tile, fp16_mirror=False, launch=device.launch).run(2))
     assert found[0] == found[1] == found[2]
     assert max(found[0].values()) < TOLERANCE["float32"], found[0]
 
@@ -212,10 +212,10 @@ def test_damage_is_found(name: str, steps: Any, emulated: Any) -> None:
     capability, kernel, which, edit, reason = DAMAGE[name]
     cell = Cell.from_label("gru_x64_h64_k3x3_soft_float32")
     device, tile = emulated(capability), chosen(cell, capability, which)
-    for other in kernels_of(cell, half_copy=False):
+    for other in kernels_of(cell, fp16_mirror=False):
         device.edit = edit if other == kernel else None
         device.launcher(other, cell, tile[other])
-    run = steps(cell, size=(1, 3, 7), tile=tile, half_copy=False, launch=device.launch)
+    run = steps(cell, size=(1, 3, 7), tile=tile, fp16_mirror=False, launch=device.launch)
     if reason:
         with pytest.raises(Fault, match=reason):
             run.run(1)
@@ -254,9 +254,9 @@ def overlapping_steps(driver: EmulatedDriver, tiles: tuple[str, str], edit: Edit
         tile = Tile.from_label(label)
         images.append(compile_kernel(kernel, cell, tile, "9.0"))
         driver.learn(images[-1], parse(edit(compile_ptx(kernel, cell, tile, "9.0").text)))
-    step = CellStep(cell, images, 0, half_copy=True)
+    step = CellStep(cell, images, 0, fp16_mirror=True)
     step.resize(*size)
-    scratch = torch.empty(workspace_size(cell, images, 66, half_copy=True) + 256, dtype=torch.uint8)
+    scratch = torch.empty(workspace_size(cell, images, 66, fp16_mirror=True) + 256, dtype=torch.uint8)
     weights = random_weights(cell, size[1:], seed=3)
     given = {name: torch.from_numpy(array) for name, array in pack(cell, weights).items()}
     exact = {name: torch.from_numpy(array).double() for name, array in weights.items()}
@@ -270,7 +270,7 @@ def overlapping_steps(driver: EmulatedDriver, tiles: tuple[str, str], edit: Edit
         scratch.fill_(255)  # NaN
         inputs, outputs = (
             [driver.know(t.buffer, buffers[t.buffer]) for t in tensors]
-            for buffers, tensors in ((given, inputs_of(cell, half_copy=True)), (made, outputs_of(cell)))
+            for buffers, tensors in ((given, inputs_of(cell, fp16_mirror=True)), (made, outputs_of(cell)))
         )
         start = driver.know("scratch", scratch, shared=True) + 255 & ~255
         step.run(inputs, outputs, start, 7)
@@ -301,7 +301,7 @@ def test_launches_that_overlap(tiles: tuple[str, str], monkeypatch: pytest.Monke
 def test_the_portable_form(label: str, capability: str, steps: Any) -> None:
     """Launched as TensorRT does it: inputs, H, W, P, outputs, and no other memory."""
     cell, driver = Cell.from_label(label), EmulatedDriver()
-    kernels = {k: portable_kernels(k, cell, capability, 300)[0] for k in kernels_of(cell, half_copy=False)}
+    kernels = {k: portable_kernels(k, cell, capability, 300)[0] for k in kernels_of(cell, fp16_mirror=False)}
     functions = {kernel: driver.load(parse(portable.ptx)) for kernel, portable in kernels.items()}
 
     def launch(
@@ -321,5 +321,5 @@ def test_the_portable_form(label: str, capability: str, steps: Any) -> None:
         driver.finish()
 
     tile = chosen(cell, capability, 0)  # of no meaning here
-    worst = steps(cell, size=(2, 3, 7), tile=tile, half_copy=False, launch=launch).run(8)
+    worst = steps(cell, size=(2, 3, 7), tile=tile, fp16_mirror=False, launch=launch).run(8)
     assert max(worst.values()) <= TOLERANCE[cell.state_dtype], worst

@@ -1,0 +1,74 @@
+"""Which of the values that enter an LSTM's gates is its hidden state.
+
+The gating names c, and not h: to the arithmetic h is one more input. Any choice gives the same
+numbers; this one is about which output of the graph is fed back to which input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from onnxscript import ir
+
+from stepcell.exporter.cell_recognition.affine import Affine
+from stepcell.exporter.cell_recognition.layout import uncast
+from stepcell.exporter.cell_recognition.origin import ancestors, descendants
+from stepcell.exporter.cell_recognition.skeleton import Lstm
+
+__all__ = ["hidden_state"]
+
+_DEPTH = 4
+_WORDS = re.compile(r"[a-z]+")
+_DIRECTIONS = {"in", "out", "next", "new", "prev", "past", "present", "output", "input", "n"}
+
+
+def hidden_state(gates: Sequence[Affine], found: Lstm, partner: ir.Value | None, graph: ir.Graph) -> ir.Value | None:
+    """The source that is h, or None if what looks most like it does not enter the gates by convolution.
+
+    Args:
+        partner: h' of the cell whose c' is this cell's c, if it is one in a chain.
+    """
+    width = gates[0].channels
+    later = descendants(found.c_after)
+    direct = [uncast(s) for gate in gates for s in gate.kernels if s not in gate.maps]
+    hidden_behind = [v for gate in gates for s in gate.maps for v in ancestors(s) if v.is_graph_input()]
+    candidates = [
+        v
+        for v in dict.fromkeys((*direct, *hidden_behind))
+        if v.shape is not None and len(v.shape) == 4 and v.shape[1] == width and v not in later and v is not found.c
+    ]
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda v: _unlikeness(v, found, partner, graph))
+    return best if best in direct else None
+
+
+def _unlikeness(value: ir.Value, found: Lstm, partner: ir.Value | None, graph: ir.Graph) -> tuple[float, ...]:
+    """Orders values by how much they look like the h beside a c; the smallest is the likeliest."""
+    name, c_name = _input_name(value), _input_name(found.c)
+    inputs = [v.name for v in graph.inputs]
+    distance = abs(inputs.index(name) - inputs.index(c_name)) if name in inputs and c_name in inputs else len(inputs)
+    return (
+        value is not partner,
+        _made_of(value) != _made_of(found.c),  # both inputs, or both an input times a mask
+        not _words(name) & _words(found.after.name),
+        -len(_words(name) & _words(c_name)),
+        distance,
+    )
+
+
+def _made_of(value: ir.Value, depth: int = _DEPTH) -> tuple[object, ...]:
+    """The operations that make a value, without names."""
+    node = value.producer()
+    if node is None or depth == 0:
+        return (value.is_graph_input(),)
+    return (node.op_type, *(_made_of(v, depth - 1) for v in node.inputs if v is not None))
+
+
+def _input_name(value: ir.Value) -> str | None:
+    return next((v.name for v in ancestors(value) if v.is_graph_input()), None)
+
+
+def _words(name: str | None) -> set[str]:
+    return set(_WORDS.findall((name or "").lower())) - _DIRECTIONS

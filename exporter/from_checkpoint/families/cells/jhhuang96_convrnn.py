@@ -1,0 +1,88 @@
+"""CGRU_cell and CLSTM_cell (github.com/jhhuang96/ConvLSTM-PyTorch, ConvRNN.py): GroupNorm inside the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.models.separable import CellModel, ModuleGRUCell, ModuleLSTMCell, WideGroupNorm, same_conv
+
+__all__ = ["FAMILY"]
+
+_CHANNELS_PER_GROUP = 32  # upstream divides by it, rounding down
+_RENAMED = {"conv1": "conv_zr", "conv2": "conv_n", "conv": "joint"}
+
+
+def _recognise(tensors: Tensors) -> dict[str, object]:
+    found = set(tensors)
+    if found == _names("conv1", "conv2"):
+        target, weight, gates = "CGRU_cell", tensors["conv1.0.weight"], 2
+    elif found == _names("conv"):
+        target, weight, gates = "CLSTM_cell", tensors["conv.0.weight"], 4
+    else:
+        raise NotThisFamily("tensors other than conv1 with conv2, or conv, each .0 (convolution) and .1 (GroupNorm)")
+    features = weight.shape[0] // gates
+    return {
+        "target": target,
+        "input_channels": weight.shape[1] - features,
+        "filter_size": weight.shape[2],
+        "num_features": features,
+    }
+
+
+def _names(*modules: str) -> set[str]:
+    return {f"{module}.{index}.{kind}" for module in modules for index in "01" for kind in ("weight", "bias")}
+
+
+def _build(
+    target: str,
+    input_channels: int,
+    filter_size: int,
+    num_features: int,
+    shape: Sequence[int] | None = None,
+) -> CellModel:
+    del shape  # upstream makes its zeros with it; here the size of x or of the state says the same
+    both, kernel = input_channels + num_features, (filter_size, filter_size)
+    reason = "GroupNorm inside the gates"
+
+    def normalised(outputs: int) -> nn.Sequential:
+        groups = outputs // _CHANNELS_PER_GROUP
+        if groups == 0 or outputs % groups:
+            raise ValueError(f"num_features: expected a multiple of {_CHANNELS_PER_GROUP}, got {num_features}")
+        return nn.Sequential(same_conv(both, outputs, filter_size), WideGroupNorm(groups, outputs))
+
+    if target == "CGRU_cell":
+        gates, candidate = normalised(2 * num_features), normalised(num_features)
+        return CellModel(ModuleGRUCell(num_features, gates, candidate, reason, kernel_size=kernel), input_channels)
+    if target == "CLSTM_cell":
+        packed = normalised(4 * num_features)
+        cell = ModuleLSTMCell(num_features, reason, joint=packed, kernel_size=kernel, order="ifgo")
+        return CellModel(cell, input_channels)
+    raise ValueError(f"target: expected CGRU_cell or CLSTM_cell, got {target!r}")
+
+
+def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
+    # The gates keep upstream's order: a group of channels must not be torn apart.
+    renamed = {}
+    for name, tensor in tensors.items():
+        module, rest = name.split(".", 1)
+        renamed[f"cell.{_RENAMED[module]}.{rest}"] = tensor
+    return renamed
+
+
+FAMILY = Family(
+    name="jhhuang96_convrnn",
+    summary="CGRU_cell and CLSTM_cell of jhhuang96/ConvLSTM-PyTorch: GroupNorm inside the gates",
+    recognise=_recognise,
+    build=_build,
+    convert=_convert,
+    arguments={
+        "target": "CGRU_cell or CLSTM_cell",
+        "shape": "height and width of upstream's zeros; the exported model takes any",
+        "input_channels": "channels of x",
+        "filter_size": "kernel, odd",
+        "num_features": "channels of the states, a multiple of 32",
+    },
+)

@@ -1,0 +1,121 @@
+"""State_dicts of rpg_e2vid, the code base of E2VID and FireNet: layers, norms, recurrent blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepcell.exporter.from_checkpoint.families.family import NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.weights import (
+    Gate,
+    blocks,
+    fold_norm,
+    gru_tensors,
+    lstm_tensors,
+    prefixed,
+)
+from stepcell.models.published.e2vid_blocks import BlockType
+
+__all__ = ["Reader", "block_type_of", "count", "has_frame_norm", "norm_of"]
+
+
+class Reader:
+    """Takes tensors out of an E2VID state_dict, converted; `finish` says what nobody took.
+
+    Args:
+        prefix: what every name starts with.
+        norm: upstream's argument of that name.
+    """
+
+    def __init__(self, tensors: Tensors, prefix: str, norm: object) -> None:
+        # Counts of training batches: no part of the arithmetic.
+        self._tensors = {name: t for name, t in tensors.items() if not name.endswith(".num_batches_tracked")}
+        self._prefix = prefix
+        self._norm = None if norm == "none" else norm
+
+    def conv(self, name: str) -> dict[str, Tensor]:
+        """A plain convolution."""
+        weight, bias = self._gate(name)
+        return _named(weight, _bias(bias, weight.shape[0]))
+
+    def layer(self, name: str, *, conv: str = "conv2d", outputs_axis: int = 0) -> dict[str, Tensor]:
+        """A convolution and its norm, whose recorded statistics are folded into it."""
+        if self._norm is None:
+            return self.conv(f"{name}.{conv}")
+        return self._folded(f"{name}.{conv}", f"{name}.norm_layer", outputs_axis)
+
+    def residual(self, name: str) -> dict[str, Tensor]:
+        """Both convolutions; "IN" stays in the graph here, since it records no statistics."""
+        found = {}
+        for index in (1, 2):
+            conv = f"{name}.conv{index}"
+            tensors = self._folded(conv, f"{name}.bn{index}", 0) if self._norm == "BN" else self.conv(conv)
+            found.update(prefixed(f"conv{index}", tensors))
+        return found
+
+    def cell(self, name: str, kind: object) -> dict[str, Tensor]:
+        """A recurrent block; x comes first, the LSTM packs i, f, o, g, and u weighs the candidate."""
+        if kind == "convlstm":
+            return lstm_tensors(*blocks(self._gate(f"{name}.Gates"), 4))
+        return gru_tensors(*(self._gate(f"{name}.{gate}") for gate in ("update_gate", "reset_gate", "out_gate")))
+
+    def finish(self) -> None:
+        """Raise ValueError where tensors are left over."""
+        if self._tensors:
+            raise ValueError(f"tensor {min(self._tensors)} has no place in a model with these arguments")
+
+    def _take(self, name: str) -> Tensor:
+        try:
+            return self._tensors.pop(self._prefix + name)
+        except KeyError:
+            raise ValueError(f"no tensor {self._prefix}{name}, which these arguments ask for") from None
+
+    def _gate(self, name: str) -> Gate:
+        return self._take(f"{name}.weight"), self._tensors.pop(f"{self._prefix}{name}.bias", None)
+
+    def _folded(self, conv: str, norm: str, outputs_axis: int) -> dict[str, Tensor]:
+        names = ("running_mean", "running_var", *(("weight", "bias") if self._norm == "BN" else ()))
+        weight, bias = fold_norm(
+            self._gate(conv), {name: self._take(f"{norm}.{name}") for name in names}, outputs_axis=outputs_axis
+        )
+        return {"weight": weight, "bias": bias}
+
+
+def _bias(bias: Tensor | None, size: int) -> Tensor:
+    return torch.zeros(size) if bias is None else bias
+
+
+def _named(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return {"weight": weight.float(), "bias": bias.float()}
+
+
+def count(tensors: Tensors, prefix: str) -> int:
+    """How many numbered modules lie under `prefix.`."""
+    return len({name[len(prefix) + 1 :].split(".")[0] for name in tensors if name.startswith(prefix + ".")})
+
+
+def block_type_of(tensors: Tensors, name: str) -> BlockType:
+    """Kind of the recurrent block `name`."""
+    if f"{name}.Gates.weight" in tensors:
+        return "convlstm"
+    if f"{name}.update_gate.weight" in tensors:
+        return "convgru"
+    raise NotThisFamily(f"no tensor {name}.Gates.weight and no {name}.update_gate.weight")
+
+
+def norm_of(tensors: Tensors, layer: str) -> str | None:
+    """Norm of a layer by the tensors it has: "IN" has statistics only."""
+    if f"{layer}.norm_layer.running_mean" not in tensors:
+        return None
+    return "BN" if f"{layer}.norm_layer.weight" in tensors else "IN"
+
+
+def has_frame_norm(norm: str | None) -> bool:
+    """Whether residual blocks normalise by the frame at hand.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
+    if norm not in (None, "none", "BN", "IN"):
+        raise ValueError(f"norm: expected 'BN', 'IN' or null, got {norm!r}")
+    return norm == "IN"

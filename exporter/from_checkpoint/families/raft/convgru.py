@@ -1,0 +1,60 @@
+"""The ConvGRU of RAFT (Teed and Deng 2020, arXiv 2003.12039)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.weights import gate, gru_tensors, prefixed
+from stepcell.models.cells import ConvGRUCell
+from stepcell.models.stack import CellStack
+
+__all__ = ["FAMILY", "cell_sizes", "cell_tensors"]
+
+
+def cell_sizes(tensors: Tensors, suffixes: tuple[str, ...] = ("",)) -> tuple[int, int, list[tuple[int, int]]]:
+    """Hidden and input channels, and the kernel of each cell `convz<suffix>`, `convr...`, `convq...`.
+
+    Raises:
+        NotThisFamily: there are other tensors, or their shapes disagree.
+    """
+    convs = [f"conv{letter}{suffix}" for suffix in suffixes for letter in "zrq"]
+    if set(tensors) != {f"{conv}.{part}" for conv in convs for part in ("weight", "bias")}:
+        raise NotThisFamily(f"expected weight and bias of {', '.join(convs)} and no other tensor")
+    shapes = [tuple(tensors[f"{conv}.weight"].shape) for conv in convs]
+    if any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes) or shapes[0][1] <= shapes[0][0]:
+        raise NotThisFamily("each convolution reads h and x and returns as many channels as h has")
+    return shapes[0][0], shapes[0][1] - shapes[0][0], [(shape[2], shape[3]) for shape in shapes[::3]]
+
+
+def cell_tensors(tensors: Tensors, prefix: str = "", suffix: str = "") -> dict[str, Tensor]:
+    """The canonical cell's tensors; h comes before x."""
+    z, r, q = (gate(tensors, f"{prefix}conv{letter}{suffix}") for letter in "zrq")
+    return gru_tensors(z, r, q, x_first=False)
+
+
+def _recognise(tensors: Tensors) -> dict[str, object]:
+    hidden, inputs, kernels = cell_sizes(tensors)
+    if kernels != [(3, 3)]:
+        raise NotThisFamily(f"the kernel is 3x3, got {kernels[0][0]}x{kernels[0][1]}")
+    return {"hidden_dim": hidden, "input_dim": inputs}
+
+
+def _build(hidden_dim: int = 128, input_dim: int = 192 + 128) -> CellStack:
+    return CellStack([ConvGRUCell(input_dim, hidden_dim, 3)])
+
+
+def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
+    return prefixed("cells.0", cell_tensors(tensors))
+
+
+FAMILY = Family(
+    name="raft_convgru",
+    summary="ConvGRU of RAFT (princeton-vl/RAFT, core/update.py)",
+    recognise=_recognise,
+    build=_build,
+    convert=_convert,
+    arguments={"hidden_dim": "channels of the hidden state", "input_dim": "channels of x"},
+)

@@ -1,0 +1,232 @@
+"""How a module is stepped: which arguments are data, and where its states live.
+
+A state is an argument that a later call takes from what an earlier one returned, or an attribute
+that a call leaves for the next one. Both are found by calling the module and looking.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepcell.errors import ExportError
+from stepcell.exporter.from_module.randomness import check_deterministic
+from stepcell.exporter.from_module.slots import Inputs, Slot, Starts, is_state, same, snapshot
+from stepcell.exporter.from_module.trees import flatten, map_leaves
+
+__all__ = ["Argument", "Interface", "find_interface", "outputs_of"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of `forward` fed from what the call before returned.
+
+    Attributes:
+        index: position or key in what `forward` returns; None: all of it.
+    """
+
+    name: str
+    index: int | str | None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def pick(self, result: Any) -> Any:
+        """The state in a result; KeyError, IndexError or TypeError where there is none."""
+        return result if self.index is None else result[self.index]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Where data goes in and states live.
+
+    Attributes:
+        arguments: state arguments.
+        slots: attributes that hold states.
+        scratch: attributes that a call changes and no later one reads.
+        timed, time_axis: inputs that the module takes as sequences, here of one frame, and their axis of time.
+        output_axes: the axis of time of each output, None where it has none.
+    """
+
+    arguments: tuple[Argument, ...] = ()
+    slots: tuple[Slot, ...] = ()
+    scratch: tuple[Slot, ...] = ()
+    timed: tuple[str, ...] = ()
+    time_axis: int = 0
+    output_axes: tuple[int | None, ...] = ()
+
+    @property
+    def places(self) -> tuple[Argument | Slot, ...]:
+        return (*self.arguments, *self.slots)
+
+    def first(self, module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[Any, list[Any]]:
+        """The first call, on a fresh module: state arguments from `starts`, or left out.
+
+        Returns:
+            What `forward` returned, and the value of every place afterwards.
+        """
+        return self._call(module, inputs, dict(starts))
+
+    def step(self, module: nn.Module, inputs: Inputs, memory: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """A later call: every place is given its value first."""
+        count = len(self.arguments)
+        for slot, value in zip(self.slots, memory[count:], strict=True):
+            slot.set(module, value)
+        given = {argument.name: value for argument, value in zip(self.arguments, memory[:count], strict=True)}
+        return self._call(module, inputs, given)
+
+    def outputs(self, result: Any) -> list[Tensor]:
+        """The output tensors in a result, without a time axis."""
+        tensors = [leaf for leaf in flatten(outputs_of(result, self.arguments))[0] if isinstance(leaf, Tensor)]
+        axes = self.output_axes or (None,) * len(tensors)
+        return [t if axis is None else t.squeeze(axis) for t, axis in zip(tensors, axes, strict=True)]
+
+    def _call(self, module: nn.Module, inputs: Inputs, states: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+        frames = {name: x.unsqueeze(self.time_axis) if name in self.timed else x for name, x in inputs.items()}
+        result = module(**frames, **states)
+        values = [argument.pick(result) for argument in self.arguments]
+        return result, [*values, *(slot.get(module) for slot in self.slots)]
+
+
+def outputs_of(result: Any, arguments: Sequence[Argument]) -> Any:
+    """What is left of a result without its states; all of it where it holds nothing else."""
+    taken = [argument.index for argument in arguments]
+    if None in taken:
+        return result
+    if isinstance(result, Mapping):
+        return {key: value for key, value in result.items() if key not in taken} or result
+    if isinstance(result, (tuple, list)):
+        positions = {index % len(result) for index in taken if isinstance(index, int)}
+        rest = [value for position, value in enumerate(result) if position not in positions]
+        return rest or result
+    return result
+
+
+def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int], starts: Starts) -> Interface:
+    """Find a module's states by calling copies of it; `module` itself is left as it is.
+
+    Args:
+        module: in eval mode and float64.
+        inputs: random data inputs.
+        returned: state arguments that the user named, each with its position in the result.
+        starts: zeros for those of them that need a value in the first call.
+
+    Raises:
+        ExportError: `forward` cannot be called so, is random, or keeps no state.
+    """
+    check_deterministic(module, inputs, starts)
+    arguments = tuple(Argument(name, index) for name, index in returned.items())
+    if arguments:
+        if why := _refusal(module, inputs, arguments, starts):
+            raise ExportError(f"--state {arguments[0].name}={arguments[0].index}: {why}")
+    else:
+        arguments = _find_arguments(module, inputs, starts)
+    if foreign := set(starts) - {argument.name for argument in arguments}:
+        raise ExportError(
+            f"forward needs {min(foreign)}, which is no state: nothing that comes back can be given for it",
+            hint="give its shape in --shape",
+        )
+    interface = _find_slots(module, inputs, Interface(arguments), starts)
+    if not interface.places:
+        raise ExportError(
+            f"{type(module).__name__}: no state: no argument takes what an earlier call returned, and no attribute "
+            "that a call changes is read by the next",
+            hint="a state argument defaults to None and comes back last; --state NAME=POSITION names another",
+        )
+    return interface
+
+
+def _find_arguments(module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[Argument, ...]:
+    """State arguments: those without a value of their own, last in what `forward` returns, in order."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    free = [p.name for p in parameters if p.kind in kinds and p.name not in inputs and p.default in (None, p.empty)]
+    groups = [free] if len(free) < 2 else [free, *([name] for name in reversed(free))]  # states come last
+    result, _ = Interface().first(copy.deepcopy(module), inputs, starts)
+    for names in filter(None, groups):
+        choices: list[list[int | str | None]] = [list(range(-len(names), 0))]
+        if isinstance(result, Mapping):
+            choices = [list(names)]
+        elif not isinstance(result, (tuple, list)):
+            choices = []
+        if len(names) == 1:
+            choices.append([None])
+        for indices in choices:
+            arguments = tuple(Argument(name, index) for name, index in zip(names, indices, strict=True))
+            if _refusal(module, inputs, arguments, starts) is None:
+                return arguments
+    return ()
+
+
+def _refusal(module: nn.Module, inputs: Inputs, arguments: tuple[Argument, ...], starts: Starts) -> str | None:
+    """Why feeding `arguments` back does not make them states, or None."""
+    interface, own = Interface(arguments), copy.deepcopy(module)
+    try:
+        _, memory = interface.first(own, inputs, starts)
+        for each in memory:
+            if not any(map(is_state, flatten(each)[0])):
+                return "what comes back there holds no tensor of floats"
+        before = copy.deepcopy(own)
+        fed, after = interface.step(own, inputs, memory)
+        shifted, _ = interface.step(before, inputs, map_leaves(_shifted, memory))
+        interface.step(own, inputs, after)  # and it goes on
+    except Exception as error:  # the user's code may raise anything where it is fed the wrong thing
+        return f"forward does not take it back: {type(error).__name__}: {error}"
+    if [_shape(leaf) for leaf in flatten(memory)[0]] != [_shape(leaf) for leaf in flatten(after)[0]]:
+        return "its shape changes from call to call"
+    return "it changes nothing" if same(fed, shifted) else None
+
+
+def _find_slots(module: nn.Module, inputs: Inputs, interface: Interface, starts: Starts) -> Interface:
+    own = copy.deepcopy(module)
+    rng = torch.Generator().manual_seed(1)
+    frames = [
+        {
+            name: torch.randn(t.shape, generator=rng, dtype=t.dtype) if t.is_floating_point() else t
+            for name, t in inputs.items()
+        }
+        for _ in range(3)
+    ]
+    _, memory = interface.first(own, frames[0], starts)
+    snapshots, before = [snapshot(own)], own
+    for frame in frames[1:]:
+        before = copy.deepcopy(own)
+        previous = memory
+        result, memory = interface.step(own, frame, memory)
+        snapshots.append(snapshot(own))
+    changed = [s for s in snapshots[-1] if any(not same(snapshots[0].get(s), each[s]) for each in snapshots[1:])]
+    slots, scratch = [], []
+    for slot in changed:
+        if not any(map(is_state, flatten(snapshots[-1][slot])[0])):
+            scratch.append(slot)
+            continue
+        shapes = [[_shape(leaf) for leaf in flatten(each.get(slot))[0]] for each in snapshots[1:]]
+        steady = shapes[0] == shapes[1]
+        other = copy.deepcopy(before)
+        slot.set(other, map_leaves(_shifted, slot.get(other)))
+        shifted, _ = interface.step(other, frames[2], previous)
+        left = snapshot(other)
+        watched = [s for s in changed if steady or s != slot]
+        if same(result, shifted) and all(same(left[s], snapshots[-1][s]) for s in watched):
+            scratch.append(slot)
+        elif steady:
+            slots.append(slot)
+        else:
+            raise ExportError(f"{slot}: a state whose shape changes from call to call: {shapes[0]}, then {shapes[1]}")
+    return replace(interface, slots=tuple(slots), scratch=tuple(scratch))
+
+
+def _shifted(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not is_state(leaf):
+        return leaf
+    return leaf + torch.rand(leaf.shape, generator=torch.Generator().manual_seed(2), dtype=leaf.dtype) - 0.25
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else None

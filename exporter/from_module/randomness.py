@@ -1,0 +1,56 @@
+"""Whether a module computes the same twice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepcell.errors import ExportError
+from stepcell.exporter.from_module.slots import Inputs, Starts, same
+from stepcell.exporter.from_module.trees import map_leaves
+
+__all__ = ["check_deterministic"]
+
+
+def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> None:
+    """Two fresh copies must agree whatever the random numbers; else name the innermost module that does not."""
+    runs = []
+    for seed in (0, 1):
+        own = copy.deepcopy(module)
+        calls: list[tuple[str, Any, Any]] = []
+        for path, child in own.named_modules():
+            child.register_forward_hook(_note_in(calls, path), with_kwargs=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                own(**inputs, **starts)
+            except Exception as error:  # the user's code may raise anything
+                raise ExportError(
+                    f"{type(module).__name__}: forward failed in float64: {type(error).__name__}: {error}",
+                    hint="every tensor argument needs its shape: --shape x:1x3x64x64,flow:1x2x64x64; "
+                    "a state without a default also needs --state NAME=POSITION",
+                ) from error
+        runs.append(calls)
+    for (path, given, result), (_, given_too, other) in zip(*runs, strict=False):
+        if same(given, given_too) and not same(result, other):
+            raise ExportError(
+                f"{path or type(module).__name__}: forward is random in eval mode",
+                hint="dropout as a module is off in eval mode; other random numbers must go",
+            )
+
+
+def _note_in(calls: list[tuple[str, Any, Any]], path: str) -> Callable[..., None]:
+    """A forward hook that notes what a module was given and what it returned."""
+
+    def note(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        calls.append((path, map_leaves(_copied, (args, kwargs)), map_leaves(_copied, result)))
+
+    return note
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,110 @@
+"""Attributes in which a module keeps values between calls."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepcell.exporter.from_module.trees import flatten
+
+__all__ = [
+    "Inputs",
+    "Slot",
+    "Starts",
+    "demote_buffers",
+    "is_state",
+    "random",
+    "same",
+    "snapshot",
+    "state_leaves",
+]
+
+Inputs = Mapping[str, Tensor]  # data inputs by name
+Starts = Mapping[str, Tensor | None]  # first values of state arguments that must be given
+
+_INTERNALS = set(vars(nn.Module()))
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """The attribute `name` of the submodule at `path` ("" is the module itself)."""
+
+    path: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+    def exists(self, module: nn.Module) -> bool:
+        """Whether `module` has such an attribute."""
+        try:
+            return hasattr(module.get_submodule(self.path), self.name)
+        except AttributeError:
+            return False
+
+    def get(self, module: nn.Module) -> Any:
+        """Its value in `module`."""
+        return getattr(module.get_submodule(self.path), self.name)
+
+    def set(self, module: nn.Module, value: Any) -> None:
+        """Put a value there."""
+        setattr(module.get_submodule(self.path), self.name, value)
+
+
+def snapshot(module: nn.Module) -> dict[Slot, Any]:
+    """Every buffer and every other attribute, in-place changes afterwards not included.
+
+    Parameters are left out, since a forward pass does not change them.
+    """
+    found = {}
+    for path, child in module.named_modules():
+        plain = {name: value for name, value in vars(child).items() if name not in _INTERNALS}
+        for name, value in itertools.chain(plain.items(), child._buffers.items()):
+            leaves, spec = flatten(value)
+            copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            found[Slot(path, name)] = spec.unflatten(copies)
+    return found
+
+
+def is_state(leaf: object) -> bool:
+    """Whether a leaf of a container can be a hidden state."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0
+
+
+def state_leaves(value: Any) -> list[Tensor]:
+    """The hidden states in a container, in order."""
+    return [leaf for leaf in flatten(value)[0] if is_state(leaf)]
+
+
+def random(shape: Sequence[int], seed: int) -> Tensor:
+    """Uniform numbers in -1 to 1, float64, the same for the same seed."""
+    return 2 * torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two containers are equal in structure and in every value."""
+    (a, spec_a), (b, spec_b) = flatten(one), flatten(other)
+    return spec_a == spec_b and all(_same_leaf(x, y) for x, y in zip(a, b, strict=True))
+
+
+def demote_buffers(module: nn.Module, slots: Iterable[Slot]) -> None:
+    """Make buffers plain attributes, so that a step may assign tensors of any kind to them."""
+    for slot in slots:
+        owner = module.get_submodule(slot.path)
+        if slot.name in owner._buffers:
+            value = owner._buffers.pop(slot.name)
+            owner._non_persistent_buffers_set.discard(slot.name)
+            owner.__dict__[slot.name] = value
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (bool, int, float, str, type(None))):
+        return type(one) is type(other) and one == other
+    return type(one) is type(other)  # other objects are the module's own affair

@@ -1,0 +1,136 @@
+"""Giving a file the names, sizes and contract that stepcell's other commands work with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import onnx
+from onnxscript import ir
+
+from stepcell.contract import METADATA_KEY, CellSpec, StateSpec, StepContract, TensorSpec
+from stepcell.dims import Dim, symbols_of
+from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
+from stepcell.exporter.from_onnx.foreign import Foreign
+from stepcell.exporter.from_onnx.pairs import Pair
+from stepcell.exporter.from_onnx.sizes import Sizes
+from stepcell.exporter.step_onnx.graph import embed_contract
+from stepcell.exporter.step_onnx.op_functions import DOMAIN
+
+__all__ = ["FAMILY", "contract_of", "rename", "write_contract"]
+
+FAMILY = "adopted"
+_BATCH = re.compile(r"batch|(b|n|bs)$", re.IGNORECASE)
+
+
+def contract_of(
+    file: Foreign,
+    pairs: Sequence[Pair],
+    sizes: Sizes,
+    cells: Sequence[Cell],
+    near_misses: Sequence[NearMiss],
+    source: Mapping[str, object],
+) -> StepContract:
+    """The contract of the adopted file; `parity` comes after the comparison."""
+    after = {pair.output for pair in pairs}
+    inputs = [_tensor(p.name, p.dtype, sizes) for p in file.inputs if p.name not in {pair.input for pair in pairs}]
+    batch = _batch(inputs)
+    dtypes = {port.name: port.dtype for port in file.inputs}
+    return StepContract(
+        family=FAMILY,
+        precision=file.precision,
+        inputs=tuple(inputs),
+        outputs=tuple(_tensor(port.name, port.dtype, sizes) for port in file.outputs if port.name not in after),
+        states=tuple(
+            StateSpec(
+                name=pair.name,
+                shape=sizes.shapes[pair.input],
+                dtype=dtypes[pair.input],
+                batch_axis=_batch_axis(sizes.shapes[pair.input], batch),
+                original_input=pair.input,
+                original_output=pair.output,
+            )
+            for pair in pairs
+        ),
+        cells=tuple(
+            CellSpec(
+                name=cell.name,
+                op=f"{DOMAIN}::{cell.op}",
+                hidden=cell.hidden,
+                kernel=cell.kernel,
+                reset="before" if cell.op == "ConvGRU" else None,
+            )
+            for cell in cells
+        )
+        + tuple(CellSpec(name=m.name, op=None, hidden=m.hidden, kernel=m.kernel, reason=m.reason) for m in near_misses),
+        example=sizes.example,
+        source=dict(source),
+    )
+
+
+def _tensor(name: str, dtype: str, sizes: Sizes) -> TensorSpec:
+    shape = sizes.shapes[name]
+    image = len(shape) == 4 and dtype.startswith("float")
+    return TensorSpec(name=name, shape=shape, dtype=dtype, layout="NCHW" if image else None)  # type: ignore[arg-type]
+
+
+def _batch(inputs: Sequence[TensorSpec]) -> Dim | None:
+    """The size that counts streams: one that is called so, else the first of the first input that has axes."""
+    called = (symbol for symbol in symbols_of(dim for spec in inputs for dim in spec.shape) if _BATCH.match(symbol))
+    return next(called, next((spec.shape[0] for spec in inputs if spec.shape), None))
+
+
+def _batch_axis(shape: Sequence[Dim], batch: Dim | None) -> int:
+    """The axis of the size by which the data inputs count streams; the first one where several have it."""
+    return next((axis for axis, dim in enumerate(shape) if dim == batch), 0)
+
+
+def rename(model: ir.Model, file: Foreign, contract: StepContract) -> onnx.ModelProto:
+    """The graph with states called `state_in.X` and `state_out.X`, data first, sizes as in the contract."""
+    graph = model.graph
+    _separate_outputs(graph, [port.name for port in file.outputs])
+    inputs = {str(state.original_input): state.input for state in contract.states}
+    outputs = {str(state.original_output): state.output for state in contract.states}
+    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value in values:
+            value.name = names.get(str(value.name), value.name)
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]  # inferred again by whoever needs them, under the new sizes
+    for ports, specs in ((proto.graph.input, contract.graph_inputs), (proto.graph.output, contract.graph_outputs)):
+        by_name = {port.name: port for port in ports}
+        ordered = [by_name[name] for name in specs]
+        for port, spec in zip(ordered, specs.values(), strict=True):
+            port.type.tensor_type.ClearField("shape")
+            port.type.tensor_type.shape.SetInParent()
+            for size in spec.shape:
+                dim = port.type.tensor_type.shape.dim.add()
+                if isinstance(size, int):
+                    dim.dim_value = size
+                else:
+                    dim.dim_param = size
+        copies = [onnx.ValueInfoProto.FromString(port.SerializeToString()) for port in ordered]
+        del ports[:]
+        ports.extend(copies)
+    return proto
+
+
+def _separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """A value of its own for every output: one value cannot have an old name and a new one."""
+    seen: set[int] = set()
+    for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if value.is_graph_input() or value.is_initializer() or id(value) in seen:
+            if value.is_initializer():
+                value.name = f"{name}.constant"
+            copy = ir.node("Identity", inputs=[value], name=f"{name}/Identity")
+            copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = name, value.type, value.shape
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+        seen.add(id(value))
+
+
+def write_contract(model: onnx.ModelProto, contract: StepContract) -> None:
+    """Embed the contract beside the metadata that the file brought along."""
+    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != METADATA_KEY]
+    embed_contract(model, contract)
+    for key, value in kept:
+        model.metadata_props.add(key=key, value=value)

@@ -1,0 +1,186 @@
+"""From somebody else's ONNX file to a step model: states paired, cells replaced, compared, written."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import onnx
+import onnxscript
+from onnxscript import ir
+
+from stepcell import __version__
+from stepcell.contract import CellSpec, StepContract
+from stepcell.errors import ContractError, ExportError, UsageError
+from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
+from stepcell.exporter.cell_recognition.find import find_cells
+from stepcell.exporter.cell_recognition.normal import normalise
+from stepcell.exporter.cell_recognition.replace import replace_cells
+from stepcell.exporter.from_onnx.adopt import contract_of, rename, write_contract
+from stepcell.exporter.from_onnx.compare import compare
+from stepcell.exporter.from_onnx.evidence import pairs_by_cell
+from stepcell.exporter.from_onnx.foreign import Foreign, Run, read_foreign
+from stepcell.exporter.from_onnx.pairs import find_pairs
+from stepcell.exporter.from_onnx.sizes import find_sizes
+from stepcell.exporter.step_onnx.graph import attach_functions
+from stepcell.files import atomic_path
+
+__all__ = ["FuseReport", "fuse_onnx"]
+
+OPSET = 18  # the first with the Split of the op functions
+
+
+class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a file.
+
+    Attributes:
+        contract: as written; `cells` holds the replaced cells and those that were left alone, with
+            the reason, and `parity` the comparison with the original file.
+        transforms: by cell, the exact transformation of its weights, where one was needed.
+        notes: what a person should know: a state that nobody named, cells that could not be replaced.
+        nodes_before, nodes_after: nodes of the graph, without those of graphs inside nodes.
+    """
+
+    contract: StepContract
+    transforms: dict[str, str]
+    notes: tuple[str, ...]
+    nodes_before: int
+    nodes_after: int
+
+    @property
+    def fused(self) -> tuple[CellSpec, ...]:
+        """The cells that became an op."""
+        return tuple(cell for cell in self.contract.cells if cell.op is not None)
+
+
+def fuse_onnx(
+    source: Path,
+    target: Path,
+    *,
+    states: Mapping[str, str] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> FuseReport:
+    """Adopt an ONNX file: find its states, replace its recurrent cells by the ops, write the contract.
+
+    Args:
+        source: an ONNX file of one step, states as inputs and outputs, weights inside.
+        target: the file to write; it must be another one.
+        states: by state input the output that is its next value, where names and cells do not say;
+            an empty output says that an input is no state.
+        shapes: sizes to fix, by input.
+
+    Raises:
+        UsageError: the states are not clear, an argument does not fit, or the file has a contract.
+        InputError: the file cannot be read or is not an ONNX model.
+        ExportError: it cannot be a step model; the message says why.
+        ParityError: the result differs from the original over 100 steps; nothing is written.
+        OutputError: `target` cannot be written.
+    """
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UsageError(f"{target}: is the file to read; the original is kept", hint="choose another output path")
+    with atomic_path(target) as temporary:  # first of all, so that a bad path is not found out after the work
+        report, model = _fuse(read_foreign(source), states or {}, shapes or {})
+        temporary.write_bytes(model.SerializeToString())
+    return report
+
+
+def _fuse(
+    file: Foreign, states: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+) -> tuple[FuseReport, onnx.ModelProto]:
+    original = Run(file.data, str(file.path))
+    found = _find(file)
+    model, cells = found.model, found.cells
+    pairing = find_pairs(file.inputs, file.outputs, found.evidence, states)
+    sizes = find_sizes(file, original, pairing.pairs, shapes)
+    source = {
+        "onnx_sha256": file.sha256,
+        "producer": f"{file.model.producer_name} {file.model.producer_version}".strip(),
+        "original_opset": file.opset,
+        "stepcell": __version__,
+        "onnx": onnx.__version__,
+        "onnxscript": onnxscript.__version__,
+        "opset": model.opset_imports.get("", file.opset),
+    }
+    contract = contract_of(file, pairing.pairs, sizes, cells, found.near_misses, source)
+    try:
+        contract.check(str(file.path))
+    except ContractError as error:
+        raise ExportError(error.message, hint=error.hint) from error
+    if cells:
+        replace_cells(model, cells)
+    proto = rename(model, file, contract)
+    if cells:
+        proto.ir_version = max(proto.ir_version, 8)  # the first with functions
+        contract = attach_functions(proto, contract)
+    write_contract(proto, contract)
+    adopted = Run(proto.SerializeToString(), f"{file.path}, adopted")
+    contract = msgspec.structs.replace(contract, parity=compare(original, adopted, contract, sizes.samples))
+    write_contract(proto, contract)
+    report = FuseReport(
+        contract=contract,
+        transforms={cell.name: cell.note for cell in cells if cell.note},
+        notes=(*found.notes, *pairing.notes),
+        nodes_before=len(file.model.graph.node),
+        nodes_after=len(proto.graph.node),
+    )
+    return report, proto
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The graph to go on with, its cells, and what they say about the states."""
+
+    model: ir.Model
+    cells: list[Cell]
+    near_misses: list[NearMiss]
+    evidence: dict[str, list[str]]
+    notes: list[str]
+
+
+def _find(file: Foreign) -> _Found:
+    """Search the graph for cells, in the opset of the ops; without a cell it stays as it came."""
+    notes: list[str] = []
+    model = file.model
+    if file.opset < OPSET:
+        try:
+            model = onnx.version_converter.convert_version(file.model, OPSET)
+            Run(model.SerializeToString(), f"{file.path}, in opset {OPSET}")
+        except (RuntimeError, ValueError, ExportError) as error:
+            model = file.model
+            notes.append(
+                f"the ops need opset {OPSET}, the file has {file.opset}, and onnx cannot convert it: {_text(error)}"
+            )
+    graph = ir.from_proto(model)
+    try:
+        with _quiet("onnxscript", "onnx_ir"):
+            normalise(graph)
+            cells, near_misses = find_cells(graph)
+    except Exception as error:  # somebody else's optimizer on somebody else's graph
+        notes.append(f"the graph could not be searched for cells: {_text(error)}")
+        return _Found(ir.from_proto(file.model), [], [], {}, notes)
+    evidence = pairs_by_cell(graph, cells)
+    if cells and not notes:
+        return _Found(graph, cells, near_misses, evidence, [])
+    notes = [f"{len(cells)} cell(s) stay as they are: {note}" for note in notes] if cells else []
+    return _Found(ir.from_proto(file.model), [], near_misses, evidence, notes)
+
+
+@contextlib.contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Without the optimizer's remarks on every node that it leaves alone."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _text(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,0 +1,235 @@
+"""Which output is the next value of which input: read from names and from the cells of the graph.
+
+A pair is taken where there is one reading only. What has several is asked for, never guessed: a
+file whose states are wired wrongly runs without an error and is wrong from the second frame on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stepcell.errors import UsageError
+from stepcell.exporter.from_onnx.names import Mark, core_of, numbered, read, says_data, says_state
+from stepcell.exporter.from_onnx.ports import Port
+
+__all__ = ["Pair", "Pairing", "find_pairs"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One state: the input that takes it, the output that gives its next value, its name."""
+
+    input: str
+    output: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The states of a file, in the order of its inputs; `notes`: what may be one and was not taken."""
+
+    pairs: tuple[Pair, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Match:
+    input: str
+    output: str
+    words: tuple[str, ...]
+    mark: Mark
+
+
+@dataclass
+class _Search:
+    """What is still free, what has been taken, and what must be asked or said."""
+
+    inputs: dict[str, Port]
+    outputs: dict[str, Port]
+    taken: dict[str, str] = field(default_factory=dict)
+    cores: dict[str, str] = field(default_factory=dict)
+    questions: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, source: str, target: str, core: str) -> None:
+        self.taken[source] = target
+        self.cores[source] = core
+        del self.inputs[source], self.outputs[target]
+
+    def ask(self, source: str, targets: Iterable[str], why: str) -> None:
+        targets = sorted(targets)
+        self.questions.append(f"{source}: {why}: {', '.join(targets)}")
+        self.arguments.append(
+            " or ".join([*(f"--state {source}={target}" for target in targets), f"--state {source}="])
+        )
+        self.inputs.pop(source, None)
+
+
+def find_pairs(
+    inputs: Sequence[Port], outputs: Sequence[Port], cells: Mapping[str, Sequence[str]], given: Mapping[str, str]
+) -> Pairing:
+    """Find the states of a file.
+
+    Args:
+        cells: by input, the outputs that a cell of the graph turns it into (`evidence`).
+        given: input to output as the user says it; an empty output: this input is no state.
+
+    Raises:
+        UsageError: `given` does not fit the file, or a pair has several readings; the hint then
+            holds the arguments to choose from.
+    """
+    search = _Search({port.name: port for port in inputs}, {port.name: port for port in outputs})
+    _take_given(search, given)
+    evidence = {
+        source: [t for t in targets if t in search.outputs and search.inputs[source].fits(search.outputs[t])]
+        for source, targets in cells.items()
+        if source in search.inputs
+    }
+    _take_by_name(search, evidence)
+    _take_by_cell(search, evidence)
+    _ask_for_rest(search)
+    if search.questions:
+        raise UsageError(
+            f"which output is the next value of which input is not clear: {'; '.join(search.questions)}",
+            hint=f"say it: {'; '.join(search.arguments)} (an empty right side: it is no state)",
+        )
+    cores = {port.name: search.cores[port.name] for port in inputs if port.name in search.taken}
+    ends = {*search.taken, *search.taken.values()}
+    names = _state_names(cores, {port.name for port in (*inputs, *outputs)} - ends)
+    return Pairing(
+        tuple(Pair(source, search.taken[source], name) for source, name in names.items()), tuple(search.notes)
+    )
+
+
+def _take_given(search: _Search, given: Mapping[str, str]) -> None:
+    for source, target in given.items():
+        if source not in search.inputs:
+            raise UsageError(f"--state {source}={target}: no such input", hint=f"inputs: {_list(search.inputs)}")
+        if not target:
+            continue
+        if target not in search.outputs:
+            what = "given twice" if target in search.taken.values() else "no such output"
+            raise UsageError(f"--state {source}={target}: {what}", hint=f"outputs: {_list(search.outputs)}")
+        before, after = search.inputs[source], search.outputs[target]
+        if not before.fits(after):
+            raise UsageError(
+                f"--state {source}={target}: a state comes back as it went in, got {before.dtype} {before.shape} "
+                f"and {after.dtype} {after.shape}"
+            )
+        common = [match.words for match in _matches([before], [after])]
+        search.take(source, target, core_of(source, common[0]) if common else source)
+    for source, target in given.items():
+        if not target:
+            del search.inputs[source]
+
+
+def _take_by_name(search: _Search, evidence: Mapping[str, Sequence[str]]) -> None:
+    matches = []
+    for match in _matches(search.inputs.values(), search.outputs.values()):
+        by_cell = match.output in evidence.get(match.input, ())
+        plain = says_data(match.input) or (match.mark < Mark.TIME and not says_state(match.input))
+        if plain and not by_cell:
+            search.notes.append(
+                f"{match.input} and {match.output} are named like a state before and after the step, but they may be "
+                f"data as well; if {match.output} is fed back: --state {match.input}={match.output}"
+            )
+        else:
+            matches.append(match)
+    best = {
+        side: {
+            name: max(m.mark for m in matches if getattr(m, side) == name)
+            for name in {getattr(m, side) for m in matches}
+        }
+        for side in ("input", "output")
+    }
+    matches = [m for m in matches if m.mark == best["input"][m.input] and m.mark == best["output"][m.output]]
+    for source in dict.fromkeys(match.input for match in matches):
+        own = {match.output: match for match in matches if match.input == source}
+        rivals = {match.input for match in matches if match.output in own} - {source}
+        if len(own) > 1 or rivals:
+            why = "its name fits several outputs" if len(own) > 1 else f"so does the name of {_list(rivals)}, fits"
+            search.ask(source, own, why)
+            continue
+        (match,) = own.values()
+        wired = evidence.get(source, ())
+        claimed = {other.output for other in matches if other.input != source}
+        if wired and match.output not in wired and claimed.intersection(wired):
+            search.ask(source, {match.output, *wired}, "its name and the cell it goes into say different outputs")
+        elif source in search.inputs and match.output in search.outputs:
+            search.take(source, match.output, core_of(source, match.words))
+
+
+def _take_by_cell(search: _Search, evidence: Mapping[str, Sequence[str]]) -> None:
+    """Pair what the names leave open by the cells, where the input's name says state or all count alike."""
+    open_pairs = {
+        source: [target for target in targets if target in search.outputs]
+        for source, targets in evidence.items()
+        if source in search.inputs
+    }
+    open_pairs = {source: targets for source, targets in open_pairs.items() if targets}
+    alike = _count_alike(open_pairs)
+    for source, targets in open_pairs.items():
+        rivals = [other for other in open_pairs if other != source and set(open_pairs[other]) & set(targets)]
+        if not (says_state(source, clearly=True) or alike):
+            either = " or ".join(targets)
+            search.notes.append(
+                f"{source} and {either} look like a hidden state before and after a recurrent cell, but no name says "
+                f"so; if {either} is fed back: --state {source}={targets[0]}"
+            )
+        elif len(targets) > 1 or rivals:
+            search.ask(source, targets, "the cell it goes into gives several outputs")
+        else:
+            search.take(source, targets[0], source)
+
+
+def _count_alike(pairs: Mapping[str, Sequence[str]]) -> bool:
+    """Whether s0 becomes t0, s1 becomes t1, ...: two or more pairs with one stem a side and equal numbers."""
+    stems = set()
+    for source, targets in pairs.items():
+        before, after = numbered(source), numbered(targets[0])
+        if len(targets) != 1 or before is None or after is None or before[1] != after[1]:
+            return False
+        stems.add((before[0], after[0]))
+    return len(pairs) > 1 and len(stems) == 1
+
+
+def _ask_for_rest(search: _Search) -> None:
+    """An input that calls itself a state must not become a data input by silence."""
+    for source in list(search.inputs):
+        fitting = [t for t, port in search.outputs.items() if port.fits(search.inputs[source]) and port.shape != ()]
+        if fitting and says_state(source, clearly=True) and not says_data(source):
+            search.ask(source, fitting, "its name says state, and its next value may be one of these outputs")
+
+
+def _matches(inputs: Iterable[Port], outputs: Iterable[Port]) -> list[_Match]:
+    """Every input and output whose names leave the same words; the strongest reading of each two."""
+    read_outputs = [(port, {r.words: r.mark for r in read(port.name, "out")}) for port in outputs]
+    found = []
+    for before in inputs:
+        readings = read(before.name, "in")
+        for after, by_words in read_outputs:
+            both = [
+                _Match(
+                    before.name, after.name, r.words, max(filter(None, (r.mark, by_words[r.words])), default=Mark.SIDE)
+                )
+                for r in readings
+                if r.words in by_words and before.fits(after)
+            ]
+            if both:
+                found.append(max(both, key=lambda match: (match.mark, len(match.words))))
+    return found
+
+
+def _state_names(cores: Mapping[str, str], data: set[str]) -> dict[str, str]:
+    """A name for each state: what both ends have in common, or the input's own name where that is not unique."""
+    names = {}
+    for source, core in cores.items():
+        unique = list(cores.values()).count(core) == 1 and core not in data and core[:1].isalpha()
+        names[source] = core_of(source, [core if unique else source])
+    return names
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

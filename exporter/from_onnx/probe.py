@@ -1,0 +1,227 @@
+"""Sizes at which a file runs, and the shapes that its states and outputs have there.
+
+Exporters write names for dynamic sizes, but not how one follows from another (a state of
+Robust Video Matting is `height_1` x `width_1`). So the file is run at a few sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from stepcell.contract import TensorSpec
+from stepcell.dims import Dim, resolve
+from stepcell.exporter.from_onnx.foreign import Array, Foreign, Run, run_session, tensors_of
+from stepcell.exporter.from_onnx.pairs import Pair
+
+__all__ = ["Partial", "Prober", "Sample"]
+
+# Batch, height, width and any other size. Small first, since the file is stepped at them; then
+# what nets with a deep pyramid or a long window need. Odd ones tell rounding up from down.
+_LADDER = (
+    *((1, 16, 24, 96), (2, 24, 16, 128), (1, 32, 48, 256), (2, 48, 32, 288), (1, 23, 37, 512), (2, 96, 64, 576)),
+    *((1, 128, 192, 1024), (1, 224, 288, 4096), (1, 256, 512, 16000)),
+)
+_ROUNDS = 3  # of feeding a state's shape back until it stays
+_VALUES = 4  # tried for an integer without axes
+
+Partial = dict[str, tuple[Dim | None, ...]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One set of sizes at which the file runs.
+
+    Attributes:
+        symbols: value of every symbol of the data inputs.
+        scalars: values of the integer data inputs that have one element, each set a valid one.
+        shapes: of every input and output, by its name in the file.
+    """
+
+    symbols: dict[str, int]
+    scalars: list[dict[str, Array]]
+    shapes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Runs a file at sizes.
+
+    Attributes:
+        data: the data inputs, dynamic sizes named.
+        states: shape of every state input, None where it must be found.
+    """
+
+    file: Foreign
+    run: Run
+    data: Sequence[TensorSpec]
+    states: Partial
+    pairs: Sequence[Pair]
+
+    def samples(self, wanted: int) -> list[Sample]:
+        """Up to `wanted` sizes at which the file runs; empty where none of those tried is one.
+
+        Sizes at which more of the scalars' values run come first: each may lead into another branch.
+        """
+        for shrink in (False, True):
+            tried: list[dict[str, int]] = []
+            found: list[Sample] = []
+            for rung in _LADDER:
+                symbols = _symbols(self.data, rung, shrink=shrink)
+                best = max((len(sample.scalars) for sample in found), default=1)
+                enough = sum(len(sample.scalars) == best for sample in found) >= wanted
+                if symbols in tried or (enough and best == len(_scalars(self.file.model, self.data, symbols))):
+                    continue
+                tried.append(symbols)
+                found += filter(None, [self.at(symbols)])
+            if found:
+                return sorted(found, key=lambda sample: -len(sample.scalars))[:wanted]
+        return []
+
+    def at(self, symbols: dict[str, int]) -> Sample | None:
+        """One size, or None where the file does not run there."""
+        feeds = {spec.name: np.zeros(resolve(spec.shape, symbols), spec.dtype) for spec in self.data}
+        valid, shapes = [], None
+        for scalars in _scalars(self.file.model, self.data, symbols):
+            found = _run_at(self.file, self.run, {**feeds, **scalars}, self.states, self.pairs, symbols)
+            if found is not None:
+                valid.append(scalars)
+                shapes = shapes or found
+        return None if shapes is None else Sample(symbols, valid, shapes)
+
+
+def _symbols(data: Sequence[TensorSpec], rung: tuple[int, int, int, int], *, shrink: bool) -> dict[str, int]:
+    """A value for every symbol; `shrink`: each further input is half the size, as in a feature pyramid."""
+    batch, height, width, other = rung
+    symbols: dict[str, int] = {}
+    level = -1
+    for spec in data:
+        image = len(spec.shape) >= 4
+        level += image
+        for axis, dim in enumerate(spec.shape):
+            from_end = len(spec.shape) - axis
+            size = batch if axis == 0 else {1: width, 2: height}.get(from_end, 1) if image else other
+            if shrink and image and from_end < 3:
+                size = -(-size // 2**level)
+            if isinstance(dim, str):
+                symbols.setdefault(dim, size)
+    return symbols
+
+
+def _scalars(model: onnx.ModelProto, data: Sequence[TensorSpec], symbols: Mapping[str, int]) -> list[dict[str, Array]]:
+    """Values for integers of one element, such as a sampling rate: what the graph compares them with."""
+    single = [s for s in data if not s.dtype.startswith("float") and np.prod(resolve(s.shape, symbols)) == 1]
+    values = {spec.name: [1, 0] if spec.dtype == "bool" else _compared_with(model, spec.name) for spec in single}
+    count = max(map(len, values.values()), default=1)
+    return [
+        {
+            spec.name: np.full(
+                resolve(spec.shape, symbols), values[spec.name][index % len(values[spec.name])], spec.dtype
+            )
+            for spec in single
+        }
+        for index in range(count)
+    ]
+
+
+def _compared_with(model: onnx.ModelProto, name: str) -> list[int]:
+    """1, and the constants that an input meets in a comparison."""
+    constants = {tensor.name: tensor for tensor in tensors_of(model) if tensor.name}
+    aliases, found = {name}, []
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+        if (
+            node.op_type in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Gather")
+            and node.input[0] in aliases
+        ):
+            aliases.add(node.output[0])
+        if node.op_type in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual") and aliases & set(node.input):
+            for other in node.input:
+                if other in constants:
+                    found += [int(value) for value in onnx.numpy_helper.to_array(constants[other]).ravel()[:_VALUES]]
+    return list(dict.fromkeys([*found, 1]))[:_VALUES]
+
+
+def _run_at(
+    file: Foreign,
+    run: Run,
+    feeds: dict[str, Array],
+    states: Partial,
+    pairs: Sequence[Pair],
+    symbols: Mapping[str, int],
+) -> dict[str, tuple[int, ...]] | None:
+    """Shapes at one set of sizes, or None where the file does not run there."""
+    dtypes = {port.name: port.dtype for port in file.inputs}
+    known = {name: [None if d is None else resolve((d,), symbols)[0] for d in shape] for name, shape in states.items()}
+    data = {name: array.shape for name, array in feeds.items()}
+    batch = next((array.shape[0] for array in feeds.values() if array.ndim), 1)
+    for default in dict.fromkeys((1, batch)):
+        shapes = _guess(file.model, data, known, pairs, default)
+        for _ in range(_ROUNDS):
+            zeros = {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
+            results = run_session(run, {**feeds, **zeros})
+            if results is None:
+                break
+            new = {pair.input: results[pair.output].shape for pair in pairs}
+            if new == shapes:
+                return {**data, **shapes, **{name: array.shape for name, array in results.items()}}
+            if not all(map(_fits, new.values(), (known[name] for name in new))):
+                break
+            shapes = new
+    return None
+
+
+def _fits(shape: Sequence[int], known: Sequence[int | None]) -> bool:
+    return len(shape) == len(known) and all(b in (None, a) for a, b in zip(shape, known, strict=True))
+
+
+def _guess(
+    model: onnx.ModelProto,
+    data: Mapping[str, Sequence[int]],
+    known: Mapping[str, Sequence[int | None]],
+    pairs: Sequence[Pair],
+    default: int,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes to start from: what shape inference finds for a state's new value, else `default`."""
+    if all(None not in shape for shape in known.values()):
+        return {name: tuple(size or default for size in shape) for name, shape in known.items()}
+    found = _inferred(model, {**data, **known})
+    guess = {}
+    for pair in pairs:
+        shape = known[pair.input]
+        after = found.get(pair.output) or [None] * len(shape)
+        fitting = after if len(after) == len(shape) else [None] * len(shape)
+        guess[pair.input] = tuple(size or other or default for size, other in zip(shape, fitting, strict=True))
+    return guess
+
+
+def _inferred(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int | None]]) -> dict[str, list[int | None]]:
+    """Shapes of the outputs as ONNX's shape inference sees them, given those of the inputs."""
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for value in sized.graph.input:
+        if value.name in inputs:
+            _write(value, inputs[value.name])
+    for value in sized.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del sized.graph.value_info[:]
+    try:
+        sized = onnx.shape_inference.infer_shapes(sized, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return {}
+    return {
+        value.name: [dim.dim_value or None for dim in value.type.tensor_type.shape.dim] for value in sized.graph.output
+    }
+
+
+def _write(value: onnx.ValueInfoProto, shape: Sequence[int | None]) -> None:
+    value.type.tensor_type.ClearField("shape")
+    for size in shape:
+        dim = value.type.tensor_type.shape.dim.add()
+        if size is not None:
+            dim.dim_value = size
+    value.type.tensor_type.shape.SetInParent()

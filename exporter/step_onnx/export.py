@@ -1,0 +1,117 @@
+"""From a step model to a checked single-step ONNX file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import onnx
+import torch
+from torch import nn
+
+from stepcell import __version__
+from stepcell.contract import StepContract
+from stepcell.errors import ExportError, UsageError
+from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
+from stepcell.exporter.step_onnx.parity import check_parity
+from stepcell.exporter.step_onnx.plan import contract_for
+from stepcell.exporter.step_onnx.trace import onnx_from_module
+from stepcell.files import atomic_path
+from stepcell.models.step import StepModule, is_step_module
+
+__all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
+
+DEFAULT_OPSET = 20
+OPSETS = range(18, 24)  # 18 is the first with the Split of the op functions
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Path,
+    *,
+    precision: Literal["float16", "float32"] = "float16",
+    state_dtype: Literal["float32", "float16"] = "float32",
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    dynamic: Sequence[str] = (),
+    opset: int = DEFAULT_OPSET,
+    family: str = "module",
+    source: Mapping[str, object] | None = None,
+) -> StepContract:
+    """Export a step model, compare the file with the module, and only then put it in place.
+
+    Args:
+        model: a step model (`stepcell.models.StepModule`); it is not changed.
+        path: the ONNX file to write.
+        precision: compute dtype of weights, convolutions and data inputs and outputs.
+        state_dtype: dtype of the states between steps. A float16 state stalls: an update smaller
+            than its last bit is lost at every step.
+        shapes: sizes by data input; a symbol they bind is fixed unless named in `dynamic`.
+        dynamic: symbols that stay dynamic although `shapes` binds them.
+        opset: ONNX opset, 18 to 23.
+        family, source: recorded in the contract.
+
+    Returns:
+        The contract as written into the file, with the worst error of the comparison.
+
+    Raises:
+        UsageError: sizes, symbols or opset that do not fit.
+        ExportError: the module cannot be traced, or the result is not a valid model.
+        ParityError: the file differs from the module by more than `parity.TOLERANCE`.
+        OutputError: the file cannot be written.
+    """
+    if not is_step_module(model):
+        raise ExportError(
+            f"{type(model).__name__}: not a step model: needs inputs, outputs, states and forward(x..., *states)",
+            hint="see docs/export.md, 'Your own module'",
+        )
+    assert isinstance(model, StepModule)
+    if opset not in OPSETS:
+        raise UsageError(f"--opset: expected {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
+    with atomic_path(path) as temporary:  # first of all, so that a bad path is not found out after the work
+        proto, contract = _onnx_and_contract(
+            copy.deepcopy(model).float().eval(),
+            contract_for(model, precision=precision, state_dtype=state_dtype, shapes=shapes or {}, dynamic=dynamic),
+            opset,
+            family,
+            {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
+        )
+        temporary.write_bytes(proto.SerializeToString())
+    return contract
+
+
+def _onnx_and_contract(
+    model: nn.Module, contract: StepContract, opset: int, family: str, source: dict[str, object]
+) -> tuple[onnx.ModelProto, StepContract]:
+    contract = msgspec.structs.replace(contract, family=family, source=source)
+    proto = onnx_from_module(_in_precision(model, contract.precision), contract, opset)
+    tidy(proto, contract)
+    contract = attach_functions(proto, contract)
+    embed_contract(proto, contract)
+    _check_valid(proto)
+    parity = check_parity(model, proto.SerializeToString(), contract)
+    contract = msgspec.structs.replace(contract, parity=parity)
+    embed_contract(proto, contract)
+    return proto, contract
+
+
+def _in_precision(model: nn.Module, precision: str) -> nn.Module:
+    if precision == "float32":
+        return model
+    limit = torch.finfo(torch.float16).max
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.abs().max() > limit:
+            raise ExportError(
+                f"tensor {name}: holds {tensor.abs().max():.3g}, beyond float16's largest value {limit:.0f}",
+                hint="export with --precision float32",
+            )
+    return copy.deepcopy(model).half()
+
+
+def _check_valid(proto: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph is not a valid ONNX model: {error}") from error

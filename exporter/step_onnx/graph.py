@@ -1,0 +1,106 @@
+"""Finish a traced graph: names, symbolic sizes, op functions, contract."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+import onnx
+import onnx.inliner
+
+from stepcell import __version__
+from stepcell.contract import METADATA_KEY, StepContract
+from stepcell.dims import Dim
+from stepcell.exporter.step_onnx.op_functions import DOMAIN, Variant, function_for, variant_of
+
+__all__ = ["attach_functions", "embed_contract", "tidy"]
+
+_INLINED = "a file holds one variant of an op, and another one is more frequent"
+
+
+def tidy(model: onnx.ModelProto, contract: StepContract) -> None:
+    """Name nodes by module path and sizes by the contract's symbols; drop the tracer's notes.
+
+    The notes hold stack traces with paths of the machine that exported.
+    """
+    _name_nodes(model.graph)
+    for holder in (model, model.graph, *model.graph.node, *_values(model.graph), *model.graph.initializer):
+        del holder.metadata_props[:]
+    del model.graph.value_info[:]  # inferred again by whoever needs them, under the new symbols
+    specs = {**contract.graph_inputs, **contract.graph_outputs}
+    for value in _values(model.graph):
+        _set_shape(value, specs[value.name].shape)
+    model.graph.name = contract.family
+    model.producer_name, model.producer_version = DOMAIN, __version__
+
+
+def attach_functions(model: onnx.ModelProto, contract: StepContract) -> StepContract:
+    """Append the definition of every stepcell op in the graph.
+
+    One file can hold one variant of an op (see `functions`); the nodes of a rarer second one are
+    replaced by their ordinary nodes, and the contract returned says so.
+    """
+    opset = next(item.version for item in model.opset_import if item.domain == "")
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    counts = Counter(variant_of(node) for node in nodes)
+    kept: dict[str, Variant] = {}
+    for variant, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        kept.setdefault(variant.op, variant)
+
+    inlined = []
+    for node in nodes:
+        variant = variant_of(node)
+        if variant != kept[variant.op]:
+            inlined.append(node.name.rpartition("/")[0])
+            node.op_type = "_".join(map(str, dataclasses.astuple(variant)))  # a name for as long as it takes
+            function = function_for(variant, opset)
+            function.name = node.op_type
+            if all(function.name != other.name for other in model.functions):
+                model.functions.append(function)
+    if inlined:
+        flat = onnx.inliner.inline_selected_functions(model, [(DOMAIN, f.name) for f in model.functions])
+        model.CopyFrom(flat)
+        del model.functions[:]
+    model.functions.extend(function_for(variant, opset) for variant in kept.values())
+    cells = tuple(
+        msgspec.structs.replace(cell, op=None, reason=_INLINED) if cell.name.replace(".", "/") in inlined else cell
+        for cell in contract.cells
+    )
+    return msgspec.structs.replace(contract, cells=cells)
+
+
+def embed_contract(model: onnx.ModelProto, contract: StepContract) -> None:
+    """Write the contract into the file's metadata, replacing one that is there."""
+    onnx.helper.set_model_props(model, {METADATA_KEY: contract.to_json()})
+
+
+def _values(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    return [*graph.input, *graph.output]
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    used: Counter[str] = Counter()
+    for node in graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        try:
+            path = [str(scope) for scope in ast.literal_eval(scopes)][:-1]
+        except (ValueError, SyntaxError):
+            path = []
+        scope = path[-1].replace(".", "/") if path else ""
+        name = f"{scope}/{node.op_type}" if scope else node.op_type
+        used[name] += 1
+        node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+        node.doc_string = ""
+
+
+def _set_shape(value: onnx.ValueInfoProto, shape: Sequence[Dim]) -> None:
+    dims = value.type.tensor_type.shape.dim
+    for dim, size in zip(dims, shape, strict=True):
+        dim.Clear()
+        if isinstance(size, int):
+            dim.dim_value = size
+        else:
+            dim.dim_param = size

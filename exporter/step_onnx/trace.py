@@ -1,0 +1,140 @@
+"""Trace a step model to ONNX with torch's exporter, states as explicit inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from stepcell.contract import StepContract
+from stepcell.dims import resolve
+from stepcell.errors import ExportError
+from stepcell.exporter.step_onnx.plan import TORCH_DTYPES, sizes_for_trace
+
+__all__ = ["example_tensors", "onnx_from_module"]
+
+# Recurrence lives in the step loop: a graph that loops by itself is not a single step.
+_FORBIDDEN = {"Loop", "Scan", "GRU", "LSTM", "RNN"}
+
+
+def example_tensors(contract: StepContract, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    """Zeros for every data input and state, in the order of `forward`'s arguments."""
+    return tuple(
+        torch.zeros(resolve(spec.shape, sizes), dtype=TORCH_DTYPES[spec.dtype])
+        for spec in contract.graph_inputs.values()
+    )
+
+
+def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> onnx.ModelProto:
+    """Trace `model`, already in its compute precision, as the contract says.
+
+    Raises:
+        ExportError: the forward pass fails, cannot be traced, fixes a size the contract leaves
+            dynamic, or contains a loop.
+    """
+    sizes = sizes_for_trace(contract)
+    tensors = example_tensors(contract, sizes)
+    auto = torch.export.Dim.AUTO  # relations between sizes are the tracer's to find
+    dynamic = [
+        {axis: auto for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+        for spec in contract.graph_inputs.values()
+    ]
+    _check_forward(model, tensors, contract, sizes)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                tensors,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(contract.graph_inputs),
+                output_names=list(contract.graph_outputs),
+                dynamic_shapes=_like_signature(model, dynamic) if any(dynamic) else None,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever a pass of it raised
+        cause = error.__cause__ or error
+        raise ExportError(
+            f"tracing failed: {type(cause).__name__}: {_first_line(cause)}",
+            hint="the forward pass must be free of data-dependent Python control flow",
+        ) from error
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    _check_graph(proto, contract)
+    return proto
+
+
+def _like_signature(model: nn.Module, per_tensor: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """Group what is said per tensor as torch wants it: a `*states` parameter takes one tuple."""
+    for index, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            return (*per_tensor[:index], tuple(per_tensor[index:]))
+    return tuple(per_tensor)
+
+
+def _check_forward(
+    model: nn.Module, tensors: tuple[Tensor, ...], contract: StepContract, sizes: dict[str, int]
+) -> None:
+    try:
+        with torch.no_grad():
+            results = model(*tensors)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        hint = None
+        if contract.precision == "float16":
+            hint = "in float16 the states stay float32: the module may need to cast them, or try --precision float32"
+        raise ExportError(f"forward failed in {contract.precision}: {_first_line(error)}", hint=hint) from error
+    specs = list(contract.graph_outputs.values())
+    if not isinstance(results, tuple) or len(results) != len(specs):
+        got = f"{len(results)} values" if isinstance(results, tuple) else type(results).__name__
+        names = ", ".join(spec.name for spec in specs)
+        raise ExportError(f"forward: expected a tuple of {len(specs)} ({names}), got {got}")
+    for spec, result in zip(specs, results, strict=True):
+        shape, dtype = resolve(spec.shape, sizes), TORCH_DTYPES[spec.dtype]
+        if tuple(result.shape) != shape or result.dtype != dtype:
+            raise ExportError(
+                f"forward: {spec.name}: expected {shape} {dtype}, got {tuple(result.shape)} {result.dtype}",
+                hint="the specs of the module and its forward pass disagree",
+            )
+
+
+def _check_graph(proto: onnx.ModelProto, contract: StepContract) -> None:
+    for node in proto.graph.node:
+        if node.op_type in _FORBIDDEN:
+            raise ExportError(f"node {node.name}: {node.op_type} loops inside the step; write the module as one step")
+    inputs = {value.name: value for value in proto.graph.input}
+    for name, spec in contract.graph_inputs.items():
+        if name not in inputs:
+            raise ExportError(f"input {name}: has no effect on any output", hint="remove it from the specs")
+        for dim, traced in zip(spec.shape, inputs[name].type.tensor_type.shape.dim, strict=True):
+            if isinstance(dim, str) and not traced.dim_param:
+                raise ExportError(
+                    f"input {name}: {dim} should be dynamic, but the module fixes it at {traced.dim_value}",
+                    hint="export with --shape and without --dynamic for it",
+                )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's exporter from printing its progress and unrelated warnings."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

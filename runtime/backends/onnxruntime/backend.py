@@ -1,0 +1,311 @@
+"""The ONNX Runtime back end: states bound to two buffers each, swapped at every step.
+
+Two IO bindings are made when the sizes are known. One reads the states from the first buffers
+and writes them to the second, the other the reverse; a step runs one of them and the next step
+the other. So a state is never copied, and on CUDA it never leaves the device. Only a row that
+takes no part in a step is copied, from the buffer that was read to the one that was written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.contract import Spec, StepContract
+from stepcell.dims import resolve
+from stepcell.errors import DeviceError, StepcellError, UsageError
+from stepcell.missing import require
+from stepcell.runtime.backends.base import Device
+from stepcell.runtime.backends.onnxruntime.session import captures_graphs, open_session
+from stepcell.runtime.backends.step_future import Pending
+from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime.cuda.device_array import DeviceArray
+
+__all__ = ["OrtBackend"]
+
+# Bytes of an output from which new memory is bound at each step, in the place of a copy: 3 us whatever
+# the size, against 3 us for 128 kB, 23 us for 0.9 MB and more where it is in no near cache.
+_LARGE = 1 << 19
+# Bytes of an input up to which a copy costs less than binding the array of this step.
+_SMALL = 1 << 15
+
+
+class OrtBackend:
+    """A `Backend` that runs a model in ONNX Runtime.
+
+    Args:
+        path: an ONNX file with a contract.
+        device: where to run it.
+        keep_float16: on the CPU, run a float16 model as it is instead of in its float32 form.
+        threads: threads for one step on the CPU; None: as many as there are cores.
+
+    Raises:
+        InputError: the file cannot be read or is not an ONNX model.
+        ContractError: it has no contract, or another one than its graph.
+        DeviceError: CUDA was asked for and does not load.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path, device: Device, *, keep_float16: bool = False, threads: int | None = None) -> None:
+        self._path = path
+        self._device = device
+        self._ort: Any = require("onnxruntime", extra="ort", purpose="running a model")
+        session, contract, sized = open_session(path, device, keep_float16=keep_float16, threads=threads)
+        self._session: Any = session
+        self._sized = sized
+        self.contract: StepContract = contract
+        self.device = str(device)
+        kind = "CPU" if device.kind == "cpu" else f"CUDA device {device.index}"
+        self.description = f"ONNX Runtime {self._ort.__version__}, {kind}, {self.contract.precision}"
+        self._inputs: dict[str, _Buffer] = {}
+        self._outputs: dict[str, _Buffer] = {}
+        self._states: dict[str, tuple[_Buffer, _Buffer]] = {}
+        self._ordered = [spec.name for spec in contract.outputs]
+        self._large: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._bindings: tuple[Any, ...] = ()
+        self._bound: tuple[dict[str, NDArray[Any]], ...] = ()  # inputs on the host that each binding has
+        self._now = 0  # which buffer of each pair holds the present state
+        self._stream: cuda.Stream | None = None  # for copies on CUDA
+        self._captures = device.kind == "cuda" and captures_graphs(session)
+        self._graphs = 0  # CUDA graphs so far: each binding has one of its own
+        self._options: tuple[Any, ...] = (None, None)  # of a run, for each binding
+
+    @property
+    def input_stream(self) -> int | None:
+        """None on the CPU; on CUDA the stream on which arrays of the device are copied."""
+        return self._copies().handle if self._device.kind == "cuda" else None
+
+    def configure(self, symbols: Mapping[str, int]) -> None:
+        contract = self.contract
+        self._free()
+        try:
+            if self._sized is not None:
+                self._session = self._sized.session(
+                    {name: resolve(spec.shape, symbols) for name, spec in contract.graph_inputs.items()}
+                )
+            inputs = [spec for spec in contract.inputs if self._has_buffer(spec, symbols)]
+            self._inputs = {spec.name: self._buffer(spec, symbols) for spec in inputs}
+            self._large = self._large_outputs(symbols)
+            small = [spec for spec in contract.outputs if spec.name not in self._large]
+            self._outputs = {spec.name: self._buffer(spec, symbols) for spec in small}
+            self._states = {
+                spec.name: (self._buffer(spec, symbols), self._buffer(spec, symbols)) for spec in contract.states
+            }
+            self._bindings, self._bound = (self._bind(0), self._bind(1)), ({}, {})
+            self._options = (self._run_options(), self._run_options())
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise self._failure("its buffers cannot be made", error) from error
+        self.reset()
+
+    def step(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> dict[str, NDArray[Any]]:
+        binding = self._bindings[self._now]
+        try:
+            if self._device.kind == "cuda":
+                outputs = self._run_on_device(binding, inputs)
+            else:
+                outputs = self._run_on_host(binding, inputs)
+            if idle:
+                self._keep(idle)
+        except StepcellError:
+            raise
+        except Exception as error:
+            raise self._failure("the step failed", error) from error
+        self._now ^= 1
+        return outputs
+
+    def enqueue(
+        self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
+    ) -> Pending[dict[str, NDArray[Any]]]:
+        """Runs the whole step at once: ONNX Runtime's bindings cannot be run in the background."""
+        outputs = self.step(inputs, idle)
+        return Pending(lambda: outputs)
+
+    def step_on_device(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, DeviceArray]:
+        """Refused."""
+        raise UsageError(
+            f"{self._path}: ONNX Runtime hands its outputs out on the host",
+            hint="use step(), or build an engine: `stepcell build`",
+        )
+
+    def _run_on_host(self, binding: Any, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        bound = self._bound[self._now]
+        for name, array in inputs.items():
+            if (buffer := self._inputs.get(name)) is not None:
+                buffer.host[...] = array
+            elif bound.get(name) is not array:  # the frames of a stream are written to one array
+                binding.bind_cpu_input(name, array)
+                bound[name] = array
+        outputs: dict[str, NDArray[Any]] = {}
+        for name, (shape, dtype) in self._large.items():
+            outputs[name] = np.empty(shape, dtype)
+            binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(outputs[name]))  # its memory
+        self._session.run_with_iobinding(binding)
+        for name, output in self._outputs.items():
+            outputs[name] = output.host.copy()
+        return outputs if len(self._ordered) == 1 else {name: outputs[name] for name in self._ordered}
+
+    def _has_buffer(self, spec: Spec, symbols: Mapping[str, int]) -> bool:
+        """Whether an input is copied; on the CPU a large one is bound where the caller has it."""
+        nbytes = math.prod(resolve(spec.shape, symbols)) * np.dtype(spec.dtype).itemsize
+        return self._device.kind == "cuda" or nbytes <= _SMALL
+
+    def _large_outputs(self, symbols: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of outputs on the host that are better bound anew at each step than copied."""
+        if self._device.kind == "cuda":
+            return {}
+        shapes = {spec.name: (resolve(spec.shape, symbols), spec.dtype) for spec in self.contract.outputs}
+        return {
+            name: (shape, dtype)
+            for name, (shape, dtype) in shapes.items()
+            if math.prod(shape) * np.dtype(dtype).itemsize >= _LARGE
+        }
+
+    def _run_on_device(self, binding: Any, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, NDArray[Any]]:
+        for name, buffer in self._inputs.items():
+            value = inputs[name]
+            if isinstance(value, DeviceArray):
+                self._copy_in(buffer, value)
+            else:
+                buffer.write(value)
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding, self._options[self._now])
+        binding.synchronize_outputs()
+        return {name: buffer.read() for name, buffer in self._outputs.items()}
+
+    def reset(self, slots: Sequence[bool] | None = None) -> None:
+        rows = slice(None) if slots is None else np.flatnonzero(slots)
+        for spec in self.contract.states:
+            # Assigned, not multiplied: 0 * NaN is NaN.
+            initial = spec.initial(self._states[spec.name][0].shape)
+            index = (slice(None),) * spec.batch_axis + (rows,)
+            self._states[spec.name][self._now].assign(index, initial[index])
+
+    def read_state(self) -> dict[str, NDArray[Any]]:
+        return {name: pair[self._now].read() for name, pair in self._states.items()}
+
+    def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        for name, pair in self._states.items():
+            pair[self._now].write(state[name])
+
+    def close(self) -> None:
+        self._free()
+        self._session = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _copy_in(self, buffer: _Buffer, value: DeviceArray) -> None:
+        """Copy an array of the device into an input, and wait: ONNX Runtime has a stream of its own."""
+        stream = self._copies()
+        if value.stream is not None:
+            event = cuda.Event()
+            event.record_on(value.stream)
+            stream.wait(event)
+            event.close()  # CUDA frees it once it is reached
+        cuda.copy_on_device(buffer.value.data_ptr(), value.address, buffer.nbytes, stream)
+        stream.synchronize()
+
+    def _copies(self) -> cuda.Stream:
+        cuda.use_device(self._device.index)
+        self._stream = self._stream or cuda.Stream()
+        return self._stream
+
+    def _run_options(self) -> Any:
+        """None, or the number of the CUDA graph that is captured in a binding's first run and launched in the others.
+
+        The run that captures a graph repeats the step, which here is harmless: what a step reads
+        it does not write.
+        """
+        if not self._captures:
+            return None
+        self._graphs += 1
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self._graphs))
+        return options
+
+    def _keep(self, idle: Sequence[int]) -> None:
+        """Copy the states of idle rows from the buffers the step has read to those it has written."""
+        stream = self._copies() if self._device.kind == "cuda" else None
+        for spec in self.contract.states:
+            pair = self._states[spec.name]
+            for row in idle:
+                pair[1 - self._now].copy_row(pair[self._now], row, spec.batch_axis, stream)
+        if stream is not None:
+            stream.synchronize()
+
+    def _free(self) -> None:
+        self._bindings, self._bound = (), ()
+        self._inputs, self._outputs, self._states = {}, {}, {}
+
+    def _buffer(self, spec: Spec, symbols: Mapping[str, int]) -> _Buffer:
+        return _Buffer(self._ort, resolve(spec.shape, symbols), np.dtype(spec.dtype), self._device)
+
+    def _bind(self, now: int) -> Any:
+        binding = self._session.io_binding()
+        for name, buffer in self._inputs.items():
+            binding.bind_ortvalue_input(name, buffer.value)
+        for name, buffer in self._outputs.items():
+            binding.bind_ortvalue_output(name, buffer.value)
+        for spec in self.contract.states:
+            binding.bind_ortvalue_input(spec.input, self._states[spec.name][now].value)
+            binding.bind_ortvalue_output(spec.output, self._states[spec.name][1 - now].value)
+        return binding
+
+    def _failure(self, what: str, error: Exception) -> StepcellError:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, MemoryError) or "allocate memory" in text.lower():
+            return DeviceError(f"{self._path}: not enough memory on {self.device}: {text}", hint="use smaller frames")
+        return StepcellError(f"{self._path}: {what} in ONNX Runtime: {text}")
+
+
+class _Buffer:
+    """A tensor at a fixed address: a numpy array that ONNX Runtime sees, or CUDA memory."""
+
+    def __init__(self, ort: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> None:
+        self.shape = shape
+        self._itemsize = dtype.itemsize
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self._on_host = device.kind == "cpu"
+        if self._on_host:
+            self.host: NDArray[Any] = np.zeros(shape, dtype)
+            self.value = ort.OrtValue.ortvalue_from_numpy(self.host)
+        else:
+            self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, "cuda", device.index)
+
+    def read(self) -> NDArray[Any]:
+        """A copy on the host."""
+        copy: NDArray[Any] = self.host.copy() if self._on_host else self.value.numpy()
+        return copy
+
+    def write(self, array: NDArray[Any]) -> None:
+        if self._on_host:
+            self.host[...] = array
+        else:
+            self.value.update_inplace(array)
+
+    def assign(self, index: tuple[Any, ...], values: NDArray[Any]) -> None:
+        """Replace a part; on CUDA by way of the host, since it is rare there."""
+        if self._on_host:
+            self.host[index] = values
+        else:
+            array = self.value.numpy()
+            array[index] = values
+            self.value.update_inplace(array)
+
+    def copy_row(self, source: _Buffer, row: int, axis: int, stream: cuda.Stream | None) -> None:
+        """Take one index of one axis from a buffer of the same shape; on CUDA the copy is queued."""
+        if stream is None:
+            index = (slice(None),) * axis + (row,)
+            self.host[index] = source.host[index]
+        else:
+            cuda.copy_row(self._rows(axis), row, source._rows(axis), row, stream)
+
+    def _rows(self, axis: int) -> cuda.Rows:
+        return cuda.Rows.of(self.value.data_ptr(), self.shape, axis, self._itemsize)

@@ -1,0 +1,136 @@
+"""The states of a TensorRT engine: two buffers each on the device, which never leave it unasked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.contract import StateSpec
+from stepcell.dims import resolve
+from stepcell.errors import StateError
+from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_map, half_shape
+from stepcell.runtime.cuda import driver as cuda
+
+__all__ = ["DeviceState"]
+
+Own = Callable[[Any], Any]  # registers something to be closed, and returns it
+
+
+class DeviceState:
+    """A state, and its fp16 mirror where the engine reads one: whatever is done to the state is done to both.
+
+    Args:
+        spec: from the contract.
+        copy: from the sidecar; None: the engine has none of this state.
+        symbols: its sizes.
+        stream: on which everything about it is queued.
+        own: for what must be closed.
+    """
+
+    def __init__(
+        self, spec: StateSpec, copy: Fp16Mirror | None, symbols: Mapping[str, int], stream: cuda.Stream, own: Own
+    ) -> None:
+        self.spec = spec
+        self.shape = resolve(spec.shape, symbols)
+        self._count = self.shape[spec.batch_axis]
+        self._stream = stream
+        axis = spec.batch_axis
+        initial = None if spec.init == "zeros" else spec.initial((*self.shape[:axis], 1, *self.shape[axis + 1 :]))
+        self._state = _Pair(spec.input, spec.output, self.shape, spec.dtype, axis, initial, stream, own)
+        self._copy: _Pair | None = None
+        if copy is not None:
+            row = None if initial is None else half_map(initial)
+            self._copy = _Pair(copy.input, copy.output, half_shape(self.shape), "float16", 0, row, stream, own)
+        self._pairs = [pair for pair in (self._state, self._copy) if pair is not None]
+
+    def bindings(self, parity: int) -> Iterator[tuple[str, cuda.DeviceBuffer]]:
+        """Each of its tensors with the buffer that a step of this parity reads or writes."""
+        for pair in self._pairs:
+            yield pair.input, pair.buffers[parity]
+            yield pair.output, pair.buffers[1 - parity]
+
+    def reset(self, parity: int, slots: Sequence[bool] | None) -> None:
+        """Queue: the initial value, in all rows of the batch axis or those that are True."""
+        if slots is not None and len(slots) != self._count:
+            raise StateError(f"reset: expected {self._count} slots, got {len(slots)}")
+        for pair in self._pairs:
+            pair.reset(parity, None if slots is None else np.flatnonzero(slots).tolist())
+
+    def keep(self, parity: int, idle: Sequence[int]) -> None:
+        """Queue copies of rows from the buffer that the step reads to the one it writes."""
+        for pair in self._pairs:
+            pair.keep(parity, idle)
+
+    def read(self, parity: int) -> NDArray[Any]:
+        """Queue a copy to the host; the array is filled once the stream is done."""
+        array = np.empty(self.shape, self.spec.dtype)
+        cuda.copy_to_host(array, self._state.buffers[parity], self._stream)
+        return array
+
+    def write(self, parity: int, array: NDArray[Any]) -> None:
+        """Copy from the host, and wait for it."""
+        state = np.ascontiguousarray(array)
+        cuda.copy_to_device(self._state.buffers[parity], state, self._stream)
+        if self._copy is not None:
+            half = half_map(state)
+            cuda.copy_to_device(self._copy.buffers[parity], half, self._stream)
+        self._stream.synchronize()  # the copies read the arrays
+
+
+class _Pair:
+    """An input and an output of the engine on two buffers: `buffers[parity]` is read by the next step, the other
+    one written.
+
+    Args:
+        shape, dtype: in memory.
+        axis: which one of `shape` counts rows.
+        initial: one row before the first step; None: zeros.
+    """
+
+    def __init__(
+        self,
+        input: str,
+        output: str,
+        shape: Sequence[int],
+        dtype: str,
+        axis: int,
+        initial: NDArray[Any] | None,
+        stream: cuda.Stream,
+        own: Own,
+    ) -> None:
+        self.input, self.output = input, output
+        self._shape, self._axis, self._itemsize, self._stream = tuple(shape), axis, np.dtype(dtype).itemsize, stream
+        nbytes = math.prod(shape) * self._itemsize
+        self.buffers: tuple[cuda.DeviceBuffer, ...] = tuple(own(cuda.DeviceBuffer(nbytes)) for _ in range(2))
+        self._initial: cuda.Rows | None = None
+        if initial is not None:
+            row = np.ascontiguousarray(initial)
+            buffer = own(cuda.DeviceBuffer(row.nbytes))
+            cuda.copy_to_device(buffer, row, stream)
+            stream.synchronize()  # the copy reads `row`
+            self._initial = cuda.Rows.of(buffer.address, row.shape, axis, self._itemsize)
+
+    def reset(self, parity: int, indices: Sequence[int] | None) -> None:
+        """Queue: the initial value, in these rows; None: in all."""
+        if indices is None and self._initial is None:
+            self.buffers[parity].clear(self._stream)
+            return
+        rows = self._rows(self.buffers[parity])
+        for row in range(rows.count) if indices is None else indices:
+            if self._initial is None:
+                cuda.clear_row(rows, row, self._stream)
+            else:
+                cuda.copy_row(rows, row, self._initial, 0, self._stream)
+
+    def keep(self, parity: int, idle: Sequence[int]) -> None:
+        """Queue copies of rows from the buffer that the step reads to the one it writes."""
+        old, new = (self._rows(self.buffers[each]) for each in (parity, 1 - parity))
+        for row in idle:
+            cuda.copy_row(new, row, old, row, self._stream)
+
+    def _rows(self, buffer: cuda.DeviceBuffer) -> cuda.Rows:
+        return cuda.Rows.of(buffer.address, self._shape, self._axis, self._itemsize)

@@ -1,0 +1,48 @@
+"""Which back end runs a file, by its suffix and the device that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepcell.console import log
+from stepcell.errors import DeviceError, UsageError
+from stepcell.runtime.backends.base import Backend, Device
+
+__all__ = ["open_backend"]
+
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+
+
+def open_backend(path: Path, device: str, *, allow_fallback: bool, keep_float16: bool, threads: int | None) -> Backend:
+    """A loaded model; arguments and errors are those of `StepLoop.open`."""
+    place = Device.parse(device)
+    if path.suffix in ENGINE_SUFFIXES:
+        return _open_engine(path, place)
+    if path.suffix == ".onnx":
+        return _open_onnx(path, place, allow_fallback, keep_float16, threads)
+    kinds = ", ".join((".onnx", *ENGINE_SUFFIXES))
+    raise UsageError(f"{path}: expected a model file ({kinds}), got suffix {path.suffix!r}")
+
+
+def _open_onnx(path: Path, device: Device, allow_fallback: bool, keep_float16: bool, threads: int | None) -> Backend:
+    from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
+
+    try:
+        return OrtBackend(path, device, keep_float16=keep_float16, threads=threads)
+    except DeviceError as error:
+        if device.kind == "cpu" or not allow_fallback:
+            raise
+        log(f"{error.message}: running on the CPU instead, as allowed")
+    return OrtBackend(path, Device("cpu"), keep_float16=keep_float16, threads=threads)
+
+
+def _open_engine(path: Path, device: Device) -> Backend:
+    if device.kind == "cpu":
+        raise DeviceError(
+            f"{path}: a TensorRT engine runs on a GPU only, and the device asked for is the CPU",
+            hint="--device cuda, or run the .onnx file that the engine was built from",
+        )
+    from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
+
+    backend: Backend = TensorRTBackend(path, device)
+    return backend

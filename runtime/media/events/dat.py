@@ -1,0 +1,83 @@
+"""DAT: Prophesee's format of decoded events.
+
+Lines of text that begin with %, two bytes for the type and size of an event, then 8 bytes an event,
+little-endian: the time in microseconds (32 bits), x (14 bits), y (14 bits), polarity (1 bit).
+https://docs.prophesee.ai/stable/data/file_formats/dat.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from stepcell.errors import InputError, OutputError
+from stepcell.files import atomic_path
+from stepcell.runtime.media.events.events import CHUNK, Events, unwrap
+from stepcell.runtime.media.events.header import read_header, read_records, size_of
+
+__all__ = ["DatReader", "write_dat"]
+
+_RECORD = np.dtype([("t", "<u4"), ("xyp", "<u4")])
+_TYPES = (0x00, 0x0C)  # an event of any kind, a change of contrast
+_WRAP = 1 << 32  # 71 minutes
+
+
+class DatReader:
+    """The events of a DAT file, version 2.
+
+    Raises:
+        InputError: another file, version or kind of event.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.name = str(path)
+        self._file = file
+        header = read_header(file)
+        if header.get("version", "2") != "2":
+            raise InputError(
+                f"{path}: DAT version {header['version']}, expected 2",
+                hint="write it again with Prophesee's tools, or as .npz (docs/events.md)",
+            )
+        self.size = size_of(header)
+        kind = file.read(2)
+        if not header or len(kind) < 2 or kind[0] not in _TYPES or kind[1] != _RECORD.itemsize:
+            raise InputError(f"{path}: not a DAT file of events: header {header or 'missing'}, type {list(kind)}")
+
+    def __iter__(self) -> Iterator[Events]:
+        last = None
+        for records in read_records(self._file, self.name, _RECORD, CHUNK):
+            word = records["xyp"]
+            t = unwrap(records["t"].astype(np.int64), _WRAP, last)
+            last = int(t[-1])
+            yield Events.of(word & 0x3FFF, word >> 14 & 0x3FFF, word >> 28 & 1, t)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_dat(path: Path, parts: Iterable[Events], size: tuple[int, int]) -> int:
+    """Write events as DAT version 2; returns their number.
+
+    Args:
+        parts: in order of time.
+        size: width and height of the sensor.
+
+    Raises:
+        OutputError: it cannot be written, or a time is negative.
+    """
+    count = 0
+    header = f"% Data file containing CD events\n% Version 2\n% Width {size[0]}\n% Height {size[1]}\n"
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(header.encode() + bytes([_TYPES[1], _RECORD.itemsize]))
+        for events in parts:
+            if len(events) and events.t[0] < 0:
+                raise OutputError(f"{path}: DAT has no time below zero, got {events.t[0]} us")
+            records = np.empty(len(events), _RECORD)
+            records["t"] = events.t % _WRAP
+            records["xyp"] = events.x | events.y.astype(np.uint32) << 14 | events.p.astype(np.uint32) << 28
+            file.write(records.tobytes())
+            count += len(events)
+    return count

@@ -1,0 +1,110 @@
+"""`.npz` with the arrays x, y, p and t, read part by part."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError
+from stepcell.runtime.media.events.events import CHUNK, LARGEST, Events
+
+__all__ = ["NpzReader"]
+
+_COLUMNS = ("x", "y", "p", "t")
+# NotImplementedError: an unknown compression; RuntimeError: a password.
+_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError)
+
+
+class NpzReader:
+    """Arrays of one length: x and y integers; p bool, 0 and 1, or -1 and 1; t integers in microseconds
+    or floats in seconds. `width` and `height`, where there are such numbers, are the sensor's.
+
+    Raises:
+        InputError: an array is missing, or of another kind.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.name = str(path)
+        self._file = file
+        try:
+            self._zip = zipfile.ZipFile(file)
+            members = set(self._zip.namelist())
+            missing = [name for name in _COLUMNS if f"{name}.npy" not in members]
+            if missing:
+                raise InputError(
+                    f"{path}: expected arrays x, y, p and t, missing {', '.join(missing)}",
+                    hint=f"it holds {', '.join(sorted(members)) or 'nothing'}",
+                )
+            self._columns = {name: _Column(self._zip.open(f"{name}.npy"), f"{path}: {name}") for name in _COLUMNS}
+            self.size = self._size() if {"width.npy", "height.npy"} <= members else None
+        except _BROKEN as error:
+            raise InputError(f"{path}: not a readable .npz file ({error})") from error
+        lengths = {name: column.length for name, column in self._columns.items()}
+        if len(set(lengths.values())) != 1:
+            raise InputError(f"{path}: x, y, p and t need the same length, got {lengths}")
+        for name, kinds in (("x", "iu"), ("y", "iu"), ("p", "iub"), ("t", "iuf")):
+            if self._columns[name].dtype.kind not in kinds:
+                raise InputError(f"{path}: {name}: expected another kind of number, got {self._columns[name].dtype}")
+        self._left = lengths["t"]
+
+    def __iter__(self) -> Iterator[Events]:
+        while self._left > 0:
+            count = min(CHUNK, self._left)
+            try:
+                x, y, p, t = (self._columns[name].read(count) for name in _COLUMNS)
+            except _BROKEN as error:
+                raise InputError(f"{self.name}: broken or cut off ({error})") from error
+            self._left -= count
+            self._check(x, y, p, t)
+            if t.dtype.kind == "f":
+                t = np.rint(t.astype(np.float64) * 1e6)
+            yield Events.of(x, y, p.astype(np.int8) > 0, t)
+
+    def close(self) -> None:
+        self._zip.close()
+        self._file.close()
+
+    def _check(self, x: NDArray[Any], y: NDArray[Any], p: NDArray[Any], t: NDArray[Any]) -> None:
+        for name, column in (("x", x), ("y", y)):
+            if (column < 0).any() or (column > 0xFFFF).any():
+                raise InputError(f"{self.name}: {name}: expected pixels from 0, got {column.min()} to {column.max()}")
+        if not np.isin(p, (-1, 0, 1)).all():
+            raise InputError(f"{self.name}: p: expected 0 and 1, or -1 and 1, got {p.min()} to {p.max()}")
+        if t.dtype.kind == "f" and not (np.abs(t) < 1e12).all():
+            raise InputError(f"{self.name}: t: holds NaN, Inf or more than 1e12 seconds")
+
+    def _size(self) -> tuple[int, int]:
+        sides = []
+        for name in ("width", "height"):
+            column = _Column(self._zip.open(f"{name}.npy"), f"{self.name}: {name}")
+            side = column.read(1)
+            if side.dtype.kind not in "iuf" or not 0 < side[0] <= LARGEST:
+                raise InputError(f"{self.name}: {name}: expected 1 to {LARGEST} pixels, got {side[0]}")
+            sides.append(int(side[0]))
+        return sides[0], sides[1]
+
+
+class _Column:
+    """A .npy member: its header, and its numbers as they come."""
+
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file = file
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, self.dtype = read(file)
+        if len(shape) > 1 or self.dtype.hasobject:
+            raise InputError(f"{name}: expected one number an event, got {shape} {self.dtype}")
+        self.length = int(shape[0]) if shape else 1
+
+    def read(self, count: int) -> NDArray[Any]:
+        size = count * self.dtype.itemsize
+        data = self._file.read(size)
+        if len(data) < size:
+            raise EOFError(f"{len(data)} of {size} bytes")
+        return np.frombuffer(data, self.dtype, count)

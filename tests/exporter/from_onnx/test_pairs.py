@@ -1,0 +1,158 @@
+"""States from names and cells: every spelling seen in the field, and what must be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from stepcell.errors import UsageError
+from stepcell.exporter.from_onnx.pairs import Pairing, find_pairs
+from stepcell.exporter.from_onnx.ports import Port
+
+
+def ports(text: str) -> list[Port]:
+    """`x:3 h:8 mask:1`: float32 tensors with that many channels."""
+    named = [part.partition(":") for part in text.split()]
+    return [Port(name, "float32", ("batch", int(size or 8), None, None)) for name, _, size in named]
+
+
+def pair(
+    inputs: str, outputs: str, cells: Mapping[str, Sequence[str]] | None = None, given: Mapping[str, str] | None = None
+) -> Pairing:
+    return find_pairs(ports(inputs), ports(outputs), cells or {}, given or {})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "names"),
+    [
+        ("r1i r2i", "r1o r2o", "r1 r2"),
+        ("h h_", "h_next", None),
+        ("h0 h1", "h0_out h1_out", "h0 h1"),
+        ("h0 c0", "h0_n c0_n", "h0 c0"),
+        ("prev_h_enc0 prev_c_enc0", "out_h_enc0 out_c_enc0", "h_enc0 c_enc0"),
+        ("cached_0 cached_1", "new_cached_0 new_cached_1", "cached_0 cached_1"),
+        ("past_h0 past_c0", "present_h0 present_c0", "h0 c0"),
+        ("past_key_values.0.key", "present.0.key", "past_key_values.0.key"),
+        ("hidden0 hidden1", "next_hidden0 next_hidden1", "hidden0 hidden1"),
+        ("state state_c", "stateN state_cN", "state state_c"),
+        ("hx cx", "hy cy", "h c"),
+        ("htprev", "htnext", "ht"),
+        ("h0", "hT", "h"),
+        ("h c", "ch cc", "h c"),
+        ("h c", "hn cn", "h c"),
+        ("h0 c0", "hn cn", "h c"),
+        ("initial_h initial_c", "Y_h Y_c", "h c"),
+        ("h_in c_in", "h_out c_out", "h c"),
+        ("lstmStateIn", "lstmStateOut", "lstmState"),
+        ("state_0", "new_state_0", "state_0"),
+        ("encoder/gru/hidden_in", "encoder/gru/hidden_out", "encoder_gru_hidden"),
+        ("net", "net_next", "net"),
+    ],
+)
+def test_spellings(before: str, after: str, names: str | None) -> None:
+    if names is None:
+        with pytest.raises(UsageError):
+            pair(f"x:3 {before}", f"{after} y:3")
+        return
+    # Outputs in reverse, so that order cannot be what pairs them.
+    found = pair(f"x:3 {before}", " ".join([*reversed(after.split()), "y:3"]))
+    assert [(p.input, p.output) for p in found.pairs] == list(zip(before.split(), after.split(), strict=True))
+    assert [p.name for p in found.pairs] == names.split()
+    assert not found.notes
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ("x:3", "y:3"),
+        ("frame:3", "next_frame:3"),
+        ("prev_frame:3 frame:3", "next_frame:3"),
+        ("image_in:3", "image_out:3"),
+        ("src:3", "fgr:3 pha:1"),
+        ("net:8", "net_out:8"),
+        ("x:3 mask:1", "y:3 mask_out:1"),
+        ("cz cr cq inp", "features"),
+    ],
+)
+def test_data_is_not_taken_for_a_state(inputs: str, outputs: str) -> None:
+    assert pair(inputs, outputs).pairs == ()
+
+
+def test_named_alike_without_a_word_is_a_note_and_a_cell_decides() -> None:
+    assert "--state net=net_out" in pair("net x:3", "net_out").notes[0]
+    assert [(p.input, p.name) for p in pair("net x:3", "net_out", {"net": ["net_out"]}).pairs] == [("net", "net")]
+
+
+def test_dtype_and_shape_must_fit() -> None:
+    assert pair("h:8 x:3", "h_next:9").pairs == ()
+    half = [Port("h_next", "float16", ("batch", 8, None, None))]
+    assert find_pairs(ports("h x:3"), half, {}, {}).pairs == ()
+
+
+def test_cells_pair_what_no_name_pairs() -> None:
+    cells = {"mem_a": ["trace_p"], "mem_b": ["trace_q"]}
+    found = pair("events:5 mem_a mem_b", "trace_q image:1 trace_p", cells)
+    assert [(p.input, p.output, p.name) for p in found.pairs] == [
+        ("mem_a", "trace_p", "mem_a"),
+        ("mem_b", "trace_q", "mem_b"),
+    ]
+    counted = pair("x:5 s0 s1", "t1 t0", {"s0": ["t0"], "s1": ["t1"]})
+    assert [(p.input, p.output) for p in counted.pairs] == [("s0", "t0"), ("s1", "t1")]
+
+
+def test_a_cell_between_data_inputs_is_no_state() -> None:
+    found = pair("decoder:4 skip", "merged", {"skip": ["merged"]})
+    assert found.pairs == ()
+    assert "no name says so; if merged is fed back: --state skip=merged" in found.notes[0]
+    crossed = pair("x:5 s0 s1", "t0 t1", {"s0": ["t1"], "s1": ["t0"]})  # numbers that contradict say nothing
+    assert crossed.pairs == ()
+    assert len(crossed.notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "cells", "arguments"),
+    [
+        ("mem_a mem_b", "p q", {}, ["--state mem_a=p or --state mem_a=q", "--state mem_b=p"]),
+        ("x:3 h", "h_next h_new", {}, ["--state h=h_new or --state h=h_next"]),
+        ("h h_in", "h_out", {}, ["--state h=h_out", "--state h_in=h_out"]),
+        ("h c", "h_out c_out", {"h": ["c_out"], "c": ["h_out"]}, ["--state h=c_out or --state h=h_out"]),
+        ("mem", "a b", {"mem": ["a", "b"]}, ["--state mem=a or --state mem=b"]),
+        ("lstm_a lstm_b", "u v", {"lstm_a": ["u"], "lstm_b": ["u"]}, ["--state lstm_a=u", "--state lstm_b=u"]),
+    ],
+)
+def test_what_is_not_clear_is_asked(
+    inputs: str, outputs: str, cells: Mapping[str, Sequence[str]], arguments: list[str]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        pair(inputs, outputs, cells)
+    assert caught.value.hint is not None
+    for argument in arguments:
+        assert argument in caught.value.hint
+
+
+def test_the_user_wins() -> None:
+    swapped = pair("h c", "h_out c_out", {}, {"h": "c_out", "c": "h_out"})
+    assert [(p.input, p.output, p.name) for p in swapped.pairs] == [("h", "c_out", "h"), ("c", "h_out", "c")]
+    assert pair("h x:3", "h_next", {}, {"h": ""}).pairs == ()
+    one = pair("mem_a mem_b", "p q", {}, {"mem_a": "q", "mem_b": "p"})
+    assert [(p.input, p.output) for p in one.pairs] == [("mem_a", "q"), ("mem_b", "p")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"g": "h_next"}, "--state g=h_next: no such input"),
+        ({"h": "g"}, "--state h=g: no such output"),
+        ({"h": "y"}, "a state comes back as it went in"),
+        ({"h": "h_next", "x": "h_next"}, "given twice"),
+    ],
+)
+def test_wrong_arguments(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pair("x h", "h_next y:3", {}, given)
+
+
+def test_names_do_not_clash() -> None:
+    found = pair("past_h h_in", "present_h h_next", {}, {"past_h": "present_h", "h_in": "h_next"})
+    assert len({p.name for p in found.pairs}) == 2

@@ -1,0 +1,160 @@
+"""The fp16 mirrors of states as tensors of an engine, which TensorRT-RTX's own builder makes with no GPU.
+
+It cannot host the plugin, so convolutions that read and write the copy stand where the plugin would: what TensorRT
+puts around such tensors can be seen in the list of the engine's kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+import tensorrt_rtx
+from onnx import ModelProto, helper, numpy_helper
+
+from stepcell.errors import ContractError
+from stepcell.plugins.fp16_mirrors import Fp16Mirror
+from stepcell.plugins.nodes import plugin_model
+from stepcell.runtime.engine import plan
+from stepcell.runtime.engine.build import build_engine
+from stepcell.runtime.engine.onnx_input import OnnxFile, read_onnx
+from stepcell.runtime.engine.options import BuildOptions
+from stepcell.runtime.engine.plan import BuiltPlan, build_plan
+from stepcell.runtime.engine.profile import derive_profiles
+from stepcell.runtime.engine.sidecar import _digest, read_sidecar, sidecar_path
+from stepcell.runtime.engine.tensorrt_module import TensorRT
+
+COPIES = (Fp16Mirror("h", "half_in.h", "half_out.h"),)
+OPTIONS = BuildOptions(
+    compute_capabilities=("8.9",), min_shapes={"x": (1, 3, 32, 32)}, max_shapes={"x": (2, 3, 64, 64)}, verbose=True
+)
+
+
+def stand_in(path: Path) -> OnnxFile:
+    """The denoiser as TensorRT is to see it with the plugin, and convolutions for the plugin."""
+    file = read_onnx(path)
+    changed = plugin_model(file.model, file.contract.states)
+    assert changed.fp16_mirrors == COPIES
+    model, random = changed.model, np.random.default_rng(0)
+    node = next(node for node in model.graph.node if node.domain)
+    x, h, half, h_next, y = *node.input[:3], *node.output
+    assert (half, y) == ("half_in.h", "half_out.h")
+    for name in ("w_x", "w_h"):
+        weight = random.standard_normal((8, 8, 3, 3)).astype(np.float16)
+        model.graph.initializer.append(numpy_helper.from_array(weight, name))
+    nodes = [
+        helper.make_node("Conv", [x, "w_x"], ["a"], "of_x", pads=[1] * 4),
+        helper.make_node("Conv", [half, "w_h"], ["b"], "of_h", pads=[1] * 4),
+        helper.make_node("Add", ["a", "b"], ["narrow"]),
+        helper.make_node("Cast", ["narrow"], ["wide"], to=1),
+        helper.make_node("Add", ["wide", h], [h_next]),
+        helper.make_node("Cast", [h_next], [y], to=10),
+    ]
+    listed = [each for old in model.graph.node for each in (nodes if old.domain else [old])]
+    del model.graph.node[:]
+    model.graph.node.extend(listed)
+    return with_model(file, model)
+
+
+def with_model(file: OnnxFile, model: ModelProto) -> OnnxFile:
+    onnx.checker.check_model(model)
+    return dataclasses.replace(file, model=model, data=model.SerializeToString(), fp16_mirrors=COPIES)
+
+
+def build(file: OnnxFile) -> BuiltPlan:
+    library = TensorRT("tensorrt-rtx", tensorrt_rtx)
+    return build_plan(library, file, derive_profiles(file.contract, OPTIONS), OPTIONS, None)
+
+
+@pytest.fixture
+def kernels_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[OnnxFile], list[tuple[str, str]]]:
+    """Name and text of every kernel of an engine."""
+    lines: list[str] = []
+    monkeypatch.setattr("stepcell.runtime.engine.tensorrt_module.log", lines.append)
+    original = plan._configure
+
+    def detailed(trt: Any, *rest: Any) -> Any:
+        config = original(trt, *rest)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        return config
+
+    monkeypatch.setattr(plan, "_configure", detailed)
+
+    def kernels(file: OnnxFile) -> list[tuple[str, str]]:
+        lines.clear()
+        assert build(file).fp16_mirrors == COPIES
+        listing = next(line for line in lines if "Layers:" in line)
+        return re.findall(r"^Name: (\S+), (LayerType: .*)$", listing, re.MULTILINE)
+
+    return kernels
+
+
+def test_nothing_is_put_around_a_fp16_mirror(
+    denoiser_onnx: Path, kernels_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = stand_in(denoiser_onnx)
+    found = kernels_of(file)
+    (reader,) = [text for name, text in found if name.startswith("of_h") or "of_h]" in text]
+    (tensor,) = re.findall(r"Name: half_in\.h, .*?Format: (.*?) ", reader)
+    assert tensor == "(NHWC)", reader
+    (writer,) = [
+        text.partition("Outputs:")[2] for _, text in found if "Name: half_out.h" in text.partition("Outputs:")[2]
+    ]
+    assert re.findall(r"Name: half_out\.h, .*?Format: (.*?) ", writer) == ["(NHWC)"], writer
+    print(len(found), [name for name, _ in found])
+
+    # What it would cost to do otherwise: the copy beside y instead of y itself, and formats left to TensorRT.
+    beside = onnx.ModelProto()
+    beside.CopyFrom(file.model)
+    for node in beside.graph.node:
+        for names in (node.input, node.output):
+            for place, name in enumerate(names):
+                names[place] = "inner" if name == "half_out.h" else name
+    beside.graph.node.append(helper.make_node("Identity", ["inner"], ["half_out.h"]))
+    assert len(kernels_of(with_model(file, beside))) > len(found)
+    monkeypatch.setattr(plan, "_fix_formats", lambda *_: None)
+    assert len(kernels_of(file)) > len(found)
+
+
+def test_a_network_without_its_fp16_mirrors_is_refused(denoiser_onnx: Path) -> None:
+    file = stand_in(denoiser_onnx)
+    with pytest.raises(ContractError, match=r"differ in inputs: .*half_in\.h against x, state_in\.h$"):
+        build(dataclasses.replace(file, fp16_mirrors=()))
+    with pytest.raises(ContractError, match=r"differ in inputs: x, state_in\.h against x, state_in\.h, half_in\.h"):
+        build(dataclasses.replace(read_onnx(denoiser_onnx), fp16_mirrors=COPIES))
+    wide = onnx.ModelProto()
+    wide.CopyFrom(file.model)
+    port = next(each for each in wide.graph.input if each.name == "half_in.h")
+    port.type.tensor_type.elem_type = 1
+    node = next(each for each in wide.graph.node if "half_in.h" in each.input)
+    cast = helper.make_node("Cast", ["half_in.h"], ["halved"], to=10)
+    node.input[0] = "halved"
+    wide.graph.node.insert(0, cast)
+    with pytest.raises(ContractError, match=r"half_in\.h: float32 in TensorRT's network, float16 in the contract"):
+        build(with_model(file, wide))
+
+
+def test_fp16_mirrors_stand_in_the_sidecar(denoiser_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.engine"
+    build_engine(denoiser_onnx, path, say=lambda _: None)
+    sidecar = read_sidecar(path)
+    assert sidecar.schema == "1.1"
+    assert not sidecar.fp16_mirrors
+    sidecar_path(path).write_text(msgspec.structs.replace(sidecar, fp16_mirrors=COPIES).to_json())
+    document = msgspec.json.decode(sidecar_path(path).read_bytes())
+    assert document["fp16_mirrors"] == [{"state": "h", "input": "half_in.h", "output": "half_out.h"}]
+    assert read_sidecar(path).fp16_mirrors == COPIES
+    # a sidecar of before them is read as it was
+    old = sidecar_path(path).read_text().replace('"schema": "1.1"', '"schema": "1.0"', 1)
+    start = old.index(' "fp16_mirrors"')
+    old = old[:start] + old[old.index(' "checksum"') :]
+    blank = re.sub(r'"checksum": "\w+"', f'"checksum": "{"0" * 64}"', old)
+    sidecar_path(path).write_text(blank.replace("0" * 64, _digest(blank)))
+    assert (read_sidecar(path).schema, read_sidecar(path).fp16_mirrors) == ("1.0", ())

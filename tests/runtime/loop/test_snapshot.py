@@ -1,0 +1,285 @@
+"""Snapshots: what fits what, and files that are whole or refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from stepcell.contract import METADATA_KEY, InitialValue, Parity, StepContract
+from stepcell.errors import InputError, OutputError, StateError
+from stepcell.runtime import StepLoop
+from stepcell.runtime.loop.snapshot import Snapshot, contract_hash, read_snapshot, write_snapshot
+
+Model = Callable[..., Path]
+ONE = np.ones((1, 3, 2, 2), np.float32)
+
+
+def frames(count: int, *shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(0).random((count, *shape), np.float32)
+
+
+def test_another_process_would_go_on_bit_by_bit(denoiser_onnx: Path, tmp_path: Path) -> None:
+    path, xs = tmp_path / "state.safetensors", frames(40, 2, 3, 16, 24)
+    with StepLoop.open(denoiser_onnx) as loop:
+        for x in xs[:20]:
+            loop.step(x=x)
+        loop.save(path, frame=20, metadata={"camera": "front"})
+        expected = [loop.step(x=x)["y"] for x in xs[20:]]
+        loop.restore(path)  # in the same loop
+        again = [loop.step(x=x)["y"] for x in xs[20:]]
+    with StepLoop.open(denoiser_onnx) as fresh:
+        snapshot = fresh.restore(path)  # before the first step
+        elsewhere = [fresh.step(x=x)["y"] for x in xs[20:]]
+    assert (snapshot.frame, snapshot.metadata, snapshot.slots) == (20, {"camera": "front"}, None)
+    np.testing.assert_array_equal(again, expected)
+    np.testing.assert_array_equal(elsewhere, expected)
+
+
+def test_float16_model_and_its_float32_form_take_each_other_s_snapshots(denoiser_onnx: Path, tmp_path: Path) -> None:
+    path, xs = tmp_path / "state.safetensors", frames(10, 1, 3, 16, 16)
+    with StepLoop.open(denoiser_onnx) as wide, StepLoop.open(denoiser_onnx, keep_float16=True) as narrow:
+        for x in xs:
+            wide.step(x=x)
+        wide.save(path)
+        narrow.restore(path)
+        narrow.step(x=xs[0])
+        difference = np.abs(narrow.state()["h"] - (wide.step(x=xs[0]) and wide.state()["h"])).max()
+    assert difference < 4 * 2**-11
+
+
+def test_slots_are_in_it(accumulator: Model, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with StepLoop.open(accumulator(), slots=4) as loop:
+        first, front, rear = loop.attach(), loop.attach("front"), loop.attach("rear")
+        loop.step_slots({first: {"x": 9 * ONE}, front: {"x": ONE}, rear: {"x": 2 * ONE}})
+        loop.detach(first)
+        loop.save(path)
+        loop.detach(rear)
+        loop.attach("late")
+        loop.restore(path)
+        assert loop.slots["front"] is front, "a slot that is still where it was stays good"
+        with pytest.raises(StateError, match="not attached"):
+            loop.step_slots({rear: {"x": ONE}})
+    with StepLoop.open(accumulator(), slots=4) as other:
+        snapshot = other.restore(path)
+        assert snapshot.slots == {name: slot.index for name, slot in other.slots.items()} == {"front": 1, "rear": 2}
+        new = other.attach("new")  # in row 0, before the first step: not what the detached one left there
+        outputs = other.step_slots({slot: {"x": ONE} for slot in (new, *other.slots.values())})
+        assert {slot.name: y["y"].max() for slot, y in outputs.items()} == {"front": 2, "rear": 3, "new": 1}
+
+
+@pytest.mark.parametrize(("taken", "opened"), [(4, 3), (4, None), (None, 4)])
+def test_another_number_of_slots_is_refused(
+    accumulator: Model, tmp_path: Path, taken: int | None, opened: int | None
+) -> None:
+    path = tmp_path / "state.safetensors"
+    with StepLoop.open(accumulator(), slots=taken) as loop:
+        if taken:
+            loop.step_slots({loop.attach(): {"x": ONE}})
+        else:
+            loop.step(x=ONE)
+        loop.save(path)
+    with StepLoop.open(accumulator(), slots=opened) as loop, pytest.raises(StateError) as caught:
+        loop.restore(path)
+    said = [f"slots={count}" if count else "no slots" for count in (taken, opened)]
+    assert caught.value.message.endswith(f"taken of a loop with {said[0]}, this one has {said[1]}")
+
+
+def test_another_size_is_refused_and_changes_nothing(accumulator: Model, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with StepLoop.open(accumulator()) as loop:
+        loop.step(x=np.ones((1, 3, 4, 4), np.float32))
+        loop.save(path)
+        loop.reset()
+        loop.step(x=ONE)
+        with pytest.raises(StateError, match=r"h: expected shape \(1, 3, 2, 2\)"):
+            loop.restore(path)
+        assert loop.step(x=ONE)["y"].max() == 2
+
+
+def test_without_a_step_there_is_nothing_to_save(accumulator: Model, tmp_path: Path) -> None:
+    with StepLoop.open(accumulator()) as loop, pytest.raises(StateError, match="no step has run yet"):
+        loop.save(tmp_path / "state.safetensors")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def contract_of(path: Path) -> StepContract:
+    (entry,) = [entry for entry in onnx.load(path).metadata_props if entry.key == METADATA_KEY]
+    return StepContract.from_json(entry.value)
+
+
+def test_what_must_agree_and_what_need_not(denoiser_onnx: Path) -> None:
+    contract = contract_of(denoiser_onnx)
+    contract = msgspec.structs.replace(contract, source={"checkpoint_sha256": "1", "arguments": {}, "torch": "2.11"})
+    replace, own = msgspec.structs.replace, contract_hash(contract)
+    (state,) = contract.states
+    wide = replace(state, dtype="float16", shape=(1, 8, 32, 48))
+    learned = replace(state, init=InitialValue.of(np.ones((8, 1, 1), np.float32)))
+    for same in (
+        replace(contract, parity=Parity(steps=1, reference="other", max_abs_error={})),
+        replace(contract, source={**contract.source, "torch": "2.13", "stepcell": "9", "opset": 22}),
+        replace(contract, precision="float32", states=(wide,), example={"batch": 1}),
+    ):
+        assert contract_hash(same) == own
+    others = (
+        replace(contract, source={**contract.source, "checkpoint_sha256": "2"}),
+        replace(contract, source={**contract.source, "arguments": {"hidden": 9}}),
+        replace(contract, source={"onnx_sha256": "1", "arguments": {}}),
+        replace(contract, family="other"),
+        replace(contract, states=(replace(state, name="g"),)),
+        replace(contract, states=(state, replace(state, name="c"))),
+        replace(contract, states=(learned,)),
+        replace(contract, states=(replace(learned, init=InitialValue.of(np.zeros((8, 1, 1), np.float32))),)),
+    )
+    assert len({own, *map(contract_hash, others)}) == 1 + len(others)
+
+
+def test_another_model_is_refused(accumulator: Model, denoiser_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with StepLoop.open(accumulator()) as loop:
+        loop.step(x=ONE)
+        loop.save(path)
+    with StepLoop.open(denoiser_onnx) as loop, pytest.raises(StateError, match="a snapshot of another model") as caught:
+        loop.restore(path)
+    assert caught.value.hint is not None
+
+
+def saved(accumulator: Model, path: Path) -> StepContract:
+    with StepLoop.open(accumulator()) as loop:
+        loop.step(x=ONE)
+        loop.save(path, metadata={"user": "data"})
+        return loop.contract
+
+
+def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Path) -> None:
+    path, damaged = tmp_path / "state.safetensors", tmp_path / "damaged.safetensors"
+    contract = saved(accumulator, path)
+    whole = path.read_bytes()
+    states, _ = read_snapshot(path, contract)
+    np.testing.assert_array_equal(states["h"], ONE)
+    for length in range(0, len(whole), 7):
+        damaged.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"damaged\.safetensors: not a whole"):
+            read_snapshot(damaged, contract)
+    for position in range(len(whole) - ONE.nbytes, len(whole)):
+        damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(InputError, match="damaged: its numbers do not have the checksum"):
+            read_snapshot(damaged, contract)
+    for position in range(0, len(whole) - ONE.nbytes, 5):  # in the header: refused, or read as it was written
+        damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        try:
+            states, _ = read_snapshot(damaged, contract)
+        except (InputError, StateError):
+            continue
+        assert all(array.tobytes() == ONE.tobytes() for array in states.values()), position
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"text", "not a whole .safetensors file"),
+        ({}, "without the metadata key"),
+        ({"stepcell.snapshot": "{}"}, "malformed snapshot"),
+        ({"stepcell.snapshot": '{"schema": "2.0", "contract_hash": ""}'}, r"schema 2\.0 is not supported"),
+        ({"stepcell.snapshot": '{"contract_hash": "", "frame": -1}'}, "malformed snapshot"),
+        ({"stepcell.snapshot": '{"contract_hash": "", "rows": 2, "slots": {"a": 2}}'}, r"slots in rows \[2\] of 2"),
+        ({"stepcell.snapshot": '{"contract_hash": "", "rows": 2, "slots": {"a": 1, "b": 1}}'}, r"rows \[1, 1\] of 2"),
+    ],
+    ids=["absent", "text", "weights", "json", "schema", "frame", "row", "twice"],
+)
+def test_files_that_are_no_snapshot(accumulator: Model, tmp_path: Path, content: Any, message: str) -> None:
+    from safetensors.numpy import save
+
+    path = tmp_path / "state.safetensors"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else save({"h": ONE}, content))
+    with StepLoop.open(accumulator()) as loop, pytest.raises(InputError, match=message):
+        loop.restore(path)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(accumulator: Model, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    saved(accumulator, path)
+    old = path.read_bytes()
+    with StepLoop.open(accumulator()) as loop:
+        loop.step(x=ONE)
+        with pytest.raises(OutputError):
+            loop.save(tmp_path / "none" / "state.safetensors")
+    assert path.read_bytes() == old
+
+
+def test_a_folder_that_cannot_be_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a user may write into a folder and not list it: an error of the run, not a traceback."""
+    fsync = os.fsync
+
+    def refusing(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise PermissionError(13, "Permission denied")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with pytest.raises(OutputError, match=r"cannot be synchronised to the disk \(Permission denied\)"):
+        write_snapshot(tmp_path / "s.safetensors", {"h": ONE}, Snapshot(contract_hash="1"))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from stepcell.runtime.loop.snapshot import Snapshot, write_snapshot
+path = Path(sys.argv[1])
+number = 0
+while True:
+    number += 1
+    state = np.full((1, 64, 64, 64), number, np.float32)
+    write_snapshot(path, {"h": state}, Snapshot(contract_hash=sys.argv[2], frame=number))
+    if number == 1:
+        print("started", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_saving_leaves_a_whole_file(accumulator: Model, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    contract = contract_of(accumulator())
+    generator, seen, leftovers = np.random.default_rng(0), set(), 0
+    for _ in range(10):
+        command = [sys.executable, "-c", WRITER, str(path), contract_hash(contract)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"started\n"
+            time.sleep(generator.uniform(0.0, 0.05))
+            process.send_signal(signal.SIGKILL)
+        states, snapshot = read_snapshot(path, contract)
+        assert (states["h"] == snapshot.frame).all()
+        seen.add(snapshot.frame)
+        leftovers = len(list(tmp_path.glob(".*")))
+    print(f"frames found: {sorted(seen)}; {leftovers} unfinished files were left under their temporary names")
+    assert len(seen) > 1
+    assert leftovers > 0, "no kill came while a file was being written: the test shows nothing"
+
+
+def test_written_whole(tmp_path: Path) -> None:
+    """What is on the disk is what a reader without stepcell sees."""
+    from safetensors import safe_open
+
+    path = tmp_path / "state.safetensors"
+    write_snapshot(path, {"h": ONE.transpose(0, 3, 1, 2)}, Snapshot(contract_hash="1", frame=3))
+    with safe_open(path, "numpy") as file:
+        document = msgspec.json.decode(file.metadata()["stepcell.snapshot"])
+        np.testing.assert_array_equal(file.get_tensor("h"), ONE.transpose(0, 3, 1, 2))
+    assert (document["schema"], document["frame"], document["slots"]) == ("1.0", 3, None)

@@ -1,0 +1,153 @@
+"""Pixels to tensors and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepcell.contract import StepContract, TensorSpec
+from stepcell.errors import InputError, StepcellError
+from stepcell.runtime.media.preprocess import FrameAdapter, image_input, is_image, to_pixels
+
+
+def picture(channels: int = 3, **fields: Any) -> TensorSpec:
+    fields.setdefault("shape", ("batch", channels, "height", "width"))
+    return TensorSpec(name="x", layout="NCHW", **fields)
+
+
+def random_frame(height: int, width: int, channels: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def test_scaling_equals_torch() -> None:
+    frame = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
+    tensor = FrameAdapter(picture(range=(0.0, 1.0)), frame).to_input(frame)
+    expected = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
+    np.testing.assert_array_equal(tensor, expected.numpy())
+
+
+SCALES: list[dict[str, Any]] = [
+    {"range": (0.0, 1.0)},
+    {"range": (-1.0, 1.0)},
+    {"range": None},
+    {"range": (0.0, 1.0), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    {"range": (0.0, 1.0), "dtype": "float16"},
+    {"range": None, "dtype": "uint8"},
+]
+
+
+@pytest.mark.parametrize("fields", SCALES, ids=str)
+@given(
+    height=st.integers(1, 40), width=st.integers(1, 40), channels=st.sampled_from([1, 3]), multiple=st.integers(1, 16)
+)
+def test_pad_and_crop_round_trip(fields: dict[str, Any], height: int, width: int, channels: int, multiple: int) -> None:
+    if channels == 1:
+        fields = {key: value[:1] if key in ("mean", "std") else value for key, value in fields.items()}
+    spec = picture(channels, pad_multiple=multiple, **fields)
+    frame = random_frame(height, width, channels)
+    adapter = FrameAdapter(spec, frame)
+    tensor = adapter.to_input(frame)
+    assert tensor.shape[2] % multiple == tensor.shape[3] % multiple == 0
+    assert tensor.shape[2] - height < multiple
+    assert tensor.dtype == np.dtype(spec.dtype)
+    assert tensor.flags.c_contiguous
+    np.testing.assert_array_equal(to_pixels(spec, adapter.crop(tensor)), frame)
+
+
+def test_padding_repeats_the_edge() -> None:
+    frame = random_frame(5, 6)
+    tensor = FrameAdapter(picture(pad_multiple=8, range=None), frame).to_input(frame)
+    expected = np.pad(frame, ((0, 3), (0, 2), (0, 0)), mode="edge").transpose(2, 0, 1)[None]
+    np.testing.assert_array_equal(tensor, expected)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1, 2, 4])
+def test_crop_follows_a_model_that_changes_the_size(factor: float) -> None:
+    frame = random_frame(13, 21)
+    adapter = FrameAdapter(picture(pad_multiple=8), frame)
+    assert adapter.padded == (16, 24)
+    output = np.zeros((1, 3, int(16 * factor), int(24 * factor)))
+    assert adapter.crop(output).shape == (3, int(np.ceil(13 * factor)), int(np.ceil(21 * factor)))
+
+
+def test_float_frames_are_taken_as_scaled() -> None:
+    frame = np.random.default_rng(0).random((3, 5, 6), np.float32)
+    tensor = FrameAdapter(picture(range=(-1.0, 1.0), pad_multiple=2), frame).to_input(frame)
+    assert tensor.shape == (1, 3, 6, 6)
+    np.testing.assert_array_equal(tensor[0, :, :5], frame)
+
+
+def test_pixels_are_clipped_and_rounded() -> None:
+    values = np.float32([-0.5, 0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.5]).reshape(1, 1, 6)
+    assert to_pixels(picture(1, range=(0.0, 1.0)), values).ravel().tolist() == [0, 0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_pixels_that_are_no_numbers_are_an_error(bad: float) -> None:
+    with pytest.raises(StepcellError, match="returned NaN or Inf"):
+        to_pixels(picture(range=(0.0, 1.0)), np.full((3, 2, 2), bad, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "message"),
+    [
+        (picture(3), (4, 4, 1), r"takes colour \(3 channels, RGB\), the frames are greyscale \(1 channel\)"),
+        (picture(1), (4, 4, 3), r"takes greyscale \(1 channel\), the frames are colour"),
+        (picture(shape=(1, 3, 64, 96)), (64, 64, 3), "exported for 96x64 frames, got 64x64"),
+        (picture(shape=("batch", 3, "height", 96)), (64, 64, 3), "exported for 96xheight frames, got 64x64"),
+    ],
+)
+def test_frames_that_do_not_fit(spec: TensorSpec, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        FrameAdapter(spec, np.zeros(shape, np.uint8))
+    assert caught.value.hint is not None
+
+
+def test_fixed_size_that_padding_reaches_is_taken() -> None:
+    frame = random_frame(61, 93)
+    spec = picture(shape=(1, 3, 64, 96), pad_multiple=4)
+    assert FrameAdapter(spec, frame).to_input(frame).shape == (1, 3, 64, 96)
+
+
+def test_later_frame_of_another_size() -> None:
+    adapter = FrameAdapter(picture(), random_frame(4, 4))
+    with pytest.raises(InputError, match="this one"):
+        adapter.to_input(random_frame(4, 5))
+
+
+def contract(*inputs: TensorSpec) -> StepContract:
+    return StepContract(inputs=inputs, outputs=(), states=())
+
+
+def test_one_picture_input_is_found() -> None:
+    assert image_input(contract(picture())) == picture()
+    assert is_image(picture(1))
+
+
+def test_a_fixed_batch_takes_as_many_streams() -> None:
+    four = picture(shape=(4, 3, "height", "width"))
+    assert image_input(contract(four), 4) == four
+    with pytest.raises(InputError, match="the batch is fixed at 4, got 3 streams"):
+        image_input(contract(four), 3)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (),
+        (picture(), TensorSpec(name="flow", shape=("batch", 2, "height", "width"), layout="NCHW")),
+        (TensorSpec(name="x", shape=("batch", 64)),),
+        (TensorSpec(name="x", shape=("batch", 5, "height", "width"), layout="NCHW"),),
+        (picture(shape=(4, 3, "height", "width")),),
+    ],
+    ids=["none", "two", "vector", "five channels", "fixed batch"],
+)
+def test_other_inputs_point_to_python(inputs: tuple[TensorSpec, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        image_input(contract(*inputs))
+    assert "StepLoop" in (caught.value.hint or "")

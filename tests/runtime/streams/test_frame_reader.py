@@ -1,0 +1,334 @@
+"""Sources in threads: order, bounds, errors, and a camera that goes away and comes back."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError
+from stepcell.models.zoo.clips import clip_path, read_clip
+from stepcell.runtime.media.sources import RawSource, open_source
+from stepcell.runtime.media.video_reader import VideoSource
+from stepcell.runtime.streams.frame_reader import DEPTH, Feed, Frame, Reconnect
+
+
+class Counting:
+    """A source that knows how far it was read."""
+
+    name = "counting"
+    fps: Fraction | None = None
+    length: int | None = None
+    live = False
+    seconds: float | None = None
+
+    def __init__(self, count: int, then: BaseException | None = None) -> None:
+        self.read = 0
+        self.closed = False
+        self._count, self._then = count, then
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        for number in range(self._count):
+            self.read += 1
+            yield np.full((2, 2, 3), number % 256, np.uint8)
+        if self._then is not None:
+            raise self._then
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def until(changed: threading.Condition, true: Callable[[], bool], seconds: float = 10.0) -> None:
+    with changed:
+        assert changed.wait_for(true, seconds), f"not within {seconds} s"
+
+
+def take_all(feed: Feed, changed: threading.Condition, seconds: float = 20.0) -> list[Frame]:
+    frames = []
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with changed:
+            changed.wait_for(lambda: feed.waiting or feed.ended, 1.0)
+        frame = feed.take()
+        if frame is not None:
+            frames.append(frame)
+        elif feed.ended:
+            return frames
+    raise AssertionError(f"{len(frames)} frames and no end after {seconds} s")
+
+
+def test_every_frame_of_a_clip_in_order() -> None:
+    changed = threading.Condition()
+    path = str(clip_path("carphone_pristine"))
+    source = open_source(path)
+    expected, times = [], []
+    for frame in source:
+        expected.append(frame)
+        times.append(source.seconds)
+    feed = Feed(open_source(path), changed)
+    frames = take_all(feed, changed)
+    np.testing.assert_array_equal([frame.array for frame in frames], expected)
+    assert [frame.seconds for frame in frames] == times
+    assert all(a.arrived <= b.arrived for a, b in itertools.pairwise(frames))
+    assert {frame.connection for frame in frames} == {0}
+    assert (feed.dropped, feed.reconnects) == (0, 0)
+
+
+def test_a_source_waits_for_room() -> None:
+    changed, source = threading.Condition(), Counting(1000)
+    feed = Feed(source, changed)
+    until(changed, lambda: source.read == DEPTH + 1)  # one more is in the thread's hand
+    for taken in range(1, 50):
+        assert feed.take() is not None
+        until(changed, lambda taken=taken: source.read == DEPTH + 1 + taken)  # type: ignore[misc]
+        assert feed.waiting <= DEPTH
+    feed.stop()
+    feed.wait()
+    assert source.closed
+    assert source.read == DEPTH + 50
+
+
+def test_the_oldest_gives_way_and_is_counted() -> None:
+    changed = threading.Condition()
+    feed = Feed(Counting(200), changed, drop=True, depth=3)
+    until(changed, lambda: feed._done)
+    frames = take_all(feed, changed)
+    assert [int(frame.array[0, 0, 0]) for frame in frames] == [197, 198, 199]
+    assert feed.dropped == 197
+
+
+def test_a_reconnection_shows_where_its_first_frame_gave_way() -> None:
+    changed, again = threading.Condition(), iter([Counting(9)])
+    reconnect = Reconnect(lambda: next(again, Counting(0)), 0.2, first=0.001, most=0.001)
+    feed = Feed(Counting(5), changed, drop=True, depth=3, reconnect=reconnect)
+    until(changed, lambda: feed._done)
+    frames = [feed.take() for _ in range(3)]
+    assert [(int(frame.array[0, 0, 0]), frame.connection) for frame in frames if frame] == [(6, 1), (7, 1), (8, 1)]
+
+
+@pytest.mark.parametrize("error", [InputError("counting: broken at frame 3"), KeyboardInterrupt(), ValueError("other")])
+def test_an_error_comes_after_the_frames_before_it(error: BaseException) -> None:
+    changed = threading.Condition()
+    source = Counting(3, error)
+    feed = Feed(source, changed)
+    until(changed, lambda: feed._done)
+    assert [int(feed.take().array[0, 0, 0]) for _ in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
+    assert feed.ended
+    with pytest.raises(type(error)):
+        feed.take()
+    assert feed.take() is None
+    assert source.closed
+
+
+def test_a_read_that_hangs_is_left_behind() -> None:
+    reader, writer = os.pipe()
+    changed = threading.Condition()
+    with os.fdopen(reader, "rb") as stream:
+        feed = Feed(RawSource(stream, (2, 2), 3), changed)
+        started = time.monotonic()
+        feed.stop()
+        feed.wait()
+        assert time.monotonic() - started < 5
+        os.close(writer)  # ends the read
+        feed._thread.join(5)
+        assert not feed._thread.is_alive()
+
+
+def test_many_reads_that_hang_are_left_behind_together() -> None:
+    gate, changed = threading.Event(), threading.Condition()
+
+    class Hanging(Counting):
+        def __iter__(self) -> Iterator[NDArray[Any]]:
+            gate.wait(60)
+            return iter(())
+
+    feeds = [Feed(Hanging(0), changed) for _ in range(20)]
+    started = time.monotonic()
+    for feed in feeds:
+        feed.stop()
+    for feed in feeds:
+        feed.wait()
+    assert time.monotonic() - started < 10, "one after the other takes twenty seconds"
+    gate.set()
+    for feed in feeds:
+        feed._thread.join(10)
+
+
+def test_a_source_that_cannot_be_closed_ends_all_the_same() -> None:
+    class Stuck(Counting):
+        def close(self) -> None:
+            raise OSError(5, "Input/output error")
+
+    changed = threading.Condition()
+    feed = Feed(Stuck(1), changed)
+    until(changed, lambda: feed._done)
+    assert feed.take() is not None
+    with pytest.raises(OSError, match="Input/output error"):
+        feed.take()
+
+
+def test_no_frame_of_a_camera_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops in the middle: what it has sent is there, however many threads decode."""
+    if "libx264" not in av.codecs_available:
+        pytest.skip("FFmpeg has no H.264 encoder here")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mpegts") as container:
+        stream = container.add_stream("libx264", rate=25, options={"tune": "zerolatency"})
+        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
+        for frame in read_clip("carphone_pristine")[:30]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    monkeypatch.setattr("stepcell.runtime.media.video_reader.URL_TIMEOUT", (30.0, 3.0))
+    gate = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def send() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(buffer.getvalue())
+                gate.wait(30)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        source = VideoSource(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        source._stream.codec_context.thread_count = 8  # of the machine this will run on
+        frames = []
+        with pytest.raises(InputError, match="no answer within 3 s"):
+            frames.extend(source)
+        gate.set()
+        thread.join(10)
+    source.close()
+    assert len(frames) >= 28, f"{len(frames)} of 30 frames"  # the last may wait for the begin of the next
+
+
+def test_waits_grow_to_a_bound_and_differ() -> None:
+    reconnect = Reconnect(lambda: Counting(1), 100.0, first=0.5, most=8.0)
+    for attempt, most in enumerate([0.5, 1, 2, 4, 8, 8, 8]):
+        delays = [reconnect.delay(attempt) for _ in range(200)]
+        assert most / 2 <= min(delays) < max(delays) <= most
+        assert max(delays) - min(delays) > most / 4
+    assert reconnect.delay(10**9) <= 8.0
+
+
+def test_waits_begin_anew_after_a_frame(capsys: pytest.CaptureFixture[str]) -> None:
+    attempts = []
+
+    class Watched(Reconnect):
+        def delay(self, attempt: int) -> float:
+            attempts.append(attempt)
+            return 0.001
+
+    sources = iter([Counting(0), Counting(0), Counting(2), Counting(0), Counting(1)])
+    changed = threading.Condition()
+    feed = Feed(Counting(1), changed, reconnect=Watched(lambda: next(sources, Counting(0)), 0.2))
+    with pytest.raises(InputError, match="not back within"):
+        take_all(feed, changed)
+    assert attempts[:5] == [0, 1, 2, 0, 1]
+    assert attempts[5:] == list(range(len(attempts) - 5))
+    assert capsys.readouterr().err.count("opening it again") == 3, "once for each time it was lost"
+    assert feed.reconnects == 2
+
+
+def test_a_camera_comes_back(camera: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """It hangs up in the middle, is gone for a while, and sends from its first frame again."""
+    changed = threading.Condition()
+    camera.cut = 0.5
+    reconnect = Reconnect(lambda: open_source(camera.url), 60.0, first=0.05, most=0.1)
+    feed = Feed(open_source(camera.url), changed, reconnect=reconnect)
+    before = []
+    while len(before) < 20:
+        until(changed, lambda: feed.waiting > 0)
+        before.append(feed.take())
+    camera.switch_off()
+    while feed._attempts < 3:  # they are refused
+        if feed.take() is None:
+            time.sleep(0.01)
+    camera.cut = 1.0
+    camera.switch_on()
+    after: list[Frame] = []
+    while len(after) < 50:
+        until(changed, lambda: feed.waiting > 0)
+        frame = feed.take()
+        assert frame is not None
+        if frame.connection or after:
+            after.append(frame)
+    assert {frame.connection for frame in after} == {1}
+    assert feed.reconnects == 1
+    camera.switch_off()
+    feed.stop()
+    feed.wait()
+    np.testing.assert_array_equal(after[0].array, before[0].array)  # type: ignore[union-attr]
+    # The clock of the source began anew; that of the frames goes on, and shows the gap.
+    times = [frame.seconds for frame in [*before, *after] if frame and frame.seconds is not None]
+    assert len(times) == 70
+    steps = np.diff(times)
+    assert (steps > 0).all(), steps.min()
+    assert steps.max() > 0.1
+    err = capsys.readouterr().err
+    assert f"{camera.url}: lost (the stream ended); opening it again" in " ".join(err.split())
+    assert err.count("back after") == 1
+
+
+def test_a_camera_that_stays_away_is_given_up(camera: Any) -> None:
+    changed = threading.Condition()
+    camera.cut = 0.3
+    reconnect = Reconnect(lambda: open_source(camera.url), 0.3, first=0.01, most=0.05)
+    source = open_source(camera.url)
+    camera.switch_off()
+    started = time.monotonic()
+    feed = Feed(source, changed, reconnect=reconnect)
+    with pytest.raises(InputError, match=r"lost, and not back within 0.3 s \(.*cannot be opened as video"):
+        take_all(feed, changed)
+    assert 0.3 < time.monotonic() - started < 10
+
+
+def test_a_camera_that_is_not_there_yet(camera: Any) -> None:
+    camera.switch_off()
+    changed = threading.Condition()
+    reconnect = Reconnect(lambda: open_source(camera.url), 30.0, first=0.02, most=0.05)
+    feed = Feed(None, changed, name=camera.url, reconnect=reconnect)
+    until(changed, lambda: True)
+    while feed._attempts < 2:
+        time.sleep(0.01)
+    assert feed.take() is None
+    assert not feed.ended
+    camera.switch_on()
+    until(changed, lambda: feed.waiting > 0)
+    feed.stop()
+    feed.wait()
+
+
+def damaged(data: bytes, every: int) -> bytes:
+    """A transport stream in which each so-many-th packet from the middle on says that it is damaged."""
+    packets = bytearray(data)
+    for start in range(len(data) // 376 * 188, len(data), 188 * every):
+        packets[start + 1] |= 0x80  # transport_error_indicator, ISO/IEC 13818-1
+    return bytes(packets)
+
+
+def test_a_camera_goes_on_after_a_broken_packet(camera: Any) -> None:
+    camera._data = damaged(camera._data, 40)
+    source = VideoSource(camera.url)
+    frames = len(list(source))
+    source.close()
+    assert 40 <= frames < 60, f"{frames} of 60 frames"
+
+
+def test_a_camera_of_which_nothing_whole_comes_is_broken(camera: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    camera._data = damaged(camera._data, 1)
+    monkeypatch.setattr("stepcell.runtime.media.video_reader.BROKEN_PACKETS", 10)
+    source, frames = VideoSource(camera.url), []
+    with pytest.raises(InputError, match=r"tcp://127.0.0.1:\d+: broken or cut off at frame \d+"):
+        frames.extend(source)
+    source.close()
+    assert 20 < len(frames) < 40
