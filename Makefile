@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python -m stepcell.models.zoo.demo
+	$(BIN)/python -m tools.demo
 
 # Two to four files at a time, each on one thread: most of the work is Python's. What crashes or hangs is run once: a
 # fresh process would run it again, up to 16 times.

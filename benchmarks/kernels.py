@@ -31,7 +31,7 @@ from kernel_plot import svg
 from kernel_report import report
 from kernel_timing import Runs, ceilings, runs_of, times_of
 
-from stepcell.console import log
+from stepcell.cli.console import log
 from stepcell.files import read_bytes, write_atomic
 from stepcell.plugins.kernels.store import default_folder
 

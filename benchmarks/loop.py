@@ -32,7 +32,7 @@ from loop_report import as_block, svg, table, with_block
 from loops import BASELINE, FLOOR, LOOPS, Frame, Loop, matrix_product, reference
 
 import stepcell
-from stepcell.console import log
+from stepcell.cli.console import log
 from stepcell.errors import InputError, ParityError, StepcellError, UsageError
 from stepcell.files import read_bytes, write_atomic
 

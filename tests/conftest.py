@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,10 @@ def camera() -> Iterator[Camera]:
     camera = Camera(read_clip("carphone_pristine")[:60])
     yield camera
     camera.switch_off()
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the library logs, also what is below a warning."""
+    caplog.set_level(logging.INFO, logger="stepcell")
+    return caplog

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stepcell.console import log
 from stepcell.errors import StepcellError, UsageError
 from stepcell.files import read_bytes, write_atomic
 from stepcell.plugins.kernels.cell import Cell
@@ -25,6 +25,8 @@ from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.store import images_for, wanted
 
 __all__ = ["CHECKED", "REPORT", "TYPICAL", "check", "make_report", "table"]
+
+logger = logging.getLogger(__name__)
 
 REPORT = Path(__file__).with_name("report.json")
 CHECKED = "8.7"  # Orin, the GPU the project is for first
@@ -66,7 +68,7 @@ def make_report(capabilities: Iterable[str]) -> dict[str, Any]:
                 for image in images_for(cell, capability, Path(folder), pixels):
                     rows.setdefault(_name(cell, image), {})[capability] = _row(image)
                     version = image.info.triton
-                log(f"{capability:>4}  {cell.label}")
+                logger.info(f"{capability:>4}  {cell.label}")
     return {"triton": version, "columns": _COLUMNS, "kernels": rows}
 
 
@@ -85,7 +87,7 @@ def check(capability: str = CHECKED) -> list[str]:
             seen.add((cell, kernel))
             image = compile_kernel(kernel, cell, tile, capability)
             name, row = _name(cell, image), _row(image)
-            log(f"{capability:>4}  {name}")
+            logger.info(f"{capability:>4}  {name}")
             if image.info.spill_instructions:
                 problems.append(f"{name} for {capability} spills: {image.info.spill_instructions} stack accesses")
             if kernel != "narrow_state" and not image.info.tensor_core_instructions:
@@ -145,15 +147,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compile the default tiles for one GPU and compare")
     parser.add_argument("--document", type=Path, default=Path("docs/plugin.md"), help="where the table stands")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if arguments.check:
             problems = check()
             for problem in problems:
-                log(f"error: {problem}")
+                logger.error(f"error: {problem}")
             return 1 if problems else 0
         _write(make_report(CAPABILITIES), arguments.document)
     except StepcellError as error:
-        log(f"error: {error}")
+        logger.error(f"error: {error}")
         return error.exit_code
     return 0
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from stepcell.console import log
 from stepcell.errors import DeviceError, OutputError, UsageError
 from stepcell.files import atomic_path, read_bytes, write_atomic
 from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
@@ -22,6 +22,8 @@ from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, sidecar_path, 
 from stepcell.runtime.engine.tensorrt_module import TensorRT, load_tensorrt
 
 __all__ = ["EngineInfo", "build_engine"]
+
+logger = logging.getLogger(__name__)
 
 # What TensorRT-RTX builds for when nothing is asked, by its documentation: "and later" included,
 # Turing (7.5) not. Asking for these four by name would leave "and later" out.
@@ -44,7 +46,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_engine(
-    onnx: Path, engine: Path, options: BuildOptions | None = None, *, say: Callable[[str], None] = log
+    onnx: Path, engine: Path, options: BuildOptions | None = None, *, say: Callable[[str], None] = logger.info
 ) -> EngineInfo:
     """Build an engine; both files are put in place when everything has succeeded.
 

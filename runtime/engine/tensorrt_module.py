@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from stepcell.console import log
 from stepcell.errors import MissingDependencyError, UsageError
 from stepcell.missing import require
 
 __all__ = ["FLAVORS", "Flavor", "Messages", "TensorRT", "dtype_name", "load_tensorrt", "make_logger", "no_collection"]
+
+logger = logging.getLogger(__name__)
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
 FLAVORS: tuple[Flavor, ...] = get_args(Flavor)
@@ -89,7 +91,7 @@ def load_tensorrt(flavor: str = "auto") -> TensorRT:
             reasons.append(error.message)
             continue
         if reasons and "does not load" in reasons[0]:  # it is there and broken: not to be passed over in silence
-            log(f"note: {reasons[0]}; {found.name} is used instead")
+            logger.warning(f"note: {reasons[0]}; {found.name} is used instead")
         return found
     raise MissingDependencyError(
         "no TensorRT is installed: " + "; ".join(reasons),
@@ -154,6 +156,6 @@ def make_logger(trt: Any, messages: Messages, *, verbose: bool = False) -> Any:
             elif severity == trt.ILogger.WARNING and _UNQUERYABLE not in msg:
                 messages.warnings.append(msg)
             if verbose:
-                log(f"[{severity.name.lower()}] {msg}")
+                logger.warning(f"[{severity.name.lower()}] {msg}")
 
     return Logger()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from stepcell.console import log
 from stepcell.errors import DeviceError, UsageError
 from stepcell.runtime.backends.base import Backend, Device
 
 __all__ = ["open_backend"]
+
+logger = logging.getLogger(__name__)
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
@@ -32,7 +34,7 @@ def _open_onnx(path: Path, device: Device, allow_fallback: bool, keep_float16: b
     except DeviceError as error:
         if device.kind == "cpu" or not allow_fallback:
             raise
-        log(f"{error.message}: running on the CPU instead, as allowed")
+        logger.warning(f"{error.message}: running on the CPU instead, as allowed")
     return OrtBackend(path, Device("cpu"), keep_float16=keep_float16, threads=threads)
 
 

@@ -7,6 +7,7 @@ than a slow one.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -17,11 +18,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from stepcell.console import log
 from stepcell.errors import InputError
 from stepcell.runtime.media.sources import Source
 
 __all__ = ["DEPTH", "Feed", "Frame", "Reconnect"]
+
+logger = logging.getLogger(__name__)
 
 DEPTH = 4  # frames read ahead: hides a slow picture among fast ones, and adds no latency that lasts
 LEAVE_SECONDS = 1.0  # a read that a device never answers cannot be broken off; the process ends without it
@@ -160,7 +162,9 @@ class Feed:
                     break
                 if source is not None:
                     if not self._attempts:  # said once, however often it comes and goes without a frame
-                        log(f"{self.name}: lost ({broke.message if broke else 'the stream ended'}); opening it again")
+                        logger.warning(
+                            f"{self.name}: lost ({broke.message if broke else 'the stream ended'}); opening it again"
+                        )
                     source.close()
                     source = None
                 source = self._open(self._reconnect, broke)
@@ -196,7 +200,7 @@ class Feed:
         if self._attempts:
             self._attempts = 0
             self.reconnects += 1
-            log(f"{self.name}: back after {arrived - last_arrived:.1f} s")
+            logger.info(f"{self.name}: back after {arrived - last_arrived:.1f} s")
             if seconds is not None and last_seconds is not None:
                 self._offset = last_seconds + arrived - last_arrived - seconds
         if seconds is not None:

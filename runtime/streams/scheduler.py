@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -10,7 +11,6 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from stepcell.console import log
 from stepcell.errors import DeviceError, InputError, StepcellError
 from stepcell.runtime.loop.inputs import require_finite
 from stepcell.runtime.loop.latency import Latency
@@ -24,6 +24,8 @@ from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
 from stepcell.runtime.streams.stream import Lane
 
 __all__ = ["Scheduler", "Watcher"]
+
+logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 # Seconds. A signal is noticed within the first. A step costs the same for one slot as for all, so
@@ -237,7 +239,7 @@ class Scheduler:
         """End one stream; the others go on."""
         lane.end("error", error)
         if self._shared:  # of one stream the caller hears at once
-            log(f"stream ended: {blame(lane.name, error)}")
+            logger.warning(f"stream ended: {blame(lane.name, error)}")
         if lane in self._slots:
             self.loop.detach(self._slots.pop(lane))
 

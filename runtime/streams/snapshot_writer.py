@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from stepcell.console import log
 from stepcell.errors import InputError, OutputError
 from stepcell.runtime.loop.snapshot import Snapshot
 from stepcell.runtime.loop.step_loop import StepLoop
 
 __all__ = ["SnapshotWriter", "saved_frames"]
+
+logger = logging.getLogger(__name__)
 
 FRAMES = "frames"  # key of the metadata of several streams
 
@@ -56,7 +58,7 @@ class SnapshotWriter:
                 metadata[FRAMES] = msgspec.json.encode(streams).decode()
             loop.save(self._path, frame=frames, metadata=metadata)
         except OutputError as error:
-            log(f"frame {frames}: no snapshot: {error.message}")
+            logger.warning(f"frame {frames}: no snapshot: {error.message}")
             self.failed += 1
         else:
             self._saved = frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.console import log
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, OutputError, StepcellError
 from stepcell.runtime.loop.latency import Latency
@@ -27,6 +27,8 @@ from stepcell.runtime.streams.shutdown import StopRequest
 from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
 
 __all__ = ["Deadline", "Lane", "OnLate"]
+
+logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 OnLate = Literal["drop", "block"]
@@ -243,7 +245,7 @@ class Lane:
 
     def log(self, message: str) -> None:
         """One line about the frame at hand."""
-        log(f"{self.prefix}frame {self.number}: {message}")
+        logger.warning(f"{self.prefix}frame {self.number}: {message}")
 
     def deliver(self, outputs: Arrays) -> float:
         """Hand the results of the frame at hand to the writer; seconds since the frame arrived.

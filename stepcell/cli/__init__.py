@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from stepcell import __version__
-from stepcell.console import log
+from stepcell.cli.console import listen, log
 from stepcell.errors import StepcellError
 
 __all__ = ["main"]
@@ -42,6 +42,7 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        listen()
         try:
             return super().invoke(ctx)
         except StepcellError as error:

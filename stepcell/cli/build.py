@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from stepcell.cli.common import json_option
-from stepcell.console import log, print_json, stage, working
+from stepcell.cli.console import log, print_json, stage, working
 from stepcell.runtime.engine.build import EngineInfo, build_engine
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
 from stepcell.runtime.engine.profile import data_shapes

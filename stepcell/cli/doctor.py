@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from stepcell.cli.common import json_option
-from stepcell.console import print_json, table
+from stepcell.cli.console import print_json, table
 
 
 @click.command(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stepcell.cli.common import json_option
-from stepcell.console import log, print_json, stage, table, working
+from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.errors import UsageError
 from stepcell.missing import require
 from stepcell.shapes import parse_shapes

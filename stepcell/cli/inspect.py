@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stepcell.cli.common import json_option
-from stepcell.console import print_json, table
+from stepcell.cli.console import print_json, table
 from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.files import human_size
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from stepcell.cli.common import json_option
-from stepcell.console import log, print_json
+from stepcell.cli.console import log, print_json
 from stepcell.errors import InputError
 from stepcell.files import human_size
 from stepcell.plugins.kernels.cell import Cell

@@ -12,9 +12,9 @@ import click
 import msgspec
 
 from stepcell.cli.common import json_option, leaving
+from stepcell.cli.console import log, print_json
 from stepcell.cli.streams import Streams, check_names
 from stepcell.cli.view import View, summarise
-from stepcell.console import log, print_json
 from stepcell.errors import InputError, OutputError, StepcellError, UsageError
 from stepcell.files import write_atomic
 from stepcell.runtime.loop.step_loop import StepLoop

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from stepcell.console import log
+from stepcell.cli.console import log
 from stepcell.contract import TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stepcell.console import console, log, stage, table
+from stepcell.cli.console import console, log, stage, table
 from stepcell.runtime.loop.latency import Latency, LatencySummary
 from stepcell.runtime.streams.report import RunReport
 from stepcell.runtime.streams.stream import Lane

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepcell.cli import main
-from stepcell.console import console
+from stepcell.cli.console import console
 from stepcell.runtime.engine.sidecar import read_sidecar
 
 

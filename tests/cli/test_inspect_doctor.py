@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from stepcell.cli import main
-from stepcell.console import log, table
+from stepcell.cli.console import log, table
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 

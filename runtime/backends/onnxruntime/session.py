@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import sys
 import tempfile
@@ -11,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepcell.console import log
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, DeviceError, InputError
 from stepcell.files import read_bytes
@@ -23,6 +23,8 @@ from stepcell.runtime.backends.onnxruntime.split_convolutions import convolve_ap
 from stepcell.runtime.cuda import driver as cuda
 
 __all__ = ["SizedSessions", "captures_graphs", "open_session"]
+
+logger = logging.getLogger(__name__)
 
 _CAPTURE = "enable_cuda_graph"
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named alike
@@ -47,7 +49,7 @@ class SizedSessions:
             convolve_apart(model)
             return _create(ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads))
         except Exception as error:  # such as no space in the folder for temporary files
-            log(f"{self._path}: runs as it is, which is slower: {_reason(error)}")
+            logger.warning(f"{self._path}: runs as it is, which is slower: {_reason(error)}")
             return _create(ort, self._path, self._model, cpu, _options(ort, self._threads))
 
     def _simplified(self, ort: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -99,7 +101,7 @@ def _for_cpu(path: Path, keep_float16: bool) -> bytes | None:
         raise InputError(f"{path}: its weights are in another file, which cannot be read ({error})") from error
     if is_float16:
         model = to_float32(model)
-        log(f"{path}: float16 is slow on a CPU: running the same weights in float32")
+        logger.info(f"{path}: float16 is slow on a CPU: running the same weights in float32")
     return bytes(model.SerializeToString())
 
 
@@ -145,7 +147,7 @@ def _session(ort: Any, model: str | bytes, options: Any, device: Device) -> Any:
         return create(providers=[captured, "CPUExecutionProvider"])
     except Exception as error:  # control flow, or nodes that only the CPU has
         session = create(providers=[("CUDAExecutionProvider", cuda_options), "CPUExecutionProvider"])
-        log(f"{device}: runs without a CUDA graph, which is slower: {_reason(error)}")
+        logger.warning(f"{device}: runs without a CUDA graph, which is slower: {_reason(error)}")
         return session
 
 

@@ -13,6 +13,7 @@ buffers beside the state's.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from stepcell.console import log
 from stepcell.contract import StepContract
 from stepcell.dims import resolve
 from stepcell.errors import DeviceError, EngineMismatchError, InputError, StepcellError
@@ -37,6 +37,8 @@ from stepcell.runtime.engine.sidecar import rebuild_command
 from stepcell.runtime.engine.tensorrt_module import Messages, dtype_name, make_logger, no_collection
 
 __all__ = ["TensorRTBackend"]
+
+logger = logging.getLogger(__name__)
 
 
 class TensorRTBackend:
@@ -198,7 +200,7 @@ class TensorRTBackend:
             turn.graph = self._own(cuda.Graph.capture(self._compute, lambda: self._execute(turn)))
         except DeviceError as error:
             if turn.parity == 0:  # the other one is refused alike
-                log(f"{self._path}: runs without a CUDA graph, which is slower: {error.message}")
+                logger.warning(f"{self._path}: runs without a CUDA graph, which is slower: {error.message}")
 
     def _execute(self, turn: Turn) -> None:
         """Queue a turn's step, kernel by kernel."""

@@ -8,14 +8,16 @@ version only; anything else is compiled anew and the file replaced.
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
-from stepcell.console import log
 from stepcell.errors import InputError, OutputError
 from stepcell.files import read_bytes, write_atomic
 
 __all__ = ["RuntimeCache", "cache_path"]
+
+logger = logging.getLogger(__name__)
 
 
 def cache_path(engine: Path) -> Path:
@@ -39,12 +41,14 @@ class RuntimeCache:
         try:
             data = read_bytes(self._path) if self._path.exists() else b""
         except InputError as error:
-            log(f"{error.message}: kernels are compiled anew")
+            logger.warning(f"{error.message}: kernels are compiled anew")
             data = b""
         if data and cache.deserialize(data):
             self._saved = hashlib.sha256(bytes(cache.serialize())).digest()
         elif data:
-            log(f"{self._path}: is damaged or another GPU's, driver's or TensorRT's: kernels are compiled anew")
+            logger.warning(
+                f"{self._path}: is damaged or another GPU's, driver's or TensorRT's: kernels are compiled anew"
+            )
             cache.reset()
         config.set_runtime_cache(cache)
 
@@ -58,4 +62,4 @@ class RuntimeCache:
         try:
             write_atomic(self._path, data)
         except OutputError as error:
-            log(f"{error.message}: the next start compiles the kernels again")
+            logger.warning(f"{error.message}: the next start compiles the kernels again")

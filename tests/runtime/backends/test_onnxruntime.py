@@ -164,7 +164,7 @@ def test_steps_begun_ahead_run_at_once(accumulator: Model) -> None:
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_cuda_sessions_capture_graphs_where_onnx_runtime_lets_them(
-    refused: bool, capsys: pytest.CaptureFixture[str]
+    refused: bool, logged: pytest.LogCaptureFixture
 ) -> None:
     """ONNX Runtime refuses such a session for nodes that only the CPU has; then it is opened without."""
     asked = []
@@ -181,7 +181,7 @@ def test_cuda_sessions_capture_graphs_where_onnx_runtime_lets_them(
     assert ort_session.captures_graphs(session) is not refused
     assert all((given["device_id"], given["use_tf32"]) == ("1", "0") for given in asked)
     assert len(asked) == 1 + refused
-    assert ("without a CUDA graph, which is slower: This session cannot" in capsys.readouterr().err) is refused
+    assert ("without a CUDA graph, which is slower: This session cannot" in logged.text) is refused
 
 
 def test_each_binding_has_a_graph_of_its_own_and_other_sizes_new_ones(accumulator: Model) -> None:
@@ -194,14 +194,14 @@ def test_each_binding_has_a_graph_of_its_own_and_other_sizes_new_ones(accumulato
     assert len(set(numbers)) == 4
 
 
-def test_absent_device_is_refused_or_replaced_as_allowed(accumulator: Model, capfd: pytest.CaptureFixture[str]) -> None:
+def test_absent_device_is_refused_or_replaced_as_allowed(accumulator: Model, logged: pytest.LogCaptureFixture) -> None:
     path = accumulator()
     with pytest.raises(DeviceError, match="cuda:99") as caught:
         StepLoop.open(path, "cuda:99")
     assert caught.value.exit_code == 6
     with StepLoop.open(path, "cuda:99", allow_fallback=True) as loop:
         assert loop.device == "cpu"
-    said = " ".join(capfd.readouterr().err.split())
+    said = " ".join(logged.text.split())
     assert "running on the CPU instead" in said
     assert "[E:onnxruntime" not in said, "CUDA must not be asked for where it cannot work"
 
@@ -211,16 +211,14 @@ def test_threads_are_honoured(accumulator: Model) -> None:
     assert backend._session.get_session_options().intra_op_num_threads == 1
 
 
-def test_float16_model_runs_in_float32_and_says_so_once(
-    denoiser_onnx: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_float16_model_runs_in_float32_and_says_so_once(denoiser_onnx: Path, logged: pytest.LogCaptureFixture) -> None:
     with StepLoop.open(denoiser_onnx) as loop:
         assert loop.contract.precision == "float32"
         assert {spec.dtype for spec in loop.contract.graph_inputs.values()} == {"float32"}
         assert "float32" in loop.description
         for _ in range(3):
             assert loop.step(x=np.ones((1, 3, 8, 8), np.float32))["y"].dtype == np.float32
-    assert capsys.readouterr().err.count("float16 is slow on a CPU") == 1
+    assert logged.text.count("float16 is slow on a CPU") == 1
 
 
 def test_float32_form_differs_by_rounding_only(denoiser_onnx: Path, clip_path: Path) -> None:

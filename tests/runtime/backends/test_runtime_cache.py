@@ -25,7 +25,7 @@ def start(machine: Machine) -> PretendedConfig:
     return config
 
 
-def test_second_start_finds_what_the_first_compiled(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_start_finds_what_the_first_compiled(machine: Machine, logged: pytest.LogCaptureFixture) -> None:
     first = start(machine)
     eager = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.EAGER
     assert (first.found, first.used) == (b"", True)
@@ -36,24 +36,22 @@ def test_second_start_finds_what_the_first_compiled(machine: Machine, capsys: py
     written = path.stat().st_mtime_ns
     assert start(machine).found == b"kernels for this GPU"
     assert path.stat().st_mtime_ns == written, "nothing new, nothing written"
-    assert "cache" not in capsys.readouterr().err
+    assert "cache" not in logged.text
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 100, b"kernel"])
-def test_a_damaged_cache_is_replaced(machine: Machine, capsys: pytest.CaptureFixture[str], data: bytes) -> None:
+def test_a_damaged_cache_is_replaced(machine: Machine, logged: pytest.LogCaptureFixture, data: bytes) -> None:
     path = cache_path(machine.path)
     path.write_bytes(data)
     assert start(machine).found == b""
     assert path.read_bytes() == b"kernels for this GPU"
-    assert capsys.readouterr().err.count("kernels are compiled anew") == bool(data)
+    assert logged.text.count("kernels are compiled anew") == bool(data)
 
 
-def test_a_cache_that_cannot_be_read_or_written_is_no_error(
-    machine: Machine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cache_that_cannot_be_read_or_written_is_no_error(machine: Machine, logged: pytest.LogCaptureFixture) -> None:
     """A folder is in its place, as good as a folder that is read-only, which root would write to."""
     cache_path(machine.path).mkdir()
     start(machine)
-    said = " ".join(capsys.readouterr().err.split())
+    said = " ".join(logged.text.split())
     assert "cannot be read (Is a directory): kernels are compiled anew" in said
     assert "is a folder, expected a file name: the next start compiles the kernels again" in said

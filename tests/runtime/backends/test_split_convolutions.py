@@ -235,7 +235,7 @@ def test_what_a_branch_reads_is_left() -> None:
 
 
 def test_without_a_folder_for_temporary_files_the_model_runs_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
 ) -> None:
     path = export(tmp_path / "cell.onnx", ConvGRUCell(32, 32))
     frames = frames_of(4, 1, 32, 16, 16)
@@ -243,7 +243,7 @@ def test_without_a_folder_for_temporary_files_the_model_runs_as_it_is(
     with StepLoop.open(path, threads=1) as loop:
         for x, expected in zip(frames, outputs(onnx.load(path), frames), strict=True):
             np.testing.assert_array_equal(loop.step(x=x)["y"], expected)
-    assert "runs as it is, which is slower: [Errno 2] No such file or directory" in capsys.readouterr().err
+    assert "runs as it is, which is slower: [Errno 2] No such file or directory" in logged.text
 
 
 def test_weights_beside_the_file(tmp_path: Path) -> None:

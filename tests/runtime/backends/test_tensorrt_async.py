@@ -182,7 +182,7 @@ def test_warm_up_and_capture_leave_no_trace(machine: Machine, backend: TensorRTB
 
 @pytest.mark.parametrize("why", ["TensorRT", "CUDA", "enqueue"])
 def test_without_a_graph_it_runs_all_the_same_and_says_so_once(
-    denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], why: str
+    denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture, why: str
 ) -> None:
     machine = Machine(denoiser_onnx, tmp_path, monkeypatch)
     machine.engine.capturable = why != "TensorRT"
@@ -196,7 +196,7 @@ def test_without_a_graph_it_runs_all_the_same_and_says_so_once(
     for frame, y in zip(clip, expected_outputs(machine, clip), strict=True):
         np.testing.assert_array_equal(loop.step(x=frame)["y"], y)
     loop.close()
-    assert capsys.readouterr().err.count("without a CUDA graph") == 1
+    assert logged.text.count("without a CUDA graph") == 1
     assert not machine.gpu.live
 
 

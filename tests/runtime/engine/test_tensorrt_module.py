@@ -57,16 +57,14 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_enterprise_is_not_passed_over_in_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    said: list[str] = []
-    monkeypatch.setattr("stepcell.runtime.engine.tensorrt_module.log", said.append)
     assert load_tensorrt("auto").flavor == "tensorrt-rtx"
-    assert "libnvinfer.so.10" in said[0]
-    assert said[0].endswith("TensorRT-RTX is used instead")
+    assert "libnvinfer.so.10" in logged.messages[0]
+    assert logged.messages[0].endswith("TensorRT-RTX is used instead")
 
 
 @pytest.mark.usefixtures("both")
@@ -120,9 +118,7 @@ def test_enterprise_refusals(denoiser_onnx_fixed: Path, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_logger_collects_and_shows_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("stepcell.runtime.engine.tensorrt_module.log", said.append)
+def test_logger_collects_and_shows_only_when_asked(logged: pytest.LogCaptureFixture) -> None:
     severity = tensorrt_rtx.ILogger
     messages = Messages()
     for verbose in (False, True):
@@ -131,7 +127,7 @@ def test_logger_collects_and_shows_only_when_asked(monkeypatch: pytest.MonkeyPat
         logger.log(severity.WARNING, "hm")
         logger.log(severity.INFO, "so")
     assert (messages.errors, messages.warnings) == (["bad"] * 2, ["hm"] * 2)
-    assert said == ["[error] bad", "[warning] hm", "[info] so"]
+    assert logged.messages == ["[error] bad", "[warning] hm", "[info] so"]
 
 
 def test_a_missing_driver_is_not_the_explanation_of_another_error() -> None:

@@ -220,7 +220,7 @@ def test_waits_grow_to_a_bound_and_differ() -> None:
     assert reconnect.delay(10**9) <= 8.0
 
 
-def test_waits_begin_anew_after_a_frame(capsys: pytest.CaptureFixture[str]) -> None:
+def test_waits_begin_anew_after_a_frame(logged: pytest.LogCaptureFixture) -> None:
     attempts = []
 
     class Watched(Reconnect):
@@ -235,11 +235,11 @@ def test_waits_begin_anew_after_a_frame(capsys: pytest.CaptureFixture[str]) -> N
         take_all(feed, changed)
     assert attempts[:5] == [0, 1, 2, 0, 1]
     assert attempts[5:] == list(range(len(attempts) - 5))
-    assert capsys.readouterr().err.count("opening it again") == 3, "once for each time it was lost"
+    assert logged.text.count("opening it again") == 3, "once for each time it was lost"
     assert feed.reconnects == 2
 
 
-def test_a_camera_comes_back(camera: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_camera_comes_back(camera: Any, logged: pytest.LogCaptureFixture) -> None:
     """It hangs up in the middle, is gone for a while, and sends from its first frame again."""
     changed = threading.Condition()
     camera.cut = 0.5
@@ -274,7 +274,7 @@ def test_a_camera_comes_back(camera: Any, capsys: pytest.CaptureFixture[str]) ->
     steps = np.diff(times)
     assert (steps > 0).all(), steps.min()
     assert steps.max() > 0.1
-    err = capsys.readouterr().err
+    err = logged.text
     assert f"{camera.url}: lost (the stream ended); opening it again" in " ".join(err.split())
     assert err.count("back after") == 1
 

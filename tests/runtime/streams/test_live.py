@@ -128,7 +128,7 @@ def test_streams_together_equal_streams_alone(denoiser_onnx: Path, tmp_path: Pat
 
 
 def test_one_that_breaks_does_not_stop_the_others(
-    accumulator: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    accumulator: Model, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     nan = np.full_like(ONE, np.nan)
     clips: list[list[Any]] = [
@@ -159,7 +159,7 @@ def test_one_that_breaks_does_not_stop_the_others(
         assert report.stopped == ("error" if words else "end of input")
     for name, count in zip("abcd", (20, 3, 5, 2), strict=True):
         assert np.load(tmp_path / f"{name}.npy")[:, 0, 0, 0].tolist() == list(range(1, count + 1))
-    assert "stream ended: b: broken at frame 3" in capsys.readouterr().err
+    assert "stream ended: b: broken at frame 3" in logged.text
     assert not (tmp_path / "e.npy").exists()
     assert not list(tmp_path.glob(".*"))
 

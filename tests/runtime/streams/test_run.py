@@ -274,7 +274,7 @@ def test_a_call_resets_before_the_next_frame(accumulator: Model, tmp_path: Path)
 BAD = np.full((3, 4, 4), 3e38, np.float32)  # finite, and twice of it is not
 
 
-def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
     one = np.ones((3, 4, 4), np.float32)
     with StepLoop.open(accumulator()) as loop:
         report = run_stream(
@@ -286,7 +286,7 @@ def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, capsy
     # The third frame is stepped again from the initial state, so that every frame has its result.
     assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == np.float32([1, 3e38, 3e38, 3e38]).tolist()
     assert report.resets["non-finite"] == 1
-    assert "frame 2: y: the model returned NaN or Inf" in capsys.readouterr().err
+    assert "frame 2: y: the model returned NaN or Inf" in logged.text
 
 
 def test_non_finite_stops_or_is_ignored_as_asked(accumulator: Model, tmp_path: Path) -> None:
@@ -388,14 +388,14 @@ def test_a_live_source_just_goes_on(accumulator: Model, tmp_path: Path) -> None:
 
 
 def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
-    accumulator: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    accumulator: Model, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     writer = SnapshotWriter(tmp_path / "gone" / "state.safetensors", 2, "frames")
     with StepLoop.open(accumulator()) as loop:
         report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), snapshots=writer)
     assert (report.snapshots, report.failed_snapshots) == (0, 3)
     assert len(np.load(tmp_path / "out.npy")) == 5
-    assert "frame 2: no snapshot" in capsys.readouterr().err
+    assert "frame 2: no snapshot" in logged.text
 
 
 def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Model, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.console import log, table
+from stepcell.cli.console import log, table
 from stepcell.files import human_size, write_atomic
 from stepcell.models.zoo.clips import HELD_OUT, add_noise, psnr, read_clip, read_frames
 
@@ -28,7 +28,7 @@ SIGMA = 25.0  # standard deviation of the noise, in 0 to 255
 SEED = 2026
 SHOWN = 60  # frame of the picture
 ZOOM = 2
-CHECKPOINT = Path(__file__).with_name("denoiser.safetensors")
+CHECKPOINT = Path(__file__).parent.parent / "models" / "zoo" / "denoiser.safetensors"
 SMALLEST, LARGEST = "x:1x3x64x64", "x:1x3x1080x1920"  # sizes the engine takes
 
 Frames = NDArray[np.uint8]

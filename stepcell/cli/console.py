@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from rich.text import Text
 from stepcell.errors import OutputError
 from stepcell.files import human_size
 
-__all__ = ["console", "log", "print_json", "stage", "table", "working"]
+__all__ = ["console", "listen", "log", "print_json", "stage", "table", "working"]
 
 HEARTBEAT_SECONDS = 10.0
 _FILE_WIDTH = 1000  # of a log, whose lines are searched and not looked at: a path stays whole
@@ -41,6 +42,22 @@ console = _Log(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x
 def log(message: str) -> None:
     """One line to stderr, for a person."""
     console.print(message, markup=False)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            log(record.getMessage())
+        except Exception:  # as logging asks of a handler
+            self.handleError(record)
+
+
+def listen() -> None:
+    """Print what the library logs; calling again changes nothing."""
+    logger = logging.getLogger("stepcell")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.addHandler(_Handler())
 
 
 def stage(verb: str, path: Path | str, seconds: float, detail: str = "") -> None:
