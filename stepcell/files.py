@@ -1,24 +1,33 @@
-"""Files: written whole or not at all, read with errors that name them."""
+"""File helpers: atomic writes through a temporary file, reads whose errors name the file."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from stepcell.errors import InputError, OutputError
 
-__all__ = ["atomic_path", "human_size", "read_bytes", "sha256_file", "write_atomic"]
+__all__ = ["atomic_path", "human_size", "read_bytes", "sha256_file", "temporary_path", "write_atomic"]
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` for a file or folder that is later renamed to it; nothing is created.
+
+    Create it with `open("xb")` or `mkdir()`, which apply the umask of the process: the result then has
+    ordinary permissions, unlike that of `tempfile`, which is private to the user.
+    """
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; moved into place when the block ends without an error.
+    """A new empty file beside `path`, renamed to `path` when the block ends without an error.
 
-    A reader sees the old file or the new one, never half of one, and an error leaves the old one.
+    A reader sees the old file or the new one, never a part of one. An error leaves the old file.
 
     Raises:
         OutputError: the folder does not exist or cannot be written.
@@ -28,16 +37,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise OutputError(f"{path}: is a folder, expected a file name")
         if path.exists() and not path.is_file():  # such as /dev/null, which a file would replace
             raise OutputError(f"{path}: is a device or a pipe, expected the name of a file")
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        temporary = temporary_path(path)
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})", hint="choose another output path") from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; the result is an ordinary file
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

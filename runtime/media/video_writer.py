@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import tempfile
 from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import OutputError
+from stepcell.files import temporary_path
 from stepcell.missing import require
 from stepcell.runtime.media.recover import keep_whole
 from stepcell.runtime.media.sinks import TemporaryFile, writing
@@ -122,7 +121,8 @@ class FolderSink:
             if self._folder.is_mount() or self._folder == Path.cwd():
                 what = "a mount point" if self._folder.is_mount() else "the working folder"
                 raise OutputError(f"{folder}: is {what}, which cannot be replaced", hint="name a new folder in it")
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.", dir=self._folder.parent))
+            self._temporary = temporary_path(self._folder)
+            self._temporary.mkdir()
         except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"{folder}: cannot be written ({reason})") from error
@@ -148,10 +148,7 @@ class FolderSink:
         return self._temporary / f"{self._count:06d}.png"
 
     def close(self) -> None:
-        umask = os.umask(0)
-        os.umask(umask)
         try:
-            self._temporary.chmod(0o777 & ~umask)
             self._temporary.replace(self._folder)  # an empty folder gives way, a full one does not
         except OSError as error:
             self.abandon()

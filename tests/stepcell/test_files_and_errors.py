@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def test_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) & 0o600 == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_written_file_has_ordinary_permissions_and_the_umask_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda _: pytest.fail("the umask belongs to the whole process"))
+            write_atomic(tmp_path / "model.onnx", "new")
+        assert stat.S_IMODE((tmp_path / "model.onnx").stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_unwritable_places(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from stepcell.runtime.media.events.raw import Evt2
 from stepcell.runtime.media.events.source import open_events
 
 SIZE = (640, 480)
-PARTS = ("runtime.events.dat.CHUNK", "runtime.events.raw.CHUNK", "runtime.events.npz.CHUNK")
+CHUNKS = [f"stepcell.runtime.media.events.{name}.CHUNK" for name in ("dat", "raw", "npz")]
 
 
 def some_events(count: int = 5000, *, span: int = 40_000_000, seed: int = 0) -> Events:
@@ -115,8 +115,8 @@ def write_npz(path: Path, events: Events, **other: Any) -> Path:
 @pytest.fixture(params=[1 << 20, 7])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How much is read at once: all of it, or a few events."""
-    for place in PARTS:
-        monkeypatch.setattr(f"stepcell.{place}", request.param)
+    for name in CHUNKS:
+        monkeypatch.setattr(name, request.param)
     return int(request.param)
 
 
@@ -309,8 +309,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     write_dat(tmp_path / "e.dat", [events], SIZE)
     write_npz(tmp_path / "e.npz", events)
     write_raw(tmp_path / "e.raw", encode_evt2(events), "evt 2.0", "geometry 640x480")
-    for place in PARTS:
-        monkeypatch.setattr(f"stepcell.{place}", 1000)
+    for name in CHUNKS:
+        monkeypatch.setattr(name, 1000)
     for path in (tmp_path / "e.dat", tmp_path / "e.npz", tmp_path / "e.raw"):
         count = 0
         with contextlib.closing(open_events(path)) as reader:
