@@ -56,11 +56,11 @@ def test_wheel_on_a_device(denoiser_onnx: Path, clip_path: Path, tmp_path: Path)
     else:
         subprocess.run([python, "-m", "venv", str(environment)], check=True)
     bare = sum(f.stat().st_size for f in environment.rglob("*") if f.is_file() and not f.is_symlink())
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     installed = [str(environment / "bin" / "pip"), "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
-    subprocess.run([*installed, f"{wheel}[ort,video]"], check=True)
+    subprocess.run([*installed, f"{wheel}[ort,video]"], check=True, env=clean)
     size = sum(f.stat().st_size for f in environment.rglob("*") if f.is_file() and not f.is_symlink()) - bare
 
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     here = str(environment / "bin" / "python")
     listing = subprocess.run([here, "-m", "pip", "list"], capture_output=True, text=True, check=True, env=clean).stdout
     assert "torch" not in listing.split()

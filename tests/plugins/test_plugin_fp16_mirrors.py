@@ -184,7 +184,7 @@ class Built:
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`build(onnx, given)`: an engine with the fp16 mirrors or without."""
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    for module in ("form", "options"):
+    for module in ("plugin_choice", "options"):
         monkeypatch.setattr(f"stepcell.runtime.engine.{module}.plugin_unavailable", lambda *_: "")
     gpu = cuda.Gpu(0, "Pretended GPU", "8.7", 1 << 30)
     monkeypatch.setattr(cuda, "discover", lambda: cuda.Discovery((gpu,), "13.0", ""))

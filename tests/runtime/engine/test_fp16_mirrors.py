@@ -74,10 +74,10 @@ def build(file: OnnxFile) -> BuiltPlan:
 
 
 @pytest.fixture
-def kernels_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[OnnxFile], list[tuple[str, str]]]:
+def kernels_of(
+    monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
+) -> Callable[[OnnxFile], list[tuple[str, str]]]:
     """Name and text of every kernel of an engine."""
-    lines: list[str] = []
-    monkeypatch.setattr("stepcell.runtime.engine.tensorrt_module.log", lines.append)
     original = plan._configure
 
     def detailed(trt: Any, *rest: Any) -> Any:
@@ -88,9 +88,9 @@ def kernels_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[OnnxFile], list[tup
     monkeypatch.setattr(plan, "_configure", detailed)
 
     def kernels(file: OnnxFile) -> list[tuple[str, str]]:
-        lines.clear()
+        logged.clear()
         assert build(file).fp16_mirrors == COPIES
-        listing = next(line for line in lines if "Layers:" in line)
+        listing = next(line for line in logged.messages if "Layers:" in line)
         return re.findall(r"^Name: (\S+), (LayerType: .*)$", listing, re.MULTILINE)
 
     return kernels
@@ -149,11 +149,11 @@ def test_fp16_mirrors_stand_in_the_sidecar(denoiser_onnx: Path, tmp_path: Path) 
     assert not sidecar.fp16_mirrors
     sidecar_path(path).write_text(msgspec.structs.replace(sidecar, fp16_mirrors=COPIES).to_json())
     document = msgspec.json.decode(sidecar_path(path).read_bytes())
-    assert document["fp16_mirrors"] == [{"state": "h", "input": "half_in.h", "output": "half_out.h"}]
+    assert document["half_copies"] == [{"state": "h", "input": "half_in.h", "output": "half_out.h"}]
     assert read_sidecar(path).fp16_mirrors == COPIES
     # a sidecar of before them is read as it was
     old = sidecar_path(path).read_text().replace('"schema": "1.1"', '"schema": "1.0"', 1)
-    start = old.index(' "fp16_mirrors"')
+    start = old.index(' "half_copies"')
     old = old[:start] + old[old.index(' "checksum"') :]
     blank = re.sub(r'"checksum": "\w+"', f'"checksum": "{"0" * 64}"', old)
     sidecar_path(path).write_text(blank.replace("0" * 64, _digest(blank)))
