@@ -11,18 +11,17 @@ wider. Gates are computed in at least float32. All functions are plain autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepcell.contract import CellSpec
+from stepcell.ops import CONV_GRU, CONV_LSTM, GATES, RESETS, VERSION, Gates, Op, Reset, same_pads
 
 __all__ = ["ConvGRUCell", "ConvLSTMCell", "Gates", "Reset", "conv_gru", "conv_lstm"]
 
-Gates = Literal["soft", "hard"]
-Reset = Literal["before", "after"]
 KernelSize = int | tuple[int, int]
 
 
@@ -99,8 +98,8 @@ def conv_lstm(
 class _Cell(nn.Module):
     """What both cells share: sizes, odd kernels, uniform initialisation."""
 
-    op: str
-    states: tuple[str, ...]
+    op: ClassVar[Op]
+    states: ClassVar[tuple[str, ...]]
 
     def __init__(self, input_size: int, hidden_size: int, kernel_size: KernelSize, gates: Gates) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class _Cell(nn.Module):
         self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if any(k < 1 or k % 2 == 0 for k in self.kernel_size):
             raise ValueError(f"kernel_size: expected odd positive sizes, got {self.kernel_size}")
-        if gates not in ("soft", "hard"):
+        if gates not in GATES:
             raise ValueError(f"gates: expected 'soft' or 'hard', got {gates!r}")
         self.gates: Gates = gates
 
@@ -123,8 +122,7 @@ class _Cell(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def _node_attributes(self) -> dict[str, Any]:
-        pad_h, pad_w = (k // 2 for k in self.kernel_size)
-        return {"pads": [pad_h, pad_w, pad_h, pad_w], "gates": self.gates}
+        return {"pads": same_pads(self.kernel_size), "gates": self.gates}
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size}, gates={self.gates!r}"
@@ -144,8 +142,8 @@ class ConvGRUCell(_Cell):
         ValueError: an even kernel size or an unknown variant.
     """
 
-    op = "ConvGRU"
-    states = ("h",)
+    op = CONV_GRU
+    states = CONV_GRU.states
 
     def __init__(
         self,
@@ -157,7 +155,7 @@ class ConvGRUCell(_Cell):
         gates: Gates = "soft",
     ) -> None:
         super().__init__(input_size, hidden_size, kernel_size, gates)
-        if reset not in ("before", "after"):
+        if reset not in RESETS:
             raise ValueError(f"reset: expected 'before' or 'after', got {reset!r}")
         self.reset: Reset = reset
         self.weight_x = self._weight(3 * hidden_size, input_size)
@@ -172,12 +170,12 @@ class ConvGRUCell(_Cell):
         weights = (self.weight_x, self.bias, self.weight_h, self.weight_n)
         if torch.onnx.is_in_onnx_export():
             h_next, y = torch.onnx.ops.symbolic_multi_out(
-                "stepcell::ConvGRU",
+                self.op.qualified_name,
                 (x, h, *weights) if self.bias_n is None else (x, h, *weights, self.bias_n),
                 {**self._node_attributes(), "reset": self.reset},
                 dtypes=(h.dtype, x.dtype),
                 shapes=(h.shape, h.shape),
-                version=1,
+                version=VERSION,
             )
             return y, h_next
         h_next = conv_gru(x, h, *weights, self.bias_n, self.gates)
@@ -187,7 +185,7 @@ class ConvGRUCell(_Cell):
         """How the contract lists this cell."""
         return CellSpec(
             name=name,
-            op="stepcell::ConvGRU",
+            op=self.op.qualified_name,
             hidden=self.hidden_size,
             kernel=self.kernel_size,
             reset=self.reset,
@@ -207,8 +205,8 @@ class ConvLSTMCell(_Cell):
         ValueError: an even kernel size or an unknown variant.
     """
 
-    op = "ConvLSTM"
-    states = ("h", "c")
+    op = CONV_LSTM
+    states = CONV_LSTM.states
 
     def __init__(
         self,
@@ -232,12 +230,12 @@ class ConvLSTMCell(_Cell):
         weights = (self.weight_x, self.bias, self.weight_h)
         if torch.onnx.is_in_onnx_export():
             h_next, c_next, y = torch.onnx.ops.symbolic_multi_out(
-                "stepcell::ConvLSTM",
+                self.op.qualified_name,
                 (x, h, c, *weights) if self.peephole is None else (x, h, c, *weights, self.peephole),
                 self._node_attributes(),
                 dtypes=(h.dtype, c.dtype, x.dtype),
                 shapes=(h.shape, c.shape, h.shape),
-                version=1,
+                version=VERSION,
             )
             return y, h_next, c_next
         h_next, c_next = conv_lstm(x, h, c, *weights, self.peephole, self.gates)
@@ -247,7 +245,7 @@ class ConvLSTMCell(_Cell):
         """How the contract lists this cell."""
         return CellSpec(
             name=name,
-            op="stepcell::ConvLSTM",
+            op=self.op.qualified_name,
             hidden=self.hidden_size,
             kernel=self.kernel_size,
             gates=self.gates,

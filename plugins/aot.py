@@ -18,13 +18,13 @@ from types import GenericAlias
 from typing import Any
 
 from stepcell.errors import BuildError
+from stepcell.ops import DOMAIN
 from stepcell.plugins.chain import kernel_inputs, kernel_outputs, node_name
 from stepcell.plugins.kernels.cell import Cell, padded
 from stepcell.plugins.kernels.compile import compile_ptx
 from stepcell.plugins.kernels.signature import PARAMETERS, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, tiles
 from stepcell.plugins.launch import driver_ptx_version
-from stepcell.plugins.plugin import NAMESPACE
 from stepcell.plugins.registry import CELL_ATTRIBUTE
 
 __all__ = ["PortableKernel", "portable_kernels", "portable_ptx", "register_portable"]
@@ -129,7 +129,7 @@ def register_portable(trt: Any, kernels: Mapping[tuple[str, str], Sequence[Porta
 
 def _register(trt: Any, plugins: Any, kernel: str, cell: Cell) -> None:
     """Register one operator; `cell` is any that has it."""
-    name = f"{NAMESPACE}::{node_name(kernel, cell)}"
+    name = f"{DOMAIN}::{node_name(kernel, cell)}"
     tensors = [each.name for each in kernel_inputs(kernel, cell)]
     outputs = len(kernel_outputs(kernel))
     like = next(tensors.index(each) for each in _STATE_LIKE if each in tensors)

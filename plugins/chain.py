@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepcell.missing import require
+from stepcell.ops import DOMAIN
 from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.signature import PARAMETERS, Parameter, kernels_of, workspace
-from stepcell.plugins.plugin import NAMESPACE
 from stepcell.plugins.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
 from stepcell.plugins.tensors import inputs_of, outputs_of
 
@@ -47,7 +47,7 @@ def chained_model(model: ModelProto) -> ModelProto:
     result.CopyFrom(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:
-        if node.domain != NAMESPACE:
+        if node.domain != DOMAIN:
             nodes.append(node)
             continue
         cell = Cell.from_label(next(a.s.decode() for a in node.attribute if a.name == CELL_ATTRIBUTE))
@@ -63,8 +63,8 @@ def chained_model(model: ModelProto) -> ModelProto:
                     [names[each.buffer] for each in kernel_inputs(kernel, cell)],
                     [names[each.buffer] for each in kernel_outputs(kernel)],
                     name=f"{node.name}/{kernel}",
-                    domain=NAMESPACE,
-                    plugin_namespace=NAMESPACE,
+                    domain=DOMAIN,
+                    plugin_namespace=DOMAIN,
                     plugin_version=PLUGIN_VERSION,
                     **{CELL_ATTRIBUTE: cell.label},
                 )

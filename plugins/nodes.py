@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from stepcell.contract import StateSpec
 from stepcell.errors import PluginError, UsageError
 from stepcell.missing import require
+from stepcell.ops import DOMAIN, OPS, same_pads
 from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, add_fp16_mirrors, all_nodes
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.packing import pack
-from stepcell.plugins.plugin import NAMESPACE
-from stepcell.plugins.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE, OPS
+from stepcell.plugins.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
 from stepcell.plugins.tensors import weights_of
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["PluginModel", "has_cells", "plugin_model"]
 
 _FLOAT, _HALF = 1, 10  # onnx.TensorProto.DataType
-_STATES = {"ConvGRU": 1, "ConvLSTM": 2}
-_WEIGHTS = {"ConvGRU": ("W_x", "b", "W_h", "W_n", "b_hn"), "ConvLSTM": ("W_x", "b", "W_h", "w_c")}
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def plugin_model(model: ModelProto, states: Sequence[StateSpec] = ()) -> PluginM
     halves, copies = add_fp16_mirrors(onnx, graph, wide, states)
     for node, cell, arrays in found:
         _replace(onnx, graph, node, cell, halves.get(node.input[1]), pack(cell, arrays))
-    functions = [each for each in result.functions if (each.domain, each.name) not in {(NAMESPACE, op) for op in OPS}]
+    functions = [each for each in result.functions if (each.domain, each.name) not in {(DOMAIN, op) for op in OPS}]
     del result.functions[:]
     result.functions.extend(functions)
     _drop_unused(graph)
@@ -88,7 +86,7 @@ def plugin_model(model: ModelProto, states: Sequence[StateSpec] = ()) -> PluginM
 
 
 def _is_cell(node: NodeProto) -> bool:
-    return node.domain == NAMESPACE and node.op_type in OPS
+    return node.domain == DOMAIN and node.op_type in OPS
 
 
 def _refuse_nested(model: ModelProto) -> None:
@@ -106,47 +104,42 @@ def _types(onnx: Any, model: ModelProto) -> dict[str, int]:
 
 
 def _weights(onnx: Any, node: NodeProto, weights: Mapping[str, TensorProto], where: str) -> dict[str, Any]:
-    names = node.input[1 + _STATES[node.op_type] :]
+    op = OPS[node.op_type]
+    names = node.input[1 + len(op.states) :]
     computed = [name for name in names if name not in weights]
     if computed:
         raise PluginError(f"{where}: weight {computed[0]!r} is computed in the graph, the plugin needs constants")
     arrays = [onnx.numpy_helper.to_array(weights[name]) for name in names]
-    return dict(zip(_WEIGHTS[node.op_type], arrays, strict=False))
+    return {weight.name: array for weight, array in zip(op.weights, arrays, strict=False)}
 
 
 def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[str, int], where: str) -> Cell:
+    op = OPS[node.op_type]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    missing = [
-        name for name in ("pads", "gates", *(["reset"] if node.op_type == "ConvGRU" else [])) if name not in attributes
-    ]
+    missing = [name for name in ("pads", *op.attributes) if name not in attributes]
     if missing:
         raise PluginError(f"{where}: has no attribute {missing[0]!r}")
     w_x = arrays["W_x"]
     if w_x.dtype != "float16":
         raise PluginError(f"{where}: computes in {w_x.dtype}, the plugin in float16", hint="export with float16")
-    states = {types.get(name) for name in node.input[1 : 1 + _STATES[node.op_type]]}
+    states = {types.get(name) for name in node.input[1 : 1 + len(op.states)]}
     if states not in ({_FLOAT}, {_HALF}):
         raise PluginError(f"{where}: its states must be all float32 or all float16")
     kernel = (int(w_x.shape[2]), int(w_x.shape[3]))
-    pads = [kernel[0] // 2, kernel[1] // 2] * 2
+    pads = same_pads(kernel)
     if list(attributes["pads"]) != pads:
         raise PluginError(
             f"{where}: pads must be {pads} for a {kernel[0]}x{kernel[1]} kernel, got {attributes['pads']}"
         )
-    if node.op_type == "ConvGRU":
-        variant = attributes["reset"].decode()
-    elif "w_c" in arrays:
-        variant = "channel" if arrays["w_c"].shape[2:] == (1, 1) else "map"
-    else:
-        variant = "none"
+    texts = {name: attributes[name].decode() for name in op.attributes}
     try:
         return Cell(
-            op="ConvGRU" if node.op_type == "ConvGRU" else "ConvLSTM",
+            op=op.name,
             inputs=int(w_x.shape[1]),
             hidden=int(arrays["W_h"].shape[1]),
             kernel=kernel,
-            variant=variant,
-            gates=attributes["gates"].decode(),
+            variant=op.variant(texts, [array.shape for array in arrays.values()]),
+            gates=texts["gates"],
             state_dtype="float32" if states == {_FLOAT} else "float16",
         )
     except UsageError as error:
@@ -156,7 +149,7 @@ def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[
 def _replace(
     onnx: Any, graph: GraphProto, node: NodeProto, cell: Cell, half: str | None, packed: Mapping[str, Any]
 ) -> None:
-    states = [*node.input[: 1 + _STATES[node.op_type]], *([half] if half else [])]
+    states = [*node.input[: 1 + len(OPS[cell.op].states)], *([half] if half else [])]
     names = {tensor.buffer: f"{node.output[0]}.{tensor.buffer}" for tensor in weights_of(cell)}
     graph.initializer.extend(onnx.numpy_helper.from_array(packed[buffer], name) for buffer, name in names.items())
     del node.input[:], node.attribute[:]
@@ -165,7 +158,7 @@ def _replace(
     # the version from its own ("1" where it has none).
     attributes: dict[str, str | int] = {
         CELL_ATTRIBUTE: cell.label,
-        "plugin_namespace": NAMESPACE,
+        "plugin_namespace": DOMAIN,
         "plugin_version": PLUGIN_VERSION,
     }
     attributes |= {FP16_MIRROR_ATTRIBUTE: 1} if half else {}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError, PluginError
+from stepcell.ops import DOMAIN
 from stepcell.plugins.fields import PLUGIN_VERSION, pack_fields
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.image import KernelImage
@@ -22,9 +23,8 @@ from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.step import CellStep, current_device, tactics, workspace_size
 from stepcell.plugins.tensors import Tensor, inputs_of, outputs_of
 
-__all__ = ["FIELDS", "NAMESPACE", "plugin_class"]
+__all__ = ["FIELDS", "plugin_class"]
 
-NAMESPACE = "stepcell"
 FIELDS = "stepcell"  # name of the field that a plan carries
 
 
@@ -44,7 +44,7 @@ def plugin_class(trt: Any) -> type:
             self.cell, self.fp16_mirror, self.tactic = cell, fp16_mirror, tactic
             self.inputs, self.outputs = inputs_of(cell, fp16_mirror=fp16_mirror), outputs_of(cell)
             self.tactics = tactics(cell, self.images, fp16_mirror=fp16_mirror)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = cell.op, NAMESPACE, PLUGIN_VERSION
+            self.plugin_name, self.plugin_namespace, self.plugin_version = cell.op, DOMAIN, PLUGIN_VERSION
             self.num_outputs = len(self.outputs)
             # Nodes of the same cell and kernels share their timings.
             keys = " ".join(image.info.key for image in self.images)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from stepcell.errors import EngineMismatchError, PluginError
+from stepcell.ops import DOMAIN, OPS
 from stepcell.plugins.fields import PLUGIN_VERSION, read_fields
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.image import KernelImage
-from stepcell.plugins.plugin import FIELDS, NAMESPACE, plugin_class
+from stepcell.plugins.plugin import FIELDS, plugin_class
 
-__all__ = ["CELL_ATTRIBUTE", "FP16_MIRROR_ATTRIBUTE", "OPS", "kernels_offered", "register"]
+__all__ = ["CELL_ATTRIBUTE", "FP16_MIRROR_ATTRIBUTE", "kernels_offered", "register"]
 
-OPS = ("ConvGRU", "ConvLSTM")
 CELL_ATTRIBUTE = "cell"  # of the ONNX node: the label of its cell
 FP16_MIRROR_ATTRIBUTE = "fp16_mirror"  # of the ONNX node: 1 where its inputs have the fp16 mirror of h, else absent
 
@@ -37,8 +37,8 @@ def register(trt: Any) -> None:
     creator = _creator_class(trt)
     made = [creator(op) for op in OPS]  # kept for the life of the process: TensorRT holds no reference
     for each in made:
-        if not trt.get_plugin_registry().register_creator(each, NAMESPACE):
-            raise PluginError(f"TensorRT's registry already has a plugin {NAMESPACE}::{each.name}")
+        if not trt.get_plugin_registry().register_creator(each, DOMAIN):
+            raise PluginError(f"TensorRT's registry already has a plugin {DOMAIN}::{each.name}")
     _creators[trt.__name__] = made
 
 
@@ -63,7 +63,7 @@ def _creator_class(trt: Any) -> type:
     class CellPluginCreator(base):  # type: ignore[misc]  # the base is known only once a TensorRT is loaded
         def __init__(self, op: str) -> None:
             base.__init__(self)
-            self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, PLUGIN_VERSION
+            self.name, self.plugin_namespace, self.plugin_version = op, DOMAIN, PLUGIN_VERSION
             empty = np.zeros(0, np.int8)
             self.field_names = trt.PluginFieldCollection(
                 [

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stepcell.ops import OPS
 from stepcell.plugins.kernels.cell import Cell
 from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of, pointer_dtype
 
 __all__ = ["Tensor", "inputs_of", "outputs_of", "weights_of"]
+
+_STATE_BUFFERS = ("state", "cell")  # of h and of c
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,15 @@ def inputs_of(cell: Cell, *, fp16_mirror: bool = False) -> tuple[Tensor, ...]:
     Args:
         fp16_mirror: the fp16 mirror of a float32 h is among them, behind the states; else the step makes it.
     """
-    states = ("state",) if cell.op == "ConvGRU" else ("state", "cell")
+    states = _STATE_BUFFERS[: len(OPS[cell.op].states)]
     maps = [Tensor("x", "float16", channels_last=True), *(_state(cell, name) for name in states)]
     return (*maps, *([Tensor("h", "float16", channels_last=True)] if fp16_mirror else []), *weights_of(cell))
 
 
 def outputs_of(cell: Cell) -> tuple[Tensor, ...]:
     """The new states, then y: the new h in half."""
-    states = ("state_out",) if cell.op == "ConvGRU" else ("state_out", "cell_out")
-    return (*(_state(cell, name) for name in states), Tensor("y", "float16", channels_last=True))
+    states = _STATE_BUFFERS[: len(OPS[cell.op].states)]
+    return (*(_state(cell, f"{name}_out") for name in states), Tensor("y", "float16", channels_last=True))
 
 
 def weights_of(cell: Cell) -> tuple[Tensor, ...]:

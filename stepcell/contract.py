@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from stepcell.dims import Dim, bind, resolve, symbols_of
 from stepcell.errors import ContractError, InputError
 from stepcell.event_spec import EventSpec
+from stepcell.ops import Gates, Reset
 
 __all__ = [
     "METADATA_KEY",
@@ -150,8 +151,8 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     op: str | None
     hidden: int
     kernel: tuple[int, int]
-    reset: Literal["before", "after"] | None = None
-    gates: Literal["soft", "hard"] = "soft"
+    reset: Reset | None = None
+    gates: Gates = "soft"
     peephole: bool = False
     reason: str | None = None
 

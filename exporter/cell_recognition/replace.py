@@ -8,11 +8,9 @@ import onnx_ir.passes.common as common
 from onnxscript import ir
 
 from stepcell.exporter.cell_recognition.cell import Cell
-from stepcell.exporter.step_onnx.op_functions import DOMAIN, VERSION
+from stepcell.ops import CONV_GRU, DOMAIN, OPS, VERSION, same_pads
 
 __all__ = ["replace_cells"]
-
-_WEIGHTS = {"ConvGRU": ("W_x", "b", "W_h", "W_n"), "ConvLSTM": ("W_x", "b", "W_h")}
 
 
 def replace_cells(model: ir.Model, cells: Sequence[Cell]) -> None:
@@ -50,20 +48,18 @@ def _replace(graph: ir.Graph, cell: Cell, replaced: dict[ir.Value, ir.Value], ta
         graph.insert_before(last, ir.node("Concat", inputs, {"axis": 1}, outputs=[joined], name=f"{scope}/Concat"))
         x = joined
     weights = []
-    for kind, array in zip(_WEIGHTS[cell.op], cell.weights, strict=True):
-        tensor = ir.tensor(array, name=unused(f"{cell.name}.{kind}"))
+    op = OPS[cell.op]
+    for kind, array in zip(op.weights, cell.weights, strict=False):
+        tensor = ir.tensor(array, name=unused(f"{cell.name}.{kind.name}"))
         weight = ir.Value(
             name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
         )
         graph.register_initializer(weight)
         weights.append(weight)
-    top, left = cell.kernel[0] // 2, cell.kernel[1] // 2
-    attributes: dict[str, str | list[int]] = {"pads": [top, left, top, left], "gates": "soft"}
-    if cell.op == "ConvGRU":
+    attributes: dict[str, str | list[int]] = {"pads": same_pads(cell.kernel), "gates": "soft"}
+    if op is CONV_GRU:
         attributes["reset"] = "before"
-    results = [ir.Value(name=unused(f"{scope}/{port}")) for port in ("h_next", "c_next", "y")]
-    if cell.op == "ConvGRU":
-        del results[1]
+    results = [ir.Value(name=unused(f"{scope}/{port}")) for port in op.outputs]
     node = ir.node(
         cell.op, [x, *before, *weights], attributes, domain=DOMAIN, outputs=results, name=f"{scope}/{cell.op}"
     )

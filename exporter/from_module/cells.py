@@ -97,7 +97,7 @@ def _replacement(path: str, child: nn.Module, call: Call) -> tuple[Replaced, Cel
         adopted = _checked(child, call, *proposal)
         return adopted if isinstance(adopted, str) else (adopted, adopted.canonical.cell_spec(path))
     if len(call.tensors) != len(cell.states) + 1:
-        reason = f"takes {len(call.tensors)} tensors, a {cell.op} takes x and {' and '.join(cell.states)}"
+        reason = f"takes {len(call.tensors)} tensors, a {cell.op.name} takes x and {' and '.join(cell.states)}"
     else:
         for order in itertools.permutations(call.tensors):
             adopted = _checked(child, call, cell, order)

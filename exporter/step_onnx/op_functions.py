@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import onnx
 import onnx.parser
 
-__all__ = ["DOMAIN", "VERSION", "Variant", "function_for", "variant_of"]
+from stepcell.ops import CONV_GRU, CONV_LSTM, DOMAIN, OPS, VERSION, Op, OpName
 
-DOMAIN = "stepcell"
-VERSION = 1
+__all__ = ["DOMAIN", "VERSION", "Variant", "function_for", "variant_of"]
 
 _SOFT = {"sigmoid": "Sigmoid({0})", "tanh": "Tanh({0})"}
 _HARD = {
@@ -33,7 +32,7 @@ _CONV = "Conv<pads: ints = @pads>"
 class Variant:
     """What decides a function's body: the op and its attributes."""
 
-    op: str  # "ConvGRU" or "ConvLSTM"
+    op: OpName
     gates: str = "soft"
     reset: str = "before"
     peephole: bool = False
@@ -43,14 +42,15 @@ def variant_of(node: onnx.NodeProto) -> Variant:
     """The variant a node of the stepcell domain asks for."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     gates = attributes["gates"].decode()
-    if node.op_type == "ConvLSTM":
-        return Variant("ConvLSTM", gates, peephole=len(node.input) == 7)
-    return Variant("ConvGRU", gates, reset=attributes["reset"].decode())
+    op = OPS[node.op_type]
+    if op is CONV_LSTM:
+        return Variant(op.name, gates, peephole=len(node.input) == len(op.inputs_of("map")))
+    return Variant(op.name, gates, reset=attributes["reset"].decode())
 
 
 def function_for(variant: Variant, opset: int) -> onnx.FunctionProto:
     """The definition of one variant in standard ops of `opset` (18 or later)."""
-    if variant.op == "ConvLSTM":
+    if variant.op == CONV_LSTM.name:
         text = _conv_lstm(variant)
     elif variant.reset == "after":
         text = _conv_gru_after(variant)
@@ -68,6 +68,12 @@ def _activations(variant: Variant) -> tuple[dict[str, str], str]:
     )
 
 
+def _signature(op: Op, variant: str) -> str:
+    """The head of a function, such as ConvGRU <pads, gates, reset> (x, h, W_x, b, W_h, W_n) => (h_next, y)."""
+    attributes, inputs = ", ".join(["pads", *op.attributes]), ", ".join(op.inputs_of(variant))
+    return f"{op.name} <{attributes}> ({inputs}) => ({', '.join(op.outputs)})"
+
+
 # h is converted once to the compute dtype for the convolutions; everything after a convolution is
 # float32. CastLike follows the dtypes of x and h, so one body serves every precision.
 
@@ -75,7 +81,7 @@ def _activations(variant: Variant) -> tuple[dict[str, str], str]:
 def _conv_gru_before(variant: Variant) -> str:
     act, constants = _activations(variant)
     return f"""
-ConvGRU <pads, gates, reset> (x, h, W_x, b, W_h, W_n) => (h_next, y) {{
+{_signature(CONV_GRU, "before")} {{
   {constants}
   zero = Constant<value: tensor = int64[1] {{0}}>()
   two_c = Shape<start: int = 0, end: int = 1>(W_h)
@@ -110,7 +116,7 @@ def _conv_gru_after(variant: Variant) -> str:
     # its weight would save a kernel and cost a third more arithmetic.
     act, constants = _activations(variant)
     return f"""
-ConvGRU <pads, gates, reset> (x, h, W_x, b, W_h, W_n, b_hn) => (h_next, y) {{
+{_signature(CONV_GRU, "after")} {{
   {constants}
   W_hh = Concat<axis: int = 0>(W_h, W_n)
   b_hn_wide = Cast<to: int = 1>(b_hn)
@@ -149,7 +155,6 @@ _BLEND = """step = Sub(n, h_wide)
 
 def _conv_lstm(variant: Variant) -> str:
     act, constants = _activations(variant)
-    inputs = "x, h, c, W_x, b, W_h" + (", w_c" if variant.peephole else "")
     before_c = after_c = ""
     i, f, o = "a_i_wide", "a_f_wide", "a_o_wide"
     if variant.peephole:
@@ -163,7 +168,7 @@ def _conv_lstm(variant: Variant) -> str:
         after_c = """w_o_c = Mul(w_o, c_sum)
   p_o = Add(a_o_wide, w_o_c)"""
     return f"""
-ConvLSTM <pads, gates> ({inputs}) => (h_next, c_next, y) {{
+{_signature(CONV_LSTM, "map" if variant.peephole else "none")} {{
   {constants}
   W = Concat<axis: int = 1>(W_x, W_h)
   h_narrow = CastLike(h, x)

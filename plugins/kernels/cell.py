@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from stepcell.errors import UsageError
+from stepcell.ops import OPS, Gates, OpName, OpVariant
 
 __all__ = ["Cell", "padded"]
 
@@ -47,12 +48,12 @@ class Cell:
         UsageError: a field outside these rules.
     """
 
-    op: Literal["ConvGRU", "ConvLSTM"]
+    op: OpName
     inputs: int
     hidden: int
     kernel: tuple[int, int]
-    variant: Literal["before", "after", "none", "channel", "map"]
-    gates: Literal["soft", "hard"] = "soft"
+    variant: OpVariant
+    gates: Gates = "soft"
     state_dtype: Literal["float32", "float16"] = "float32"
     pre: bool = False
 
@@ -70,7 +71,7 @@ class Cell:
     @property
     def gate_count(self) -> int:
         """Blocks of W_x: 3 for ConvGRU, 4 for ConvLSTM."""
-        return 3 if self.op == "ConvGRU" else 4
+        return len(OPS[self.op].gates)
 
     @property
     def label(self) -> str:
@@ -95,12 +96,12 @@ class Cell:
             )
         op, variant = next(key for key, word in _WORDS.items() if word == match["op"])
         return cls(
-            op=cast('Literal["ConvGRU", "ConvLSTM"]', op),
+            op=cast("OpName", op),
             inputs=int(match["inputs"]),
             hidden=int(match["hidden"]),
             kernel=(int(match["height"]), int(match["width"])),
-            variant=cast('Literal["before", "after", "none", "channel", "map"]', variant),
-            gates=cast('Literal["soft", "hard"]', match["gates"]),
+            variant=cast("OpVariant", variant),
+            gates=cast("Gates", match["gates"]),
             state_dtype=cast('Literal["float32", "float16"]', match["state"]),
             pre=match["pre"] is not None,
         )

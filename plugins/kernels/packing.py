@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.ops import OPS
 from stepcell.plugins.kernels.cell import Cell, padded
 
 __all__ = ["pack"]
@@ -44,8 +45,10 @@ def pack(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
     Raises:
         InputError: a weight is missing, has another shape, or is not finite in float16.
     """
-    expected = _shapes(cell)
-    for name, shape in expected.items():
+    for weight in OPS[cell.op].weights_of(cell.variant):
+        if weight.kind == "conv_x" and not cell.inputs:
+            continue
+        name, shape = weight.name, weight.shape(cell.inputs, cell.hidden, cell.kernel, cell.variant)
         if name not in weights:
             raise InputError(f"weights of {cell.label}: {name} is missing, expected shape {shape}")
         found = weights[name].shape
@@ -56,24 +59,6 @@ def pack(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
     if cell.variant == "before":
         return _gru_before(cell, weights)
     return _gru_after(cell, weights) if cell.variant == "after" else _lstm(cell, weights)
-
-
-def _shapes(cell: Cell) -> dict[str, tuple[int | None, ...]]:
-    C, kernel = cell.hidden, cell.kernel
-    gru = cell.op == "ConvGRU"
-    shapes: dict[str, tuple[int | None, ...]] = {"b": (cell.gate_count * C,)}
-    if cell.inputs:
-        shapes["W_x"] = (cell.gate_count * C, cell.inputs, *kernel)
-    shapes["W_h"] = ((2 if gru else 4) * C, C, *kernel)
-    if gru:
-        shapes["W_n"] = (C, C, *kernel)
-    if cell.variant == "after":
-        shapes["b_hn"] = (C,)
-    if cell.variant == "channel":
-        shapes["w_c"] = (3, C, 1, 1)
-    if cell.variant == "map":
-        shapes["w_c"] = (3, C, None, None)
-    return shapes
 
 
 def _gru_before(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepcell.errors import PluginError, StepcellError
+from stepcell.ops import DOMAIN
 from stepcell.plugins import plugin_unavailable
 from stepcell.plugins.aot import PortableKernel, portable_kernels, register_portable
 from stepcell.plugins.chain import chained_model
@@ -17,7 +18,6 @@ from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.store import default_folder, images_for
 from stepcell.plugins.nodes import has_cells, plugin_model
-from stepcell.plugins.plugin import NAMESPACE
 from stepcell.plugins.registry import kernels_offered, register
 from stepcell.runtime.engine.onnx_input import OnnxFile
 from stepcell.runtime.engine.options import BuildOptions
@@ -132,7 +132,7 @@ def _with_plugin(
 
 def _rewritten(file: OnnxFile, model: ModelProto, copies: tuple[Fp16Mirror, ...] = ()) -> OnnxFile:
     """The file as TensorRT is to see it; every node of the op's domain is a plugin's."""
-    plugins = frozenset((node.domain, node.op_type) for node in model.graph.node if node.domain == NAMESPACE)
+    plugins = frozenset((node.domain, node.op_type) for node in model.graph.node if node.domain == DOMAIN)
     data = model.SerializeToString(deterministic=True)
     return dataclasses.replace(file, model=model, data=data, plugins=plugins, fp16_mirrors=copies)
 
