@@ -1,7 +1,79 @@
-"""stepcell: recurrent vision models as single-step ONNX files, TensorRT engines and a step loop."""
+"""stepcell: recurrent vision models as single-step ONNX files, TensorRT engines and a step loop.
 
+Public names load on first use, so `import stepcell` imports neither numpy, onnx nor torch. Three more modules are
+public: `stepcell.models` (torch modules), `stepcell.events` (event cameras) and `stepcell.errors`. Everything else may
+change without notice.
+"""
+
+from __future__ import annotations
+
+import importlib
 import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepcell.contract import StateSpec, StepContract, TensorSpec
+    from stepcell.errors import StepcellError
+    from stepcell.exporter.from_checkpoint.checkpoint import Checkpoint, load_checkpoint
+    from stepcell.exporter.from_checkpoint.families import step_model
+    from stepcell.exporter.from_module.registry import register_cell
+    from stepcell.exporter.from_onnx.fuse import FuseReport, fuse_onnx
+    from stepcell.exporter.step_onnx.export import export_onnx
+    from stepcell.runtime.engine.build import EngineInfo, build_engine
+    from stepcell.runtime.engine.options import BuildOptions
+    from stepcell.runtime.loop.step_loop import StepLoop
+    from stepcell.runtime.media.sinks import open_sink
+    from stepcell.runtime.media.sources import open_source
 
 __version__ = "0.1.0"
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library is quiet until its user listens
+__all__ = [
+    "BuildOptions",
+    "Checkpoint",
+    "EngineInfo",
+    "FuseReport",
+    "StateSpec",
+    "StepContract",
+    "StepLoop",
+    "StepcellError",
+    "TensorSpec",
+    "build_engine",
+    "export_onnx",
+    "fuse_onnx",
+    "load_checkpoint",
+    "open_sink",
+    "open_source",
+    "register_cell",
+    "step_model",
+]
+
+# The imports above, for __getattr__: module -> names. A test compares the two.
+_LAZY = {
+    "contract": "StateSpec StepContract TensorSpec",
+    "errors": "StepcellError",
+    "exporter.from_checkpoint.checkpoint": "Checkpoint load_checkpoint",
+    "exporter.from_checkpoint.families": "step_model",
+    "exporter.from_module.registry": "register_cell",
+    "exporter.from_onnx.fuse": "FuseReport fuse_onnx",
+    "exporter.step_onnx.export": "export_onnx",
+    "runtime.engine.build": "EngineInfo build_engine",
+    "runtime.engine.options": "BuildOptions",
+    "runtime.loop.step_loop": "StepLoop",
+    "runtime.media.sinks": "open_sink",
+    "runtime.media.sources": "open_source",
+}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names.split()}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,104 @@
+"""The public Python API: its names, that importing it is light, and that the documents use nothing else."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stepcell
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+# A name that is added or removed here is added to or removed from what users may rely on: say so in CHANGELOG.md.
+PUBLIC = {
+    "stepcell": """
+        BuildOptions Checkpoint EngineInfo FuseReport StateSpec StepContract StepLoop StepcellError TensorSpec
+        build_engine export_onnx fuse_onnx load_checkpoint open_sink open_source register_cell step_model
+    """,
+    "stepcell.models": """
+        CellStack ConvGRUCell ConvLSTMCell DenseStack GRUCell LSTMCell StepModule batch_to_time conv_gru
+        conv_gru_stack conv_lstm conv_lstm_stack initial_states is_step_module load run_sequence save_checkpoint
+        seq_wise time_to_batch
+    """,
+    "stepcell.models.published.e2vid": "FireNet",
+    "stepcell.events": "EventSource EventSpec EventWindow Events event_tensor simulate_events write_dat",
+    "stepcell.errors": """
+        BuildError CheckpointError ContractError DeviceError EngineMismatchError ExportError InputError
+        MissingDependencyError OutputError ParityError PluginError StateError StepcellError UsageError
+    """,
+}
+
+
+def source_of(module: str) -> ast.Module:
+    """The syntax tree of a module, which is not imported: stepcell.models needs torch."""
+    path = ROOT.joinpath(*module.split("."))
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+
+
+def exported(module: str) -> set[str]:
+    """The names in __all__."""
+    for node in source_of(module).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"{module} has no __all__")
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_pinned(module: str) -> None:
+    names = set(PUBLIC[module].split())
+    assert exported(module) >= names if "published" in module else exported(module) == names
+
+
+def test_names_that_load_on_first_use_are_those_that_type_checkers_see() -> None:
+    (checked,) = (node for node in source_of("stepcell").body if isinstance(node, ast.If))
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert seen == {name: f"stepcell.{module}" for name, module in stepcell._MODULE_OF.items()}
+    assert set(stepcell.__all__) == set(seen) <= set(dir(stepcell))
+
+
+@pytest.mark.parametrize("name", sorted(stepcell.__all__))
+def test_every_public_name_loads(name: str) -> None:
+    if stepcell._MODULE_OF[name].startswith("exporter") and importlib.util.find_spec("torch") is None:
+        pytest.skip("needs torch")
+    assert getattr(stepcell, name).__name__ == name
+
+
+def test_import_is_light_and_a_wrong_name_is_an_attribute_error() -> None:
+    code = """
+import sys, stepcell
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"numpy", "msgspec", "click", "rich", "onnx", "torch"}))
+stepcell.StepLoop
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"rich", "onnx", "onnxruntime", "torch"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n[]\n"
+    with pytest.raises(AttributeError, match="module 'stepcell' has no attribute 'step_lop'"):
+        stepcell.step_lop  # noqa: B018
+
+
+def imports(code: str) -> list[tuple[str, str]]:
+    """Module and name of everything that is imported from stepcell."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "stepcell":
+            found += [(str(node.module), alias.name) for alias in node.names]
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names if alias.name.partition(".")[0] == "stepcell"]
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_import_public_names_only(document: Path) -> None:
+    for block in PYTHON.findall(document.read_text()):
+        for module, name in imports(block):
+            assert module in PUBLIC, f"{document.name} imports {module}"
+            assert name in {"", *PUBLIC[module].split()}, f"{document.name} imports {name} from {module}"
