@@ -24,12 +24,12 @@ test: setup
 
 # The same promises on a GPU; without one it says what was not run.
 gpu-check: setup
-	$(BIN)/python -m pytest tests/gpu tests/plugins/test_device.py -v -s
+	$(BIN)/python -m pytest tests/gpu tests/plugins/kernels/test_device.py -v -s
 	$(BIN)/python benchmarks/kernels.py --kernels $${STEPCELL_KERNELS:-build/kernels}
 
 # Registers, spills and code size of every kernel for every GPU (ten minutes, no GPU needed).
 kernels-report: setup
-	$(BIN)/python -m stepcell.plugins.kernels.report
+	$(BIN)/python -m tools.kernels_report
 
 # Every kernel with every tile in an emulator of PTX (fifteen minutes, no GPU needed).
 kernels-emulate: setup

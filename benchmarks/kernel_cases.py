@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepcell.models.cells import conv_gru, conv_lstm
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 
 __all__ = ["CASES", "Case", "Problem", "States", "Step", "Weights", "in_turn", "make_problem"]
 
@@ -31,7 +31,7 @@ class Case:
     batch: int
     height: int
     width: int
-    cells: tuple[Cell, ...]
+    cells: tuple[CellConfig, ...]
 
     @property
     def pixels(self) -> int:
@@ -59,12 +59,12 @@ class Case:
         return {"compute": compute, "memory": memory, "floor": max(compute, memory)}
 
 
-def _weight_count(cell: Cell) -> int:
+def _weight_count(cell: CellConfig) -> int:
     return cell.kernel[0] * cell.kernel[1] * (cell.inputs + cell.hidden) * cell.gate_count * cell.hidden
 
 
 def _case(name: str, batch: int, height: int, width: int, *labels: str) -> Case:
-    return Case(name, batch, height, width, tuple(Cell.from_label(f"{label}_soft_float16") for label in labels))
+    return Case(name, batch, height, width, tuple(CellConfig.from_label(f"{label}_soft_float16") for label in labels))
 
 
 CASES = [
@@ -133,7 +133,7 @@ def in_turn(steps: list[Step]) -> Step:
     return step
 
 
-def _random_weights(cell: Cell, generator: torch.Generator, device: str) -> dict[str, Tensor]:
+def _random_weights(cell: CellConfig, generator: torch.Generator, device: str) -> dict[str, Tensor]:
     C, gates = cell.hidden, cell.gate_count
     scale = ((cell.inputs + C) * cell.kernel[0] * cell.kernel[1]) ** -0.5
 
@@ -149,7 +149,7 @@ def _random_weights(cell: Cell, generator: torch.Generator, device: str) -> dict
     return weights
 
 
-def _reference(cell: Cell, w: Weights, x: Tensor, states: States) -> States:
+def _reference(cell: CellConfig, w: Weights, x: Tensor, states: States) -> States:
     if cell.op == "ConvGRU":
         return (conv_gru(x, states[0], w["W_x"], w["b"], w["W_h"], w["W_n"], w.get("b_hn")),)
     h, c = states

@@ -15,7 +15,7 @@ from kernel_timing import CHAIN, captured, microseconds
 from torch import Tensor
 
 from stepcell.errors import StepcellError
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.store import image_for
@@ -25,7 +25,7 @@ from stepcell.plugins.launch import Launcher
 __all__ = ["Device", "Launch", "defaults", "fastest", "ours", "overlapping", "tile_times"]
 
 # (kernel, cell, tile, memory by buffer name, (batch, height, width))
-Launch = Callable[[str, Cell, Tile, Mapping[str, Tensor], tuple[int, int, int]], None]
+Launch = Callable[[str, CellConfig, Tile, Mapping[str, Tensor], tuple[int, int, int]], None]
 
 
 class Device:
@@ -39,11 +39,11 @@ class Device:
     def __init__(self, capability: str, folder: Path) -> None:
         self.capability = capability
         self._folder = folder
-        self._launchers: dict[tuple[str, Cell, Tile], Launcher] = {}
+        self._launchers: dict[tuple[str, CellConfig, Tile], Launcher] = {}
         self._partials: dict[int, Tensor] = {}
 
     def launch(
-        self, kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, Tensor], size: tuple[int, int, int]
+        self, kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, Tensor], size: tuple[int, int, int]
     ) -> None:
         """Queue one kernel; the first time it must not be while a graph is captured."""
         key = (kernel, cell, tile)
@@ -80,7 +80,7 @@ def ours(problem: Problem, state: Any, chosen: Sequence[Mapping[str, Tile]], lau
 
 
 def _cell_step(
-    cell: Cell, weights: Weights, chosen: Mapping[str, Tile], launch: Launch, size: tuple[int, int, int]
+    cell: CellConfig, weights: Weights, chosen: Mapping[str, Tile], launch: Launch, size: tuple[int, int, int]
 ) -> Step:
     arrays = pack(cell, {name: tensor.cpu().numpy() for name, tensor in weights.items()})
     packed = {name: torch.from_numpy(array).to(weights["b"].device) for name, array in arrays.items()}
@@ -95,7 +95,7 @@ def _cell_step(
     return step
 
 
-def _step_buffers(cell: Cell, x: Tensor, states: States) -> dict[str, Tensor]:
+def _step_buffers(cell: CellConfig, x: Tensor, states: States) -> dict[str, Tensor]:
     """Memory of a step but for the weights. Maps in channels-last memory are as the kernels read them
     where the channels are a multiple of 8, as they are here.
     """
@@ -109,7 +109,7 @@ def _step_buffers(cell: Cell, x: Tensor, states: States) -> dict[str, Tensor]:
     return buffers
 
 
-def _tiles_to_time(kernel: str, cell: Cell, capability: str, pixels: int, *, tune: bool) -> list[Tile]:
+def _tiles_to_time(kernel: str, cell: CellConfig, capability: str, pixels: int, *, tune: bool) -> list[Tile]:
     """The table's tiles, the default first; with `tune` also all others that may be worth a try.
 
     A candidate that starts early is not timed by itself: behind another candidate it would overlap with
@@ -160,7 +160,9 @@ def tile_times(
     rows = []
     calls: list[tuple[Any, ...]] = []
 
-    def record(kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, Tensor], size: tuple[int, int, int]) -> None:
+    def record(
+        kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, Tensor], size: tuple[int, int, int]
+    ) -> None:
         calls.append((kernel, cell, tile, buffers, size))
         launch(kernel, cell, tile, buffers, size)
 
@@ -191,7 +193,9 @@ def overlapping(problem: Problem, state: Any, capability: str, chosen: Sequence[
     return result
 
 
-def fastest(rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Tile]], cells: Sequence[Cell]) -> Any:
+def fastest(
+    rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Tile]], cells: Sequence[CellConfig]
+) -> Any:
     """`chosen` with the tile of the smallest median for every kernel that was timed."""
     result = []
     for cell, tiles_of_cell in zip(cells, chosen, strict=True):

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from kernel_cases import States, Step, Weights
 from torch import Tensor
 
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 
 __all__ = ["convolutions_alone", "peers_of"]
 
-Build = Callable[[Cell, Weights], Step]
+Build = Callable[[CellConfig, Weights], Step]
 Convolution = Callable[[Tensor], Tensor]
 
 
-def fewest_convolutions(cell: Cell, weights: Weights) -> Step:
+def fewest_convolutions(cell: CellConfig, weights: Weights) -> Step:
     """Weights of the same operand in one convolution, as Robust Video Matting writes its cell."""
     convolutions = _convolutions(cell, weights)
 
@@ -46,7 +46,7 @@ def fewest_convolutions(cell: Cell, weights: Weights) -> Step:
     return {"before": before, "after": after}.get(cell.variant, lstm)
 
 
-def convolution_per_gate(cell: Cell, weights: Weights) -> Step:
+def convolution_per_gate(cell: CellConfig, weights: Weights) -> Step:
     """As RAFT writes its ConvGRU (reset "before")."""
     z_and_r, candidate = _joined(weights)
     w_z, w_r = z_and_r.chunk(2)
@@ -63,13 +63,13 @@ def convolution_per_gate(cell: Cell, weights: Weights) -> Step:
     return step
 
 
-def compiled(cell: Cell, weights: Weights) -> Step:
+def compiled(cell: CellConfig, weights: Weights) -> Step:
     """torch.compile with every choice timed; the graph is captured outside, as for all others."""
     step: Step = torch.compile(fewest_convolutions(cell, weights), mode="max-autotune-no-cudagraphs", dynamic=False)
     return step
 
 
-def fused_pointwise(cell: Cell, weights: Weights) -> Step:
+def fused_pointwise(cell: CellConfig, weights: Weights) -> Step:
     """Convolutions of cuDNN with one fused pointwise kernel after each: the strongest honest baseline.
 
     The kernels work on channels-last memory as it lies; r . h goes straight into the operand of the
@@ -106,7 +106,7 @@ def fused_pointwise(cell: Cell, weights: Weights) -> Step:
     return {"before": before, "after": after}.get(cell.variant, lstm)
 
 
-def convolutions_alone(cell: Cell, weights: Weights) -> Step:
+def convolutions_alone(cell: CellConfig, weights: Weights) -> Step:
     """Only the convolutions, over operands that lie ready: a bound for whatever uses these convolutions."""
     convolutions = _convolutions(cell, weights)
     operands: list[Tensor] = []
@@ -122,7 +122,7 @@ def convolutions_alone(cell: Cell, weights: Weights) -> Step:
     return step
 
 
-def peers_of(cell: Cell) -> dict[str, Build]:
+def peers_of(cell: CellConfig) -> dict[str, Build]:
     """Those that compute the step of this kind of cell."""
     peers: dict[str, Build] = {
         "torch, fewest convolutions": fewest_convolutions,
@@ -142,7 +142,7 @@ def _joined(weights: Weights) -> tuple[Tensor, Tensor]:
     return gates, torch.cat([weights["W_x"][two_c:], weights["W_n"]], 1)
 
 
-def _convolutions(cell: Cell, weights: Weights) -> list[Convolution]:
+def _convolutions(cell: CellConfig, weights: Weights) -> list[Convolution]:
     """The fewest convolutions of a step.
 
     Reset "before": over concat(x, h) and concat(x, r . h); "after": over x and over h; ConvLSTM: over concat(x, h).
@@ -159,6 +159,6 @@ def _convolutions(cell: Cell, weights: Weights) -> list[Convolution]:
     return [_convolution(cell, torch.cat([weights["W_x"], weights["W_h"]], 1), bias)]
 
 
-def _convolution(cell: Cell, weight: Tensor, bias: Tensor) -> Convolution:
+def _convolution(cell: CellConfig, weight: Tensor, bias: Tensor) -> Convolution:
     weight, padding = weight.contiguous(memory_format=torch.channels_last), (cell.kernel[0] // 2, cell.kernel[1] // 2)
     return lambda operand: F.conv2d(operand, weight, bias, padding=padding)

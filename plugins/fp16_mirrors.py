@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import Spec, StateSpec, StepContract
-from stepcell.plugins.kernels.cell import padded
+from stepcell.plugins.kernels.cell_config import padded
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto

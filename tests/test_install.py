@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # The kernels' sources, in Triton's language: read where kernels are compiled, never on a device.
 WITHOUT_TORCH = """
 import pkgutil, sys
-sources = {"stepcell.plugins.kernels." + name for name in "conv epilogue gru language lstm narrow split".split()}
+sources = {"stepcell.plugins.kernels.triton." + name for name in "conv epilogue gru language lstm narrow split".split()}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "triton"):

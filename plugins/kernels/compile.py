@@ -18,9 +18,9 @@ from typing import Any
 
 from stepcell.errors import BuildError, UsageError
 from stepcell.missing import require
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.image import SCHEMA, Argument, ImageInfo, KernelImage
-from stepcell.plugins.kernels.signature import PARAMETERS, constants, pointer_dtype
+from stepcell.plugins.kernels.signature import PARAMETERS, SOURCES, constants, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, partial_bytes
 
 __all__ = [
@@ -31,11 +31,11 @@ __all__ = [
     "check_capability",
     "compile_kernel",
     "compile_ptx",
+    "kernel_function",
     "source_digest",
 ]
 
 CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "11.0", "12.0")
-_MODULES = {"n": "narrow", "g": "gru", "l": "lstm"}  # by the first letter of the kernel
 _TRITON_TYPES = {"float16": "*fp16", "float32": "*fp32", "count": "*i32", "int32": "i32"}
 
 
@@ -57,8 +57,9 @@ def check_capability(capability: str) -> None:
 def source_digest() -> str:
     """Names the kernels' source text, the order of their parameters and the options they are compiled with."""
     digest = hashlib.sha256()
-    for name in ("language", "conv", "split", "epilogue", "gru", "lstm", "narrow", "signature", "compile"):
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    folder = Path(__file__).parent
+    for path in (*sorted((folder / "triton").glob("*.py")), folder / "signature.py", folder / "compile.py"):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -67,7 +68,12 @@ def _image_key(kernel: str, values: dict[str, int | bool], tile: Tile, capabilit
     return f"{kernel}-sm{capability.replace('.', '')}-{hashlib.sha256(repr(fixed).encode()).hexdigest()[:16]}"
 
 
-def cell_word(kernel: str, cell: Cell) -> str:
+def kernel_function(kernel: str) -> Any:
+    """The Triton function of a kernel."""
+    return getattr(importlib.import_module(f"stepcell.plugins.kernels.triton.{SOURCES[kernel]}"), kernel)
+
+
+def cell_word(kernel: str, cell: CellConfig) -> str:
     """What of a cell a kernel depends on, as images call it."""
     return f"h{cell.hidden}" if kernel == "narrow_state" else cell.label
 
@@ -86,7 +92,7 @@ def arguments_of(kernel: str) -> tuple[Argument, ...]:
     return tuple(arguments)
 
 
-def compile_kernel(kernel: str, cell: Cell, tile: Tile, capability: str) -> KernelImage:
+def compile_kernel(kernel: str, cell: CellConfig, tile: Tile, capability: str) -> KernelImage:
     """Compile one kernel; takes a second or so, and no GPU.
 
     Raises:
@@ -151,7 +157,7 @@ class Ptx:
     shared_bytes: int
 
 
-def compile_ptx(kernel: str, cell: Cell, tile: Tile, capability: str, *, ptx_version: int | None = None) -> Ptx:
+def compile_ptx(kernel: str, cell: CellConfig, tile: Tile, capability: str, *, ptx_version: int | None = None) -> Ptx:
     """One kernel as PTX, for those that cannot take machine code; takes a second or so, and no GPU.
 
     Args:
@@ -176,19 +182,19 @@ def compile_ptx(kernel: str, cell: Cell, tile: Tile, capability: str, *, ptx_ver
     return Ptx(metadata.name, compiled.asm["ptx"], 32 * metadata.num_warps, metadata.shared)
 
 
-def _widest(cell: Cell) -> int:
+def _widest(cell: CellConfig) -> int:
     """Channels of the widest map that a kernel of the cell reads or writes."""
     pre = padded(cell.gate_count * cell.hidden) if cell.pre else 0
     return max(padded(cell.inputs), padded(cell.hidden), pre)
 
 
-def _compiled(triton: ModuleType, kernel: str, cell: Cell, tile: Tile, sm: int, **more: int | None) -> Any:
+def _compiled(triton: ModuleType, kernel: str, cell: CellConfig, tile: Tile, sm: int, **more: int | None) -> Any:
     """Triton's result; `more` are options of Triton's."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     triton.knobs.compilation.disable_line_info = True  # a third of the size, and no paths in the code
-    function = getattr(importlib.import_module(f"stepcell.plugins.kernels.{_MODULES[kernel[0]]}"), kernel)
+    function = kernel_function(kernel)
     values = constants(kernel, cell, tile, f"{sm // 10}.{sm % 10}")
     dtypes = {p.name: _TRITON_TYPES[pointer_dtype(p, cell)] for p in PARAMETERS[kernel]}
     source = ASTSource(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.ops import OPS
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 
 __all__ = ["pack"]
 
@@ -33,7 +33,7 @@ _EXTRA_ROWS = 64  # the deepest tile
 _EXTRA_COLUMNS = 1024  # more than the widest tile
 
 
-def pack(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+def pack(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
     """Packed weights by buffer name, such as "gru_gates.wx": float16 matrices, float32 biases, flat.
 
     Args:
@@ -61,7 +61,7 @@ def pack(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
     return _gru_after(cell, weights) if cell.variant == "after" else _lstm(cell, weights)
 
 
-def _gru_before(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+def _gru_before(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
     two_c = 2 * cell.hidden
     gates, candidate = _gates_of(cell, weights, slice(0, two_c)), _gates_of(cell, weights, slice(two_c, None))
     return {
@@ -74,7 +74,7 @@ def _gru_before(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
     }
 
 
-def _gru_after(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+def _gru_after(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
     two_c = 2 * cell.hidden
     gates, candidate = _gates_of(cell, weights, slice(0, two_c)), _gates_of(cell, weights, slice(two_c, None))
     bias = weights["b"]
@@ -85,7 +85,7 @@ def _gru_after(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
     }
 
 
-def _lstm(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
+def _lstm(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
     packed = {
         "lstm_step.wx": _matrix(_interleaved(_gates_of(cell, weights, slice(None)), 4)),
         "lstm_step.wh": _matrix(_interleaved(weights["W_h"], 4)),
@@ -96,7 +96,7 @@ def _lstm(cell: Cell, weights: Mapping[str, Array]) -> dict[str, Array]:
     return packed
 
 
-def _gates_of(cell: Cell, weights: Mapping[str, Array], rows: slice) -> Array:
+def _gates_of(cell: CellConfig, weights: Mapping[str, Array], rows: slice) -> Array:
     """Some gates of W_x; a cell without x has no rows to read."""
     whole = weights["W_x"] if cell.inputs else np.zeros((cell.gate_count * cell.hidden, 0, *cell.kernel), np.float16)
     return whole[rows]

@@ -1,4 +1,4 @@
-"""What each kernel takes: its parameters in order, the buffer behind each, and its constants.
+"""Table of the kernels: source module, parameters in order, the buffer behind each, and constants.
 
 One table serves compilation (dtypes), the launcher (order and offsets) and the tests. `buffer` is
 the name under which a step's memory is given: the same z is written by one kernel and read by the
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.ops import CONV_LSTM, PEEPHOLES, OpVariant
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.tiles import Tile
 
-__all__ = ["PARAMETERS", "Parameter", "constants", "kernels_of", "pointer_dtype", "workspace"]
+__all__ = ["PARAMETERS", "SOURCES", "Parameter", "constants", "kernels_of", "pointer_dtype", "workspace"]
 
 
 @dataclass(frozen=True)
@@ -43,43 +44,55 @@ def _parameters(kernel: str, text: str) -> tuple[Parameter, ...]:
 
 _SPLIT = " partials:float arrivals:count:"  # null where the tile is not split (split.py)
 
-# name:dtype[:buffer]
-PARAMETERS: dict[str, tuple[Parameter, ...]] = {
-    kernel: _parameters(kernel, text)
-    for kernel, text in {
-        "narrow_state": "state:float h_out:half:h",
-        "gru_gates": "x:half h:half pre:half wx:half wh:half bias:float state:state z_out:half:z rh_out:half:rh"
-        + _SPLIT,
-        "gru_candidate": "x:half rh:half pre:half wx:half wh:half bias:float z:half state:state"
-        " state_out:state y_out:half:y" + _SPLIT,
-        "gru_after": "x:half h:half pre:half wx:half wh:half bias:float state:state state_out:state y_out:half:y"
-        + _SPLIT,
-        "lstm_step": "x:half h:half pre:half wx:half wh:half bias:float peephole:float cell:state"
+# By kernel: the module of kernels/triton that has it, and its parameters as name:dtype[:buffer].
+_KERNELS = {
+    "narrow_state": ("narrow", "state:float h_out:half:h"),
+    "gru_gates": (
+        "gru",
+        "x:half h:half pre:half wx:half wh:half bias:float state:state z_out:half:z rh_out:half:rh" + _SPLIT,
+    ),
+    "gru_candidate": (
+        "gru",
+        "x:half rh:half pre:half wx:half wh:half bias:float z:half state:state state_out:state y_out:half:y" + _SPLIT,
+    ),
+    "gru_after": (
+        "gru",
+        "x:half h:half pre:half wx:half wh:half bias:float state:state state_out:state y_out:half:y" + _SPLIT,
+    ),
+    "lstm_step": (
+        "lstm",
+        "x:half h:half pre:half wx:half wh:half bias:float peephole:float cell:state"
         " state_out:state cell_out:state y_out:half:y" + _SPLIT,
-    }.items()
+    ),
+}
+SOURCES = {kernel: source for kernel, (source, _) in _KERNELS.items()}
+PARAMETERS = {kernel: _parameters(kernel, text) for kernel, (_, text) in _KERNELS.items()}
+
+# The kernels of one step of each variant of an op, in launch order.
+_STEPS: dict[OpVariant, tuple[str, ...]] = {
+    "before": ("gru_gates", "gru_candidate"),
+    "after": ("gru_after",),
+    **dict.fromkeys(PEEPHOLES, ("lstm_step",)),
 }
 
 
-def kernels_of(cell: Cell, *, fp16_mirror: bool) -> tuple[str, ...]:
+def kernels_of(cell: CellConfig, *, fp16_mirror: bool) -> tuple[str, ...]:
     """The kernels of one step, in launch order.
 
     Args:
         fp16_mirror: whether the caller gives the fp16 mirror of a float32 state (y of the last step);
             without it narrow_state makes one. A float16 state is its own copy.
     """
-    step = {
-        "before": ("gru_gates", "gru_candidate"),
-        "after": ("gru_after",),
-    }.get(cell.variant, ("lstm_step",))
+    step = _STEPS[cell.variant]
     return step if fp16_mirror or cell.state_dtype == "float16" else ("narrow_state", *step)
 
 
-def pointer_dtype(parameter: Parameter, cell: Cell) -> str:
+def pointer_dtype(parameter: Parameter, cell: CellConfig) -> str:
     """What a parameter of a cell's kernel points to; "int32" for a number."""
     return cell.state_dtype if parameter.dtype == "state" else parameter.dtype
 
 
-def constants(kernel: str, cell: Cell, tile: Tile, capability: str = "") -> dict[str, int | bool]:
+def constants(kernel: str, cell: CellConfig, tile: Tile, capability: str = "") -> dict[str, int | bool]:
     """The constexpr arguments of a kernel; the compute capability decides about stages only."""
     if kernel == "narrow_state":
         return {"C": cell.hidden, "BM": tile.pixels, "BC": tile.channels}
@@ -93,14 +106,14 @@ def constants(kernel: str, cell: Cell, tile: Tile, capability: str = "") -> dict
         "WIDE": cell.state_dtype == "float32",
     }
     if kernel == "lstm_step":
-        values["PEEPHOLE"] = ("none", "channel", "map").index(cell.variant)
+        values["PEEPHOLE"] = CONV_LSTM.variants.index(cell.variant)
     values |= {"BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages}
     unsafe = ("9.0", "10.0", "11.0") if kernel == "gru_after" else ("9.0",)  # conv.py says why
     values |= {"RAGGED_STAGES": 1 if capability in unsafe else tile.stages, "SPLITS": tile.splits}
     return values | ({"OVERLAP": tile.overlap} if kernel in ("gru_gates", "gru_candidate") else {})
 
 
-def workspace(cell: Cell, pixels: int, *, fp16_mirror: bool) -> dict[str, int]:
+def workspace(cell: CellConfig, pixels: int, *, fp16_mirror: bool) -> dict[str, int]:
     """Bytes of each buffer that lives only within a step: what one kernel hands to the next.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stepcell.errors import MissingDependencyError, OutputError, PluginError
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import cell_word, check_capability, compile_kernel, source_digest
 from stepcell.plugins.kernels.image import KernelImage, read_image, write_image
 from stepcell.plugins.kernels.signature import kernels_of
@@ -25,7 +25,7 @@ def default_folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "stepcell" / "kernels"
 
 
-def wanted(cell: Cell, capability: str, pixels: int | None = None) -> list[tuple[str, Tile]]:
+def wanted(cell: CellConfig, capability: str, pixels: int | None = None) -> list[tuple[str, Tile]]:
     """Kernels of one step in launch order, each with its tiles, the default tile first."""
     check_capability(capability)
     return [
@@ -35,7 +35,7 @@ def wanted(cell: Cell, capability: str, pixels: int | None = None) -> list[tuple
     ]
 
 
-def images_for(cell: Cell, capability: str, folder: Path, pixels: int | None = None) -> Iterator[KernelImage]:
+def images_for(cell: CellConfig, capability: str, folder: Path, pixels: int | None = None) -> Iterator[KernelImage]:
     """The images of `wanted`, in its order; what the folder lacks is compiled and put there.
 
     An iterator, since each compilation takes a second or so.
@@ -50,7 +50,7 @@ def images_for(cell: Cell, capability: str, folder: Path, pixels: int | None = N
     return (image_for(kernel, cell, tile, capability, folder) for kernel, tile in wanted(cell, capability, pixels))
 
 
-def image_for(kernel: str, cell: Cell, tile: Tile, capability: str, folder: Path) -> KernelImage:
+def image_for(kernel: str, cell: CellConfig, tile: Tile, capability: str, folder: Path) -> KernelImage:
     """One kernel with one tile, from the folder, or compiled and put there.
 
     Raises:
@@ -65,7 +65,7 @@ def image_for(kernel: str, cell: Cell, tile: Tile, capability: str, folder: Path
     return image or _compiled_into(folder, kernel, cell, tile, capability)
 
 
-def _compiled_into(folder: Path, kernel: str, cell: Cell, tile: Tile, capability: str) -> KernelImage:
+def _compiled_into(folder: Path, kernel: str, cell: CellConfig, tile: Tile, capability: str) -> KernelImage:
     try:
         image = compile_kernel(kernel, cell, tile, capability)
     except MissingDependencyError as error:

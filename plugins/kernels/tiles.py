@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, replace
 
 from stepcell.errors import UsageError
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 
 __all__ = ["COLUMNS", "Tile", "partial_bytes", "tiles"]
 
@@ -86,7 +86,7 @@ _SPLITS = 4
 _SHARE = 4  # steps of the loop that are worth a split
 
 
-def tiles(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -> tuple[Tile, ...]:
+def tiles(kernel: str, cell: CellConfig, capability: str, pixels: int | None = None) -> tuple[Tile, ...]:
     """Tiles to compile a kernel with: the default first, then others for TensorRT to time.
 
     Args:
@@ -130,7 +130,7 @@ def tiles(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -
     return tuple(dict.fromkeys(choices))
 
 
-def _steps(cell: Cell, depth: int) -> int:
+def _steps(cell: CellConfig, depth: int) -> int:
     """Of a kernel's loop, about."""
     return cell.kernel[0] * cell.kernel[1] * (padded(cell.inputs) + padded(cell.hidden)) // depth
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from stepcell.errors import EngineMismatchError
 from stepcell.files import read_bytes
-from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
-from stepcell.plugins.registry import register
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
+from stepcell.plugins.tensorrt.registry import register
 from stepcell.runtime.cuda import driver as cuda
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, read_sidecar, rebuild_command, this_platform
 from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, load_tensorrt, make_logger, no_collection

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from stepcell.errors import PluginError, StepcellError
 from stepcell.ops import DOMAIN
 from stepcell.plugins import plugin_unavailable
-from stepcell.plugins.aot import PortableKernel, portable_kernels, register_portable
-from stepcell.plugins.chain import chained_model
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.store import default_folder, images_for
-from stepcell.plugins.nodes import has_cells, plugin_model
-from stepcell.plugins.registry import kernels_offered, register
+from stepcell.plugins.onnx.chain import chained_model
+from stepcell.plugins.onnx.rewrite import has_cells, plugin_model
+from stepcell.plugins.tensorrt.portable import PortableKernel, portable_kernels, register_portable
+from stepcell.plugins.tensorrt.registry import kernels_offered, register
 from stepcell.runtime.engine.onnx_input import OnnxFile
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.plan import BuiltPlan, build_plan
@@ -138,7 +138,7 @@ def _rewritten(file: OnnxFile, model: ModelProto, copies: tuple[Fp16Mirror, ...]
 
 
 def _portable(
-    sizes: Mapping[Cell, int | None], capability: str, say: Callable[[str], None]
+    sizes: Mapping[CellConfig, int | None], capability: str, say: Callable[[str], None]
 ) -> dict[tuple[str, str], Sequence[PortableKernel]]:
     found: dict[tuple[str, str], Sequence[PortableKernel]] = {}
     for cell, pixels in sizes.items():
@@ -149,7 +149,7 @@ def _portable(
 
 
 def _kernels(
-    cell: Cell, capability: str, folder: Path, pixels: int | None, say: Callable[[str], None]
+    cell: CellConfig, capability: str, folder: Path, pixels: int | None, say: Callable[[str], None]
 ) -> tuple[KernelImage, ...]:
     try:
         images = tuple(images_for(cell, capability, folder, pixels))
@@ -159,9 +159,9 @@ def _kernels(
     return images
 
 
-def _sizes(cells: tuple[tuple[str, Cell], ...], profiles: Mapping[str, Profile]) -> dict[Cell, int | None]:
+def _sizes(cells: tuple[tuple[str, CellConfig], ...], profiles: Mapping[str, Profile]) -> dict[CellConfig, int | None]:
     """Pixels of the largest map of each cell at the `opt` sizes; None: its state is no input of the model."""
-    sizes: dict[Cell, int | None] = {}
+    sizes: dict[CellConfig, int | None] = {}
     for state, cell in cells:
         shape = profiles[state].opt if state in profiles else ()
         pixels = shape[0] * shape[2] * shape[3] if len(shape) == 4 else None

@@ -11,7 +11,7 @@ from stepcell.cli.common import json_option
 from stepcell.cli.console import log, print_json
 from stepcell.errors import InputError
 from stepcell.files import human_size
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 
 
 @click.group()
@@ -48,11 +48,11 @@ def compile_command(
     neither, those of a typical set. What the folder already has is not compiled again. Needs Triton
     (stepcell[kernels]).
     """
-    from stepcell.plugins.kernels.report import TYPICAL
     from stepcell.plugins.kernels.store import default_folder, images_for, wanted
+    from stepcell.plugins.kernels.typical import TYPICAL
 
-    named = [*(_cells_of(model) if model else []), *(Cell.from_label(label) for label in labels)]
-    cells: list[tuple[Cell, int | None]] = [(cell, None) for cell in dict.fromkeys(named)] or list(TYPICAL)
+    named = [*(_cells_of(model) if model else []), *(CellConfig.from_label(label) for label in labels)]
+    cells: list[tuple[CellConfig, int | None]] = [(cell, None) for cell in dict.fromkeys(named)] or list(TYPICAL)
     capabilities = list(dict.fromkeys(word.strip() for word in compute_capability.split(",")))
     folder = output or default_folder()
     total = sum(len(wanted(cell, each, pixels)) for each in capabilities for cell, pixels in cells)
@@ -72,9 +72,9 @@ def compile_command(
         print_json({"folder": str(folder), "kernels": rows})
 
 
-def _cells_of(path: Path) -> list[Cell]:
+def _cells_of(path: Path) -> list[CellConfig]:
     """The cells of an exported model."""
-    from stepcell.plugins.nodes import plugin_model
+    from stepcell.plugins.onnx.rewrite import plugin_model
     from stepcell.runtime.engine.onnx_input import read_onnx
 
     cells = [cell for _, cell in plugin_model(read_onnx(path).model).cells]

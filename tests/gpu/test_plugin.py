@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from stepcell.models.cells import conv_gru, conv_lstm
-from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.fp16_mirrors import half_map
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.store import images_for
-from stepcell.plugins.nodes import plugin_model
-from stepcell.plugins.registry import kernels_offered, register
-from stepcell.plugins.tensors import inputs_of, outputs_of, weights_of
+from stepcell.plugins.onnx.rewrite import plugin_model
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
+from stepcell.plugins.tensorrt.registry import kernels_offered, register
+from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of, weights_of
 from stepcell.runtime import StepLoop
 from stepcell.runtime.cuda import driver as cuda
 from stepcell.runtime.engine import plugin_choice as form
@@ -42,10 +42,10 @@ CELLS = [
 COMPILE = """
 import sys
 from pathlib import Path
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.store import images_for
 
-for _ in images_for(Cell.from_label(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), pixels=300):
+for _ in images_for(CellConfig.from_label(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), pixels=300):
     pass
 """
 SIZE = (2, 37, 41)
@@ -61,7 +61,7 @@ def gpu() -> cuda.Gpu:
     return found.devices[0]
 
 
-def kernels(cell: Cell, capability: str) -> tuple[KernelImage, ...]:
+def kernels(cell: CellConfig, capability: str) -> tuple[KernelImage, ...]:
     """Compiled in a process of its own: in this one, other tests may have Triton interpret kernels.
 
     As if few pixels were expected, so that split tiles are among them.
@@ -73,7 +73,7 @@ def kernels(cell: Cell, capability: str) -> tuple[KernelImage, ...]:
     return tuple(images_for(cell, capability, folder, pixels=300))
 
 
-def weights_for(cell: Cell) -> dict[str, np.ndarray[Any, Any]]:
+def weights_for(cell: CellConfig) -> dict[str, np.ndarray[Any, Any]]:
     random, C = np.random.default_rng(0), cell.hidden
     shapes: dict[str, tuple[int, ...]] = {
         "W_x": (cell.gate_count * C, cell.inputs, *cell.kernel),
@@ -100,7 +100,7 @@ class OnDevice:
         fp16_mirror: y of a step is among the inputs of the next.
     """
 
-    def __init__(self, trt: Any, cell: Cell, images: tuple[KernelImage, ...], *, fp16_mirror: bool) -> None:
+    def __init__(self, trt: Any, cell: CellConfig, images: tuple[KernelImage, ...], *, fp16_mirror: bool) -> None:
         register(trt)
         self.cell, (batch, height, width) = cell, SIZE
         creator = trt.get_plugin_registry().get_creator(cell.op, PLUGIN_VERSION, "stepcell")
@@ -162,7 +162,7 @@ class OnDevice:
 )
 def test_enqueue_and_its_capture(vendor: str, label: str, fp16_mirror: bool) -> None:
     device = gpu()
-    trt, cell = pytest.importorskip(vendor, exc_type=ImportError), Cell.from_label(label)
+    trt, cell = pytest.importorskip(vendor, exc_type=ImportError), CellConfig.from_label(label)
     it = OnDevice(trt, cell, kernels(cell, device.compute_capability), fp16_mirror=fp16_mirror)
     weights = {name: torch.from_numpy(array).cuda().double() for name, array in it.weights.items()}
     for tactic in it.built.get_valid_tactics():

@@ -1,46 +1,25 @@
-"""One step of a cell on real memory: guarded, poisoned buffers, and who runs the kernels on them."""
+"""Fixtures that step a cell in Triton's interpreter."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from stepcell.models.cells import conv_gru, conv_lstm
-from stepcell.plugins.kernels.cell import Cell, padded
-from stepcell.plugins.kernels.packing import pack
-from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
-from stepcell.plugins.kernels.tiles import COLUMNS, Tile
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
+from stepcell.plugins.kernels.signature import PARAMETERS, constants, pointer_dtype
+from stepcell.plugins.kernels.tiles import Tile
+from tests.stand_ins.interpreted_kernels import interpreted, interpreted_source
+from tools.kernel_steps import Launch, Steps, split_memory
 
-_SOURCES = ("language", "conv", "split", "epilogue", "gru", "lstm", "narrow")
-
-
-def _import_anew() -> SimpleNamespace:
-    """The modules of kernels, imported for these tests alone and then forgotten."""
-    names = [f"stepcell.plugins.kernels.{source}" for source in _SOURCES]
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    modules = {source: importlib.import_module(name) for source, name in zip(_SOURCES, names, strict=True)}
-    for name in names:
-        del sys.modules[name]
-    sys.modules.update(others)
-    return SimpleNamespace(**modules)
-
-
-# Here Triton interprets: programs run one after another on the CPU. It decides so when a kernel is
-# decorated; whoever imports the kernels later, the compiler for one, gets what compiles.
 with triton.knobs.runtime.scope():
     triton.knobs.runtime.interpret = True
-    INTERPRETED = _import_anew()
-    epilogue = INTERPRETED.epilogue
+    epilogue = interpreted_source("epilogue")
 
     @triton.jit
     def activations(x: Any, out: Any, HARD: tl.constexpr) -> None:
@@ -49,105 +28,10 @@ with triton.knobs.runtime.scope():
         tl.store(out + 8 + lane, epilogue.tanh(tl.load(x + lane), HARD))
 
 
-GUARD = 4096  # values before and after every buffer
-POISON = float("nan")
-
-Tensors = dict[str, torch.Tensor]
-
-
-class Buffer:
-    """Memory between two guards that nobody may write; NaN (a count: -1) until it is written."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
-        size = int(np.prod(shape))
-        poison = POISON if dtype.is_floating_point else -1
-        self.memory = torch.full((size + 2 * GUARD,), poison, dtype=dtype, device=device)
-        self.values = self.memory[GUARD : GUARD + size].view(shape)
-
-    def check(self, name: str) -> None:
-        """Every value written, no guard touched."""
-        missing = int(self._poisoned(self.values).sum())
-        assert missing == 0, f"{name}: {missing} of {self.values.numel()} values were not written"
-        guards = torch.cat([self.memory[:GUARD], self.memory[GUARD + self.values.numel() :]])
-        written = int((~self._poisoned(guards)).sum())
-        assert written == 0, f"{name}: {written} values written outside"
-
-    def _poisoned(self, values: torch.Tensor) -> torch.Tensor:
-        return values.isnan() if values.is_floating_point() else values == -1
-
-
-def half_map(x: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
-    """(B, C, H, W) -> half (B, H, W, padded C), with `padding` in the padding channels."""
-    batch, channels, height, width = x.shape
-    result = x.new_full((batch, height, width, padded(channels)), padding, dtype=torch.float16)
-    result[..., :channels] = x.permute(0, 2, 3, 1)
-    return result
-
-
-def from_half_map(x: torch.Tensor, channels: int) -> torch.Tensor:
-    return x[..., :channels].permute(0, 3, 1, 2)
-
-
-def random_weights(cell: Cell, size: tuple[int, int], seed: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Weights of the op, exact in float16, of a size that keeps every gate awake."""
-    random = np.random.default_rng(seed)
-    C, gates = cell.hidden, cell.gate_count
-    taps = cell.kernel[0] * cell.kernel[1]
-
-    def draw(*shape: int, scale: float) -> np.ndarray[Any, Any]:
-        return (random.standard_normal(shape) * scale).astype(np.float16)
-
-    def conv(rows: int, inputs: int) -> np.ndarray[Any, Any]:
-        return draw(rows, inputs, *cell.kernel, scale=1.5 * (taps * inputs) ** -0.5)
-
-    weights = {"b": draw(gates * C, scale=0.5), "W_h": conv((2 if cell.op == "ConvGRU" else 4) * C, C)}
-    if cell.inputs:
-        weights["W_x"] = conv(gates * C, cell.inputs)
-    if cell.op == "ConvGRU":
-        weights["W_n"] = conv(C, C)
-    if cell.variant == "after":
-        weights["b_hn"] = draw(C, scale=0.5)
-    if cell.variant == "channel":
-        weights["w_c"] = draw(3, C, 1, 1, scale=0.5)
-    if cell.variant == "map":
-        weights["w_c"] = draw(3, C, *size, scale=0.5)
-    return weights
-
-
-def reference_step(cell: Cell, weights: Mapping[str, torch.Tensor], x: torch.Tensor, states: Tensors) -> Tensors:
-    """One step in the dtype of `states` by the canonical cells; x has no channels if the cell has none."""
-    w = dict(weights)
-    w_x = w.get("W_x", w["b"].new_zeros(len(w["b"]), 0, *cell.kernel))
-    x_channels, pre = x[:, : cell.inputs], x[:, cell.inputs :]
-    if cell.pre:  # an identity kernel carries the pre-activations into the gates
-        identity = x.new_zeros(pre.shape[1], pre.shape[1], *cell.kernel)
-        identity[range(pre.shape[1]), range(pre.shape[1]), cell.kernel[0] // 2, cell.kernel[1] // 2] = 1
-        w_x, x_channels = torch.cat([w_x, identity], 1), x
-    if cell.op == "ConvGRU":
-        args = (w_x, w["b"], w["W_h"], w["W_n"], w.get("b_hn"), cell.gates)
-        return {"h": conv_gru(x_channels, states["h"], *args)}
-    args = (w_x, w["b"], w["W_h"], w.get("w_c"), cell.gates)
-    h, c = conv_lstm(x_channels, states["h"], states["c"], *args)
-    return {"h": h, "c": c}
-
-
-def split_memory(kernel: str, tile: Tile, grid: tuple[int, int, int]) -> tuple[Buffer, Buffer]:
-    """Poisoned partial sums and counters at zero, between guards."""
-    partials = Buffer((*grid, tile.pixels, COLUMNS[kernel] * tile.channels), torch.float32, "cpu")
-    arrivals = Buffer((grid[0], grid[1]), torch.int32, "cpu")
-    arrivals.values.zero_()
-    return partials, arrivals
-
-
-Launch = Callable[[str, Cell, Tile, Mapping[str, torch.Tensor], tuple[int, int, int]], None]
-
-
 def interpret(
-    kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
+    kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
 ) -> None:
     """Run one kernel in Triton's interpreter."""
-    modules = (INTERPRETED.gru, INTERPRETED.lstm, INTERPRETED.narrow)
-    function: Any = next(getattr(module, kernel) for module in modules if hasattr(module, kernel))
     batch, height, width = size
     numbers = {"H": height, "W": width, "P": batch * height * width}
     splits = 1 if kernel == "narrow_state" else tile.splits
@@ -161,7 +45,7 @@ def interpret(
         if isinstance(argument, torch.Tensor) and p.buffer in buffers:
             assert str(argument.dtype) == f"torch.{pointer_dtype(p, cell)}", (p.name, argument.dtype)
     # The interpreter knows no programs that overlap.
-    function[grid](*arguments, **constants(kernel, cell, replace(tile, overlap=False)))
+    interpreted(kernel)[grid](*arguments, **constants(kernel, cell, replace(tile, overlap=False)))
     if own is not None:
         own[0].check(f"{kernel} partials")
         own[1].check(f"{kernel} arrivals")
@@ -169,103 +53,15 @@ def interpret(
 
 
 @dataclass
-class Steps:
-    """A cell with random weights that is stepped by kernels and, in float64, by the reference.
+class InterpretedSteps(Steps):
+    """Steps whose kernels run in Triton's interpreter unless told otherwise."""
 
-    Attributes:
-        size: batch, height, width.
-        fp16_mirror: y of the last step is given as the fp16 mirror of the state.
-        tile: for every kernel of the step, or one for each.
-        weights: of the op; None: random.
-        launch: runs one kernel on tensors of `device`.
-    """
-
-    cell: Cell
-    size: tuple[int, int, int]
-    tile: Tile | Mapping[str, Tile]
-    fp16_mirror: bool = True
-    seed: int = 0
-    device: str = "cpu"
     launch: Launch = interpret
-    weights: dict[str, np.ndarray[Any, Any]] | None = None
-    worst: dict[str, float] = field(default_factory=dict)
-
-    def run(self, steps: int) -> dict[str, float]:
-        """Worst difference of every output to float64 over all steps, each fed its own state.
-
-        Relative to max(1, |value|).
-        """
-        cell, (batch, height, width) = self.cell, self.size
-        generator = torch.Generator().manual_seed(self.seed)
-        weights = self.weights or random_weights(cell, (height, width), self.seed)
-        packed = {k: torch.from_numpy(v).to(self.device) for k, v in pack(cell, weights).items()}
-        exact = {k: torch.from_numpy(v).to(self.device, torch.float64) for k, v in weights.items()}
-        names = ("h",) if cell.op == "ConvGRU" else ("h", "c")
-        shape = (batch, cell.hidden, height, width)
-        start = {n: (torch.randn(shape, generator=generator) * 0.5).half().to(self.device) for n in names}
-        expected = {name: value.double() for name, value in start.items()}
-        wide = cell.state_dtype == "float32"
-        state = {n: v.float().contiguous() if wide else half_map(v, padding=POISON) for n, v in start.items()}
-        copy = half_map(start["h"], padding=0.0 if wide else POISON)
-        for _ in range(steps):
-            channels = cell.inputs + (cell.gate_count * cell.hidden if cell.pre else 0)
-            x = torch.randn((batch, channels, height, width), generator=generator).half().to(self.device)
-            # Padding channels may hold anything, but for the copy of a wide state, which kernels write.
-            buffers: Tensors = {
-                **packed,
-                "h": copy,
-                "state": state["h"],
-                **({"cell": state["c"]} if "c" in state else {}),
-            }
-            if cell.inputs:
-                buffers["x"] = half_map(x[:, : cell.inputs], padding=POISON)
-            if cell.pre:
-                buffers["pre"] = half_map(x[:, cell.inputs :], padding=POISON)
-            written = self._step(buffers)
-            expected = reference_step(cell, exact, x.double(), expected)
-            state = {"h": written["state_out"]} | ({"c": written["cell_out"]} if "c" in state else {})
-            copy = written["y"]
-            self._compare(written, expected)
-        return self.worst
-
-    def _step(self, buffers: Tensors) -> Tensors:
-        """Run the kernels of one step on poisoned outputs; what they wrote."""
-        cell, (batch, height, width) = self.cell, self.size
-        half_shape = (batch, height, width, padded(cell.hidden))
-        state_shape = (batch, cell.hidden, height, width) if cell.state_dtype == "float32" else half_shape
-        state_dtype = getattr(torch, cell.state_dtype)
-        outputs: dict[str, Buffer] = {}
-        for kernel in kernels_of(cell, fp16_mirror=self.fp16_mirror):
-            new = {}
-            for parameter in PARAMETERS[kernel]:
-                if parameter.name.endswith("_out"):
-                    is_state = parameter.dtype == "state"
-                    shape, dtype = (state_shape, state_dtype) if is_state else (half_shape, torch.float16)
-                    new[parameter.buffer] = Buffer(shape, dtype, self.device)
-            tile = self.tile if isinstance(self.tile, Tile) else self.tile[kernel]
-            self.launch(kernel, cell, tile, {**buffers, **{n: b.values for n, b in new.items()}}, self.size)
-            for name, buffer in new.items():
-                buffer.check(f"{kernel} {name}")
-                if buffer.values.shape == half_shape:
-                    assert not buffer.values[..., cell.hidden :].any(), f"{kernel} {name}: padding is not zero"
-            outputs |= new
-            buffers = {**buffers, **{n: b.values for n, b in new.items()}}
-        return {name: buffer.values for name, buffer in outputs.items()}
-
-    def _compare(self, written: Tensors, expected: Tensors) -> None:
-        wide = self.cell.state_dtype == "float32"
-        pairs = {"y": (written["y"], expected["h"]), "h": (written["state_out"], expected["h"])}
-        if "c" in expected:
-            pairs["c"] = (written["cell_out"], expected["c"])
-        for name, (got, want) in pairs.items():
-            got = got if wide and name != "y" else from_half_map(got, self.cell.hidden)
-            error = float(((got.double() - want).abs() / want.abs().clamp(min=1)).max())
-            self.worst[name] = max(self.worst.get(name, 0.0), error)
 
 
 @pytest.fixture
-def steps() -> type[Steps]:
-    return Steps
+def steps() -> type[InterpretedSteps]:
+    return InterpretedSteps
 
 
 @pytest.fixture

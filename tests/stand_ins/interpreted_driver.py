@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from stepcell.plugins.kernels import gru, lstm, narrow
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.compile import arguments_of, cell_word
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, partial_bytes
+from tests.stand_ins.interpreted_kernels import interpreted
 
 TILES = (Tile(32, 16, 16, 1), Tile(128, 32, 64, 1), Tile(32, 32, 32, 1, splits=3))
 
 
-def images_of(cell: Cell, tiles: Sequence[Tile] = TILES) -> tuple[KernelImage, ...]:
+def images_of(cell: CellConfig, tiles: Sequence[Tile] = TILES) -> tuple[KernelImage, ...]:
     """Every kernel of a cell with every tile, as the compiler describes them; their code is their name and tile."""
     found = []
     for kernel in kernels_of(cell, fp16_mirror=False):
@@ -106,7 +106,7 @@ class Driver(types.ModuleType):
 
     def cuLaunchKernel(self, function: int, *rest: Any) -> Any:  # noqa: N802
         kernel, label, cell_label = self.loaded[function].split()
-        cell, tile = Cell.from_label(cell_label), Tile.from_label(label)
+        cell, tile = CellConfig.from_label(cell_label), Tile.from_label(label)
         columns, rows, splits, threads, _, _, _, stream, parameters, _ = rest
         assert threads == 128
         assert stream
@@ -121,8 +121,7 @@ class Driver(types.ModuleType):
                 address = ctypes.c_uint64.from_address(place).value
                 arguments.append(self._tensor(address, pointer_dtype(parameter, cell)))
         self.launches.append(f"{kernel} {label}")
-        module: Any = {"n": narrow, "g": gru, "l": lstm}[kernel[0]]
-        getattr(module, kernel)[columns, rows, splits](*arguments, **constants(kernel, cell, tile))
+        interpreted(kernel)[columns, rows, splits](*arguments, **constants(kernel, cell, tile))
         return (self.ok,)
 
     def _tensor(self, address: int, dtype: str) -> torch.Tensor:

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
+from tests.plugins.test_device import CELLS
+from tests.plugins.test_ptx import CAPABILITIES, TOLERANCE, Emulated
 
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.store import wanted
 from stepcell.plugins.kernels.tiles import Tile
 from tests.plugins.conftest import Steps
-from tests.plugins.test_device import CELLS
-from tests.plugins.test_ptx import CAPABILITIES, TOLERANCE, Emulated
 from tools.ptx_emulator.driver import EmulatedDriver
 from tools.ptx_emulator.program import Fault
 
@@ -44,7 +44,7 @@ def emulate(label: str, capability: str) -> dict[str, float | str]:
         launch = Emulated(capability, driver).launch
         names = ", ".join(f"{kernel} {tile.label}" for kernel, tile in tiles.items())
         try:
-            worst = Steps(cell, SIZE, tiles, fp16_mirror=False, launch=launch).run(STEPS)
+            worst = Steps(cell, SIZE, tiles, launch, fp16_mirror=False).run(STEPS)
             found[names] = float(f"{max(worst.values()):.2e}")
         except Fault as error:
             found[names] = str(error)
@@ -59,7 +59,7 @@ def main() -> int:
     wrong = 0
     with multiprocessing.get_context("fork").Pool(2) as pool:
         for (label, capability), found in zip(work, pool.starmap(emulate, work, chunksize=1), strict=True):
-            limit = TOLERANCE[Cell.from_label(label).state_dtype]
+            limit = TOLERANCE[CellConfig.from_label(label).state_dtype]
             bad = {names: result for names, result in found.items() if isinstance(result, str) or not result <= limit}
             print(f"{capability:>4}  {label}: {len(found)} choices of tiles, {bad or 'all good'}")
             worst.setdefault(label, {})[capability] = found

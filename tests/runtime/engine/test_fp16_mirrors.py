@@ -21,7 +21,7 @@ from onnx import ModelProto, helper, numpy_helper
 
 from stepcell.errors import ContractError
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
-from stepcell.plugins.nodes import plugin_model
+from stepcell.plugins.onnx.rewrite import plugin_model
 from stepcell.runtime.engine import plan
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.onnx_input import OnnxFile, read_onnx

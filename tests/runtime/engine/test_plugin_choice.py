@@ -17,12 +17,12 @@ import pytest
 import tensorrt_rtx
 
 from stepcell.errors import BuildError, DeviceError, MissingDependencyError, PluginError, UsageError
-from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.plugins.kernels import store
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word, source_digest
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
 from stepcell.runtime.cuda import driver as cuda
 from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine import timing
@@ -52,10 +52,10 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kernels(tmp_path: Path) -> Path:
-    return fill(tmp_path / "kernels", Cell.from_label(CELL))
+    return fill(tmp_path / "kernels", CellConfig.from_label(CELL))
 
 
-def fill(folder: Path, cell: Cell) -> Path:
+def fill(folder: Path, cell: CellConfig) -> Path:
     """A folder as `stepcell kernels compile` fills it, with other bytes for the code."""
     folder.mkdir()
     for kernel, tile in store.wanted(cell, "8.7"):
@@ -154,7 +154,7 @@ def test_auto_keeps_the_faster(
     register_plugins(checked)
     assert checked.sidecar == info.contents
     assert f"--kernels {kernels}" in rebuild_command(checked.sidecar, tmp_path / "m.engine")
-    wanted = store.wanted(Cell.from_label(CELL), "8.7", 64 * 64)  # pixels of the state at these sizes
+    wanted = store.wanted(CellConfig.from_label(CELL), "8.7", 64 * 64)  # pixels of the state at these sizes
     assert [image.info.key for image in made[0].images] == [
         f"{name}-sm87-{tile.label}" for name, tile in wanted if name != "narrow_state"
     ]
@@ -221,7 +221,7 @@ def test_without_triton_and_kernels(
 
 
 def test_a_folder_filled_without_knowing_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell, small = Cell.from_label("gru_x64_h64_k3x3_soft_float32"), 16 * 16
+    cell, small = CellConfig.from_label("gru_x64_h64_k3x3_soft_float32"), 16 * 16
     folder = fill(tmp_path / "kernels", cell)
     assert set(store.wanted(cell, "8.7", small)) - set(store.wanted(cell, "8.7"))  # a tile that the folder lacks
 
@@ -285,7 +285,7 @@ def test_a_refused_or_untimed_plugin_is_left_out(
 
 
 def test_a_cell_is_tuned_for_its_largest_map() -> None:
-    cell, other = Cell.from_label(CELL), Cell.from_label("lstm_x3_h8_k3x3_soft_float32")
+    cell, other = CellConfig.from_label(CELL), CellConfig.from_label("lstm_x3_h8_k3x3_soft_float32")
     shapes = {"a": (1, 8, 4, 4), "b": (2, 8, 6, 5), "dense": (1, 8)}
     profiles = {name: Profile(shape, shape, shape) for name, shape in shapes.items()}
     cells = (("a", cell), ("b", cell), ("elsewhere", cell), ("dense", other))

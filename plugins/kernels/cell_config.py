@@ -9,7 +9,7 @@ from typing import Literal, cast
 from stepcell.errors import UsageError
 from stepcell.ops import OPS, Gates, OpName, OpVariant
 
-__all__ = ["Cell", "padded"]
+__all__ = ["CellConfig", "padded"]
 
 _LABEL = re.compile(
     r"(?P<op>gru|gru-after|lstm|lstm-channel|lstm-map)_x(?P<inputs>\d+)_h(?P<hidden>\d+)"
@@ -30,7 +30,7 @@ def padded(channels: int) -> int:
 
 
 @dataclass(frozen=True)
-class Cell:
+class CellConfig:
     """One ConvGRU or ConvLSTM (docs/op-contract.md).
 
     Attributes:
@@ -81,7 +81,7 @@ class Cell:
         return f"{word}_{self.gates}_{self.state_dtype}" + ("_pre" if self.pre else "")
 
     @classmethod
-    def from_label(cls, label: str) -> Cell:
+    def from_label(cls, label: str) -> CellConfig:
         """The cell of a label.
 
         Raises:
@@ -106,6 +106,6 @@ class Cell:
             pre=match["pre"] is not None,
         )
 
-    def with_state(self, dtype: Literal["float32", "float16"]) -> Cell:
+    def with_state(self, dtype: Literal["float32", "float16"]) -> CellConfig:
         """The same cell with another state dtype."""
         return replace(self, state_dtype=dtype)

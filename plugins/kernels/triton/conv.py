@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from stepcell.plugins.kernels.language import jit
+from stepcell.plugins.kernels.triton.language import jit
 
 __all__ = ["accumulate", "accumulate_two", "pixel_block"]
 

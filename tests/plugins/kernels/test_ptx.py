@@ -14,22 +14,21 @@ from typing import Any
 import pytest
 import torch
 
-from stepcell.plugins.aot import portable_kernels
-from stepcell.plugins.chain import kernel_inputs, kernel_outputs
 from stepcell.plugins.kernels import compile as compiling
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import compile_kernel, compile_ptx
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.signature import constants, kernels_of
 from stepcell.plugins.kernels.tiles import Tile, tiles
-from stepcell.plugins.launch import Launcher
-from stepcell.plugins.step import CellStep, workspace_size
-from stepcell.plugins.tensors import inputs_of, outputs_of
-from tests.plugins.conftest import POISON, half_map, random_weights, reference_step
+from stepcell.plugins.onnx.chain import kernel_inputs, kernel_outputs
+from stepcell.plugins.tensorrt.portable import portable_kernels
+from stepcell.plugins.tensorrt.step import CellStep, workspace_size
+from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
+from tools.kernel_steps import POISON, TOLERANCE, half_map, random_weights, reference_step
 from tools.ptx_emulator.driver import EmulatedDriver
+from tools.ptx_emulator.launch import CAPABILITIES, Edit, Emulated
 from tools.ptx_emulator.program import Fault, parse
 
-CAPABILITIES = ["8.7", "9.0", "11.0", "12.0"]  # four ways to multiply, or to load and store
 CELLS = [
     "gru_x16_h16_k3x3_soft_float32",
     "gru_x3_h5_k3x3_soft_float32",  # padding channels
@@ -37,46 +36,6 @@ CELLS = [
     "gru-after_x3_h12_k1x5_hard_float16",
     "lstm-map_x8_h24_k3x3_soft_float32_pre",
 ]
-TOLERANCE = {"float32": 3e-3, "float16": 2e-2}  # as on a device
-
-Edit = Callable[[str], str]
-
-
-class Emulated:
-    """Launches kernels in the emulator, for conftest's Steps.
-
-    Attributes:
-        driver: in the place of CUDA's.
-        edit: changes the text of a kernel before it runs.
-    """
-
-    def __init__(self, capability: str, driver: EmulatedDriver) -> None:
-        self.capability, self.driver = capability, driver
-        self.edit: Edit | None = None
-        self._launchers: dict[tuple[str, Cell, Tile], Launcher] = {}
-
-    def launcher(self, kernel: str, cell: Cell, tile: Tile) -> Launcher:
-        key = (kernel, cell, tile)
-        if key not in self._launchers:
-            image = compile_kernel(kernel, cell, tile, self.capability)
-            text = compile_ptx(kernel, cell, tile, self.capability).text
-            self.driver.learn(image, parse(self.edit(text) if self.edit else text))
-            self._launchers[key] = Launcher(image)
-        return self._launchers[key]
-
-    def launch(
-        self, kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
-    ) -> None:
-        launcher, pixels = self.launcher(kernel, cell, tile), size[0] * size[1] * size[2]
-        launcher.prepare(pixels)
-        partials = torch.full((launcher.info.all_partial_bytes(pixels) // 4,), float("nan"))
-        given = {**buffers, **({"partials": partials} if len(partials) else {})}
-        addresses = [
-            self.driver.know(name, given[name], shared=name == "partials") if name in given else 0
-            for name in launcher.buffers
-        ]
-        launcher.launch(0, addresses, *size)
-        self.driver.finish()
 
 
 @pytest.fixture
@@ -89,7 +48,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Emulated]:
     return make
 
 
-def chosen(cell: Cell, capability: str, which: int) -> dict[str, Tile]:
+def chosen(cell: CellConfig, capability: str, which: int) -> dict[str, Tile]:
     """The default tile of every kernel, or the last one, which is split where there is enough to split."""
     return {k: tiles(k, cell, capability, 300)[which] for k in kernels_of(cell, fp16_mirror=False)}
 
@@ -98,7 +57,7 @@ def chosen(cell: Cell, capability: str, which: int) -> dict[str, Tile]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("label", CELLS)
 def test_compiled_kernels_equal_the_reference(label: str, capability: str, steps: Any, emulated: Any) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     for which in (0, -1):
         tile = chosen(cell, capability, which)
         run = steps(cell, size=(1, 6, 11), tile=tile, fp16_mirror=False, launch=emulated(capability).launch)
@@ -110,7 +69,7 @@ def test_compiled_kernels_equal_the_reference(label: str, capability: str, steps
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["gru_x3_h5_k3x3_soft_float32", "lstm-map_x8_h24_k3x3_soft_float32_pre"])
 def test_gpus_that_are_not_emulated_run_the_text_of_one_that_is(label: str) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     for alike in (("8.7", "8.0", "8.6", "8.9"), ("11.0", "10.0")):
         for kernel in kernels_of(cell, fp16_mirror=False):
             texts = [compile_ptx(kernel, cell, chosen(cell, each, -1)[kernel], each).text for each in alike]
@@ -119,7 +78,7 @@ def test_gpus_that_are_not_emulated_run_the_text_of_one_that_is(label: str) -> N
 
 @pytest.mark.slow
 def test_a_split_tile_does_not_depend_on_the_order_of_programs(steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Cell.from_label("gru_x64_h64_k3x3_soft_float32")
+    cell = CellConfig.from_label("gru_x64_h64_k3x3_soft_float32")
     found = []
     for seed in range(3):
         driver = EmulatedDriver(seed)
@@ -210,7 +169,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_found(name: str, steps: Any, emulated: Any) -> None:
     capability, kernel, which, edit, reason = DAMAGE[name]
-    cell = Cell.from_label("gru_x64_h64_k3x3_soft_float32")
+    cell = CellConfig.from_label("gru_x64_h64_k3x3_soft_float32")
     device, tile = emulated(capability), chosen(cell, capability, which)
     for other in kernels_of(cell, fp16_mirror=False):
         device.edit = edit if other == kernel else None
@@ -237,7 +196,7 @@ def test_the_compiler_still_overwrites_what_tensor_cores_read(
 ) -> None:
     """Why some loops whose tiles go through registers are not pipelined (conv.py); if this fails, they can be."""
     monkeypatch.setattr(compiling, "constants", lambda *given: constants(*given[:3]))
-    cell = Cell.from_label("gru-after_x3_h12_k1x5_hard_float16")
+    cell = CellConfig.from_label("gru-after_x3_h12_k1x5_hard_float16")
     run = steps(cell, size=(1, 6, 11), tile=chosen(cell, capability, 0), launch=emulated(capability).launch)
     with pytest.raises(Fault, match=reason):
         run.run(1)
@@ -248,7 +207,7 @@ OVERLAPPING = [("64x16x32s4w4p", "64x16x32s4w4p"), ("64x16x32s4w4k2p", "64x16x32
 
 def overlapping_steps(driver: EmulatedDriver, tiles: tuple[str, str], edit: Edit, count: int) -> float:
     """Worst difference to float64 of steps as the plugin queues them: the candidate is launched on top of the gates."""
-    cell, size = Cell.from_label("gru_x16_h16_k3x3_soft_float32"), (1, 6, 11)
+    cell, size = CellConfig.from_label("gru_x16_h16_k3x3_soft_float32"), (1, 6, 11)
     images = []
     for kernel, label in zip(("gru_gates", "gru_candidate"), tiles, strict=True):
         tile = Tile.from_label(label)
@@ -300,12 +259,12 @@ def test_launches_that_overlap(tiles: tuple[str, str], monkeypatch: pytest.Monke
 @pytest.mark.parametrize("label", ["gru_x3_h12_k3x3_soft_float32", "lstm-channel_x16_h16_k3x3_soft_float32"])
 def test_the_portable_form(label: str, capability: str, steps: Any) -> None:
     """Launched as TensorRT does it: inputs, H, W, P, outputs, and no other memory."""
-    cell, driver = Cell.from_label(label), EmulatedDriver()
+    cell, driver = CellConfig.from_label(label), EmulatedDriver()
     kernels = {k: portable_kernels(k, cell, capability, 300)[0] for k in kernels_of(cell, fp16_mirror=False)}
     functions = {kernel: driver.load(parse(portable.ptx)) for kernel, portable in kernels.items()}
 
     def launch(
-        kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
+        kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
     ) -> None:
         portable, numbers = kernels[kernel], (size[1], size[2], size[0] * size[1] * size[2])
         inputs, outputs = (

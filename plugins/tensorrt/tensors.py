@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepcell.ops import OPS
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of, pointer_dtype
 
 __all__ = ["Tensor", "inputs_of", "outputs_of", "weights_of"]
@@ -36,7 +36,7 @@ class Tensor:
     channels_last: bool = False
 
 
-def inputs_of(cell: Cell, *, fp16_mirror: bool = False) -> tuple[Tensor, ...]:
+def inputs_of(cell: CellConfig, *, fp16_mirror: bool = False) -> tuple[Tensor, ...]:
     """x, the states, the packed weights.
 
     Args:
@@ -47,13 +47,13 @@ def inputs_of(cell: Cell, *, fp16_mirror: bool = False) -> tuple[Tensor, ...]:
     return (*maps, *([Tensor("h", "float16", channels_last=True)] if fp16_mirror else []), *weights_of(cell))
 
 
-def outputs_of(cell: Cell) -> tuple[Tensor, ...]:
+def outputs_of(cell: CellConfig) -> tuple[Tensor, ...]:
     """The new states, then y: the new h in half."""
     states = _STATE_BUFFERS[: len(OPS[cell.op].states)]
     return (*(_state(cell, f"{name}_out") for name in states), Tensor("y", "float16", channels_last=True))
 
 
-def weights_of(cell: Cell) -> tuple[Tensor, ...]:
+def weights_of(cell: CellConfig) -> tuple[Tensor, ...]:
     """The packed weights, flat, in the order of the kernels and their parameters."""
     return tuple(
         Tensor(parameter.buffer, pointer_dtype(parameter, cell))
@@ -63,5 +63,5 @@ def weights_of(cell: Cell) -> tuple[Tensor, ...]:
     )
 
 
-def _state(cell: Cell, name: str) -> Tensor:
+def _state(cell: CellConfig, name: str) -> Tensor:
     return Tensor(name, cell.state_dtype, channels_last=cell.state_dtype == "float16")

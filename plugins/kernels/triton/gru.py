@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from stepcell.plugins.kernels.conv import accumulate, accumulate_two, pixel_block
-from stepcell.plugins.kernels.epilogue import load_map, load_state, sigmoid, store_map, store_state, tanh
-from stepcell.plugins.kernels.language import jit
-from stepcell.plugins.kernels.split import arrived_last, store_partial, sum_partials
+from stepcell.plugins.kernels.triton.conv import accumulate, accumulate_two, pixel_block
+from stepcell.plugins.kernels.triton.epilogue import load_map, load_state, sigmoid, store_map, store_state, tanh
+from stepcell.plugins.kernels.triton.language import jit
+from stepcell.plugins.kernels.triton.split import arrived_last, store_partial, sum_partials
 
 __all__ = ["gru_after", "gru_candidate", "gru_gates"]
 

@@ -30,14 +30,13 @@ from stepcell.contract import StateSpec, TensorSpec
 from stepcell.dims import resolve
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
-from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_map
-from stepcell.plugins.kernels import narrow
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.signature import constants
 from stepcell.plugins.kernels.tiles import Tile
-from stepcell.plugins.nodes import plugin_model
-from stepcell.plugins.registry import register
+from stepcell.plugins.onnx.rewrite import plugin_model
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
+from stepcell.plugins.tensorrt.registry import register
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from stepcell.runtime.cuda import driver as cuda
@@ -47,6 +46,7 @@ from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.plan import BuiltPlan
 from stepcell.runtime.engine.sidecar import read_sidecar
 from tests.stand_ins.interpreted_driver import Driver, images_of, to_map
+from tests.stand_ins.interpreted_kernels import interpreted
 from tests.stand_ins.pretended_gpu import PretendedCuda, PretendedEngine
 
 SIZE = (2, 5, 6)  # batch, height, width
@@ -322,9 +322,9 @@ def test_the_host_rounds_as_the_kernel_does() -> None:
     values = np.array([0.0, -0.0, 1.0, 1.00048828125, 1.00146484375, 65504.0, 65519.99, 65520.0, -1e9, 3e-8, 2.9e-8])
     values = np.concatenate([values, [6e-8, 1e-40, np.inf, -np.inf, np.nan], np.random.default_rng(0).normal(size=104)])
     state = values.astype(np.float32).reshape(2, 5, 3, 4)
-    cell = Cell.from_label("gru_x3_h5_k3x3_soft_float32")
+    cell = CellConfig.from_label("gru_x3_h5_k3x3_soft_float32")
     out = torch.full((2, 3, 4, 8), 9.0, dtype=torch.float16)
-    kernel: Any = narrow.narrow_state
+    kernel = interpreted("narrow_state")
     with np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes in numpy
         kernel[(1, 1)](torch.from_numpy(state), out, 3, 4, 24, **constants("narrow_state", cell, Tile(32, 16, 16, 1)))
     half = half_map(state)

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, PluginError
 from stepcell.ops import DOMAIN
-from stepcell.plugins.fields import PLUGIN_VERSION, pack_fields
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import kernels_of
-from stepcell.plugins.step import CellStep, current_device, tactics, workspace_size
-from stepcell.plugins.tensors import Tensor, inputs_of, outputs_of
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, pack_fields
+from stepcell.plugins.tensorrt.step import CellStep, current_device, tactics, workspace_size
+from stepcell.plugins.tensorrt.tensors import Tensor, inputs_of, outputs_of
 
 __all__ = ["FIELDS", "plugin_class"]
 
@@ -36,7 +36,7 @@ def plugin_class(trt: Any) -> type:
     bases: Any = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class CellPlugin(*bases):  # type: ignore[misc]  # the bases are known only once a TensorRT is loaded
-        def __init__(self, cell: Cell, images: Sequence[KernelImage], fp16_mirror: bool, tactic: int = 1) -> None:
+        def __init__(self, cell: CellConfig, images: Sequence[KernelImage], fp16_mirror: bool, tactic: int = 1) -> None:
             for base in bases:
                 base.__init__(self)  # the bindings require each by name
             kernels = kernels_of(cell, fp16_mirror=fp16_mirror)

@@ -10,10 +10,10 @@ import numpy as np
 
 from stepcell.errors import EngineMismatchError, PluginError
 from stepcell.ops import DOMAIN, OPS
-from stepcell.plugins.fields import PLUGIN_VERSION, read_fields
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.image import KernelImage
-from stepcell.plugins.plugin import FIELDS, plugin_class
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, read_fields
+from stepcell.plugins.tensorrt.plugin import FIELDS, plugin_class
 
 __all__ = ["CELL_ATTRIBUTE", "FP16_MIRROR_ATTRIBUTE", "kernels_offered", "register"]
 
@@ -93,11 +93,11 @@ def _creator_class(trt: Any) -> type:
                 raise PluginError(f"plugin {name}: expected a cell of {self.name}, got {cell.label}")
             return plugin(cell, images, fp16_mirror)
 
-        def _offered(self, name: str, found: Mapping[str, bytes]) -> tuple[Cell, Sequence[KernelImage]]:
+        def _offered(self, name: str, found: Mapping[str, bytes]) -> tuple[CellConfig, Sequence[KernelImage]]:
             if CELL_ATTRIBUTE not in found:
                 raise PluginError(f"plugin {name}: the node has no attribute {CELL_ATTRIBUTE!r}")
             # TensorRT's parser ends a text with a zero byte.
-            cell = Cell.from_label(found[CELL_ATTRIBUTE].rstrip(b"\0").decode(errors="replace"))
+            cell = CellConfig.from_label(found[CELL_ATTRIBUTE].rstrip(b"\0").decode(errors="replace"))
             if cell.label not in _kernels:
                 raise PluginError(f"plugin {name}: there are no kernels for {cell.label}")
             return cell, _kernels[cell.label]

@@ -19,25 +19,12 @@ import pytest
 import torch
 
 from stepcell.errors import StepcellError
-from stepcell.plugins.kernels.cell import Cell
-from stepcell.plugins.kernels.report import TYPICAL
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.signature import PARAMETERS
 from stepcell.plugins.kernels.store import images_for, wanted
 from stepcell.plugins.kernels.tiles import Tile
 from stepcell.plugins.launch import Launcher
-
-# Relative to max(1, |value|), over all steps (test_kernels.py says why).
-TOLERANCE = {"float32": 3e-3, "float16": 2e-2}
-ODD = [  # padding channels, one pixel of overhang, both flavours of the K loop
-    "gru_x3_h5_k3x3_soft_float32",
-    "gru_x40_h40_k5x5_hard_float32_pre",
-    "gru-after_x0_h20_k1x5_soft_float32_pre",
-    "gru-after_x3_h70_k3x3_hard_float16",
-    "lstm-channel_x12_h36_k7x7_soft_float32",
-    "lstm-map_x3_h5_k3x3_soft_float16_pre",
-]
-# As if few pixels were expected, so that every cell with enough of a loop is split too.
-CELLS = [*TYPICAL, *((Cell.from_label(label), 300) for label in ODD)]
+from tools.kernel_steps import CELLS, TOLERANCE
 
 
 class Device:
@@ -49,13 +36,13 @@ class Device:
         self.folder = Path(os.environ.get("STEPCELL_KERNELS", "build/kernels"))
         self._launchers: dict[tuple[str, str, str], Launcher] = {}
 
-    def load(self, cell: Cell, pixels: int | None) -> None:
+    def load(self, cell: CellConfig, pixels: int | None) -> None:
         """Every kernel of a cell with every tile."""
         for image in images_for(cell, self.capability, self.folder, pixels):
             self._launchers[image.info.kernel, cell.label, image.info.tile] = Launcher(image)
 
     def launch(
-        self, kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
+        self, kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, torch.Tensor], size: tuple[int, int, int]
     ) -> None:
         launcher, pixels = self._launchers[kernel, cell.label, tile.label], size[0] * size[1] * size[2]
         launcher.prepare(pixels)
@@ -74,7 +61,7 @@ def device() -> Device:
     return found
 
 
-def choices(cell: Cell, capability: str, pixels: int | None) -> list[dict[str, Tile]]:
+def choices(cell: CellConfig, capability: str, pixels: int | None) -> list[dict[str, Tile]]:
     """Default tiles, then every other tile of every kernel in turn."""
     all_tiles = wanted(cell, capability, pixels)
     default = dict(reversed(all_tiles))
@@ -82,7 +69,7 @@ def choices(cell: Cell, capability: str, pixels: int | None) -> list[dict[str, T
 
 
 def check_tiles(
-    steps: Callable[..., Any], cell: Cell, capability: str, pixels: int | None, count: int, **where: Any
+    steps: Callable[..., Any], cell: CellConfig, capability: str, pixels: int | None, count: int, **where: Any
 ) -> None:
     """Every choice of tiles against float64, outputs poisoned and guarded (conftest.py)."""
     for tile in choices(cell, capability, pixels):
@@ -93,7 +80,7 @@ def check_tiles(
 
 
 @pytest.mark.parametrize(("cell", "pixels"), [pytest.param(c, p, id=c.label) for c, p in CELLS])
-def test_a_hundred_steps_on_the_device(cell: Cell, pixels: int | None, steps: Any, device: Device) -> None:
+def test_a_hundred_steps_on_the_device(cell: CellConfig, pixels: int | None, steps: Any, device: Device) -> None:
     device.load(cell, pixels)
     check_tiles(
         steps, cell, device.capability, pixels, 100, size=(2, 45, 61), device="cuda", launch=device.launch
@@ -102,16 +89,16 @@ def test_a_hundred_steps_on_the_device(cell: Cell, pixels: int | None, steps: An
 
 @pytest.mark.parametrize("label", ["lstm-map_x3_h5_k3x3_soft_float16_pre", "gru-after_x3_h70_k3x3_hard_float16"])
 def test_the_same_code_on_the_cpu(label: str, steps: Any) -> None:
-    check_tiles(steps, Cell.from_label(label), "8.7", 300, 2, size=(1, 2, 3))
+    check_tiles(steps, CellConfig.from_label(label), "8.7", 300, 2, size=(1, 2, 3))
 
 
 @pytest.mark.parametrize("label", ["gru_x3_h5_k3x3_soft_float32", "gru_x40_h40_k5x5_hard_float32_pre"])
 def test_a_captured_step_equals_an_eager_one(label: str, steps: Any, device: Device) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     device.load(cell, 300)
     graphs: list[torch.cuda.CUDAGraph] = []
 
-    def launch(kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: Any) -> None:
+    def launch(kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, torch.Tensor], size: Any) -> None:
         device.launch(kernel, cell, tile, buffers, size)
         outputs = {p.buffer: buffers[p.buffer] for p in PARAMETERS[kernel] if p.name.endswith("_out")}
         eager = {name: tensor.clone() for name, tensor in outputs.items()}
@@ -143,6 +130,6 @@ def test_the_sanitizer_finds_nothing(device: Device) -> None:
 
 def test_another_gpus_code_is_refused(device: Device, tmp_path: Path) -> None:
     other = "8.0" if device.capability != "8.0" else "9.0"
-    cell = Cell.from_label("gru_x3_h5_k3x3_soft_float32")
+    cell = CellConfig.from_label("gru_x3_h5_k3x3_soft_float32")
     with pytest.raises(StepcellError, match="CUDA"):
         Launcher(next(images_for(cell, other, tmp_path)))

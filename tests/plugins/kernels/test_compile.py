@@ -14,14 +14,15 @@ import pytest
 import triton
 
 from stepcell.errors import InputError, UsageError
-from stepcell.plugins.kernels import gru, lstm, narrow
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import CAPABILITIES
 from stepcell.plugins.kernels.image import KernelImage, read_image
-from stepcell.plugins.kernels.report import REPORT, TYPICAL, table
 from stepcell.plugins.kernels.signature import PARAMETERS, constants
 from stepcell.plugins.kernels.store import images_for, wanted
 from stepcell.plugins.kernels.tiles import Tile
+from stepcell.plugins.kernels.triton import gru, lstm, narrow
+from stepcell.plugins.kernels.typical import TYPICAL
+from tools.kernels_report import REPORT, table
 
 CELLS = ["gru_x3_h6_k3x3_soft_float32", "lstm_x6_h4_k1x5_soft_float32"]  # of the model `stack_onnx`
 HARD = "gru-after_x64_h32_k1x3_hard_float16"
@@ -113,12 +114,12 @@ def test_what_is_there_is_not_compiled_again_and_needs_no_triton(folder: Path, t
 
 PTX = """
 import sys
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import compile_ptx
 from stepcell.plugins.kernels.tiles import Tile
 
 kernel, cell, tile, capability = sys.argv[1:]
-print(compile_ptx(kernel, Cell.from_label(cell), Tile.from_label(tile), capability).text)
+print(compile_ptx(kernel, CellConfig.from_label(cell), Tile.from_label(tile), capability).text)
 """
 
 
@@ -219,7 +220,7 @@ def test_a_damaged_or_foreign_file_is_refused(folder: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_report_holds_and_no_default_tile_spills() -> None:
     # Triton's cache goes by source, options and version, so what it has is what would be compiled.
-    found = python("-m", "stepcell.plugins.kernels.report", "--check")
+    found = python("-m", "tools.kernels_report", "--check")
     assert found.returncode == 0, found.stderr
 
 
@@ -233,12 +234,12 @@ def test_the_committed_report_is_whole_and_shown() -> None:
                 assert spills == 0, (name, capability)
                 assert (tensor_cores > 0) == (kernel != "narrow_state"), (name, capability)
                 assert shared <= 99 * 1024, (name, capability)  # the least that any of these GPUs has
-    document = (Path(__file__).parents[2] / "docs" / "plugin.md").read_text()
+    document = (Path(__file__).parents[3] / "docs" / "plugin.md").read_text()
     assert table(json.loads(REPORT.read_text())) in document, "run make kernels-report"
 
 
 def test_turing_and_unknown_gpus_are_refused(tmp_path: Path) -> None:
-    cell = Cell.from_label(CELLS[0])
+    cell = CellConfig.from_label(CELLS[0])
     with pytest.raises(UsageError, match=r"7\.5: Triton emits no tensor-core") as caught:
         next(images_for(cell, "7.5", tmp_path))
     assert "--plugin off" in str(caught.value.hint)
@@ -251,12 +252,12 @@ def test_turing_and_unknown_gpus_are_refused(tmp_path: Path) -> None:
 )
 def test_a_label_that_is_no_cell_is_refused(label: str) -> None:
     with pytest.raises(UsageError, match="kernel cell"):
-        Cell.from_label(label)
+        CellConfig.from_label(label)
 
 
 def test_labels_are_read_back() -> None:
     for label in (*CELLS, HARD, "lstm_x0_h7_k7x5_hard_float16_pre"):
-        assert Cell.from_label(label).label == label
+        assert CellConfig.from_label(label).label == label
     for tile in (Tile(64, 32, 16, 3), Tile(64, 32, 16, 3, splits=4), Tile(64, 32, 16, 3, splits=12, overlap=True)):
         assert Tile.from_label(tile.label) == tile
     labels = [tile.label for tile in (Tile(8, 4, 2, 1), Tile(8, 4, 2, 1, splits=2, overlap=True))]
@@ -269,7 +270,7 @@ def test_labels_are_read_back() -> None:
 def test_which_tiles_are_split_and_which_overlap() -> None:
     def labels(cell: str, capability: str, pixels: int | None) -> set[str]:
         """Kernels and tiles that are more than plain."""
-        found = wanted(Cell.from_label(cell), capability, pixels)
+        found = wanted(CellConfig.from_label(cell), capability, pixels)
         return {f"{kernel} {tile.label}" for kernel, tile in found if tile.splits > 1 or tile.overlap}
 
     few, cell = 20 * 15, "gru_x256_h256_k3x3_soft_float32"
@@ -280,7 +281,7 @@ def test_which_tiles_are_split_and_which_overlap() -> None:
     on_hopper = labels(cell, "9.0", few)
     candidates = {label for label in on_hopper if label.startswith("gru_candidate")}
     assert candidates == {f"gru_candidate 64x64x64s4w4{more}" for more in ("k4", "p", "k4p")}
-    gates = [tile for kernel, tile in wanted(Cell.from_label(cell), "9.0", few) if kernel == "gru_gates"]
+    gates = [tile for kernel, tile in wanted(CellConfig.from_label(cell), "9.0", few) if kernel == "gru_gates"]
     assert all(tile.overlap for tile in gates)
     assert labels("gru_x0_h64_k3x3_soft_float32_pre", "9.0", None) == {  # no x to start with
         f"gru_gates {tile}" for tile in ("128x32x64s3w4p", "64x32x64s4w4p", "128x32x32s3w4p")
@@ -291,7 +292,7 @@ def test_which_tiles_are_split_and_which_overlap() -> None:
 def test_parameters_are_those_of_the_kernels() -> None:
     tile = Tile(16, 16, 16, 1)
     for kernel, parameters in PARAMETERS.items():
-        cell = Cell.from_label(CELLS[1] if kernel == "lstm_step" else CELLS[0])
+        cell = CellConfig.from_label(CELLS[1] if kernel == "lstm_step" else CELLS[0])
         function: Any = next(getattr(m, kernel) for m in (gru, lstm, narrow) if hasattr(m, kernel))
         assert [*(p.name for p in parameters), *constants(kernel, cell, tile)] == list(function.arg_names), kernel
 
@@ -307,7 +308,7 @@ def test_every_tile_fits_the_kernels(capability: str) -> None:
     ]
     for cell, pixels in [
         *TYPICAL,
-        *((Cell.from_label(label), pixels) for label in labels for pixels in (None, 1, 10**6)),
+        *((CellConfig.from_label(label), pixels) for label in labels for pixels in (None, 1, 10**6)),
     ]:
         chosen = wanted(cell, capability, pixels)
         assert len(chosen) == len(set(chosen))

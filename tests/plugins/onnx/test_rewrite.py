@@ -22,15 +22,15 @@ from stepcell.contract import StateSpec
 from stepcell.errors import PluginError
 from stepcell.exporter.step_onnx.op_functions import function_for, variant_of
 from stepcell.models.cells import conv_gru, conv_lstm
-from stepcell.plugins.chain import chained_model
-from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_map
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.tiles import Tile
-from stepcell.plugins.nodes import has_cells, plugin_model
-from stepcell.plugins.registry import kernels_offered, register
-from stepcell.plugins.tensors import inputs_of, outputs_of
+from stepcell.plugins.onnx.chain import chained_model
+from stepcell.plugins.onnx.rewrite import has_cells, plugin_model
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
+from stepcell.plugins.tensorrt.registry import kernels_offered, register
+from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 from tests.stand_ins.interpreted_driver import TILES, Driver, images_of, to_map
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +45,7 @@ CELLS = [
 ]
 
 
-def weights_for(cell: Cell, size: tuple[int, int]) -> dict[str, Array]:
+def weights_for(cell: CellConfig, size: tuple[int, int]) -> dict[str, Array]:
     """The op's weights in the order of its inputs, exact in float16."""
     random, C = np.random.default_rng(0), cell.hidden
 
@@ -65,7 +65,9 @@ def weights_for(cell: Cell, size: tuple[int, int]) -> dict[str, Array]:
     return found
 
 
-def cell_model(cell: Cell, size: tuple[int, int] = (7, 9), weights: dict[str, Array] | None = None) -> onnx.ModelProto:
+def cell_model(
+    cell: CellConfig, size: tuple[int, int] = (7, 9), weights: dict[str, Array] | None = None
+) -> onnx.ModelProto:
     """A model of one cell, as export writes it."""
     states = ["h"] if cell.op == "ConvGRU" else ["h", "c"]
     weights = weights or weights_for(cell, size)
@@ -96,7 +98,7 @@ def cell_model(cell: Cell, size: tuple[int, int] = (7, 9), weights: dict[str, Ar
 
 @pytest.mark.parametrize("label", CELLS)
 def test_a_node_becomes_the_plugins(label: str) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     model = cell_model(cell)
     before = model.SerializeToString(deterministic=True)
     found = plugin_model(model)
@@ -132,7 +134,7 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
 
 @pytest.mark.parametrize("label", CELLS)
 def test_a_wide_state_brings_its_fp16_mirror(label: str) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     found = plugin_model(cell_model(cell), [H, C])
     node, *others = found.model.graph.node
     onnx.checker.check_model(found.model)
@@ -153,7 +155,7 @@ def test_a_wide_state_brings_its_fp16_mirror(label: str) -> None:
 
 
 def test_y_that_only_the_graph_reads_is_the_fp16_mirror_itself() -> None:
-    model = cell_model(Cell.from_label(CELLS[0]))
+    model = cell_model(CellConfig.from_label(CELLS[0]))
     graph = model.graph
     graph.node[0].output[1] = "inner"
     graph.node.append(helper.make_node("Relu", ["inner"], ["y"]))
@@ -175,7 +177,7 @@ def test_y_that_only_the_graph_reads_is_the_fp16_mirror_itself() -> None:
 
 def in_turn() -> onnx.ModelProto:
     """Two cells on one state, as RAFT's: the second's h is the first's h_next."""
-    cell = Cell.from_label("gru_x5_h5_k1x5_soft_float32")
+    cell = CellConfig.from_label("gru_x5_h5_k1x5_soft_float32")
     model = cell_model(cell)
     node = model.graph.node[0]
     second = model.graph.node.add()
@@ -218,7 +220,7 @@ def _no_y(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("change", [_computed_state, _changed_after, _no_y])
 def test_states_that_have_no_fp16_mirror(change: Callable[[onnx.ModelProto], None]) -> None:
-    model = cell_model(Cell.from_label(CELLS[0]))
+    model = cell_model(CellConfig.from_label(CELLS[0]))
     change(model)
     found = plugin_model(model, [H])
     assert not found.fp16_mirrors
@@ -227,11 +229,11 @@ def test_states_that_have_no_fp16_mirror(change: Callable[[onnx.ModelProto], Non
 
 def test_a_state_whose_streams_are_no_batch_has_no_fp16_mirror() -> None:
     other = msgspec.structs.replace(H, batch_axis=2)
-    assert not plugin_model(cell_model(Cell.from_label(CELLS[0])), [other]).fp16_mirrors
+    assert not plugin_model(cell_model(CellConfig.from_label(CELLS[0])), [other]).fp16_mirrors
 
 
 def test_only_what_the_nodes_replaced_is_dropped() -> None:
-    model = cell_model(Cell.from_label(CELLS[0]))
+    model = cell_model(CellConfig.from_label(CELLS[0]))
     model.graph.node.append(helper.make_node("Identity", ["cell.W_n"], ["copy"]))
     other = helper.make_function("local", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], [])
     model.functions.append(other)
@@ -243,7 +245,7 @@ def test_only_what_the_nodes_replaced_is_dropped() -> None:
 
 
 def test_types_of_states_are_inferred_where_the_file_does_not_say_them() -> None:
-    model = cell_model(Cell.from_label(CELLS[0]))
+    model = cell_model(CellConfig.from_label(CELLS[0]))
     model.graph.node.insert(0, helper.make_node("Cast", ["state_in.h"], ["narrow"], to=TensorProto.FLOAT16))
     model.graph.node[1].input[1] = "narrow"
     ((state, cell),) = plugin_model(model).cells
@@ -307,7 +309,7 @@ def _nested(model: onnx.ModelProto) -> None:
     ],
 )
 def test_refused(change: Callable[[onnx.ModelProto], None], message: str) -> None:
-    model = cell_model(Cell.from_label(CELLS[0]))
+    model = cell_model(CellConfig.from_label(CELLS[0]))
     change(model)
     with pytest.raises(PluginError, match=message):
         plugin_model(model)
@@ -316,7 +318,7 @@ def test_refused(change: Callable[[onnx.ModelProto], None], message: str) -> Non
 PARSE = """
 import sys, onnx, tensorrt_rtx as trt
 from pathlib import Path
-from stepcell.plugins import registry
+from stepcell.plugins.tensorrt import registry
 registry.register(trt)
 creators = registry._creators["tensorrt_rtx"]
 original = type(creators[0])._offered
@@ -338,7 +340,7 @@ with registry.kernels_offered({sys.argv[2]: ()}):
 def test_a_real_parser_finds_the_plugin(tmp_path: Path, by_attributes: bool) -> None:
     """TensorRT-RTX's parser asks our creator, with fields that it made, and then ends the process: it can
     make a plugin but not host it. So this needs a process of its own, and shows how far it gets."""
-    cell = Cell.from_label(CELLS[3])
+    cell = CellConfig.from_label(CELLS[3])
     model = plugin_model(cell_model(cell), [H]).model
     node = model.graph.node[0]
     if by_attributes:  # as before TensorRT 10.10, where the domain was not looked at
@@ -356,7 +358,7 @@ def test_a_real_parser_finds_the_plugin(tmp_path: Path, by_attributes: bool) -> 
 
 
 def exact_step(
-    cell: Cell, w: dict[str, torch.Tensor], x: torch.Tensor, states: list[torch.Tensor]
+    cell: CellConfig, w: dict[str, torch.Tensor], x: torch.Tensor, states: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     if cell.op == "ConvGRU":
         return [conv_gru(x, states[0], w["W_x"], w["b"], w["W_h"], w["W_n"], w.get("b_hn"), cell.gates)]
@@ -372,7 +374,7 @@ def test_steps_of_the_plugin_equal_the_reference(
     label: str, tile: Tile, given: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`given`: y of a step is the fp16 mirror of the next."""
-    cell, (batch, height, width) = Cell.from_label(label), (2, 7, 9)
+    cell, (batch, height, width) = CellConfig.from_label(label), (2, 7, 9)
     weights = weights_for(cell, (height, width))
     model = plugin_model(cell_model(cell, (height, width), weights), [H] if given else []).model
     packed = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 from stepcell.missing import require
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import kernels_of, workspace
 from stepcell.plugins.launch import Launcher, check
-from stepcell.plugins.tensors import inputs_of, outputs_of
+from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
 __all__ = ["CellStep", "current_device", "tactics", "workspace_size"]
 
@@ -28,7 +28,9 @@ def current_device() -> int:
     return int(check(driver.cuCtxGetDevice()))
 
 
-def tactics(cell: Cell, images: Sequence[KernelImage], *, fp16_mirror: bool) -> tuple[tuple[KernelImage, ...], ...]:
+def tactics(
+    cell: CellConfig, images: Sequence[KernelImage], *, fp16_mirror: bool
+) -> tuple[tuple[KernelImage, ...], ...]:
     """Every way to run a step: one image per kernel, in launch order; the default tiles first.
 
     Args:
@@ -38,12 +40,12 @@ def tactics(cell: Cell, images: Sequence[KernelImage], *, fp16_mirror: bool) -> 
     return tuple(itertools.product(*([i for i in images if i.info.kernel == kernel] for kernel in kernels)))
 
 
-def workspace_size(cell: Cell, images: Sequence[KernelImage], pixels: int, *, fp16_mirror: bool) -> int:
+def workspace_size(cell: CellConfig, images: Sequence[KernelImage], pixels: int, *, fp16_mirror: bool) -> int:
     """Bytes of scratch memory of a step over `pixels` = batch * height * width with any of these kernels."""
     return sum(map(_aligned, _scratch(cell, images, pixels, fp16_mirror).values()))
 
 
-def _scratch(cell: Cell, images: Sequence[KernelImage], pixels: int, fp16_mirror: bool) -> dict[str, int]:
+def _scratch(cell: CellConfig, images: Sequence[KernelImage], pixels: int, fp16_mirror: bool) -> dict[str, int]:
     """Bytes of each scratch buffer; split kernels run one after another and share their partial sums'."""
     partials = max(image.info.all_partial_bytes(pixels) for image in images)
     return workspace(cell, pixels, fp16_mirror=fp16_mirror) | ({"partials": partials} if partials else {})
@@ -66,7 +68,7 @@ class CellStep:
         DeviceError, MissingDependencyError: the code cannot be loaded.
     """
 
-    def __init__(self, cell: Cell, images: Sequence[KernelImage], device: int, *, fp16_mirror: bool) -> None:
+    def __init__(self, cell: CellConfig, images: Sequence[KernelImage], device: int, *, fp16_mirror: bool) -> None:
         self._cell, self._images, self._fp16_mirror = cell, images, fp16_mirror
         self._launchers = [Launcher(image, device) for image in images]
         # Addresses of a step stand in one row: none, inputs, outputs, scratch.

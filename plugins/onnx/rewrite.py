@@ -16,12 +16,12 @@ from stepcell.contract import StateSpec
 from stepcell.errors import PluginError, UsageError
 from stepcell.missing import require
 from stepcell.ops import DOMAIN, OPS, same_pads
-from stepcell.plugins.fields import PLUGIN_VERSION
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, add_fp16_mirrors, all_nodes
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.packing import pack
-from stepcell.plugins.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
-from stepcell.plugins.tensors import weights_of
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
+from stepcell.plugins.tensorrt.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
+from stepcell.plugins.tensorrt.tensors import weights_of
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -42,7 +42,7 @@ class PluginModel:
     """
 
     model: ModelProto
-    cells: tuple[tuple[str, Cell], ...]
+    cells: tuple[tuple[str, CellConfig], ...]
     fp16_mirrors: tuple[Fp16Mirror, ...] = ()
 
 
@@ -113,7 +113,7 @@ def _weights(onnx: Any, node: NodeProto, weights: Mapping[str, TensorProto], whe
     return {weight.name: array for weight, array in zip(op.weights, arrays, strict=False)}
 
 
-def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[str, int], where: str) -> Cell:
+def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[str, int], where: str) -> CellConfig:
     op = OPS[node.op_type]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     missing = [name for name in ("pads", *op.attributes) if name not in attributes]
@@ -133,7 +133,7 @@ def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[
         )
     texts = {name: attributes[name].decode() for name in op.attributes}
     try:
-        return Cell(
+        return CellConfig(
             op=op.name,
             inputs=int(w_x.shape[1]),
             hidden=int(arrays["W_h"].shape[1]),
@@ -147,7 +147,7 @@ def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[
 
 
 def _replace(
-    onnx: Any, graph: GraphProto, node: NodeProto, cell: Cell, half: str | None, packed: Mapping[str, Any]
+    onnx: Any, graph: GraphProto, node: NodeProto, cell: CellConfig, half: str | None, packed: Mapping[str, Any]
 ) -> None:
     states = [*node.input[: 1 + len(OPS[cell.op].states)], *([half] if half else [])]
     names = {tensor.buffer: f"{node.output[0]}.{tensor.buffer}" for tensor in weights_of(cell)}

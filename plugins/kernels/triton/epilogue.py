@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from stepcell.plugins.kernels.language import jit
+from stepcell.plugins.kernels.triton.language import jit
 
 __all__ = ["load_map", "load_state", "sigmoid", "store_map", "store_state", "tanh"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from stepcell.plugins.kernels.epilogue import load_state, store_map
-from stepcell.plugins.kernels.language import jit
+from stepcell.plugins.kernels.triton.epilogue import load_state, store_map
+from stepcell.plugins.kernels.triton.language import jit
 
 __all__ = ["narrow_state"]
 

@@ -14,11 +14,11 @@ import msgspec
 
 from stepcell.errors import EngineMismatchError, UsageError
 from stepcell.plugins.kernels import image
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of
-from stepcell.plugins.tensors import inputs_of, outputs_of
+from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
 __all__ = ["PLUGIN_VERSION", "interface_digest", "pack_fields", "read_fields"]
 
@@ -44,7 +44,9 @@ def interface_digest() -> str:
     A change of comments or of how kernels are launched does not change it: old plans stay good.
     """
     cells = ("gru", "gru-after", "lstm", "lstm-channel", "lstm-map")
-    samples = [Cell.from_label(f"{op}_x8_h8_k3x3_soft_{state}") for op in cells for state in ("float32", "float16")]
+    samples = [
+        CellConfig.from_label(f"{op}_x8_h8_k3x3_soft_{state}") for op in cells for state in ("float32", "float16")
+    ]
     agreed = (
         (PLUGIN_VERSION, _SCHEMA, image.SCHEMA),
         [(kernel, arguments_of(kernel)) for kernel in sorted(PARAMETERS)],
@@ -63,7 +65,7 @@ def interface_digest() -> str:
     return hashlib.sha256(repr(agreed).encode()).hexdigest()
 
 
-def pack_fields(cell: Cell, images: Sequence[KernelImage], *, fp16_mirror: bool) -> bytes:
+def pack_fields(cell: CellConfig, images: Sequence[KernelImage], *, fp16_mirror: bool) -> bytes:
     """The field's bytes.
 
     Args:
@@ -74,7 +76,7 @@ def pack_fields(cell: Cell, images: Sequence[KernelImage], *, fp16_mirror: bool)
     return hashlib.sha256(body).digest() + body
 
 
-def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...], bool]:
+def read_fields(data: bytes) -> tuple[CellConfig, tuple[KernelImage, ...], bool]:
     """The cell, its kernels, and whether its node has the fp16 mirror.
 
     Raises:
@@ -88,7 +90,7 @@ def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...], bool]:
         if schema != _SCHEMA:
             raise _unusable(f"of schema {schema}, this stepcell reads {_SCHEMA}")
         fields = msgspec.msgpack.decode(body, type=_Fields)
-        cell = Cell.from_label(fields.cell)
+        cell = CellConfig.from_label(fields.cell)
     except (msgspec.MsgspecError, UsageError) as error:
         raise _unusable(f"not readable: {error}") from error
     for kernel in kernels_of(cell, fp16_mirror=fields.fp16_mirror):
@@ -99,7 +101,7 @@ def read_fields(data: bytes) -> tuple[Cell, tuple[KernelImage, ...], bool]:
     return cell, fields.images, fields.fp16_mirror
 
 
-def _check_image(cell: Cell, kernel: KernelImage) -> None:
+def _check_image(cell: CellConfig, kernel: KernelImage) -> None:
     info = kernel.info
     if info.schema != image.SCHEMA or info.kernel not in PARAMETERS or info.arguments != arguments_of(info.kernel):
         raise _unusable(f"of another interface: kernel {info.kernel} takes other arguments than this stepcell gives")

@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 
 from stepcell.errors import EngineMismatchError, InputError, PluginError, StepcellError, UsageError
-from stepcell.plugins.fields import PLUGIN_VERSION, interface_digest, pack_fields, read_fields
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of
-from stepcell.plugins.registry import kernels_offered, register
-from stepcell.plugins.step import workspace_size
-from stepcell.plugins.tensors import inputs_of, outputs_of
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest, pack_fields, read_fields
+from stepcell.plugins.tensorrt.registry import kernels_offered, register
+from stepcell.plugins.tensorrt.step import workspace_size
+from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
-GRU = Cell.from_label("gru_x3_h5_k3x3_soft_float32")
-LSTM = Cell.from_label("lstm-map_x12_h8_k5x1_hard_float16")
+GRU = CellConfig.from_label("gru_x3_h5_k3x3_soft_float32")
+LSTM = CellConfig.from_label("lstm-map_x12_h8_k5x1_hard_float16")
 CELLS = [
     GRU,
     LSTM,
-    Cell.from_label("gru-after_x8_h16_k1x1_soft_float16"),
-    Cell.from_label("lstm_x3_h5_k3x3_soft_float32"),
+    CellConfig.from_label("gru-after_x8_h16_k1x1_soft_float16"),
+    CellConfig.from_label("lstm_x3_h5_k3x3_soft_float32"),
 ]
 # and whether y of the last step is among the inputs
 NODES = [(cell, given) for cell in CELLS for given in (False, True) if not given or cell.state_dtype == "float32"]
@@ -33,7 +33,7 @@ NODE_IDS = [f"{cell.label}{'-fp16-mirror' if given else ''}" for cell, given in 
 MAX_PIXELS = 4 * 64 * 96
 
 
-def images(cell: Cell, tiles: int = 2) -> tuple[KernelImage, ...]:
+def images(cell: CellConfig, tiles: int = 2) -> tuple[KernelImage, ...]:
     """Images as the compiler describes them, with other bytes for the code."""
     found = []
     for kernel in kernels_of(cell, fp16_mirror=False):
@@ -76,7 +76,7 @@ def creator(trt: Any, op: str) -> Any:
 
 
 def from_node(
-    trt: Any, cell: Cell, label: bytes | None = None, op: str | None = None, *, fp16_mirror: bool = False
+    trt: Any, cell: CellConfig, label: bytes | None = None, op: str | None = None, *, fp16_mirror: bool = False
 ) -> Any:
     """What the ONNX parser makes of a node: the text of an attribute ends with a zero byte, a number has 4 bytes."""
     text = cell.label.encode() + b"\0" if label is None else label
@@ -88,7 +88,7 @@ def from_node(
         return creator(trt, op or cell.op).create_plugin("node", fields, trt.TensorRTPhase.BUILD)
 
 
-def shapes_of(cell: Cell, fp16_mirror: bool, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
+def shapes_of(cell: CellConfig, fp16_mirror: bool, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     for tensor in (*inputs_of(cell, fp16_mirror=fp16_mirror), *outputs_of(cell)):
         channels = cell.inputs if tensor.buffer == "x" else cell.hidden
@@ -98,7 +98,7 @@ def shapes_of(cell: Cell, fp16_mirror: bool, batch: int, height: int, width: int
 
 def described(
     trt: Any,
-    cell: Cell,
+    cell: CellConfig,
     dynamic: bool = False,
     smallest: Any = (1, 8, 8),
     largest: Any = (4, 64, 96),
@@ -120,7 +120,7 @@ def described(
 
 
 @pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
-def test_creator_makes_a_plugin_of_a_node(trt: Any, cell: Cell, fp16_mirror: bool) -> None:
+def test_creator_makes_a_plugin_of_a_node(trt: Any, cell: CellConfig, fp16_mirror: bool) -> None:
     plugin = from_node(trt, cell, fp16_mirror=fp16_mirror)
     assert len(plugin.inputs) == len(inputs_of(cell)) + fp16_mirror
     assert {image.info.kernel for image in plugin.images} == set(kernels_of(cell, fp16_mirror=fp16_mirror))
@@ -134,7 +134,7 @@ def test_creator_makes_a_plugin_of_a_node(trt: Any, cell: Cell, fp16_mirror: boo
 
 def test_registering_twice_is_allowed_and_a_taken_name_is_refused(trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     register(trt)
-    monkeypatch.setattr("stepcell.plugins.registry._creators", {})
+    monkeypatch.setattr("stepcell.plugins.tensorrt.registry._creators", {})
     with pytest.raises(PluginError, match="already has a plugin stepcell::ConvGRU"):
         register(trt)
 
@@ -170,7 +170,7 @@ def test_missing_fields(trt: Any) -> None:
 
 
 @pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
-def test_types_and_shapes_of_outputs(trt: Any, cell: Cell, fp16_mirror: bool) -> None:
+def test_types_and_shapes_of_outputs(trt: Any, cell: CellConfig, fp16_mirror: bool) -> None:
     plugin, half = from_node(trt, cell, fp16_mirror=fp16_mirror), trt.DataType.HALF
     state = trt.DataType.FLOAT if cell.state_dtype == "float32" else half
     states = [state] * (1 if cell.op == "ConvGRU" else 2)
@@ -183,7 +183,7 @@ def test_types_and_shapes_of_outputs(trt: Any, cell: Cell, fp16_mirror: bool) ->
 
 
 @pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
-def test_formats_one_per_tensor(cell: Cell, fp16_mirror: bool) -> None:
+def test_formats_one_per_tensor(cell: CellConfig, fp16_mirror: bool) -> None:
     import tensorrt_rtx as trt  # the lean bindings do not have the type TensorFormat
 
     register(trt)
@@ -217,7 +217,7 @@ def test_configure_refuses_what_the_kernels_cannot_take(trt: Any) -> None:
     with pytest.raises(InputError, match="takes up to 24576 pixels, the sizes allow 5 x 64 x 96") as caught:
         plugin.configure_plugin(*described(trt, GRU, dynamic=True, largest=(5, 64, 96)))
     assert "--maxShapes" in str(caught.value.hint)
-    other = Cell.from_label("gru_x3_h6_k3x3_soft_float32")
+    other = CellConfig.from_label("gru_x3_h6_k3x3_soft_float32")
     with pytest.raises(PluginError, match=r"state must have \(batch, 5, height, width\), got \(-1, 6, -1, -1\)"):
         plugin.configure_plugin(*described(trt, other, dynamic=True))
     inputs, outputs = described(trt, GRU, dynamic=True)
@@ -278,7 +278,7 @@ def test_tactics_are_the_tiles(trt: Any) -> None:
 
 
 @pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)
-def test_a_plan_carries_the_cell_and_its_code(trt: Any, cell: Cell, fp16_mirror: bool) -> None:
+def test_a_plan_carries_the_cell_and_its_code(trt: Any, cell: CellConfig, fp16_mirror: bool) -> None:
     built = from_node(trt, cell, fp16_mirror=fp16_mirror).clone()
     fields = built.get_fields_to_serialize()
     assert built.get_fields_to_serialize() is not fields  # a second asking leaves the first's bytes alone
@@ -349,12 +349,12 @@ def test_interface_digest_follows_the_interface_only(monkeypatch: pytest.MonkeyP
     before = interface_digest()
     assert before == interface_digest()
     with monkeypatch.context() as changed:
-        changed.setattr("stepcell.plugins.fields._SCHEMA", 3)
+        changed.setattr("stepcell.plugins.tensorrt.fields._SCHEMA", 3)
         assert interface_digest() != before
     assert interface_digest() == before
     with monkeypatch.context() as changed:  # a node whose fp16 mirror stood elsewhere
         moved = lambda cell, fp16_mirror: inputs_of(cell, fp16_mirror=fp16_mirror)[:: -1 if fp16_mirror else 1]  # noqa: E731
-        changed.setattr("stepcell.plugins.fields.inputs_of", moved)
+        changed.setattr("stepcell.plugins.tensorrt.fields.inputs_of", moved)
         assert interface_digest() != before
     monkeypatch.setitem(PARAMETERS, "gru_gates", PARAMETERS["gru_gates"][1:])
     assert interface_digest() != before

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import interpreter_builder
 
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.signature import PARAMETERS
 from stepcell.plugins.kernels.tiles import Tile
@@ -49,33 +49,33 @@ LARGER = [
 ]
 
 
-def assert_close(cell: Cell, worst: dict[str, float]) -> None:
+def assert_close(cell: CellConfig, worst: dict[str, float]) -> None:
     limit = WIDE_STATE if cell.state_dtype == "float32" else HALF_STATE
     assert max(worst.values()) <= limit, f"{cell.label}: worst difference to float64 {worst}, allowed {limit}"
 
 
 @pytest.mark.parametrize("label", CELLS)
 def test_sixteen_steps_equal_float64(label: str, steps: Any) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     assert_close(cell, steps(cell, size=SIZE, tile=TILE).run(16))
 
 
 @pytest.mark.parametrize("label", LARGER)
 def test_larger_kernels_and_more_channels(label: str, steps: Any) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     assert_close(cell, steps(cell, size=SIZE, tile=TILE).run(2))
 
 
 @pytest.mark.parametrize("op", ["gru", "gru-after", "lstm-map"])
 def test_without_a_given_fp16_mirror_the_state_is_narrowed_first(op: str, steps: Any) -> None:
-    cell = Cell.from_label(f"{op}_x5_h20_k3x3_soft_float32")
+    cell = CellConfig.from_label(f"{op}_x5_h20_k3x3_soft_float32")
     assert_close(cell, steps(cell, size=(2, 3, 5), tile=TILE, fp16_mirror=False).run(4))
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 16, 16, 1), Tile(128, 32, 64, 4), Tile(16, 64, 32, 3)])
 def test_every_tile_shape_gives_the_same(tile: Tile, steps: Any) -> None:
     for op in ("gru", "gru-after", "lstm"):
-        cell = Cell.from_label(f"{op}_x24_h24_k1x3_soft_float32")
+        cell = CellConfig.from_label(f"{op}_x24_h24_k1x3_soft_float32")
         assert_close(cell, steps(cell, size=(1, 3, 6), tile=tile, fp16_mirror=False).run(2))
 
 
@@ -91,7 +91,7 @@ SPLIT = [  # of up to 5 steps in either half of the loop: even, uneven, and with
 @pytest.mark.parametrize(("label", "splits"), SPLIT)
 def test_split_programs_add_up(label: str, splits: int, steps: Any) -> None:
     """Sixteen steps; partial sums are poisoned before each launch, and its counters zero after it (conftest.py)."""
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     assert_close(cell, steps(cell, size=(1, 5, 7), tile=Tile(32, 16, 32, 2, splits=splits)).run(16))
 
 
@@ -100,7 +100,7 @@ def test_the_order_of_arrival_changes_no_bit(
     label: str, splits: int, steps: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The result is that of the whole kernel, up to rounding, and no one but the last writes it."""
-    cell, last_first, outputs = Cell.from_label(label), False, list[torch.Tensor]()
+    cell, last_first, outputs = CellConfig.from_label(label), False, list[torch.Tensor]()
     set_grid_idx = interpreter_builder.set_grid_idx
 
     def in_order(x: int, y: int, z: int) -> None:
@@ -111,7 +111,7 @@ def test_the_order_of_arrival_changes_no_bit(
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", in_order)
 
-    def launch(kernel: str, cell: Cell, tile: Tile, buffers: Mapping[str, torch.Tensor], size: Any) -> None:
+    def launch(kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, torch.Tensor], size: Any) -> None:
         nonlocal last_first
         outputs[:] = [buffers[p.buffer] for p in PARAMETERS[kernel] if p.name.endswith("_out")]
         found = []
@@ -130,7 +130,7 @@ def test_the_order_of_arrival_changes_no_bit(
 
 
 @st.composite
-def cells(draw: Any) -> Cell:
+def cells(draw: Any) -> CellConfig:
     """Any cell of small size."""
     word = draw(st.sampled_from(["gru", "gru-after", "lstm", "lstm-channel", "lstm-map"]))
     inputs = draw(st.integers(0, 32))
@@ -138,7 +138,7 @@ def cells(draw: Any) -> Cell:
     height, width = draw(st.sampled_from([(1, 1), (3, 3), (1, 5), (5, 1), (3, 1), (5, 3)]))
     sizes = f"_x{inputs}_h{draw(st.integers(1, 32))}_k{height}x{width}"
     gates, state = draw(st.sampled_from(["soft", "hard"])), draw(st.sampled_from(["float32", "float16"]))
-    return Cell.from_label(f"{word}{sizes}_{gates}_{state}" + "_pre" * pre)
+    return CellConfig.from_label(f"{word}{sizes}_{gates}_{state}" + "_pre" * pre)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -157,23 +157,27 @@ def cells(draw: Any) -> Cell:
     seed=st.integers(0, 9),
 )
 @example(
-    cell=Cell.from_label("gru_x8_h8_k7x7_soft_float32"), size=(1, 1, 1), tile=TILE, fp16_mirror=False, seed=0
+    cell=CellConfig.from_label("gru_x8_h8_k7x7_soft_float32"), size=(1, 1, 1), tile=TILE, fp16_mirror=False, seed=0
 )  # one pixel, kernel larger
 @example(
-    cell=Cell.from_label("lstm_x8_h8_k5x5_soft_float32"), size=(1, 1, 40), tile=TILE, fp16_mirror=False, seed=0
+    cell=CellConfig.from_label("lstm_x8_h8_k5x5_soft_float32"), size=(1, 1, 40), tile=TILE, fp16_mirror=False, seed=0
 )  # wide
 @example(
-    cell=Cell.from_label("gru-after_x8_h8_k5x5_soft_float32"), size=(3, 40, 1), tile=TILE, fp16_mirror=True, seed=0
+    cell=CellConfig.from_label("gru-after_x8_h8_k5x5_soft_float32"),
+    size=(3, 40, 1),
+    tile=TILE,
+    fp16_mirror=True,
+    seed=0,
 )  # narrow
 def test_any_cell_any_size(
-    steps: Any, cell: Cell, size: tuple[int, int, int], tile: Tile, fp16_mirror: bool, seed: int
+    steps: Any, cell: CellConfig, size: tuple[int, int, int], tile: Tile, fp16_mirror: bool, seed: int
 ) -> None:
     assert_close(cell, steps(cell, size=size, tile=tile, fp16_mirror=fp16_mirror, seed=seed).run(2))
 
 
 def test_a_wide_state_moves_by_less_than_half_can_hold(steps: Any) -> None:
     """h + z (1 - h) with z = 3e-4: every step adds less than half the spacing of float16."""
-    cell = Cell.from_label("gru_x8_h8_k1x1_soft_float32")
+    cell = CellConfig.from_label("gru_x8_h8_k1x1_soft_float32")
     weights = {
         "W_x": np.zeros((24, 8, 1, 1)),
         "W_h": np.zeros((16, 8, 1, 1)),
@@ -196,7 +200,7 @@ def test_activations_saturate_and_keep_a_nan(hard: bool, apply_activations: Any)
 
 def test_a_nan_reaches_no_further_than_the_kernel(steps: Any) -> None:
     """Nine taps of eight channels fill two blocks of 64 with lanes to spare, which must read nothing."""
-    cell, size = Cell.from_label("lstm_x8_h8_k3x3_soft_float16"), (1, 8, 8)
+    cell, size = CellConfig.from_label("lstm_x8_h8_k3x3_soft_float16"), (1, 8, 8)
     weights = {"W_x": np.ones((32, 8, 3, 3)), "W_h": np.ones((32, 8, 3, 3)), "b": np.zeros(32)}
     half = {
         name: torch.zeros(1, 8, 8, 8, dtype=torch.float16) for name in ("x", "h", "cell", "state_out", "cell_out", "y")

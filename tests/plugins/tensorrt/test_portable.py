@@ -18,14 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stepcell.errors import BuildError
 from stepcell.models.cells import conv_gru, conv_lstm
-from stepcell.plugins import aot
-from stepcell.plugins.aot import portable_ptx
-from stepcell.plugins.chain import chained_model, kernel_inputs, kernel_outputs, node_name
-from stepcell.plugins.kernels import gru, lstm, narrow
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of
 from stepcell.plugins.kernels.tiles import Tile
-from stepcell.plugins.nodes import plugin_model
+from stepcell.plugins.onnx.chain import chained_model, kernel_inputs, kernel_outputs, node_name
+from stepcell.plugins.onnx.rewrite import plugin_model
+from stepcell.plugins.tensorrt import portable
+from stepcell.plugins.tensorrt.portable import portable_ptx
+from tests.stand_ins.interpreted_kernels import interpreted
 
 TILE = Tile(128, 32, 64, 1)
 CELLS = {
@@ -38,7 +38,7 @@ CELLS = {
 SIZE = (2, 5, 6)
 
 
-def model_of(cell: Cell) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
+def model_of(cell: CellConfig) -> tuple[onnx.ModelProto, dict[str, torch.Tensor]]:
     """A model of one cell with a node behind it, and its weights."""
     random, C = np.random.default_rng(0), cell.hidden
     gates, taps = cell.gate_count, cell.kernel[0] * cell.kernel[1]
@@ -75,7 +75,7 @@ def to_map(x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def run(model: onnx.ModelProto, cell: Cell, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def run(model: onnx.ModelProto, cell: CellConfig, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every plugin node in order, each kernel given only what its node names."""
     batch, height, width = SIZE
     values = values | {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
@@ -93,14 +93,13 @@ def run(model: onnx.ModelProto, cell: Cell, values: dict[str, torch.Tensor]) -> 
         numbers = {"H": height, "W": width, "P": batch * height * width}
         arguments = [numbers.get(p.name, given.get(p.name, torch.zeros(8))) for p in PARAMETERS[kernel]]
         grid = (-(-numbers["P"] // TILE.pixels), -(-padded(cell.hidden) // TILE.channels))
-        module: Any = {"n": narrow, "g": gru, "l": lstm}[kernel[0]]
-        getattr(module, kernel)[grid](*arguments, **constants(kernel, cell, TILE))
+        interpreted(kernel)[grid](*arguments, **constants(kernel, cell, TILE))
     return values
 
 
 @pytest.mark.parametrize("label", CELLS)
 def test_the_chain_computes_the_cell(label: str) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     model, weights = model_of(cell)
     plugin = plugin_model(model).model
     before = plugin.SerializeToString(deterministic=True)
@@ -137,7 +136,7 @@ def test_the_chain_computes_the_cell(label: str) -> None:
 
 def test_a_chain_of_two_cells_on_one_state_narrows_it_once() -> None:
     """The second cell reads y of the first as the fp16 mirror of its state."""
-    cell, (batch, height, width) = Cell.from_label("gru_x3_h5_k3x3_soft_float32"), SIZE
+    cell, (batch, height, width) = CellConfig.from_label("gru_x3_h5_k3x3_soft_float32"), SIZE
     model, w = model_of(cell)
     first, copy = model.graph.node
     second = onnx.NodeProto()
@@ -164,10 +163,10 @@ def test_a_chain_of_two_cells_on_one_state_narrows_it_once() -> None:
 
 def test_no_tile_needs_what_tensorrt_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     """No counters and no launch attribute; gates that differ in nothing else are compiled once."""
-    monkeypatch.setattr(aot, "_fitting", lambda *arguments: arguments[2])
-    cell = Cell.from_label("gru_x256_h256_k3x3_soft_float32")
+    monkeypatch.setattr(portable, "_fitting", lambda *arguments: arguments[2])
+    cell = CellConfig.from_label("gru_x256_h256_k3x3_soft_float32")
     for kernel in ("gru_gates", "gru_candidate"):
-        found: Any = aot.portable_kernels(kernel, cell, "9.0", 300)
+        found: Any = portable.portable_kernels(kernel, cell, "9.0", 300)
         assert len(found) == len(set(found)) == 3
         assert not any(tile.overlap or tile.splits > 1 for tile in found)
 
@@ -186,7 +185,7 @@ def declaration(kernel: str, body: str = "") -> str:
 
 @pytest.mark.parametrize("label", CELLS)
 def test_parameters_stand_in_tensorrts_order(label: str) -> None:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     for kernel in kernels_of(cell, fp16_mirror=False):
         ptx = portable_ptx(kernel, cell, declaration(kernel))
         numbers = [int(text) for text in re.findall(r"_param_(\d+)", ptx)]
@@ -200,7 +199,7 @@ def test_parameters_stand_in_tensorrts_order(label: str) -> None:
 
 
 def test_ptx_that_cannot_be_used_is_refused() -> None:
-    cell = Cell.from_label("gru_x3_h5_k3x3_soft_float32")
+    cell = CellConfig.from_label("gru_x3_h5_k3x3_soft_float32")
     with pytest.raises(BuildError, match=r"reads parameters that TensorRT does not pass: \[2\]"):
         portable_ptx("gru_gates", cell, declaration("gru_gates", "\tld.param.b64 %rd1, [gru_gates_param_2];\n"))
     for broken in ("", declaration("gru_gates").replace(".entry", ".func"), declaration("gru_candidate")):
@@ -227,41 +226,42 @@ trt.TensorFormat, trt.ITensor, trt.INetworkDefinition = (
 trt.IDimensionExpr = Number
 sys.modules["tensorrt"] = trt
 
-from stepcell.plugins import aot
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.tensorrt import portable
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.signature import kernels_of
 
 labels = sys.argv[1:]
 found = {}
 for label in labels:
-    cell = Cell.from_label(label)
+    cell = CellConfig.from_label(label)
     for kernel in kernels_of(cell, fp16_mirror=False):
-        found[kernel, label] = aot.portable_kernels(kernel, cell, "8.7")
-aot.register_portable(trt, found)
-aot.register_portable(trt, found)  # a second build in the same process
+        found[kernel, label] = portable.portable_kernels(kernel, cell, "8.7")
+portable.register_portable(trt, found)
+portable.register_portable(trt, found)  # a second build in the same process
 
 # Its tiles take 60 KB and more where they are not held to 48.
-tight = aot.portable_kernels("gru_candidate", Cell.from_label("gru_x64_h64_k3x3_soft_float32"), "9.0")
+tight = portable.portable_kernels("gru_candidate", CellConfig.from_label("gru_x64_h64_k3x3_soft_float32"), "9.0")
 
-aot.driver_ptx_version = lambda: 84  # of CUDA 12.4
-(old,) = aot.portable_kernels("narrow_state", Cell.from_label(labels[0]), "8.7")
+portable.driver_ptx_version = lambda: 84  # of CUDA 12.4
+(old,) = portable.portable_kernels("narrow_state", CellConfig.from_label(labels[0]), "8.7")
 
 import tensorrt_lean_bindings.plugin as plugins
 from tensorrt_lean_bindings.plugin import _lib as library, _tensor as tensors
 tensors.SymIntExpr._exprBuilder = Builder()
 result = {}
 for (kernel, label), kernels in found.items():
-    cell = Cell.from_label(label)
-    name = aot.node_name(kernel, cell)
+    cell = CellConfig.from_label(label)
+    name = portable.node_name(kernel, cell)
     creator = trt.get_plugin_registry().get_creator(name, "1", "stepcell")
     text = np.frombuffer(label.encode() + b"\\0", np.int8)
     fields = trt.PluginFieldCollection([trt.PluginField("cell", text, trt.PluginFieldType.CHAR)])
     ahead_of_time = trt.QuickPluginCreationRequest.STRICT_AOT
     plugin = creator.create_plugin(name, "stepcell", fields, trt.TensorRTPhase.BUILD, ahead_of_time)
-    wanted = [aot.pointer_dtype(p, cell) for p in (*aot.kernel_inputs(kernel, cell), *aot.kernel_outputs(kernel))]
-    count = len(aot.kernel_inputs(kernel, cell))
+    pointers = (*portable.kernel_inputs(kernel, cell), *portable.kernel_outputs(kernel))
+    wanted = [portable.pointer_dtype(p, cell) for p in pointers]
+    count = len(portable.kernel_inputs(kernel, cell))
     halves = {"float16": trt.DataType.HALF, "float32": trt.DataType.FLOAT}
-    ranks = [1 if "." in p.buffer else 4 for p in aot.kernel_inputs(kernel, cell)]
+    ranks = [1 if "." in p.buffer else 4 for p in portable.kernel_inputs(kernel, cell)]
     kept = tensors.SymIntExpr._exprBuilder
     types = plugin.get_output_data_types([halves[each] for each in wanted[:count]], ranks)
     inputs = []
@@ -304,7 +304,7 @@ def test_through_the_vendors_decorators_and_assembler(tmp_path: Any) -> None:
     tools = next(iter(triton.__path__)) + "/backends/nvidia/bin/"
     for name, each in found.items():
         kernel, label = name.split()
-        cell = Cell.from_label(label)
+        cell = CellConfig.from_label(label)
         count, outputs = len(kernel_inputs(kernel, cell)), len(kernel_outputs(kernel))
         assert each["types"] == [{"float16": "HALF", "float32": "FLOAT"}[dtype] for dtype in each["wanted"]], name
         parameters = (*kernel_inputs(kernel, cell), *kernel_outputs(kernel))

@@ -19,13 +19,13 @@ from typing import Any
 
 from stepcell.errors import BuildError
 from stepcell.ops import DOMAIN
-from stepcell.plugins.chain import kernel_inputs, kernel_outputs, node_name
-from stepcell.plugins.kernels.cell import Cell, padded
+from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.compile import compile_ptx
 from stepcell.plugins.kernels.signature import PARAMETERS, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, tiles
 from stepcell.plugins.launch import driver_ptx_version
-from stepcell.plugins.registry import CELL_ATTRIBUTE
+from stepcell.plugins.onnx.chain import kernel_inputs, kernel_outputs, node_name
+from stepcell.plugins.tensorrt.registry import CELL_ATTRIBUTE
 
 __all__ = ["PortableKernel", "portable_kernels", "portable_ptx", "register_portable"]
 
@@ -57,7 +57,9 @@ class PortableKernel:
     shared_bytes: int
 
 
-def portable_kernels(kernel: str, cell: Cell, capability: str, pixels: int | None = None) -> tuple[PortableKernel, ...]:
+def portable_kernels(
+    kernel: str, cell: CellConfig, capability: str, pixels: int | None = None
+) -> tuple[PortableKernel, ...]:
     """A kernel with every tile of the table, each with as many stages as fit; takes a second or so per tile.
 
     Without split and overlapping ones: TensorRT gives no memory and no launch attribute here. The PTX is no newer
@@ -73,7 +75,7 @@ def portable_kernels(kernel: str, cell: Cell, capability: str, pixels: int | Non
     return tuple(_fitting(kernel, cell, tile, capability, version) for tile in plain if tile.splits == 1)
 
 
-def _fitting(kernel: str, cell: Cell, tile: Tile, capability: str, ptx_version: int | None) -> PortableKernel:
+def _fitting(kernel: str, cell: CellConfig, tile: Tile, capability: str, ptx_version: int | None) -> PortableKernel:
     for stages in range(tile.stages, 0, -1):
         compiled = compile_ptx(kernel, cell, replace(tile, stages=stages), capability, ptx_version=ptx_version)
         if compiled.shared_bytes <= SHARED_LIMIT:
@@ -88,7 +90,7 @@ def _fitting(kernel: str, cell: Cell, tile: Tile, capability: str, ptx_version: 
     raise BuildError(f"{kernel} of {cell.label}, tile {tile.label}: needs more than 48 KB of shared memory")
 
 
-def portable_ptx(kernel: str, cell: Cell, ptx: str) -> str:
+def portable_ptx(kernel: str, cell: CellConfig, ptx: str) -> str:
     """Triton's PTX with its parameters in TensorRT's order: inputs, H, W, P, outputs.
 
     The code reads a parameter by its name, so only their declarations are moved. Those that the cell
@@ -121,13 +123,13 @@ def register_portable(trt: Any, kernels: Mapping[tuple[str, str], Sequence[Porta
     plugins = importlib.import_module(f"{trt.__name__}.plugin")
     _kernels.update(kernels)
     for kernel, label in kernels:
-        cell = Cell.from_label(label)
+        cell = CellConfig.from_label(label)
         if node_name(kernel, cell) not in _registered:
             _registered.add(node_name(kernel, cell))
             _register(trt, plugins, kernel, cell)
 
 
-def _register(trt: Any, plugins: Any, kernel: str, cell: Cell) -> None:
+def _register(trt: Any, plugins: Any, kernel: str, cell: CellConfig) -> None:
     """Register one operator; `cell` is any that has it."""
     name = f"{DOMAIN}::{node_name(kernel, cell)}"
     tensors = [each.name for each in kernel_inputs(kernel, cell)]
@@ -135,8 +137,8 @@ def _register(trt: Any, plugins: Any, kernel: str, cell: Cell) -> None:
     like = next(tensors.index(each) for each in _STATE_LIKE if each in tensors)
     described: Any = GenericAlias(tuple, (plugins.TensorDesc,) * outputs)
 
-    def cell_of(label: str) -> Cell:
-        return Cell.from_label(label.rstrip("\0"))  # TensorRT's parser ends a text with a zero byte
+    def cell_of(label: str) -> CellConfig:
+        return CellConfig.from_label(label.rstrip("\0"))  # TensorRT's parser ends a text with a zero byte
 
     def describe(*inputs: Any, **attributes: str) -> Any:
         its_cell, shape = cell_of(attributes[CELL_ATTRIBUTE]), inputs[like].shape_expr

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from stepcell.missing import require
 from stepcell.ops import DOMAIN
-from stepcell.plugins.fields import PLUGIN_VERSION
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.signature import PARAMETERS, Parameter, kernels_of, workspace
-from stepcell.plugins.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
-from stepcell.plugins.tensors import inputs_of, outputs_of
+from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
+from stepcell.plugins.tensorrt.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
+from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["chained_model", "kernel_inputs", "kernel_outputs", "node_name"]
 
 
-def node_name(kernel: str, cell: Cell) -> str:
+def node_name(kernel: str, cell: CellConfig) -> str:
     """Operator of a kernel's node: one name has one number of inputs."""
     return f"{kernel}_peephole" if kernel == "lstm_step" and cell.variant != "none" else kernel
 
 
-def kernel_inputs(kernel: str, cell: Cell) -> tuple[Parameter, ...]:
+def kernel_inputs(kernel: str, cell: CellConfig) -> tuple[Parameter, ...]:
     """The pointers that a kernel of this cell reads."""
     unused = {"pre", "partials", "arrivals"} | ({"peephole"} if cell.variant == "none" else set())
     pointers = [each for each in PARAMETERS[kernel] if each.dtype != "int32" and each.name not in unused]
@@ -50,7 +50,7 @@ def chained_model(model: ModelProto) -> ModelProto:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        cell = Cell.from_label(next(a.s.decode() for a in node.attribute if a.name == CELL_ATTRIBUTE))
+        cell = CellConfig.from_label(next(a.s.decode() for a in node.attribute if a.name == CELL_ATTRIBUTE))
         given = any(a.name == FP16_MIRROR_ATTRIBUTE for a in node.attribute)
         names = {t.buffer: name for t, name in zip(inputs_of(cell, fp16_mirror=given), node.input, strict=True)}
         names |= {t.buffer: name for t, name in zip(outputs_of(cell), node.output, strict=True)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from stepcell.plugins.kernels.language import jit
+from stepcell.plugins.kernels.triton.language import jit
 
 __all__ = ["arrived_last", "store_partial", "sum_partials"]
 

@@ -1,7 +1,7 @@
-"""What the compiler made of the kernels: registers, shared memory, spills and code size, for every GPU.
+"""Report of the compiled kernels: registers, shared memory, spills and code size for every GPU.
 
-    python -m stepcell.plugins.kernels.report            compile everything, rewrite report.json and the table
-    python -m stepcell.plugins.kernels.report --check    compile the default tiles for 8.7 and compare
+    python -m tools.kernels_report            compile everything, rewrite the report and the table in docs/plugin.md
+    python -m tools.kernels_report --check    compile the default tiles for 8.7 and compare with the report
 
 A changed kernel or another Triton shows here before it shows on a device.
 """
@@ -19,37 +19,19 @@ from typing import Any
 
 from stepcell.errors import StepcellError, UsageError
 from stepcell.files import read_bytes, write_atomic
-from stepcell.plugins.kernels.cell import Cell
+from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import CAPABILITIES, compile_kernel
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.store import images_for, wanted
+from stepcell.plugins.kernels.typical import TYPICAL
 
-__all__ = ["CHECKED", "REPORT", "TYPICAL", "check", "make_report", "table"]
+__all__ = ["CHECKED", "REPORT", "check", "make_report", "table"]
 
 logger = logging.getLogger(__name__)
 
-REPORT = Path(__file__).with_name("report.json")
+REPORT = Path(__file__).parents[1] / "benchmarks" / "results" / "compiled_kernels.json"
 CHECKED = "8.7"  # Orin, the GPU the project is for first
 
-# Cell and pixels, after the networks they come from.
-TYPICAL = tuple(
-    (Cell.from_label(label), pixels)
-    for label, pixels in [
-        ("gru_x32_h64_k3x3_soft_float32", 64 * 64),
-        ("gru_x64_h64_k3x3_soft_float32", 128 * 128),
-        ("gru_x64_h64_k3x3_soft_float16", 128 * 128),
-        ("gru_x128_h128_k1x5_soft_float16_pre", 55 * 128),  # RAFT
-        ("gru_x128_h128_k5x1_soft_float32", 55 * 128),
-        ("gru_x16_h16_k3x3_soft_float32", 540 * 960),  # Robust Video Matting
-        ("gru_x20_h20_k3x3_soft_float32", 270 * 480),
-        ("gru_x256_h256_k3x3_soft_float32", 20 * 15),  # event detection
-        ("gru-after_x64_h64_k3x3_soft_float32", 128 * 128),
-        ("lstm_x64_h64_k3x3_soft_float32", 128 * 128),
-        ("lstm_x64_h64_k1x1_soft_float32", 64 * 80),  # RVT
-        ("lstm_x256_h256_k3x3_soft_float32", 20 * 15),
-        ("lstm-map_x8_h64_k3x3_soft_float32", 64 * 64),  # precipitation nowcasting
-    ]
-)
 _COLUMNS = ["registers", "shared_bytes", "tensor_core_instructions", "spill_instructions", "cubin_bytes"]
 _MARKS = ("<!-- kernels: made by make kernels-report -->\n", "<!-- end -->\n")
 
@@ -98,7 +80,7 @@ def check(capability: str = CHECKED) -> list[str]:
     return problems
 
 
-def _name(cell: Cell, image: KernelImage) -> str:
+def _name(cell: CellConfig, image: KernelImage) -> str:
     return f"{cell.label} {image.info.kernel} {image.info.tile}"
 
 

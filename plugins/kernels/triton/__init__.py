@@ -1,0 +1,1 @@
+"""Triton sources of the kernels. Only kernels/compile.py imports them."""
