@@ -2,9 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PACKAGES := stepcell models exporter runtime plugins tests
 
-.PHONY: setup demo test gpu-check kernels-report kernels-emulate lint clean
+.PHONY: setup demo test lint docs release-check docker gpu-check kernels-report kernels-emulate clean
 
 setup: $(VENV)/.ready
 
@@ -35,10 +34,22 @@ kernels-report: setup
 kernels-emulate: setup
 	$(BIN)/python -m tools.ptx_emulator
 
+# Style, types, import rules ([tool.importlinter] in pyproject.toml) and the Dockerfile.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+# Version, changelog, wheel and sdist; the wheel in a clean environment. docs/releasing.md has the other steps.
+release-check: setup
+	$(BIN)/python -m tools.release_check
+
+# The demonstration in a container.
+docker:
+	docker build --tag stepcell .
+	docker run --rm --volume "$(CURDIR)/demo-output:/stepcell/demo-output" stepcell
 
 clean:
-	rm -rf build demo-output $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site demo-output $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache

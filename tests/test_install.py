@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import stepcell
 from stepcell.files import human_size
+from tools import release_check
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,13 +42,27 @@ def test_runtime_plugins_and_commands_import_without_torch_and_triton() -> None:
     assert "stepcell.runtime.loop.step_loop" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Wheel and sdist."""
+    return release_check.build(tmp_path_factory.mktemp("dist"), "--no-isolation")
+
+
+def test_wheel_and_sdist_hold_every_module_once_and_nothing_else(archives: tuple[Path, Path]) -> None:
+    for archive in archives:
+        missing, surplus = release_check.compare(archive)
+        assert not missing, f"{archive.name} lacks"
+        assert not surplus, f"{archive.name} should not have"
+
+
+def test_version_and_changelog_agree() -> None:
+    assert release_check.check_version() == stepcell.__version__
+
+
 @pytest.mark.slow
-def test_wheel_on_a_device(denoiser_onnx: Path, clip_path: Path, tmp_path: Path) -> None:
+def test_wheel_on_a_device(archives: tuple[Path, Path], denoiser_onnx: Path, clip_path: Path, tmp_path: Path) -> None:
     """Wheel, fresh environment with `stepcell[ort,video]`, oldest Python there is, first frame out."""
-    wheels = tmp_path / "wheels"
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(ROOT)], check=True)
-    (wheel,) = wheels.glob("*.whl")
+    wheel, _ = archives
     python = shutil.which("python3.10") or sys.executable
     if subprocess.run([python, "--version"], capture_output=True, check=False).returncode:
         python = sys.executable  # a shim without that version behind it
