@@ -1,8 +1,9 @@
-"""What enters a gate, as a sum of convolutions over values of the graph.
+"""Pre-activations of gates as sums of convolutions over values of the graph.
 
-A pre-activation is walked back through convolutions, sums, concatenations and channel ranges to
-the values it is made of. Each value s gets one kernel: `sum_s W_s * s + b`, with zero "same"
-padding and odd kernels. Whatever is not exactly that stays a value of its own.
+A pre-activation is traced back through convolutions, matrix products, sums, concatenations and
+channel ranges to the values that it is computed from. Each value s gets one kernel:
+`sum_s W_s * s + b`, with zero "same" padding and odd kernels. A matrix product over features
+[N, F] is a 1x1 kernel. A value that is not exactly such a sum is a source of its own.
 """
 
 from __future__ import annotations
@@ -13,15 +14,30 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.constants import Array, floats
-from stepcell.exporter.cell_recognition.convolution import dense_kernel, is_dilated, pad_kernel, unlike_a_cell
-from stepcell.exporter.cell_recognition.layout import channel_range, is_float_cast
+from stepcell.exporter.cell_recognition.convolution import (
+    full_kernel,
+    is_dilated,
+    matrix_kernel,
+    obstacle_in,
+    pad_kernel,
+)
+from stepcell.exporter.cell_recognition.values import (
+    Array,
+    channel_count,
+    channel_range,
+    floats,
+    is_channel_axis,
+    is_float_cast,
+    rank,
+)
 
 __all__ = ["COMPOSED", "CONTEXT", "DILATED", "Affine", "AffineReader"]
 
 COMPOSED = "depthwise and pointwise convolutions multiplied"
 DILATED = "dilated kernel filled up with zeros"
 CONTEXT = "context maps as input channels"
+
+_LINEAR = {"Conv", "Gemm", "MatMul", "Add", "Sub", "Neg", "Mul", "Div"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +47,8 @@ class Affine:
     Attributes:
         kernels: W_s of every source, float64 [C, C_s, kh, kw] with odd kh and kw.
         bias: b, float64 [C].
-        maps: sources that are added as they are, with no convolution on the way.
-        notes: transformations of weights that this needed.
+        maps: sources that are added as they are, without a convolution.
+        notes: transformations of weights that were needed.
     """
 
     kernels: Mapping[ir.Value, Array]
@@ -45,7 +61,7 @@ class Affine:
         return len(self.bias)
 
     def rows(self, start: int, stop: int) -> Affine:
-        """A range of the channels; sources with no part in it are dropped."""
+        """A range of the channels; sources that do not enter it are dropped."""
         kept = {s: w[start:stop] for s, w in self.kernels.items() if w[start:stop].any()}
         return Affine(kept, self.bias[start:stop], self.maps & kept.keys(), self.notes)
 
@@ -58,10 +74,16 @@ class Affine:
             kernels[source] = kernel
         return Affine(kernels, self.bias + other.bias, self.maps | other.maps, self.notes | other.notes)
 
-    def scaled(self, factor: Array) -> Affine:
-        """Every channel times its factor [C]."""
-        kernels = {s: w * factor[:, None, None, None] for s, w in self.kernels.items()}
-        return Affine(kernels, self.bias * factor, self.maps, self.notes)
+    def scaled(self, factor: Array | float, offset: float = 0.0) -> Affine:
+        """Every channel times its factor (one number or [C]), plus an offset."""
+        column = np.broadcast_to(np.asarray(factor, np.float64), (self.channels,))
+        kernels = {s: w * column[:, None, None, None] for s, w in self.kernels.items()}
+        return Affine(kernels, self.bias * column + offset, self.maps, self.notes)
+
+    def without(self, *sources: ir.Value) -> Affine:
+        """The same sum with some sources left out."""
+        kept = {s: w for s, w in self.kernels.items() if s not in sources}
+        return Affine(kept, self.bias, self.maps & kept.keys(), self.notes)
 
 
 @dataclass
@@ -69,17 +91,19 @@ class AffineReader:
     """Reads pre-activations of one cell.
 
     Attributes:
-        through: whether a value that a convolution reads is taken apart into the sum that made it;
-            True for what depends on the hidden state. Everything else is an input of the cell.
-        refused: why a convolution could not be taken in, by its result.
+        through: whether a value that a convolution reads is itself traced back; True for what
+            depends on the hidden state. Everything else is an input of the cell.
+        stops: values that are never traced back: the states of the cell.
+        refused: by its result, why a convolution could not be included.
     """
 
     through: Callable[[ir.Value], bool]
+    stops: frozenset[ir.Value] = frozenset()
     refused: dict[ir.Value, str] = field(default_factory=dict)
     _widths: dict[ir.Value, int] = field(default_factory=dict)
 
     def read(self, value: ir.Value) -> Affine:
-        """The sum that makes a pre-activation [N, C, H, W].
+        """The sum that makes a pre-activation, maps [N, C, H, W] or features [N, C].
 
         Raises:
             ValueError: the number of channels of a value is not known.
@@ -88,7 +112,7 @@ class AffineReader:
 
     def _read(self, value: ir.Value, through: Callable[[ir.Value], bool]) -> Affine:
         node = value.producer()
-        if node is None or node.domain:
+        if node is None or node.domain or value in self.stops:
             return self._source(value)
         inputs = [v for v in node.inputs if v is not None]
         match node.op_type:
@@ -97,12 +121,12 @@ class AffineReader:
             case "Cast" if is_float_cast(node):
                 inner = self._read(inputs[0], through)
                 return self._source(value) if inputs[0] in inner.kernels else inner
-            case "Concat" if node.attributes.get_int("axis") in (1, -3):
+            case "Concat" if is_channel_axis(node.attributes.get_int("axis"), value):
                 return _stacked([self._read(v, through) for v in inputs])
             case "Split" | "Slice" if (selected := channel_range(value)) is not None:
                 inner = self._read(selected[0], through)
                 return self._source(value) if selected[0] in inner.kernels else inner.rows(*selected[1:])
-            case "Conv" | "Add" | "Sub" | "Neg" | "Mul" | "Div" if through(value):
+            case op if op in _LINEAR and through(value):
                 return self._linear(node, value, inputs, through) or self._source(value)
             case _:
                 return self._source(value)
@@ -113,9 +137,10 @@ class AffineReader:
         match node.op_type:
             case "Conv":
                 return self._conv(node, value)
+            case "Gemm" | "MatMul":
+                return self._matrix(node, inputs, through)
             case "Neg":
-                inner = self._read(inputs[0], through)
-                return inner.scaled(-np.ones(inner.channels))
+                return self._read(inputs[0], through).scaled(-1.0)
             case "Add" | "Sub":
                 return self._sum(inputs[0], inputs[1], -1.0 if node.op_type == "Sub" else 1.0, through)
             case _:
@@ -125,7 +150,7 @@ class AffineReader:
                 if b.const_value is None:
                     return None
                 inner = self._read(a, through)
-                factor = _per_channel(b, inner.channels)
+                factor = _per_channel(b, inner.channels, rank(value))
                 if factor is None:
                     return None
                 return inner.scaled(factor if node.op_type == "Mul" else 1.0 / factor)
@@ -136,29 +161,50 @@ class AffineReader:
             return None
         parts = [self._read(v, through) if v.const_value is None else None for v in (a, b)]
         channels = next(part.channels for part in parts if part is not None)
+        dims = next(rank(v) for v in (a, b) if v.const_value is None)
         total = Affine({}, np.zeros(channels))
         for part, operand, factor in zip(parts, (a, b), (1.0, sign), strict=True):
             if part is None:
-                constant = _per_channel(operand, channels)
+                constant = _per_channel(operand, channels, dims)
                 if constant is None:
                     return None
                 part = Affine({}, constant)
             if part.channels != channels:
                 return None
-            total = total.plus(part.scaled(np.full(channels, factor)))
+            total = total.plus(part.scaled(factor))
         return total
+
+    def _matrix(self, node: ir.Node, inputs: list[ir.Value], through: Callable[[ir.Value], bool]) -> Affine | None:
+        kernel = matrix_kernel(node)
+        if kernel is None:
+            return None
+        product = self._compose(kernel, inputs[0])
+        if len(inputs) < 3:
+            return product
+        beta = node.attributes.get_float("beta", 1.0) or 0.0
+        if inputs[2].const_value is None:
+            added = self._read(inputs[2], through)
+            return product.plus(added.scaled(beta)) if added.channels == product.channels else None
+        bias = _per_channel(inputs[2], product.channels, 2)
+        return None if bias is None else product.plus(Affine({}, beta * bias))
 
     def _conv(self, node: ir.Node, value: ir.Value) -> Affine | None:
         x, weight, bias = (*node.inputs, None)[:3]
         assert x is not None
         assert weight is not None
-        reason = unlike_a_cell(node)
+        reason = obstacle_in(node)
         if reason is not None:
             self.refused[value] = reason
             return None
-        outer = dense_kernel(node)
+        outer = full_kernel(node)
+        product = self._compose(outer, x)
+        notes = product.notes | ({DILATED} if is_dilated(node) else set())
+        offset = floats(bias) if bias is not None else np.zeros(len(outer))
+        return Affine(product.kernels, product.bias + offset, notes=notes)
+
+    def _compose(self, outer: Array, x: ir.Value) -> Affine:
+        """One convolution (or matrix product) over x, with what x itself is a sum of multiplied in."""
         self._learn_width(x, outer.shape[1])
-        notes = frozenset({DILATED}) if is_dilated(node) else frozenset()
         inner = self._read(x, self.through)
         if (reason := _inexact(outer, inner)) is not None:
             inner = self._read(x, lambda _: False)
@@ -169,28 +215,25 @@ class AffineReader:
                 kernels[source] = np.einsum("oikl,is->oskl", outer, kernel[:, :, 0, 0])
             else:
                 kernels[source] = np.einsum("oi,iskl->oskl", outer[:, :, 0, 0], kernel)
-        if inner.maps != inner.kernels.keys():
-            notes |= {COMPOSED}
-        offset = floats(bias) if bias is not None else np.zeros(len(outer))
-        return Affine(kernels, offset + outer.sum((2, 3)) @ inner.bias, notes=notes | inner.notes)
+        notes = inner.notes | ({COMPOSED} if inner.maps != inner.kernels.keys() else set())
+        return Affine(kernels, outer.sum((2, 3)) @ inner.bias, notes=notes)
 
     def _source(self, value: ir.Value) -> Affine:
-        """A value that is not taken apart further."""
+        """A value that is not traced back further."""
         channels = self._width(value)
         if channels is None:
             raise ValueError(f"the number of channels of {value.name} is not known")
         return Affine({value: np.eye(channels)[:, :, None, None]}, np.zeros(channels), frozenset({value}))
 
     def _width(self, value: ir.Value) -> int | None:
-        shape = value.shape
-        known = shape[1] if shape is not None and len(shape) == 4 else None
-        return known if isinstance(known, int) else self._widths.get(value)
+        known = channel_count(value)
+        return known if known is not None else self._widths.get(value)
 
     def _learn_width(self, value: ir.Value, channels: int) -> None:
-        """What a weight says about a value, or the one part of a concatenation, of unknown width."""
+        """Note the width that a weight implies for its input, or for the one part of a concatenation without one."""
         self._widths[value] = channels
         node = value.producer()
-        if node is not None and node.op_type == "Concat" and node.attributes.get_int("axis") in (1, -3):
+        if node is not None and node.op_type == "Concat" and is_channel_axis(node.attributes.get_int("axis"), value):
             parts = {v: self._width(v) for v in node.inputs if v is not None}
             unknown = [v for v, width in parts.items() if width is None]
             if len(unknown) == 1 and len(parts) == len(node.inputs):
@@ -215,7 +258,7 @@ def _stacked(parts: list[Affine]) -> Affine:
 
 
 def _inexact(outer: Array, inner: Affine) -> str | None:
-    """Why a convolution of a sum of convolutions is not one convolution of the same border."""
+    """Why a convolution of a sum of convolutions is not one convolution with the same border."""
     if outer.shape[2:] == (1, 1):
         return None
     if any(kernel.shape[2:] != (1, 1) for kernel in inner.kernels.values()):
@@ -225,12 +268,15 @@ def _inexact(outer: Array, inner: Affine) -> str | None:
     return None
 
 
-def _per_channel(value: ir.Value, channels: int) -> Array | None:
-    """A constant that is one number per channel, [C, 1, 1] or broadcast to it, as [C]."""
+def _per_channel(value: ir.Value, channels: int, dims: int) -> Array | None:
+    """A constant of one number per channel, broadcast to a value of `dims` axes, as [C]."""
     if value.const_value is None:
         return None
     array = floats(value)
-    if array.ndim > 4 or (array.ndim == 4 and array.shape[0] != 1) or any(s != 1 for s in array.shape[-2:]):
+    if dims not in (2, 4) or array.ndim > dims:
         return None
-    per_channel = array.reshape(-1)
-    return np.broadcast_to(per_channel, (channels,)) if per_channel.size in (1, channels) else None
+    # axes of the value are batch, channels, and (of maps) height and width
+    sizes = (1,) * (dims - array.ndim) + array.shape
+    if any(size != 1 for axis, size in enumerate(sizes) if axis != 1) or sizes[1] not in (1, channels):
+        return None
+    return np.broadcast_to(array.reshape(-1), (channels,))

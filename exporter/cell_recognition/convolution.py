@@ -1,16 +1,16 @@
-"""One Conv node as a plain kernel."""
+"""Kernels of single Conv, Gemm and MatMul nodes as plain "same" convolutions."""
 
 from __future__ import annotations
 
 import numpy as np
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.constants import Array, floats
+from stepcell.exporter.cell_recognition.values import Array, floats, rank
 
-__all__ = ["dense_kernel", "is_dilated", "pad_kernel", "unlike_a_cell"]
+__all__ = ["diagonal_of", "full_kernel", "is_dilated", "matrix_kernel", "obstacle_in", "pad_kernel"]
 
 
-def unlike_a_cell(node: ir.Node) -> str | None:
+def obstacle_in(node: ir.Node) -> str | None:
     """Why a Conv is not a stride 1, zero "same" convolution with constant weights and an odd kernel."""
     if any(v is not None and v.const_value is None for v in node.inputs[1:]):
         return "the convolution's weights are not constant"
@@ -36,7 +36,7 @@ def unlike_a_cell(node: ir.Node) -> str | None:
     return None
 
 
-def dense_kernel(node: ir.Node) -> Array:
+def full_kernel(node: ir.Node) -> Array:
     """The weight as one group and without dilation."""
     weight = node.inputs[1]
     assert weight is not None
@@ -56,9 +56,32 @@ def dense_kernel(node: ir.Node) -> Array:
     return w
 
 
+def matrix_kernel(node: ir.Node) -> Array | None:
+    """The weight of a Gemm or MatMul over features [N, F] as a 1x1 kernel; None if it is not of that form."""
+    source, weight = node.inputs[:2]
+    if source is None or weight is None or weight.const_value is None or rank(weight) != 2 or rank(source) != 2:
+        return None
+    w = floats(weight)
+    if node.op_type == "Gemm":
+        if node.attributes.get_int("transA", 0):
+            return None
+        w = (w if node.attributes.get_int("transB", 0) else w.T) * (node.attributes.get_float("alpha", 1.0) or 0.0)
+    else:
+        w = w.T
+    return w[:, :, None, None]
+
+
 def is_dilated(node: ir.Node) -> bool:
-    """Whether its taps lie apart."""
+    """Whether its dilation is larger than 1."""
     return any(dilation > 1 for dilation in _ints(node, "dilations", (1, 1)))
+
+
+def diagonal_of(kernel: Array) -> Array | None:
+    """The factors [C] of a 1x1 kernel that mixes no channels, else None."""
+    if kernel.shape[2:] != (1, 1) or kernel.shape[0] != kernel.shape[1]:
+        return None
+    factors = np.diagonal(kernel[:, :, 0, 0])
+    return factors if np.array_equal(kernel[:, :, 0, 0], np.diag(factors)) else None
 
 
 def pad_kernel(kernel: Array, size: tuple[int, ...]) -> Array:

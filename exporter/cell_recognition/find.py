@@ -1,29 +1,37 @@
-"""Find ConvGRU and ConvLSTM cells in a normalised graph.
+"""Recogniser of ConvGRU and ConvLSTM cells, dense GRU and LSTM included, in a normalised ONNX graph.
 
-The gating says which values are gates and states (`skeleton`), the sums behind the gates say which
-convolutions they take (`affine`). A cell is taken only if the op computes exactly the same.
+The gate equations determine which values are gates and states (`gating`); the sums behind the gates
+determine the convolutions that they take (`affine`). A cell is taken only if its op computes
+exactly the same; otherwise it is a near miss with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-import numpy as np
 from onnxscript import ir
 
+from stepcell.exporter.cell_recognition.activations import Activation, activation
 from stepcell.exporter.cell_recognition.affine import Affine, AffineReader
-from stepcell.exporter.cell_recognition.algebra import Algebra
-from stepcell.exporter.cell_recognition.cell import Cell, NearMiss, Weights
-from stepcell.exporter.cell_recognition.hidden import hidden_state
-from stepcell.exporter.cell_recognition.layout import uncast
-from stepcell.exporter.cell_recognition.origin import cell_name, descendants, first_kernel, is_made_inside, obstacle
-from stepcell.exporter.cell_recognition.skeleton import Activation, Gru, Lstm, activation, gru_at, lstm_at
-from stepcell.exporter.cell_recognition.weights import NotACell, Packed, inputs_of
+from stepcell.exporter.cell_recognition.cell import Cell, GateWeights, NearMiss, NotACell, inputs_of
+from stepcell.exporter.cell_recognition.convolution import diagonal_of
+from stepcell.exporter.cell_recognition.gating import Gru, Lstm, gru_at, lstm_at
+from stepcell.exporter.cell_recognition.graph_walk import (
+    cell_name,
+    descendants,
+    first_kernel,
+    is_made_inside,
+    obstacle,
+)
+from stepcell.exporter.cell_recognition.hidden_state import hidden_state
+from stepcell.exporter.cell_recognition.peephole import peephole_weights, split_peephole
+from stepcell.exporter.cell_recognition.polynomial import Algebra
+from stepcell.exporter.cell_recognition.values import Array, channel_count, rank, uncast
+from stepcell.ops import Gates, Reset
 
 __all__ = ["find_cells"]
 
-Kind = Literal["ConvGRU", "ConvLSTM"]
+States = tuple[tuple[ir.Value, ir.Value], ...]
 
 
 def find_cells(model: ir.Model) -> tuple[list[Cell], list[NearMiss]]:
@@ -56,64 +64,109 @@ def find_cells(model: ir.Model) -> tuple[list[Cell], list[NearMiss]]:
 
 
 def _is_recurrent(found: Gru) -> bool:
-    """Whether gate and candidate see the old state: a blend by any other mask is no cell."""
+    """Whether gate and candidate depend on the old state: a blend by any other mask is not a cell."""
     seen = descendants(found.h)
     return found.z.argument in seen and found.n.argument in seen
 
 
 def _conv_gru(name: str, found: Gru, algebra: Algebra) -> Cell:
     h = found.h
-    _check_kinds([found.z], [found.n])
+    _kind_of([found.z], [found.n])
     _check_states([h])
     seen = descendants(h)
-    reader = AffineReader(lambda value: value in seen and value is not h)
+    reader = AffineReader(lambda value: value in seen, frozenset({h}))
     z, n = _gate(found.z, reader), _gate(found.n, reader)
-    product, reset = _reset(n, h, algebra, reader, seen)
-    _check_kinds([reset], [])
+    applied_after = _reset_after(n, h, algebra, reader)
+    if applied_after is not None:
+        source, reset, recurrent = applied_after
+        n, product = n.without(source), h
+    else:
+        product, reset = _reset_before(n, h, algebra, reader, seen)
+        recurrent = n
+    gates = _kind_of([found.z, reset], [found.n])
     r = _gate(reset, reader)
-    if any(uncast(source) is h for source in n.kernels):
+    if any(uncast(each) is h for each in n.kernels):
         raise NotACell("the candidate also sees the state without the reset gate")
     _check_sources([z, r, n], {h, product}, seen, found.after, reader)
     notes = []
-    if found.keeps:  # 1 - sigmoid(a) = sigmoid(-a)
-        z = z.scaled(-np.ones(z.channels))
+    if found.keeps:  # 1 - sigmoid(a) = sigmoid(-a), hard or not
+        z = z.scaled(-1.0)
         notes.append("update gate negated")
-    packed = Packed([z, r, n], [h, product])
-    weights = (
-        packed.input_weights(),
-        packed.bias(),
-        packed.state_weights(h, [z, r]),
-        packed.state_weights(product, [n]),
-    )
-    return _cell(name, "ConvGRU", packed, ((h, found.after),), weights, notes)
+    packed = GateWeights([z, r, n], [h, product], [recurrent])
+    arrays = [packed.of_inputs(), packed.bias(), packed.of_state(h, [z, r]), packed.of_state(product, [recurrent])]
+    if applied_after is not None:
+        arrays.append(recurrent.bias)
+    placement: Reset = "after" if applied_after is not None else "before"
+    return _cell(name, packed, ((h, found.after),), arrays, notes, reset=placement, gates=gates)
 
 
 def _conv_lstm(name: str, found: Lstm, algebra: Algebra, partner: ir.Value | None, graph: ir.Graph) -> Cell:
     c = found.c
-    parts = (found.i, found.f, found.o, found.g)
-    _check_kinds(parts[:3], [found.g, found.output])
+    gates = _kind_of(found.gates[:3], [found.g, found.output])
     _check_states([c])
-    everything = AffineReader(lambda value: value not in algebra.states)
-    sums = [_gate(part, everything) for part in parts]
+    cell_states = frozenset({c, found.c_after})
+    everything = AffineReader(lambda value: value not in algebra.states, cell_states)
+    sums, _ = _without_peepholes(found, everything)
     direct = [source for gate in sums for source in gate.maps]
-    if any({c, found.c_after} & set(algebra.expand(source).atoms) for source in direct):
-        raise NotACell("peephole terms: the cell state enters a gate directly")
+    if any(cell_states & set(algebra.expand(source).atoms) for source in direct):
+        raise NotACell("the cell state enters a gate in another way than as peephole")
     h = hidden_state(sums, found, partner, graph)
     if h is None:
         raise NotACell(obstacle(direct[0], everything.refused) if direct else "no hidden state enters the gates")
     _check_states([h])
+    if rank(h) != rank(c):
+        raise NotACell(f"the hidden state has {rank(h)} axes, and the cell state has {rank(c)}")
     seen = descendants(h)
-    reader = AffineReader(lambda value: value in seen and value is not h)
-    gates = [_gate(part, reader) for part in parts]
-    _check_sources(gates, {h}, seen, found.c_after, reader)
-    if all(uncast(source) is not h for gate in gates for source in gate.kernels):
+    reader = AffineReader(lambda value: value in seen, cell_states | {h})
+    parts, peepholes = _without_peepholes(found, reader)
+    _check_sources(parts, {h}, seen, found.c_after, reader)
+    if all(uncast(source) is not h for gate in parts for source in gate.kernels):
         raise NotACell(obstacle(found.f.argument, reader.refused))
-    packed = Packed(gates, [h])
-    weights = (packed.input_weights(), packed.bias(), packed.state_weights(h, gates))
-    return _cell(name, "ConvLSTM", packed, ((h, found.after), (c, found.c_after)), weights, [])
+    packed = GateWeights(parts, [h])
+    arrays = [packed.of_inputs(), packed.bias(), packed.of_state(h, parts)]
+    peephole = peephole_weights(peepholes, c)
+    if peephole is not None:
+        arrays.append(peephole)
+    states = ((h, found.after), (c, found.c_after))
+    return _cell(name, packed, states, arrays, [], gates=gates, peephole=peephole is not None)
 
 
-def _reset(
+def _without_peepholes(found: Lstm, reader: AffineReader) -> tuple[list[Affine], list[Array | None]]:
+    """The sums behind i, f, o and g without the peephole terms, and those of i, f and o."""
+    sums, peepholes = [], []
+    memories = (found.c, found.c, found.c_after, None)
+    for gate, memory in zip(found.gates, memories, strict=True):
+        total, weight = split_peephole(_gate(gate, reader), memory)
+        sums.append(total)
+        peepholes.append(weight)
+        if any(uncast(source) in (found.c, found.c_after) for source in total.kernels):
+            where = "the candidate sees" if memory is None else "the output gate sees the old value of"
+            raise NotACell(f"{where} the cell state, which is no peephole of the op")
+    return sums, peepholes[:3]
+
+
+def _reset_after(
+    n: Affine, h: ir.Value, algebra: Algebra, reader: AffineReader
+) -> tuple[ir.Value, Activation, Affine] | None:
+    """Of a candidate `n = tanh(... + r (W_n * h + b))` the product with r, r, and `W_n * h + b`; else None."""
+    for source in n.maps:
+        node = uncast(source).producer()
+        scale = diagonal_of(n.kernels[source])
+        if node is None or node.op_type != "Mul" or scale is None:
+            continue
+        for gate_value, other in (node.inputs, node.inputs[::-1]):
+            if gate_value is None or other is None or algebra.expand(other) == algebra.expand(h):
+                continue
+            gate = activation(gate_value)
+            if gate is None or gate.role != "gate":
+                continue
+            product = _read(other, reader)
+            if product.kernels and all(uncast(each) is h for each in product.kernels):
+                return source, gate, product.scaled(scale)
+    return None
+
+
+def _reset_before(
     n: Affine, h: ir.Value, algebra: Algebra, reader: AffineReader, seen: set[ir.Value]
 ) -> tuple[ir.Value, Activation]:
     """The product r * h that the candidate's convolution reads, and r."""
@@ -123,12 +176,8 @@ def _reset(
         for atom in product.atoms:
             rest, share = product.split(atom)
             gate = activation(atom)
-            if gate is None or gate.role != "gate" or rest.terms:
-                continue
-            if share == old:
+            if gate is not None and gate.role == "gate" and not rest.terms and share == old:
                 return uncast(source), gate
-            if source in n.maps and set(share.atoms) & seen:
-                raise NotACell("the reset gate is applied after the recurrent convolution")
     for source in n.kernels:
         if source in seen and uncast(source) is not h:
             raise NotACell(obstacle(source, reader.refused))
@@ -136,38 +185,45 @@ def _reset(
 
 
 def _gate(part: Activation, reader: AffineReader) -> Affine:
-    """The sum behind a gate.
+    """The pre-activation of a gate as the op takes it."""
+    whole = _read(part.argument, reader)
+    rows = whole.rows(*part.channels) if part.channels is not None else whole
+    return rows.scaled(part.scale, part.offset)
 
-    Raises:
-        NotACell: its channels are not known.
-    """
+
+def _read(value: ir.Value, reader: AffineReader) -> Affine:
     try:
-        whole = reader.read(part.argument)
-    except ValueError as error:
+        return reader.read(value)
+    except ValueError as error:  # its channels are not known
         raise NotACell(str(error)) from None
-    return whole.rows(*part.channels) if part.channels is not None else whole
 
 
-def _check_kinds(gates: Sequence[Activation], candidates: Sequence[Activation]) -> None:
-    for part in (*gates, *candidates):
-        if part.kind.startswith("hard"):
-            raise NotACell(f"hard gates: {part.kind} in place of {part.kind.removeprefix('hard ')}")
-        if part.role == "candidate" and part.kind != "tanh":
+def _kind_of(gates: Sequence[Activation], candidates: Sequence[Activation]) -> Gates:
+    """The kind of all gates and candidates, which is one attribute of the op."""
+    for part in candidates:
+        if part.kind not in ("tanh", "hard tanh"):
             raise NotACell(f"the candidate or the output takes {part.kind}, and not tanh")
+    kinds = {part.kind for part in (*gates, *candidates)}
+    hard = {kind for kind in kinds if kind.startswith("hard")}
+    if hard and hard != kinds:
+        raise NotACell(f"hard gates beside soft ones ({', '.join(sorted(kinds))}); the op has gates of one kind")
+    return "hard" if hard else "soft"
 
 
 def _check_states(states: Sequence[ir.Value]) -> None:
     for state in states:
         if is_made_inside(state):
             raise NotACell("the hidden state is made inside the graph; there is no state input")
-        if state.shape is not None and len(state.shape) != 4:
-            raise NotACell(f"the state {state.name} has rank {len(state.shape)}, and is no map [N, C, H, W]")
+        if rank(state) not in (2, 4):
+            raise NotACell(
+                f"the state {state.name} has {rank(state)} axes; a cell has features [N, C] or maps [N, C, H, W]"
+            )
 
 
 def _check_sources(
     gates: Sequence[Affine], states: set[ir.Value], seen: set[ir.Value], after: ir.Value, reader: AffineReader
 ) -> None:
-    """What is no state must not depend on it where it enters a gate as it is."""
+    """A source that is not a state must not depend on the state."""
     if len({gate.channels for gate in gates}) > 1:
         raise NotACell(f"its gates have several widths ({', '.join(str(gate.channels) for gate in gates)})")
     later = descendants(after)
@@ -183,35 +239,43 @@ def _check_sources(
 
 def _cell(
     name: str,
-    op: Kind,
-    packed: Packed,
-    states: tuple[tuple[ir.Value, ir.Value], ...],
-    weights: Weights,
-    notes: list[str],
+    packed: GateWeights,
+    states: States,
+    arrays: Sequence[Array],
+    notes: Sequence[str],
+    *,
+    gates: Gates,
+    reset: Reset | None = None,
+    peephole: bool = False,
 ) -> Cell:
     before, after = states[0]
     x = inputs_of(packed, before)
-    hidden = weights[-1].shape[1]
-    width = before.shape[1] if before.shape is not None else hidden
-    if isinstance(width, int) and width != hidden:
+    hidden = arrays[2].shape[1]
+    width = channel_count(before)
+    if width is not None and width != hidden:
         raise NotACell(f"the state {before.name} has {width} channels, and its gates have {hidden}")
     if after.dtype not in (before.dtype, x[0].dtype):
         raise NotACell(f"the new state is {after.dtype}, and neither the old state nor the input is")
     assert x[0].dtype is not None  # checked by inputs_of
     dtype = x[0].dtype.numpy()
-    note = "; ".join([*notes, *packed.notes()]) or None
-    return Cell(name, op, hidden, packed.kernel, states, x, tuple(w.astype(dtype) for w in weights), note)
+    return Cell(
+        name=name,
+        op="ConvGRU" if reset else "ConvLSTM",
+        hidden=hidden,
+        kernel=packed.kernel,
+        states=states,
+        x=x,
+        weights=tuple(array.astype(dtype) for array in arrays),
+        reset=reset,
+        gates=gates,
+        peephole=peephole,
+        note="; ".join([*notes, *packed.notes()]) or None,
+    )
 
 
 def _near_miss(name: str, found: Gru | Lstm, reason: str) -> NearMiss:
-    if isinstance(found, Gru):
-        kind: Kind = "ConvGRU"
-        gates, state = [found.z, found.n], found.h
-    else:
-        kind = "ConvLSTM"
-        gates, state = [found.i, found.f, found.o, found.g], found.c
-    widths = [gate.channels[1] - gate.channels[0] for gate in gates if gate.channels is not None]
-    for value in (gates[0].argument, state):
-        if value.shape is not None and len(value.shape) > 1 and isinstance(size := value.shape[1], int):
-            widths.append(size)
-    return NearMiss(name, kind, (widths or [0])[0], first_kernel(gate.argument for gate in gates), reason)
+    state = found.h if isinstance(found, Gru) else found.c
+    widths = [gate.channels[1] - gate.channels[0] for gate in found.gates if gate.channels is not None]
+    widths += [size for value in (found.gates[0].argument, state) if (size := channel_count(value)) is not None]
+    kernel = first_kernel(gate.argument for gate in found.gates)
+    return NearMiss(name, "ConvGRU" if isinstance(found, Gru) else "ConvLSTM", (widths or [0])[0], kernel, reason)

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 import onnx
 from onnxscript import ir
 
-from stepcell.contract import METADATA_KEY, CellSpec, StateSpec, StepContract, TensorSpec
+from stepcell.contract import METADATA_KEY, StateSpec, StepContract, TensorSpec
 from stepcell.dims import Dim, symbols_of
 from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
 from stepcell.exporter.from_onnx.foreign import Foreign
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
 from stepcell.exporter.step_onnx.graph import embed_contract
-from stepcell.exporter.step_onnx.op_functions import DOMAIN
 
 __all__ = ["FAMILY", "contract_of", "rename", "write_contract"]
 
@@ -52,17 +51,7 @@ def contract_of(
             )
             for pair in pairs
         ),
-        cells=tuple(
-            CellSpec(
-                name=cell.name,
-                op=f"{DOMAIN}::{cell.op}",
-                hidden=cell.hidden,
-                kernel=cell.kernel,
-                reset="before" if cell.op == "ConvGRU" else None,
-            )
-            for cell in cells
-        )
-        + tuple(CellSpec(name=m.name, op=None, hidden=m.hidden, kernel=m.kernel, reason=m.reason) for m in near_misses),
+        cells=(*(cell.spec for cell in cells), *(miss.spec for miss in near_misses)),
         example=sizes.example,
         source=dict(source),
     )

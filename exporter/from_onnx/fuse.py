@@ -18,7 +18,7 @@ from stepcell.contract import CellSpec, StepContract
 from stepcell.errors import ContractError, ExportError, UsageError
 from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
 from stepcell.exporter.cell_recognition.find import find_cells
-from stepcell.exporter.cell_recognition.normal import normalise
+from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
 from stepcell.exporter.from_onnx.adopt import contract_of, rename, write_contract
 from stepcell.exporter.from_onnx.compare import compare

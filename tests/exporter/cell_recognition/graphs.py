@@ -13,7 +13,7 @@ from onnxscript import ir
 
 from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
 from stepcell.exporter.cell_recognition.find import find_cells
-from stepcell.exporter.cell_recognition.normal import normalise
+from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
 from stepcell.exporter.step_onnx.op_functions import DOMAIN, function_for, variant_of
 

@@ -8,7 +8,7 @@ import torch
 from onnxscript import ir
 
 from stepcell.exporter.cell_recognition.affine import Affine, AffineReader
-from stepcell.exporter.cell_recognition.normal import normalise
+from stepcell.exporter.cell_recognition.normalise import normalise
 from tests.exporter.cell_recognition.graphs import Array, graph, run
 
 HEADER = "(float[2,3,6,7] x, float[2,4,6,7] h) => (float[2,4,6,7] a)"

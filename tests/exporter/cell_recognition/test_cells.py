@@ -11,18 +11,15 @@ from onnxscript import ir
 
 from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
 from stepcell.exporter.cell_recognition.find import find_cells
-from stepcell.exporter.cell_recognition.normal import normalise
+from stepcell.exporter.cell_recognition.normalise import normalise
 from tests.exporter.cell_recognition.graphs import fused, run, worst_difference
-from tests.exporter.from_onnx.cases import RECORDED, Case, find_cases
+from tests.exporter.from_onnx.cases import RECORDED, Case, find_cases, is_replaced
 
 CASES = find_cases()
 # What an op would have to offer, by the recorded cases, and what the report says about it.
 REASONS = {
     "asymmetric_padding": "even kernel",
     "groupnorm_gates": "normalisation",
-    "hard_gates": "hard gates",
-    "linear_before_reset": "the reset gate is applied after the recurrent convolution",
-    "peephole": "peephole",
     "reflect_padding": "reflect padding",
     "relu_candidate": "Relu",
 }
@@ -33,6 +30,7 @@ NOTES = {
     "negated update gate": "update gate negated",
 }
 Result = tuple[onnx.ModelProto, list[Cell], list[NearMiss]]
+GATES = ("Sigmoid", "Tanh", "Clip")
 READ_ELSEWHERE = {"r*h used elsewhere", "gate value used elsewhere"}
 
 
@@ -68,19 +66,37 @@ def test_cells_of_a_file(case: Case, result: Result) -> None:
     _, cells, misses = result
     true = case.meta["cells"]
     assert Counter((c.op, c.hidden, c.kernel) for c in cells) == Counter(
-        (t["kind"], t["hidden_channels"], _kernel(t)) for t in true if t["fusable"] != "no"
+        (_kind(t), t["hidden_channels"], _kernel(t)) for t in true if is_replaced(t)
     )
     for cell in cells:
         candidates = [t for t in true if (t["hidden_channels"], _kernel(t)) == (cell.hidden, cell.kernel)]
         wanted = [NOTES[need] for t in candidates for need in t["needs"] if need in NOTES]
         assert [cell.note] * len(wanted) == wanted or (not wanted and cell.note is None)
-    refused = [t for t in true if t["fusable"] == "no"]
+    refused = [t for t in true if not is_replaced(t)]
     assert Counter((m.kind, m.hidden, m.kernel) for m in misses) == Counter(
-        (t["kind"].split()[0], t["hidden_channels"], tuple(t["kernel"])) for t in refused
+        (_kind(t), t["hidden_channels"], tuple(t["kernel"])) for t in refused
     )
     for miss, t in zip(misses, refused, strict=True):
         reasons = [REASONS[need] for need in t["needs"] if need in REASONS] or ["made inside the graph"]
         assert any(reason in miss.reason for reason in reasons), f"{miss.reason}, and the truth is: {t['why']}"
+
+
+@pytest.mark.parametrize(
+    ("need", "attributes"),
+    [
+        ("linear_before_reset", {"reset": "after", "note": "update gate negated"}),
+        ("peephole", {"peephole": True}),
+        ("hard_gates", {"gates": "hard"}),
+    ],
+)
+def test_variants_of_the_ops(need: str, attributes: dict[str, object]) -> None:
+    cases = [case for case in CASES if any(need in cell["needs"] for cell in case.meta["cells"])]
+    for case in cases:
+        opset = next(item.version for item in case.model.opset_import if item.domain == "")
+        model = case.model if opset >= 18 else onnx.version_converter.convert_version(case.model, 18)
+        for cell in _find(model)[0]:
+            assert {name: getattr(cell, name) for name in attributes} == attributes, case.name
+    assert cases or need == "hard_gates", "of these only the recorded files have one"
 
 
 def test_states_of_cells_are_the_true_pairs(case: Case, model: onnx.ModelProto) -> None:
@@ -102,7 +118,7 @@ def test_same_numbers_at_every_step(case: Case, result: Result) -> None:
 def test_gates_of_a_replaced_cell_are_gone(case: Case, model: onnx.ModelProto, result: Result) -> None:
     cells, _ = _find(model)
     gates = {node.name for cell in cells for node in _gates(cell)}
-    left = {node.name for node in result[0].graph.node if node.op_type in ("Sigmoid", "Tanh")}
+    left = {node.name for node in result[0].graph.node if node.op_type in GATES}
     assert len(gates) >= 2 * len(cells)
     assert not gates & left or READ_ELSEWHERE & set(case.meta["tags"])
 
@@ -123,6 +139,11 @@ def _find(model: onnx.ModelProto) -> tuple[list[Cell], ir.Graph]:
     return found[0], copy.graph
 
 
+def _kind(true: dict[str, str]) -> str:
+    """The op; the records add what is special about a cell in brackets."""
+    return true["kind"].split()[0]
+
+
 def _kernel(true: dict[str, object]) -> tuple[int, ...]:
     """The op's kernel; a dilated 3x3 one becomes 5x5 with zeros between."""
     return (5, 5) if "candidate dilation" in true["needs"] else tuple(true["kernel"])  # type: ignore[operator,arg-type]
@@ -137,7 +158,7 @@ def _gates(cell: Cell) -> list[ir.Node]:
         node = waiting.pop().producer()
         if node is None or node.op_type == "Conv" or node in found:
             continue
-        if node.op_type in ("Sigmoid", "Tanh"):
+        if node.op_type in GATES:
             found.append(node)
         waiting.extend(v for v in node.inputs if v is not None and v not in stop)
     return found

@@ -128,7 +128,25 @@ LEFT_ALONE = {
     "hard gates": (
         HEADER,
         GATES.replace("z = Sigmoid", "z = HardSigmoid <alpha = 0.5, beta = 0.5>") + f"{CANDIDATE} {BLEND}",
-        "hard gates",
+        "hard gates beside soft ones (hard sigmoid, tanh)",
+    ),
+    "the reset gate on more than the recurrent product": (
+        HEADER,
+        f"""{GATES} g_n = Conv {SAME} (xh, W_n)
+          rg = Mul (r, g_n)
+          a_n = Conv (x, W_p)
+          s_n = Add (rg, a_n)
+          n = Tanh (s_n) {BLEND}""",
+        "Mul between the convolution of the state and the gate",
+    ),
+    "a reset gate after, and the state beside it": (
+        HEADER,
+        f"""{GATES} g_n = Conv {SAME} (h, W_q)
+          rg = Mul (r, g_n)
+          a_n = Conv {SAME} (xh, W_n)
+          s_n = Add (rg, a_n)
+          n = Tanh (s_n) {BLEND}""",
+        "also sees the state without the reset gate",
     ),
     "a stride of two and an upsampling": (
         f"(float[1,{X},{H},{H}] x, float[1,{C},{H},{H}] h) => (float[1,{C},{H},{H}] t)",
@@ -170,18 +188,29 @@ def test_lists_and_loops_of_a_cell_that_stays() -> None:
     assert worst <= 1e-5, f"{where}: off by {worst:.1e}"
 
 
-def test_lstm_that_looks_at_its_cell_state_is_left_alone() -> None:
-    """Peephole terms, on the old c and on the new one."""
-    on_f = LSTM_END.replace("f = Sigmoid (a_f)", "seen = Mul (c, w)\n p_f = Add (a_f, seen)\n f = Sigmoid (p_f)")
-    on_o = LSTM_END.replace("o = Sigmoid (a_o)", "").replace(
-        "squashed =", "seen = Mul (u, w)\n p_o = Add (seen, a_o)\n o = Sigmoid (p_o)\n squashed ="
+PEEPHOLES = {
+    "the output gate sees the old cell state": ("o", "seen = Mul (c, w)", "the output gate sees the old value"),
+    "the candidate sees the cell state": ("g", "seen = Mul (c, w)", "the candidate sees the cell state"),
+    "a convolution of the cell state": ("f", f"seen = Conv {SAME} (c, W_c)", "through a convolution"),
+    "a square of the cell state": ("f", "cc = Mul (c, c)\n seen = Mul (cc, w)", "in another way than as peephole"),
+    "a weight from outside": ("f", "seen = Mul (c, x_w)", "in another way than as peephole"),
+}
+
+
+@pytest.mark.parametrize("case", PEEPHOLES)
+def test_lstm_that_uses_its_cell_state_otherwise_is_left_alone(case: str) -> None:
+    gate, term, reason = PEEPHOLES[case]
+    function = "Tanh" if gate == "g" else "Sigmoid"
+    end = LSTM_END.replace(
+        f"{gate} = {function} (a_{gate})", f"{term}\n p = Add (a_{gate}, seen)\n {gate} = {function} (p)"
     )
-    for end in (on_f, on_o):
-        text = f"""{LSTM_HEADER} {{
-          xh = Concat <axis = 1> (x, h)
-          a = Conv {SAME} (xh, W_a)
-          a_i, a_f, a_o, a_g = Split <axis = 1, num_outputs = 4> (a)
-          {end} }}"""
-        cells, misses, _ = check(graph(text, W_a=(4 * C, X + C, 3, 3), w=(C, 1, 1)), {"h": "t", "c": "u"})
-        assert not cells
-        assert "peephole" in misses[0].reason
+    header = LSTM_HEADER.replace(" c)", f" c, float[1,{C},1,1] x_w)") if "x_w" in term else LSTM_HEADER
+    text = f"""{header} {{
+      xh = Concat <axis = 1> (x, h)
+      a = Conv {SAME} (xh, W_a)
+      a_i, a_f, a_o, a_g = Split <axis = 1, num_outputs = 4> (a)
+      {end} }}"""
+    extra = {name: shape for name, shape in {"w": (C, 1, 1), "W_c": (C, C, 3, 3)}.items() if f"{name})" in term}
+    cells, misses, _ = check(graph(text, W_a=(4 * C, X + C, 3, 3), **extra), {"h": "t", "c": "u"})
+    assert not cells
+    assert reason in misses[0].reason

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-__all__ = ["KEPT", "RECORDED", "Case", "find_cases"]
+__all__ = ["KEPT", "RECORDED", "Case", "find_cases", "is_replaced"]
 
 ROOT = Path(__file__).parent.parent.parent.parent
 RECORDED = Path(os.environ.get("STEPCELL_ONNX", ROOT.parent / "shared" / "onnx"))
@@ -82,6 +82,11 @@ class Case:
                 step[name] = array
         steps[-1].update({name: self.arrays[f"ort_final_{name}"] for name in self.pairs.values()})
         return steps
+
+
+def is_replaced(cell: dict[str, Any]) -> bool:
+    """Whether an op computes a recorded cell; the records are older than some variants of the ops."""
+    return cell["fusable"] != "no" or {"linear_before_reset", "peephole", "hard_gates"} & set(cell["needs"]) != set()
 
 
 def find_cases(places: Sequence[Path] = (RECORDED, KEPT)) -> list[Case]:

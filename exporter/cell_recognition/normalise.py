@@ -1,8 +1,8 @@
-"""A graph in one spelling: constants folded, shape arithmetic gone, lists and loops of fixed length written out.
+"""Normalisation of a graph: constants folded, shape arithmetic removed, lists and short loops unrolled.
 
 TorchScript writes a `chunk` of a convolution's result as a chain that computes sizes, and
-`tensor_split` as a Loop that fills a list. After this both are a Slice or Split with constant
-bounds, which is what the newer exporter writes.
+`tensor_split` as a Loop that fills a list. Afterwards both are a Slice or Split with constant
+bounds, as the newer exporter writes them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import onnx_ir.passes.common as common
 from onnxscript import ir, optimizer
 from onnxscript.rewriter import RewriteRuleSet, pattern
 
-from stepcell.exporter.cell_recognition.constants import integers
+from stepcell.exporter.cell_recognition.values import integers, is_float_cast
 
 __all__ = ["normalise"]
 
 _UNROLLED = 16  # iterations
 _SHORT = 64  # elements of a list of paddings or sizes
-_LAYOUT = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Split", "Concat", "Gather", "Slice"}
+_RESHAPE = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+_SELECT = (*_RESHAPE, "Gather", "Slice", "Split")
 
 
 def normalise(model: ir.Model) -> None:
@@ -32,6 +33,8 @@ def normalise(model: ir.Model) -> None:
         _optimise(model)
     _LERP.apply_to_model(model)
     _drop_round_trips(model.graph)
+    _lower_casts_of_inputs(model.graph)
+    _raise_casts_of_outputs(model.graph)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.DeduplicateHashedInitializersPass(),  # two frames of zeros are one state
@@ -39,7 +42,7 @@ def normalise(model: ir.Model) -> None:
     )(model)
 
 
-# torch.lerp picks, element by element, the one of two equal sums that rounds less.
+# torch.lerp selects, element by element, the one of two equal sums with the smaller rounding error.
 def _lerp(op, start, end, weight):  # type: ignore[no-untyped-def]
     difference = op.Sub(end, start)
     by_weight = op.Add(start, op.Mul(weight, difference))
@@ -59,13 +62,13 @@ def _optimise(model: ir.Model) -> None:
 
 
 def _hides_padding(node: ir.Node) -> bool | None:
-    """Fold a short ConstantOfShape too, which is left alone by default for the sake of file size."""
+    """Also fold a short ConstantOfShape, which the optimizer keeps by default to limit the file size."""
     sizes = integers(node.inputs[0]) if node.op_type == "ConstantOfShape" else None
     return True if sizes is not None and math.prod(sizes) <= _SHORT else None
 
 
 def _unroll_loops(graph: ir.Graph) -> None:
-    """Write out every Loop that fills a list, a constant number of times and with no way to leave early."""
+    """Unroll every Loop that fills a list, if it runs a constant number of times and has no early exit."""
     for loop in [node for node in graph if node.op_type == "Loop"]:
         body = loop.attributes["body"].as_graph()
         if all(node.op_type != "SequenceInsert" for node in body):
@@ -109,7 +112,7 @@ def _unroll_loops(graph: ir.Graph) -> None:
                 ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(loop, safe=True)
         body.outputs.clear()
-        body.remove(list(body), safe=True)  # else its readings of outer values keep those alive
+        body.remove(list(body), safe=True)  # its uses of outer values would keep those alive
 
 
 def _passes_on(value: ir.Value, source: ir.Value) -> bool:
@@ -118,7 +121,7 @@ def _passes_on(value: ir.Value, source: ir.Value) -> bool:
 
 
 def _read_lists(graph: ir.Graph) -> None:
-    """Replace an item of a list by the value that was put there."""
+    """Replace an item of a list by the value that was inserted there."""
     for node in [node for node in graph if node.op_type == "SequenceAt"]:
         source, at = node.inputs[0], node.inputs[1]
         items = _items(source)
@@ -143,7 +146,7 @@ def _items(value: ir.Value | None) -> list[ir.Value] | None:
 
 
 def _drop_round_trips(graph: ir.Graph) -> None:
-    """Use the first of two values where only reshapes lie between and the shape is the same again."""
+    """Remove chains of reshapes that end in the shape they started from."""
     for node in list(graph):
         value = node.outputs[0]
         origin = _origin(value)
@@ -151,7 +154,7 @@ def _drop_round_trips(graph: ir.Graph) -> None:
             continue
         if value not in graph.outputs:
             value.replace_all_uses_with(origin)
-        elif origin.producer() is None or origin in graph.outputs:  # two names for one value, both needed
+        elif origin.producer() is None or origin in graph.outputs:  # one value has two names, and both are needed
             if node.op_type != "Identity":
                 same = ir.Node("", "Identity", [origin], outputs=[ir.Value(type=value.type, shape=value.shape)])
                 graph.insert_before(node, same)
@@ -161,7 +164,7 @@ def _drop_round_trips(graph: ir.Graph) -> None:
 
 
 def _take_place(old: ir.Value, new: ir.Value) -> None:
-    """Make `new` the graph's output of the old one's name."""
+    """Replace `old` by `new`, which takes its name as output of the graph."""
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     name = old.name
     old.name = f"{name}/before"
@@ -202,8 +205,58 @@ def _keeps_elements(node: ir.Node) -> bool:
             return False
 
 
+def _lower_casts_of_inputs(graph: ir.Graph) -> None:
+    """Move the cast of a graph input behind the operators that only select or reshape it.
+
+    A state that a float16 graph converts on entry then reaches its cell in its own dtype.
+    """
+    lowered = set(graph.inputs)  # and what such operators make of them
+    for node in list(graph):
+        source = node.inputs[0] if node.inputs else None
+        cast = source.producer() if source is not None else None
+        if source is None or node.domain or node.op_type not in _SELECT:
+            continue
+        if cast is not None and is_float_cast(cast) and cast.inputs[0] in lowered:
+            wide = cast.inputs[0]
+            assert wide is not None
+            outputs = [ir.Value(name=f"{v.name}/before_cast", type=wide.type, shape=v.shape) for v in node.outputs]
+            attributes = list(node.attributes.values())
+            moved = ir.Node("", node.op_type, [wide, *node.inputs[1:]], attributes, outputs=outputs)
+            graph.insert_before(node, moved)
+            for old, new in zip(node.outputs, outputs, strict=True):
+                lowered.add(new)
+                narrow = ir.Value(type=old.type, shape=old.shape)
+                graph.insert_before(node, ir.node("Cast", [new], {"to": int(old.dtype or 0)}, outputs=[narrow]))
+                _take_place(old, narrow)
+        elif source in lowered:
+            lowered.update(node.outputs)
+
+
+def _raise_casts_of_outputs(graph: ir.Graph) -> None:
+    """Move the cast of a graph output before the operators that only stack or reshape it; the reverse on exit."""
+    waiting = [value for value in graph.outputs if (node := value.producer()) is not None and is_float_cast(node)]
+    for value in waiting:
+        cast = value.producer()
+        assert cast is not None
+        node = cast.inputs[0].producer() if cast.inputs[0] is not None else None
+        if node is None or node.domain or len(node.outputs) != 1 or node.op_type not in (*_RESHAPE, "Concat"):
+            continue
+        count = len(node.inputs) if node.op_type == "Concat" else 1
+        wide = []
+        for part in node.inputs[:count]:
+            assert part is not None
+            result = ir.Value(name=f"{part.name}/{value.name}", type=value.type, shape=part.shape)
+            graph.insert_before(node, ir.node("Cast", [part], {"to": int(value.dtype or 0)}, outputs=[result]))
+            wide.append(result)
+        moved = ir.Value(type=value.type, shape=value.shape)
+        inputs = [*wide, *node.inputs[count:]]
+        graph.insert_before(node, ir.Node("", node.op_type, inputs, list(node.attributes.values()), outputs=[moved]))
+        _take_place(value, moved)
+        waiting += wide
+
+
 def _undone(node: ir.Node, source: ir.Value) -> ir.Value | None:
-    """What an Unsqueeze got, if this node takes the new axis away again; needs no shapes."""
+    """The input of an Unsqueeze, if this node removes the new axis again; needs no shapes."""
     before = source.producer()
     if before is None or before.op_type != "Unsqueeze":
         return None

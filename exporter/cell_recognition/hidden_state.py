@@ -1,7 +1,7 @@
-"""Which of the values that enter an LSTM's gates is its hidden state.
+"""Choice of the hidden state among the values that enter an LSTM's gates.
 
-The gating names c, and not h: to the arithmetic h is one more input. Any choice gives the same
-numbers; this one is about which output of the graph is fed back to which input.
+The gate equations determine c, but not h: to the arithmetic h is one more input. Any choice gives
+the same numbers; it decides which output of the graph is reported as the next value of which input.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from onnxscript import ir
 
 from stepcell.exporter.cell_recognition.affine import Affine
-from stepcell.exporter.cell_recognition.layout import uncast
-from stepcell.exporter.cell_recognition.origin import ancestors, descendants
-from stepcell.exporter.cell_recognition.skeleton import Lstm
+from stepcell.exporter.cell_recognition.gating import Lstm
+from stepcell.exporter.cell_recognition.graph_walk import ancestors, descendants
+from stepcell.exporter.cell_recognition.values import channel_count, uncast
 
 __all__ = ["hidden_state"]
 
@@ -24,10 +24,10 @@ _DIRECTIONS = {"in", "out", "next", "new", "prev", "past", "present", "output", 
 
 
 def hidden_state(gates: Sequence[Affine], found: Lstm, partner: ir.Value | None, graph: ir.Graph) -> ir.Value | None:
-    """The source that is h, or None if what looks most like it does not enter the gates by convolution.
+    """The source that is h, or None if the likeliest candidate does not enter the gates by convolution.
 
     Args:
-        partner: h' of the cell whose c' is this cell's c, if it is one in a chain.
+        partner: in a chain of cells, h' of the cell whose c' is this cell's c.
     """
     width = gates[0].channels
     later = descendants(found.c_after)
@@ -36,7 +36,7 @@ def hidden_state(gates: Sequence[Affine], found: Lstm, partner: ir.Value | None,
     candidates = [
         v
         for v in dict.fromkeys((*direct, *hidden_behind))
-        if v.shape is not None and len(v.shape) == 4 and v.shape[1] == width and v not in later and v is not found.c
+        if channel_count(v) == width and v not in later and v is not found.c
     ]
     if not candidates:
         return None
@@ -45,13 +45,13 @@ def hidden_state(gates: Sequence[Affine], found: Lstm, partner: ir.Value | None,
 
 
 def _unlikeness(value: ir.Value, found: Lstm, partner: ir.Value | None, graph: ir.Graph) -> tuple[float, ...]:
-    """Orders values by how much they look like the h beside a c; the smallest is the likeliest."""
+    """Sort key of the candidates for the h beside a c; the smallest is the likeliest."""
     name, c_name = _input_name(value), _input_name(found.c)
     inputs = [v.name for v in graph.inputs]
     distance = abs(inputs.index(name) - inputs.index(c_name)) if name in inputs and c_name in inputs else len(inputs)
     return (
         value is not partner,
-        _made_of(value) != _made_of(found.c),  # both inputs, or both an input times a mask
+        _made_of(value) != _made_of(found.c),  # both graph inputs, or both an input times a mask
         not _words(name) & _words(found.after.name),
         -len(_words(name) & _words(c_name)),
         distance,

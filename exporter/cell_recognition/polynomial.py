@@ -1,4 +1,4 @@
-"""The element-wise part of a cell as polynomials, so that every way of writing it is the same.
+"""Element-wise arithmetic of a graph as polynomials, which makes equal formulas equal objects.
 
 `(1 - z) * h + z * n`, `h + z * (n - h)` and `n * z - (h * z - h)` are one polynomial in z, n and h.
 """
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.layout import is_float_cast
+from stepcell.exporter.cell_recognition.activations import activation
+from stepcell.exporter.cell_recognition.values import is_float_cast
 
 __all__ = ["Algebra", "Polynomial"]
 
 Monomial = tuple[ir.Value, ...]  # sorted by identity, with repetitions
-_LIMIT = 16  # monomials; sums that long are feature maps, and not a cell's
+_LIMIT = 16  # monomials; a longer sum does not belong to a cell
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class Polynomial:
 
 
 class Algebra:
-    """Polynomials of the values of one graph; what is not a sum or a product is an atom."""
+    """Polynomials of the values of one graph; a value that is no sum or product, or is an activation, is an atom."""
 
     def __init__(self) -> None:
         self._known: dict[ir.Value, Polynomial] = {}
         self.states: set[ir.Value] = set()
 
     def make_atom(self, value: ir.Value) -> None:
-        """From now on this value is not expanded: it is the new state of a cell."""
+        """Stop expanding this value: it is the new state of a cell."""
         self._known = {value: Polynomial.of(value)} | {v: p for v, p in self._known.items() if p.terms.keys() == {(v,)}}
         self._known[value] = Polynomial.of(value)
         self.states.add(value)
@@ -96,6 +97,8 @@ class Algebra:
         inputs = [v for v in node.inputs if v is not None] if node is not None else []
         if node is None or node.domain or not inputs:
             return Polynomial.of(value)
+        if node.op_type in ("Add", "Sub", "Mul") and activation(value) is not None:  # Relu6(x + 3) * (1 / 6)
+            return Polynomial.of(value)
         match node.op_type:
             case "Add":
                 return self.expand(inputs[0]) + self.expand(inputs[1])
@@ -115,7 +118,7 @@ class Algebra:
 
 
 def _number(value: ir.Value) -> float | None:
-    """A scalar, or a tensor of one repeated number other than 0: a frame of zeros may be a state."""
+    """A scalar, or a tensor of one repeated number other than 0: a map of zeros may be a state."""
     tensor: ir.TensorProtocol | None = value.const_value
     node = value.producer()
     filled = tensor is None and node is not None and node.op_type == "ConstantOfShape"

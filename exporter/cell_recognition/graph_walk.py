@@ -1,4 +1,4 @@
-"""Where values of a graph come from and lead to."""
+"""Graph traversal for the recogniser: ancestors and descendants of values, obstacles, cell names."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _NORMALISATION = {
     "ReduceMean",
 }
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 def descendants(value: ir.Value) -> set[ir.Value]:
     """Every value that is computed from this one, and the value itself.
 
-    What goes through the body of a Loop or If is not followed out of it.
+    Values inside the body of a Loop or If are not followed out of it.
     """
     found, waiting = {value}, [value]
     while waiting:
@@ -53,7 +54,7 @@ def is_made_inside(value: ir.Value) -> bool:
 
 
 def obstacle(source: ir.Value, refused: dict[ir.Value, str]) -> str:
-    """What lies between a gate and the convolution of the state, in words."""
+    """The operation between a gate and the convolution of the state that prevents replacement, in words."""
     if source in refused:
         return refused[source]
     for value in _until_convolution(source):
@@ -81,7 +82,7 @@ def first_kernel(values: Iterable[ir.Value]) -> tuple[int, int]:
 
 
 def cell_name(value: ir.Value, taken: Iterable[str], number: int) -> str:
-    """The module that computes a value, from the names that exporters leave, else "cell" and a number."""
+    """The path of the module that computes a value, from the names that exporters leave, else "cell" and a number."""
     node = value.producer()
     name = ""
     if node is not None:
@@ -104,12 +105,12 @@ def cell_name(value: ir.Value, taken: Iterable[str], number: int) -> str:
 
 
 def _until_convolution(value: ir.Value) -> Iterator[ir.Value]:
-    """The value and what it is made of, up to and including results of convolutions."""
+    """The value and its ancestors, up to and including results of convolutions and matrix products."""
     found, waiting = {value}, [value]
     for current in waiting:
         yield current
         node = current.producer()
-        if node is None or node.op_type == "Conv":
+        if node is None or node.op_type in _PRODUCTS:
             continue
         new = [v for v in node.inputs if v is not None and v not in found and v.const_value is None]
         found.update(new)

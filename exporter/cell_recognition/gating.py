@@ -1,7 +1,7 @@
-"""The gating of a cell: which values are its gates and states, whatever its convolutions are.
+"""Gate equations of recurrent cells: finds which values are gates, candidates and states.
 
 ConvGRU: `h' = (1 - z) h + z n` (Ballas et al. 2016), or with z on the other side (Cho et al. 2014).
-ConvLSTM: `c' = f c + i g` and `h' = o tanh(c')` (Shi et al. 2015, without peepholes).
+ConvLSTM: `c' = f c + i g` and `h' = o tanh(c')` (Shi et al. 2015).
 """
 
 from __future__ import annotations
@@ -11,31 +11,11 @@ from dataclasses import dataclass
 
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.algebra import Algebra, Polynomial
-from stepcell.exporter.cell_recognition.layout import channel_range, is_float_cast, uncast
+from stepcell.exporter.cell_recognition.activations import Activation, activation
+from stepcell.exporter.cell_recognition.polynomial import Algebra, Polynomial
+from stepcell.exporter.cell_recognition.values import is_float_cast, uncast
 
-__all__ = ["Activation", "Gru", "Lstm", "activation", "gru_at", "lstm_at"]
-
-_GATES = {"Sigmoid": "sigmoid", "HardSigmoid": "hard sigmoid", "Clip[0,1]": "hard sigmoid"}
-_CANDIDATES = {"Tanh": "tanh", "Clip[-1,1]": "hard tanh"} | {
-    op: op for op in ("Relu", "LeakyRelu", "PRelu", "Elu", "Gelu", "Selu", "Softsign", "Softplus", "Mish", "HardSwish")
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Activation:
-    """A gate or candidate: a range of channels of an element-wise function.
-
-    Attributes:
-        role: "gate" for functions onto 0 to 1, else "candidate".
-        kind: "sigmoid", "tanh" and what else can stand in their place.
-        argument: the pre-activation, of which it takes channels `start` to `stop`; None: all.
-    """
-
-    role: str
-    kind: str
-    argument: ir.Value
-    channels: tuple[int, int] | None
+__all__ = ["Gru", "Lstm", "gru_at", "lstm_at"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +27,10 @@ class Gru:
     h: ir.Value
     after: ir.Value
     keeps: bool
+
+    @property
+    def gates(self) -> tuple[Activation, ...]:
+        return self.z, self.n
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,27 +46,13 @@ class Lstm:
     c_after: ir.Value
     after: ir.Value
 
-
-def activation(value: ir.Value) -> Activation | None:
-    """The activation that a value is, or is some channels of."""
-    channels = None
-    value = uncast(value)
-    if (selected := channel_range(value)) is not None:
-        value, channels = uncast(selected[0]), selected[1:]
-    node = value.producer()
-    if node is None or node.domain or not node.inputs or node.inputs[0] is None:
-        return None
-    op = node.op_type
-    if op == "Clip":
-        low, high = _bounds(node)
-        op = f"Clip[{low:g},{high:g}]"
-    role = "gate" if op in _GATES else "candidate"
-    kind = _GATES.get(op) or _CANDIDATES.get(op)
-    return Activation(role, kind, node.inputs[0], channels) if kind else None
+    @property
+    def gates(self) -> tuple[Activation, ...]:
+        return self.i, self.f, self.o, self.g
 
 
 def gru_at(value: ir.Value, algebra: Algebra) -> Gru | None:
-    """The blend whose result is this value, if it is one."""
+    """The GRU whose new state is this value, if there is one."""
     blend = algebra.expand(value)
     gates, candidates = _activations(blend)
     for z_value, z in gates.items():
@@ -102,7 +72,7 @@ def gru_at(value: ir.Value, algebra: Algebra) -> Gru | None:
 
 
 def lstm_at(value: ir.Value, algebra: Algebra) -> Lstm | None:
-    """The cell whose new c is this value, if it is one."""
+    """The LSTM whose new c is this value, if there is one."""
     total = algebra.expand(value)
     gates, candidates = _activations(total)
     for g_value, g in candidates.items():
@@ -124,7 +94,12 @@ def _outputs(c_after: ir.Value, algebra: Algebra) -> Iterator[tuple[ir.Value, Ac
     """Every `o * act(c')`: the value, o and act."""
     for squashed in _results(c_after):
         squash = activation(squashed)
-        if squash is None or squash.role != "candidate" or squash.channels or uncast(squash.argument) is not c_after:
+        if (
+            squash is None
+            or squash.role != "candidate"
+            or not squash.is_plain
+            or uncast(squash.argument) is not c_after
+        ):
             continue
         for after in _results(squashed):
             product = algebra.expand(after)
@@ -134,10 +109,10 @@ def _outputs(c_after: ir.Value, algebra: Algebra) -> Iterator[tuple[ir.Value, Ac
 
 
 def _results(value: ir.Value) -> Iterator[ir.Value]:
-    """Outputs of the nodes that read a value, through conversions of its dtype."""
+    """Outputs of the nodes that read a value, through casts and through the parts of a hard activation."""
     for node in value.consumers():
         for output in node.outputs:
-            if is_float_cast(node):
+            if is_float_cast(node) or node.op_type in ("Max", "Min", "Clip", "Relu"):
                 yield from _results(output)
             yield output
 
@@ -150,12 +125,3 @@ def _activations(polynomial: Polynomial) -> tuple[dict[ir.Value, Activation], di
         if (found := activation(atom)) is not None:
             (gates if found.role == "gate" else candidates)[atom] = found
     return gates, candidates
-
-
-def _bounds(node: ir.Node) -> tuple[float, float]:
-    """Limits of a Clip; attributes before opset 11."""
-    given = [node.attributes.get_float(name, float("nan")) for name in ("min", "max")]
-    for index, value in enumerate(node.inputs[1:3]):
-        if value is not None and value.const_value is not None:
-            given[index] = float(value.const_value.numpy().item())
-    return given[0], given[1]
