@@ -1,0 +1,183 @@
+"""A bound for runs of any length: how fast the model forgets, and what that makes of a constant supply of rounding.
+
+To first order the error of a run obeys e(t+1) = J(t) e(t) + eps(t). If products of k Jacobians along the clip shrink
+like C rho^k, no run is ever off by more than C max|eps| / (1 - rho), in the Euclidean norm of all states together.
+rho is the largest Lyapunov factor, from power iteration with Jacobian-vector products along the reference run; C is
+how far a perturbation rose above that rate on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.runtime.verify.clips import Clip
+from stepcell.runtime.verify.measure import norm, wide
+from stepcell.runtime.verify.results import Verdict, WarmError, unchecked
+from stepcell.runtime.verify.stepper import Arrays, Differentiable, Stepper
+
+__all__ = ["Bound", "Forgetting", "bound_verdict", "derive_bound", "forgetting"]
+
+_SETTLE = 4  # parts of the iteration: the first one turns the perturbation into the leading direction
+_UNMEASURED = 1e-5  # a memory of 10^5 frames cannot be told from an endless one along a clip of some 50
+_DIRECTIONS = 2  # perturbations to start with
+
+
+class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
+    """How perturbations of the states develop along the clip.
+
+    Attributes:
+        rho: growth a step of the slowest one to vanish.
+        transient: C, at least 1.
+        gains: by output, the largest change of it over the change of the states.
+        steps: Jacobians that went into it.
+    """
+
+    rho: float
+    transient: float
+    gains: dict[str, float]
+    steps: int
+
+    @property
+    def memory(self) -> float:
+        """Frames after which a perturbation is at 1/e; infinite where it never is."""
+        return 1 / (1 - self.rho) if self.forgets else math.inf
+
+    @property
+    def forgets(self) -> bool:
+        """Whether rho is below 1, by more than it can be measured to."""
+        return self.rho < 1 - _UNMEASURED
+
+
+class Bound(msgspec.Struct, frozen=True, kw_only=True):
+    """What no run exceeds, however long, as an rms error per state and output.
+
+    Attributes:
+        forgetting: where it comes from.
+        one_step: largest Euclidean norm of a one-step error that was seen.
+        rms: by name of output or state.
+    """
+
+    forgetting: Forgetting
+    one_step: float
+    rms: dict[str, float]
+
+
+def forgetting(
+    exact: Stepper,
+    jacobian: Differentiable,
+    clip: Clip,
+    states: Mapping[str, NDArray[Any]],
+    steps: int,
+    *,
+    start: int = 0,
+    seed: int = 0,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Forgetting:
+    """Power iteration along `steps` steps of the clip.
+
+    Args:
+        exact, jacobian: the reference twice: as a stepper, and with its derivative.
+        states: warm.
+    """
+    rng = np.random.default_rng(seed)
+    names = [state.name for state in exact.contract.states if state.dtype.startswith("float")]
+    now: Arrays = {name: np.asarray(array) for name, array in states.items()}
+    zero = {name: np.zeros(now[name].shape) for name in now if name in names}
+    tangents = [_unit({name: rng.standard_normal(now[name].shape) for name in names}) for _ in range(_DIRECTIONS)]
+    logs: list[list[float]] = [[0.0] for _ in tangents]
+    gains = dict.fromkeys((spec.name for spec in exact.contract.outputs), 0.0)
+    for t in range(start, start + steps):
+        after = now
+        for index, tangent in enumerate(tangents):
+            _, after, along_outputs, along_states = jacobian.jvp(clip[t], now, {**zero, **tangent})
+            for name in gains:
+                if name in along_outputs:
+                    gains[name] = max(gains[name], norm({name: along_outputs[name]}))
+            length = norm({name: along_states[name] for name in names})
+            if not 0 < length < math.inf:  # nothing is remembered along this direction, or the run has left the reals
+                logs[index].append(-math.inf if length == 0 else math.inf)
+                tangents[index] = _unit({name: rng.standard_normal(now[name].shape) for name in names})
+                continue
+            logs[index].append(logs[index][-1] + math.log(length))
+            tangents[index] = {name: along_states[name] / length for name in names}
+        now = after
+        tick(t - start + 1)
+    curves = [np.array(log) for log in logs]
+    if any(np.isposinf(curve).any() or np.isnan(curve).any() for curve in curves):
+        return Forgetting(rho=math.inf, transient=math.inf, gains=gains, steps=steps)
+    finite = [curve for curve in curves if np.isfinite(curve).all()]
+    if not finite:
+        return Forgetting(rho=0.0, transient=1.0, gains=gains, steps=steps)
+    first = steps // _SETTLE
+    rate = max((curve[-1] - curve[first]) / max(1, steps - first) for curve in finite)
+    drift = [curve - rate * np.arange(len(curve)) for curve in finite]
+    rise = max(float((curve - np.minimum.accumulate(curve)).max()) for curve in drift)
+    return Forgetting(rho=math.exp(rate), transient=math.exp(max(0.0, rise)), gains=gains, steps=steps)
+
+
+def derive_bound(
+    found: Forgetting,
+    warm: Sequence[WarmError],
+    sizes: Mapping[str, int],
+    output_errors: Mapping[str, float],
+) -> Bound | None:
+    """The bound of every state and output; None where rho >= 1.
+
+    Args:
+        warm: their one-step errors.
+        sizes: elements of every state and output.
+        output_errors: by output, the largest rms error of a single step.
+    """
+    if not found.forgets or not warm:
+        return None
+    length = len(warm[0].one_step)
+    eps = max(math.sqrt(sum(each.one_step[t] ** 2 * sizes[each.name] for each in warm)) for t in range(length))
+    total = found.transient * eps / (1 - found.rho)
+    rms = {each.name: total / math.sqrt(sizes[each.name]) for each in warm}
+    for name, gain in found.gains.items():
+        rms[name] = gain * total / math.sqrt(sizes[name]) + output_errors.get(name, 0.0)
+    return Bound(forgetting=found, one_step=eps, rms=rms)
+
+
+def bound_verdict(found: Forgetting, bound: Bound | None, measured: Mapping[str, float]) -> Verdict:
+    """Whether the errors that were measured stay below the bound; without one it says what that means and passes.
+
+    Args:
+        measured: largest rms error of the free run, by output and state.
+    """
+    if not found.forgets:
+        return Verdict(
+            name="bound",
+            passed=None,
+            value=found.rho,
+            limit=1.0,
+            says=f"there is no bound: a perturbation of the states is {found.rho:.4g} times as large after a step, so what "
+            "rounding adds is never forgotten, in any precision: reset the states now and then",
+        )
+    memory = f"a perturbation is {found.rho:.4f} times as large after a step, a memory of {found.memory:.0f} frames"
+    if bound is None:
+        return unchecked("bound", f"{memory}; there is no state of floats to be off")
+    ratios = {name: measured[name] / limit for name, limit in bound.rms.items() if name in measured and limit > 0}
+    if not ratios:
+        return Verdict(name="bound", passed=True, value=0.0, limit=1.0, says=f"{memory}; no step differs at all")
+    worst = max(ratios, key=lambda name: ratios[name])
+    return Verdict(
+        name="bound",
+        passed=bool(ratios[worst] <= 1),
+        value=ratios[worst],
+        limit=1.0,
+        says=f"{memory}; however long a run, {worst} is off by at most {bound.rms[worst]:.1e} (rms); "
+        f"{measured[worst]:.1e} was measured",
+        subjects=(worst,),
+    )
+
+
+def _unit(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    length = norm(arrays)
+    return {name: wide(array) / (length or 1.0) for name, array in arrays.items()}

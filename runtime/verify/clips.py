@@ -1,0 +1,158 @@
+"""Clips to verify with: frames by input name, the same for both sides, as often as they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.contract import StepContract, TensorSpec
+from stepcell.dims import resolve
+from stepcell.errors import InputError
+from stepcell.runtime.media.preprocess import FrameAdapter, event_input, image_input
+from stepcell.runtime.media.sources import open_source
+
+__all__ = ["Clip", "array_clip", "random_clip", "recorded_clip", "sizes_for", "source_clip"]
+
+SMALL = 64  # height and width of synthetic frames where the model leaves them open
+MOST_FRAMES = 256  # of a file that are kept in memory; a longer run repeats them
+_SEED_OF_STILL = 1
+
+Frame = dict[str, NDArray[Any]]
+
+
+class Clip:
+    """Frames in order; after the last one the first comes again.
+
+    Args:
+        frames: each a dict of data inputs by name, all of the same shapes.
+        name: for people and reports.
+    """
+
+    def __init__(self, frames: Sequence[Mapping[str, NDArray[Any]]], name: str) -> None:
+        if not frames:
+            raise InputError(f"{name}: holds no frame")
+        self._frames = [dict(frame) for frame in frames]
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, number: int) -> Frame:
+        return self._frames[number % len(self._frames)]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the data inputs."""
+        return {name: array.shape for name, array in self._frames[0].items()}
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Each one once."""
+        return list(self._frames)
+
+    def rows(self, contract: StepContract, count: int) -> Clip:
+        """The clip with a batch of `count`: row k is ahead of row 0 by k frames, so that no two rows are alike."""
+        frames = []
+        for number in range(len(self._frames)):
+            frame = {}
+            for spec in contract.inputs:
+                axis = _batch_axis(contract, spec)
+                parts = [np.take(self[number + row][spec.name], [0], axis=axis) for row in range(count)]
+                frame[spec.name] = np.concatenate(parts, axis=axis)
+            frames.append(frame)
+        return Clip(frames, self.name)
+
+
+def _batch_axis(contract: StepContract, spec: TensorSpec) -> int:
+    """Axis of an input that counts streams: the one whose size the states' batch axes have."""
+    dims = {state.shape[state.batch_axis] for state in contract.states}
+    return next((axis for axis, dim in enumerate(spec.shape) if dim in dims and isinstance(dim, str)), 0)
+
+
+def sizes_for(contract: StepContract, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, int]:
+    """A value for every symbol: from `shapes` where given, else small ones.
+
+    A batch is 1, any other symbol at most 64 (or the next multiple that the model needs).
+    """
+    multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
+    found: dict[str, int] = {}
+    for symbol in contract.symbols:
+        example = contract.example.get(symbol, SMALL)
+        if any(symbol == state.shape[state.batch_axis] for state in contract.states) or symbol == "batch":
+            found[symbol] = 1
+        else:
+            found[symbol] = min(example, math.ceil(SMALL / multiple) * multiple)
+    for spec in contract.inputs:
+        for dim, size in zip(spec.shape, (shapes or {}).get(spec.name, ()), strict=False):
+            if isinstance(dim, str) and dim.isidentifier():
+                found[dim] = size
+    unknown = sorted(set(shapes or {}) - {spec.name for spec in contract.inputs})
+    if unknown:
+        raise InputError(f"--shape {unknown[0]}: the model has no such input")
+    contract.bind({spec.name: resolve(spec.shape, found) for spec in contract.inputs})
+    return found
+
+
+def random_clip(contract: StepContract, sizes: Mapping[str, int], *, count: int = 32, seed: int = 0) -> Clip:
+    """Independent uniform values over the declared range: the hardest input for a recurrence, the same for one seed.
+
+    Mean and std of the contract are applied after the range, as they are to pixels.
+    """
+    rng = np.random.default_rng(seed)
+    frames = [
+        {spec.name: _random(spec, resolve(spec.shape, sizes), rng) for spec in contract.inputs} for _ in range(count)
+    ]
+    return Clip(frames, f"random, seed {seed}, {count} frames")
+
+
+def _random(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
+    if not spec.dtype.startswith("float"):
+        return rng.integers(0, 2, shape).astype(spec.dtype)
+    low, high = spec.range or (-1.0, 1.0)
+    values = rng.uniform(low, high, shape)
+    if spec.layout is not None and "C" in spec.layout and (spec.mean or spec.std):
+        axis = spec.layout.index("C")
+        column = [-1 if place == axis else 1 for place in range(len(shape))]
+        mean = np.broadcast_to(spec.mean or 0.0, shape[axis]).reshape(column)
+        std = np.broadcast_to(spec.std or 1.0, shape[axis]).reshape(column)
+        values = (values - mean) / std
+    return values.astype(spec.dtype)
+
+
+def source_clip(contract: StepContract, text: str, *, limit: int = MOST_FRAMES, window: str | None = None) -> Clip:
+    """Frames of a video, a folder, an array or a file of events, as `stepcell run` would feed them.
+
+    Raises:
+        InputError: it cannot be read, or the model takes something else.
+    """
+    spec = image_input(contract)
+    source = open_source(text, channels=int(spec.shape[1]), events=event_input(spec, window))
+    frames: list[Frame] = []
+    adapter: FrameAdapter | None = None
+    try:
+        for frame in source:
+            adapter = adapter or FrameAdapter(spec, frame)
+            frames.append({spec.name: adapter.to_input(frame).copy()})
+            if len(frames) == limit:
+                break
+    finally:
+        source.close()
+    return Clip(frames, f"{Path(text).name}, {len(frames)} frames")
+
+
+def array_clip(arrays: Mapping[str, NDArray[Any]], name: str) -> Clip:
+    """A clip of arrays with time first: (T, ...) for each input."""
+    lengths = {len(array) for array in arrays.values()}
+    if len(lengths) != 1:
+        raise InputError(f"{name}: inputs of different lengths: {sorted(lengths)}")
+    return Clip([{key: array[t] for key, array in arrays.items()} for t in range(lengths.pop())], name)
+
+
+def recorded_clip(frames: Sequence[Mapping[str, NDArray[Any]]], name: str) -> Clip:
+    """The clip a reference was recorded with."""
+    return Clip(frames, name)

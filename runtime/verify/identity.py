@@ -1,0 +1,41 @@
+"""Identity: the file's graph in float64 against its source in float64 with the same rounded weights.
+
+Both sides compute without rounding to speak of, so that what is left of a difference is a mistake: half a bias, gates
+in another order, a state shifted by a pixel. No tolerance of a precision hides it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+
+from stepcell.runtime.verify.clips import Clip
+from stepcell.runtime.verify.measure import difference, max_abs
+from stepcell.runtime.verify.results import Verdict, judged
+from stepcell.runtime.verify.stepper import Stepper, initial_states
+
+__all__ = ["LIMIT", "identity"]
+
+LIMIT = 1e-9  # of a tensor's largest value: float64 sums in another order, amplified within one step
+
+
+def identity(file: Stepper, source: Stepper, clip: Clip, states: Mapping[str, NDArray[Any]]) -> Verdict:
+    """One step each from the initial states and from warm ones. The number is the largest relative difference."""
+    worst, name_of_worst = -1.0, ""
+    for frame, start in ((clip[0], initial_states(source.contract, clip[0], float)), (clip[1], states)):
+        (outputs, new), (true_outputs, true_new) = file.step(frame, start), source.step(frame, start)
+        for got, truth in ((outputs, true_outputs), (new, true_new)):
+            for name, expected in truth.items():
+                off = max_abs(difference(got[name], expected)) / (max_abs(expected) or 1.0)
+                if not off <= worst and not math.isnan(worst):
+                    worst, name_of_worst = off, name
+    if worst <= LIMIT:
+        says = f"in float64 the graph is its source, to {worst:.0e}"
+    else:
+        says = (
+            f"in float64 {name_of_worst} differs from its source by {worst:.1e}: other weights or another computation"
+        )
+    return judged("identity", worst, LIMIT, says, [name_of_worst])

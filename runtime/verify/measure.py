@@ -1,0 +1,56 @@
+"""Error measures of arrays: rms, largest value, norm; infinite where a value is NaN or Inf on one side only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["compared_steps", "difference", "max_abs", "norm", "rms", "scale", "wide"]
+
+Array = NDArray[Any]
+
+
+def wide(array: Array) -> NDArray[np.float64]:
+    """As float64."""
+    return np.asarray(array, np.float64)
+
+
+def difference(a: Array, b: Array) -> NDArray[np.float64]:
+    """`a - b` in float64; 0 where both are the same NaN or Inf, infinite where only one is."""
+    left, right = wide(a), wide(b)
+    with np.errstate(invalid="ignore"):
+        found: NDArray[np.float64] = left - right
+    strange = ~np.isfinite(found)
+    if strange.any():
+        same = (left == right) | (np.isnan(left) & np.isnan(right))
+        found = np.where(strange, np.where(same, 0.0, np.inf), found)
+    return found
+
+
+def rms(array: Array) -> float:
+    """Root of the mean square; 0 for an empty array."""
+    return float(np.sqrt(np.mean(np.square(wide(array))))) if array.size else 0.0
+
+
+def max_abs(array: Array) -> float:
+    """Largest absolute value."""
+    return float(np.abs(wide(array)).max()) if array.size else 0.0
+
+
+def scale(arrays: Sequence[Array]) -> float:
+    """Largest absolute value of all of them."""
+    return max((max_abs(array) for array in arrays), default=0.0)
+
+
+def norm(arrays: Mapping[str, Array]) -> float:
+    """Euclidean norm of all arrays together."""
+    return float(np.sqrt(sum(float(np.square(wide(array)).sum()) for array in arrays.values())))
+
+
+def compared_steps(steps: int) -> list[int]:
+    """1, 2, 4, 8, ... and the last."""
+    found = [1 << power for power in range(steps.bit_length()) if 1 << power < steps]
+    return [*found, steps]

@@ -1,0 +1,163 @@
+"""Predicted growth: the error of a free run, foretold from the errors of single steps.
+
+Inside a window of warm states the reference run is disturbed by each step's own error:
+
+    g(t+1) = R(g(t)) + eps(t),   eps(t) = S(h(t)) - R(h(t))
+
+with h the reference run, R its step in float64 and S the step of the subject. To first order g - h follows
+e'(t+1) = J(t) e'(t) + eps(t) with J the Jacobian of R; running R itself costs less than J and has no second-order
+error. If rounding is all that happens, the subject's free run is where g is. If it stalls or leans to one side, its
+errors depend on where it is, and it is elsewhere: the difference over the measured error is the defect.
+
+What rounding alone makes of that difference is measured too: eps is taken a second time at the mirror image
+h - (s - h) of the subject's state s, where rounding falls otherwise by as much, and the reference is disturbed by that.
+
+Where a state is stored narrower than float64, the rounding of its stored value is the one of R(h), not the one of an
+update that starts from a rounded h: the latter would contain the very loss that is looked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.runtime.verify.clips import Clip
+from stepcell.runtime.verify.measure import difference, rms, wide
+from stepcell.runtime.verify.results import Verdict, WarmError, judged, unchecked
+from stepcell.runtime.verify.stepper import Arrays, Stepper, rounded
+
+__all__ = ["WINDOW", "prediction_verdict", "warm_errors"]
+
+WINDOW = 16  # compared steps
+_LEAST = 0.05  # of the measured error: a smaller defect is none
+_SPREAD = 1.5  # of the noise, for a state of many elements
+_HARMLESS = 0.05  # of the way a state went meanwhile, as in `stepcell.runtime.verify.storage`
+
+
+def warm_errors(
+    subject: Stepper,
+    exact: Stepper,
+    clip: Clip,
+    states: Mapping[str, NDArray[Any]],
+    steps: int = WINDOW,
+    *,
+    start: int = 0,
+    tick: Callable[[int], None] = lambda _: None,
+) -> tuple[tuple[WarmError, ...], Arrays]:
+    """Measured and predicted errors from warm states on.
+
+    Args:
+        states: of the reference, warm.
+        start: number of the clip's frame to begin with.
+
+    Returns:
+        One result per state, and the subject's states after the window.
+    """
+    specs = [state for state in subject.contract.states if state.dtype.startswith("float")]
+    names = [state.name for state in specs]
+    true: Arrays = {name: np.asarray(array) for name, array in states.items()}
+    own: Arrays = rounded(subject.contract.states, true)
+    first = _widened(own, names)
+    predicted, mirrored = {**true, **first}, {**true, **first}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    path = dict.fromkeys(names, 0.0)
+    for t in range(start, start + steps):
+        frame = clip[t]
+        next_true = exact.step(frame, true)[1]
+        eps = _one_step(subject, exact, frame, true, next_true)
+        mirror = {**true, **{name: 2 * wide(true[name]) - wide(own[name]) for name in names}}
+        eps_mirror = _one_step(subject, exact, frame, mirror, exact.step(frame, mirror)[1])
+        predicted = _disturbed(exact.step(frame, predicted)[1], eps)
+        mirrored = _disturbed(exact.step(frame, mirrored)[1], eps_mirror)
+        own = subject.step(frame, own)[1]
+        for name in names:
+            path[name] += rms(difference(next_true[name], true[name]))
+        true = next_true
+        for name in names:
+            measured = difference(own[name], true[name])
+            foretold = difference(predicted[name], true[name])
+            missed = difference(own[name], predicted[name])
+            noise = difference(mirrored[name], predicted[name])
+            found[name].append((rms(measured), rms(foretold), rms(missed), rms(noise), rms(eps[name]), path[name]))
+        tick(t - start + 1)
+    return tuple(
+        WarmError(
+            name=name,
+            measured=tuple(row[0] for row in found[name]),
+            predicted=tuple(row[1] for row in found[name]),
+            missed=tuple(row[2] for row in found[name]),
+            noise=tuple(row[3] for row in found[name]),
+            one_step=tuple(row[4] for row in found[name]),
+            path=tuple(row[5] for row in found[name]),
+        )
+        for name in names
+    ), own
+
+
+def prediction_verdict(warm: Sequence[WarmError], sizes: Mapping[str, int]) -> Verdict:
+    """Whether the free run is where its one-step errors lead. The number is the worst defect over its limit.
+
+    The limit of a defect is 5 %, or what rounding explains: `noise` times 1.5, more for states of few elements; or what
+    is 5 % of the way the state went meanwhile, since rounding of one sign over a long sum is no stall.
+
+    Args:
+        sizes: elements of each state.
+    """
+    if not warm:
+        return unchecked("prediction", "the model has no state of floats")
+    worst, worst_ratio, at = warm[0], -1.0, 0
+    for each in warm:
+        spread = _SPREAD + 4 / math.sqrt(max(1, sizes[each.name]))
+        rows = zip(each.measured, each.missed, each.noise, each.path, strict=True)
+        for t, (measured, missed, noise, path) in enumerate(rows):
+            if not measured:
+                continue
+            limit = max(_LEAST, spread * noise / measured, _HARMLESS * path / measured)
+            ratio = math.inf if not math.isfinite(missed) else missed / measured / limit
+            if not ratio <= worst_ratio:
+                worst, worst_ratio, at = each, ratio, t
+    if worst_ratio < 0:
+        return judged("prediction", 0.0, 1.0, "no state differs from the reference by anything in the warm window")
+    last = len(worst.measured) - 1
+    defect = worst.missed[at] / worst.measured[at]
+    explained = worst.noise[at] / worst.measured[at]
+    end = worst.predicted[last] / worst.measured[last] if worst.measured[last] else 1.0
+    if worst_ratio <= 1:
+        says = (
+            f"{worst.name}: the error is the one its single steps foretell: {end:.1%} of the measured size after "
+            f"{last + 1} warm steps, defect {defect:.1%} at step {at + 1}, of which rounding explains {explained:.1%}"
+        )
+    else:
+        kind = "stalls or leans to one side" if worst.predicted[at] < worst.measured[at] else "behaves differently"
+        says = (
+            f"{worst.name} {kind}: at step {at + 1} of the warm window {defect:.0%} of its error is not foretold by "
+            f"its single steps, rounding explains {explained:.0%}"
+        )
+    return judged("prediction", worst_ratio, 1.0, says, [worst.name])
+
+
+def _one_step(subject: Stepper, exact: Stepper, frame: Arrays, states: Arrays, after: Arrays) -> Arrays:
+    """Error of one step from `states`, whose true successor is `after`; see the module."""
+    stored = rounded(subject.contract.states, states)
+    got = subject.step(frame, stored)[1]
+    same = all(np.array_equal(wide(stored[name]), wide(states[name]), equal_nan=True) for name in stored)
+    from_stored = after if same else exact.step(frame, stored)[1]
+    kept = rounded(subject.contract.states, from_stored)
+    ideal = rounded(subject.contract.states, after)
+    return {
+        name: difference(got[name], kept[name]) + difference(ideal[name], after[name])
+        for name in got
+        if got[name].dtype.kind == "f"
+    }
+
+
+def _disturbed(states: Arrays, eps: Arrays) -> Arrays:
+    return {name: wide(array) + eps[name] if name in eps else array for name, array in states.items()}
+
+
+def _widened(states: Arrays, names: Sequence[str]) -> Arrays:
+    return {name: wide(states[name]) for name in names}

@@ -1,0 +1,210 @@
+"""The verification of one model: runs both sides and asks every question that can be asked of them."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from stepcell.contract import StepContract
+from stepcell.errors import InputError
+from stepcell.runtime.verify.behaviour import isolation, liveness, pairing, reset, resume
+from stepcell.runtime.verify.bound import Bound, Forgetting, bound_verdict, derive_bound, forgetting
+from stepcell.runtime.verify.clips import Clip
+from stepcell.runtime.verify.growth import error_growth, growth_verdict
+from stepcell.runtime.verify.identity import identity
+from stepcell.runtime.verify.measure import difference, rms
+from stepcell.runtime.verify.prediction import WINDOW, prediction_verdict, warm_errors
+from stepcell.runtime.verify.results import Growth, Verdict, WarmError, unchecked
+from stepcell.runtime.verify.stepper import Arrays, Stepper
+from stepcell.runtime.verify.storage import Storage, storage_verdict, warm_up
+
+__all__ = ["Findings", "Plan", "Reference", "now", "verify"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the subject is compared with.
+
+    Attributes:
+        exact: computes in float64, from the exact weights.
+        peer: trusted and of the subject's precision; shows what that precision costs. None: there is none, or it is
+            the subject itself.
+        rounded: computes in float64 from weights rounded as the file has them; the file in float64 must equal it.
+    """
+
+    exact: Stepper
+    peer: Stepper | None = None
+    rounded: Stepper | None = None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether `exact` knows its Jacobian."""
+        return bool(getattr(self.exact, "differentiable", False))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is compared.
+
+    Attributes:
+        steps: of the free run from the initial states.
+        still: steps of the reference with the last frame held, at most, until its states are warm.
+        warm_seconds: the same as a time.
+        window: steps from warm states.
+        lyapunov: Jacobians for the bound.
+        resumed: steps of the run that is interrupted at each of them.
+        tolerance: largest absolute difference of an output; None: derived.
+    """
+
+    steps: int = 100
+    still: int = 4096
+    warm_seconds: float = 60.0
+    window: int = WINDOW
+    lyapunov: int = 48
+    resumed: int = 64
+    tolerance: float | None = None
+
+
+@dataclass
+class Findings:
+    """What was found; becomes a `Report`."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    growth: tuple[Growth, ...] = ()
+    warm: tuple[WarmError, ...] = ()
+    storage: tuple[Storage, ...] = ()
+    forgetting: Forgetting | None = None
+    bound: Bound | None = None
+    warm_up: int = 0
+    states: Arrays = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def verify(
+    subject: Stepper,
+    reference: Reference,
+    clip: Clip,
+    plan: Plan | None = None,
+    *,
+    in_float64: Stepper | None = None,
+) -> Findings:
+    """Ask everything.
+
+    Args:
+        subject: what is verified.
+        clip: one row, or as many as the model is fixed at; where the batch is free, rows are added by themselves.
+        in_float64: the subject's own graph in float64, to be compared with `reference.rounded`.
+
+    Raises:
+        InputError: the two sides do not have the same inputs, outputs and states.
+    """
+    plan, started = plan or Plan(), time.perf_counter()
+    require_same_interface(subject.contract, reference.exact.contract)
+    found, verdicts = Findings(), []
+    exact = reference.exact
+
+    logger.debug("free run of %d steps", plan.steps)
+    found.growth = error_growth(subject, exact, clip, plan.steps, reference.peer)
+    logger.debug("warming up the reference")
+    live = min(plan.steps, max(len(clip), plan.window))
+    warm = warm_up(exact, subject.contract.states, clip, live=live, still=plan.still, seconds=plan.warm_seconds)
+    found.states, found.warm_up, found.storage = warm.states, warm.steps, warm.storage
+    still = Clip([clip[live - 1]], clip.name)
+    logger.debug("warm window")
+    # with the frame held, where storage loses most: a moving scene shakes a stalled state loose
+    found.warm, _ = warm_errors(subject, exact, still, warm.losing, plan.window)
+    moving, _ = warm_errors(subject, exact, clip, found.states, plan.window)
+    sizes = {name: int(np.size(array)) for name, array in found.states.items()}
+
+    if reference.differentiable:
+        logger.debug("largest Lyapunov factor over %d steps", plan.lyapunov)
+        found.forgetting = forgetting(exact, exact, clip, found.states, plan.lyapunov)  # type: ignore[arg-type]
+        outputs, errors = _output_errors(subject, exact, clip, found.states, plan.window)
+        found.bound = derive_bound(found.forgetting, (*_aligned(found.warm, moving),), {**sizes, **outputs}, errors)
+
+    verdicts.append(_identity(in_float64, reference, clip, found.states))
+    verdicts.append(
+        growth_verdict(
+            found.growth,
+            subject,
+            peer=None if reference.peer is None else reference.peer.name,
+            bound=None if found.bound is None else found.bound.rms,
+            tolerance=plan.tolerance,
+        )
+    )
+    verdicts.append(_worse(prediction_verdict(found.warm, sizes), prediction_verdict(moving, sizes)))
+    verdicts.append(storage_verdict(found.storage))
+    if found.forgetting is None:
+        verdicts.append(unchecked("bound", "the reference has no Jacobian here"))
+    else:
+        measured = {each.name: max(each.rms) for each in found.growth}
+        verdicts.append(bound_verdict(found.forgetting, found.bound, measured))
+    verdicts.append(liveness(subject, clip, found.states))
+    verdicts.append(pairing(subject, exact, clip, found.states))
+    rows = _rows(subject.contract, clip)
+    verdicts.append(isolation(subject, rows))
+    verdicts.append(reset(subject, rows))
+    verdicts.append(resume(subject, clip, steps=max(2, min(plan.resumed, plan.steps))))
+    found.verdicts, found.seconds = verdicts, time.perf_counter() - started
+    return found
+
+
+def require_same_interface(subject: StepContract, reference: StepContract) -> None:
+    """Raise InputError where names of inputs, outputs or states differ."""
+    for what in ("inputs", "outputs", "states"):
+        got, expected = ([spec.name for spec in getattr(each, what)] for each in (subject, reference))
+        if sorted(got) != sorted(expected):
+            raise InputError(f"{what}: the reference has {', '.join(expected) or 'none'}, the model {', '.join(got)}")
+
+
+def now() -> str:
+    """ISO 8601 in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0).isoformat()
+
+
+def _identity(in_float64: Stepper | None, reference: Reference, clip: Clip, states: Arrays) -> Verdict:
+    if in_float64 is None or reference.rounded is None:
+        return unchecked("identity", "the graph cannot be compared with its source in float64 here")
+    return identity(in_float64, reference.rounded, clip, states)
+
+
+def _output_errors(
+    subject: Stepper, exact: Stepper, clip: Clip, states: Arrays, steps: int
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Sizes, and the largest rms error of a single step from true states, of every output."""
+    sizes: dict[str, int] = {}
+    errors: dict[str, float] = {}
+    now = states
+    for t in range(steps):
+        truth, after = exact.step(clip[t], now)
+        got, _ = subject.step(clip[t], now)
+        for name, array in truth.items():
+            sizes[name] = int(np.size(array))
+            errors[name] = max(errors.get(name, 0.0), rms(difference(got[name], array)))
+        now = after
+    return sizes, errors
+
+
+def _aligned(still: Sequence[WarmError], moving: Sequence[WarmError]) -> list[WarmError]:
+    """One-step errors of both windows, one after the other."""
+    by_name = {each.name: each for each in moving}
+    return [msgspec.structs.replace(each, one_step=each.one_step + by_name[each.name].one_step) for each in still]
+
+
+def _worse(a: Verdict, b: Verdict) -> Verdict:
+    return a if (a.value or 0.0) >= (b.value or 0.0) else b
+
+
+def _rows(contract: StepContract, clip: Clip) -> Clip:
+    """The clip with three rows, where the batch is free."""
+    batch = {state.shape[state.batch_axis] for state in contract.states}
+    free = bool(batch) and all(isinstance(dim, str) for dim in batch)
+    return clip.rows(contract, 3) if free else clip
