@@ -12,7 +12,7 @@ import msgspec
 from stepcell import __version__
 from stepcell.errors import StepcellError
 from stepcell.plugins import plugin_unavailable
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine.tensorrt_module import FLAVORS, load_tensorrt
 
 __all__ = ["Finding", "examine"]

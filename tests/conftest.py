@@ -19,7 +19,7 @@ from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
 from stepcell.models.zoo.clips import HELD_OUT, read_clip
 from stepcell.models.zoo.clips import clip_path as find_clip
 from stepcell.models.zoo.denoiser import Denoiser
-from tests.stand_ins.camera import Camera
+from tests.fakes.network_camera import Camera
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,9 @@ from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, pack_fields
-from stepcell.plugins.tensorrt.step import CellStep, current_device, tactics, workspace_size
+from stepcell.plugins.tensorrt.step import CellStep, tactics, workspace_size
 from stepcell.plugins.tensorrt.tensors import Tensor, inputs_of, outputs_of
+from stepcell.runtime import cuda
 
 __all__ = ["FIELDS", "plugin_class"]
 
@@ -129,7 +130,7 @@ def plugin_class(trt: Any) -> type:
         def _load(self) -> None:
             if self._step is None or self._loaded_tactic != self.tactic:
                 self.destroy()
-                images, device = self.tactics[self.tactic - 1], current_device()
+                images, device = self.tactics[self.tactic - 1], cuda.current_device()
                 self._step = CellStep(self.cell, images, device, fp16_mirror=self.fp16_mirror)
                 self._loaded_tactic = self.tactic
             assert self._size is not None

@@ -10,22 +10,15 @@ import itertools
 from collections.abc import Sequence
 from operator import itemgetter
 
-from stepcell.missing import require
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import kernels_of, workspace
-from stepcell.plugins.launch import Launcher, check
+from stepcell.plugins.launch import Launcher
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
-__all__ = ["CellStep", "current_device", "tactics", "workspace_size"]
+__all__ = ["CellStep", "tactics", "workspace_size"]
 
-_ALIGNMENT = 256  # of each scratch buffer, as cudaMalloc has it
-
-
-def current_device() -> int:
-    """CUDA number of the device that this thread uses."""
-    driver = require("cuda.bindings.driver", extra="cuda", purpose="launching kernels")
-    return int(check(driver.cuCtxGetDevice()))
+_ALIGNMENT = 256  # of each scratch buffer, as cuMemAlloc has it
 
 
 def tactics(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract
 from stepcell.errors import UsageError
 from stepcell.runtime.backends.step_future import Pending
-from stepcell.runtime.cuda.device_array import DeviceArray
+from stepcell.runtime.cuda import DeviceArray
 
 __all__ = ["Backend", "Device"]
 

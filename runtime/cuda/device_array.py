@@ -1,6 +1,6 @@
-"""Arrays on a GPU, handed in and out by their address: `__cuda_array_interface__` and DLPack.
+"""Arrays on a GPU, exchanged by address through DLPack or `__cuda_array_interface__`.
 
-The interface of Numba: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html (version 3);
+CUDA array interface, version 3: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
 DLPack: https://data-apis.org/array-api/latest/design_topics/data_interchange.html
 """
 
@@ -15,14 +15,16 @@ import numpy as np
 
 from stepcell.contract import TensorSpec
 from stepcell.errors import InputError
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime.cuda.devices import ensure_device
 from stepcell.runtime.cuda.dlpack import CUDA_DEVICES, from_capsule, to_capsule
+from stepcell.runtime.cuda.memory import device_of
+from stepcell.runtime.cuda.streams import DEFAULT_STREAM, Event, wait_on
 
 __all__ = ["DeviceArray", "OnDevice", "is_on_device", "read_device_array"]
 
 
 class OnDevice(Protocol):
-    """An array that may be on a GPU: of PyTorch, CuPy, JAX, Numba, or a `DeviceArray`."""
+    """An array that may be on a GPU: from PyTorch, CuPy, JAX or Numba, or a `DeviceArray`."""
 
     @property
     def __cuda_array_interface__(self) -> Any: ...
@@ -30,15 +32,15 @@ class OnDevice(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DeviceArray:
-    """A C-contiguous array in a GPU's memory, which others read by DLPack or `__cuda_array_interface__`.
+    """A C-contiguous array in the memory of a GPU, readable by DLPack or `__cuda_array_interface__`.
 
     Attributes:
-        address: of its first element.
-        shape, dtype: as numpy's.
+        address: of the first element.
+        shape, dtype: as in numpy.
         device: CUDA number of the GPU.
-        stream: handle of the stream that its contents were queued on; None: they are there.
-        ready: recorded behind the work that fills it; None: nothing to wait for.
-        owner: keeps the memory alive.
+        stream: handle of the stream on which its contents are computed; None: they are complete.
+        ready: event recorded behind the work that fills it; None: nothing to wait for.
+        owner: object that keeps the memory alive.
     """
 
     address: int
@@ -46,12 +48,12 @@ class DeviceArray:
     dtype: np.dtype[Any]
     device: int
     stream: int | None = None
-    ready: cuda.Event | None = None
+    ready: Event | None = None
     owner: Any = None
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3; a reader waits for `stream` itself (CuPy and Numba do, `torch.as_tensor` does not)."""
+        """Version 3. The consumer has to wait for `stream` (CuPy and Numba do, `torch.as_tensor` does not)."""
         return {
             "version": 3,
             "shape": self.shape,
@@ -62,52 +64,58 @@ class DeviceArray:
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """DLPack's number for CUDA, and the device's."""
+        """DLPack device type (CUDA) and device number."""
         return CUDA_DEVICES[0], self.device
 
     def __dlpack__(self, *, stream: int | None = None, copy: bool | None = None, **_: Any) -> Any:
-        """A capsule of this memory. `stream`, the reader's, waits for the contents; -1: it does not.
+        """A DLPack capsule of this memory.
+
+        Args:
+            stream: handle of the consumer's stream, which is made to wait for the contents; None: the default
+                stream; -1: no stream waits.
 
         Raises:
-            BufferError: a copy was asked for.
+            BufferError: `copy` is true; the memory is only shared.
         """
         if copy:
-            raise BufferError("this array hands out its own memory, never a copy of it")
+            raise BufferError("this array shares its memory and cannot be exported as a copy")
         if self.ready is not None and stream != -1:
-            cuda.wait_on(stream or cuda.DEFAULT_STREAM, self.ready)
+            ensure_device(self.device)
+            wait_on(stream or DEFAULT_STREAM, self.ready)
         return to_capsule(self.address, self.shape, self.dtype, self.__dlpack_device__(), self)
 
 
 def is_on_device(value: Any) -> bool:
-    """Whether `value` offers memory of a GPU; a tensor on the host offers none."""
+    """Whether `value` is an array in the memory of a GPU."""
     if hasattr(value, "__dlpack_device__"):
         try:
             return bool(value.__dlpack_device__()[0] in CUDA_DEVICES)
-        except (TypeError, ValueError, RuntimeError, BufferError):  # of a kind that DLPack does not know
+        except (TypeError, ValueError, RuntimeError, BufferError):  # a device type that DLPack does not know
             return False
     return hasattr(value, "__cuda_array_interface__")
 
 
 def read_device_array(spec: TensorSpec, value: Any, *, stream: int, device: int) -> DeviceArray:
-    """`value` where it is.
+    """`value` as a `DeviceArray` of the same memory.
 
     Args:
-        stream: handle of the stream that will read it; by DLPack the owner makes it wait for the contents.
+        spec: the input it is for.
+        stream: handle of the stream that will read it; a producer that follows DLPack makes it wait for the contents.
         device: CUDA number of the GPU it must be on.
 
     Raises:
-        InputError: another device or dtype, or not C-contiguous: nothing is converted on a GPU.
+        InputError: another device or dtype, or not C-contiguous; nothing is converted on a GPU.
     """
     try:
         if hasattr(value, "__dlpack__"):
             capsule = value.__dlpack__(stream=stream)
             address, shape, dtype, strides, (_, where) = from_capsule(capsule)
-            # The capsule holds the memory and the value its owner: kept until the step has read it.
+            # The capsule keeps the memory alive: held until the step has read it.
             array = DeviceArray(address, shape, dtype, where, owner=(value, capsule))
         else:
             interface = value.__cuda_array_interface__
             address, shape, dtype = interface["data"][0], tuple(interface["shape"]), np.dtype(interface["typestr"])
-            strides, there = interface.get("strides"), cuda.device_of(address)
+            strides, there = interface.get("strides"), device_of(address)
             if there is None or interface.get("mask") is not None:
                 raise ValueError("is masked or on the host")
             array = DeviceArray(address, shape, dtype, there, stream=interface.get("stream"), owner=value)

@@ -13,7 +13,7 @@ import msgspec
 from stepcell.errors import DeviceError, OutputError, UsageError
 from stepcell.files import atomic_path, read_bytes, write_atomic
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine.onnx_input import read_onnx
 from stepcell.runtime.engine.options import BuildOptions, check_options
 from stepcell.runtime.engine.plugin_choice import build_form

@@ -14,7 +14,7 @@ from stepcell.errors import EngineMismatchError
 from stepcell.files import read_bytes
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
 from stepcell.plugins.tensorrt.registry import register
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, read_sidecar, rebuild_command, this_platform
 from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, load_tensorrt, make_logger, no_collection
 

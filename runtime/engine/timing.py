@@ -12,7 +12,7 @@ import numpy as np
 
 from stepcell.errors import DeviceError
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_shape
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine.profile import Profile, with_fp16_mirrors
 from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, dtype_name, make_logger, no_collection
 

@@ -15,7 +15,7 @@ from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, StateError, StepcellError, UsageError
 from stepcell.runtime.backends.base import Backend, Device
 from stepcell.runtime.backends.step_future import Pending
-from stepcell.runtime.cuda.device_array import DeviceArray, OnDevice, is_on_device, read_device_array
+from stepcell.runtime.cuda import DeviceArray, OnDevice, is_on_device, read_device_array
 from stepcell.runtime.loop.inputs import as_input, require_finite
 from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.open_backend import open_backend

@@ -20,8 +20,7 @@ from stepcell.errors import InputError
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.zoo.clips import read_clip
-from stepcell.runtime import StepLoop
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import StepLoop, cuda
 from stepcell.runtime.media.sinks import ArraySink
 from stepcell.runtime.media.sources import open_source
 from stepcell.runtime.streams.report import RunReport

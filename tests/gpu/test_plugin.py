@@ -26,8 +26,7 @@ from stepcell.plugins.onnx.rewrite import plugin_model
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
 from stepcell.plugins.tensorrt.registry import kernels_offered, register
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of, weights_of
-from stepcell.runtime import StepLoop
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import StepLoop, cuda
 from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions

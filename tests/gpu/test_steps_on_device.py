@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +22,13 @@ from numpy.typing import NDArray
 
 from stepcell.errors import DeviceError, MissingDependencyError
 from stepcell.files import write_atomic
-from stepcell.runtime import StepLoop
+from stepcell.runtime import StepLoop, cuda
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from stepcell.runtime.backends.tensorrt.runtime_cache import cache_path
-from stepcell.runtime.cuda import driver as cuda
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
+from tests.fakes.counting_driver import ALLOCATING, CREATING, WAITING, CountingDriver
 from tests.gpu.places import SHAPE, Place, frames
-from tests.stand_ins.counting import ALLOCATING, CREATING, WAITING, CountingCuda
 
 LARGE = (1, 3, 1080, 1920)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -113,11 +113,11 @@ def test_a_step_copies_a_frame_in_and_an_output_out(
 ) -> None:
     xs = frames(50).astype(loop.contract.inputs[0].dtype)
     loop.step(x=xs[0])
-    counted = CountingCuda(cuda._runtime())
-    monkeypatch.setattr(cuda, "_runtime", lambda: counted)
+    counted = CountingDriver(cuda.driver())
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", counted)
     for x in xs:
         y = loop.step(x=x)["y"]
-    up, down, within = (counted.bytes[kind] for kind in (1, 2, 3))
+    up, down, within = (counted.bytes[kind] for kind in ("up", "down", "within"))
     figures["bytes_per_step"] = {"up": up // len(xs), "down": down // len(xs), "within": within // len(xs)}
     assert (up, down, within) == (len(xs) * xs[0].nbytes, len(xs) * y.nbytes, 0)
     assert not counted.calls.keys() & {*ALLOCATING, *CREATING, *WAITING}

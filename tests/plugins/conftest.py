@@ -14,7 +14,7 @@ import triton.language as tl
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile
-from tests.stand_ins.interpreted_kernels import interpreted, interpreted_source
+from tests.fakes.interpreted_kernels import interpreted, interpreted_source
 from tools.kernel_steps import Launch, Steps, split_memory
 
 with triton.knobs.runtime.scope():

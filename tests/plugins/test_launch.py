@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +16,7 @@ from stepcell.plugins.kernels.compile import arguments_of
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
 from stepcell.plugins.kernels.signature import PARAMETERS
 from stepcell.plugins.launch import arguments_format
+from tools.fake_driver import FakeDriver
 
 CUBIN = b"\x7fELF"
 START = """
@@ -84,23 +84,23 @@ def image(kernel: str, splits: int = 1, overlaps: bool = False) -> KernelImage:
 
 
 @pytest.fixture(scope="module")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recording_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a libcuda.so.1."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")
     folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).with_name("fake_driver.c")
+    source = Path(__file__).parents[1] / "fakes" / "recording_driver.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1", source], check=True)
     return folder
 
 
-def run(script: str, made: KernelImage, fake_driver: Path, folder: Path) -> tuple[list[str], list[str]]:
+def run(script: str, made: KernelImage, recording_driver: Path, folder: Path) -> tuple[list[str], list[str]]:
     """What a script prints about a launcher, and what the driver wrote down."""
     path = write_image(made, folder).with_suffix(".json")
     environment = {
         **os.environ,
-        "LD_LIBRARY_PATH": str(fake_driver),
+        "LD_LIBRARY_PATH": str(recording_driver),
         "FAKE_LOG": str(folder / "log"),
         "FAKE_SIZES": "".join(str(argument.size) for argument in made.info.arguments),
     }
@@ -114,9 +114,9 @@ def run(script: str, made: KernelImage, fake_driver: Path, folder: Path) -> tupl
     ("kernel", "overlaps"), [*((kernel, False) for kernel in sorted(PARAMETERS)), ("gru_candidate", True)]
 )
 def test_a_launch_hands_over_grid_block_and_every_argument(
-    kernel: str, overlaps: bool, fake_driver: Path, tmp_path: Path
+    kernel: str, overlaps: bool, recording_driver: Path, tmp_path: Path
 ) -> None:
-    (buffers, *errors), log = run(LAUNCH, image(kernel, overlaps=overlaps), fake_driver, tmp_path)
+    (buffers, *errors), log = run(LAUNCH, image(kernel, overlaps=overlaps), recording_driver, tmp_path)
     attribute = "with 6 = 1: " if overlaps else ""  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     pointers = [p.buffer for p in PARAMETERS[kernel] if p.dtype != "int32" and p.name != "arrivals"]
     assert buffers.split() == pointers
@@ -141,15 +141,15 @@ def test_a_launch_hands_over_grid_block_and_every_argument(
         ]
     )
     assert errors == [
-        "DeviceError CUDA: CUDA_ERROR_ILLEGAL_ADDRESS",
+        "DeviceError CUDA: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered",
         f"InputError {kernel}: addresses must be multiples of 16, got others for {pointers[0]}",
         f"InputError {kernel}: takes 1 to 100 pixels, got 9 x 9 x 9",
     ]
 
 
-def test_a_split_kernel_has_counters_of_its_own_that_grow_and_stay(fake_driver: Path, tmp_path: Path) -> None:
+def test_a_split_kernel_has_counters_of_its_own_that_grow_and_stay(recording_driver: Path, tmp_path: Path) -> None:
     """A captured graph may hold the address of earlier ones, so they are freed at the end only."""
-    printed, log = run(SPLIT, image("gru_gates", splits=4), fake_driver, tmp_path)
+    printed, log = run(SPLIT, image("gru_gates", splits=4), recording_driver, tmp_path)
     assert printed == ["gru_gates: was not prepared for 1 x 1 x 1 pixels"]
     launches = [line.split(": ") for line in log if line.startswith("launch")]
     assert [line.split(" block")[0] for line, _ in launches] == [f"launch 0x2222 grid {n} 5 4" for n in (1, 2, 2, 1)]
@@ -157,11 +157,11 @@ def test_a_split_kernel_has_counters_of_its_own_that_grow_and_stay(fake_driver: 
     assert [int(values.split()[place]) for _, values in launches] == [0x30000, 0x40000, 0x40000, 0x40000]
     assert [line for line in log if line.split()[0] in ("alloc", "set", "wait", "free", "unload")] == [
         "alloc 20 at 0x30000",  # 16 pixels in tiles of 32, 5 tiles of channels
-        "set 0x30000 to 0, 5 times",
-        "wait for (nil)",
+        "set 0x30000 to 0, 20 times",
+        "wait for 0x77777",
         "alloc 40 at 0x40000",
-        "set 0x40000 to 0, 10 times",
-        "wait for (nil)",
+        "set 0x40000 to 0, 40 times",
+        "wait for 0x77777",
         "free 0x30000",
         "free 0x40000",
         "unload 0x1111",
@@ -177,6 +177,7 @@ def test_the_block_has_gaps_where_a_pointer_follows_a_number() -> None:
 )
 def test_the_newest_ptx_of_a_driver(cuda: int, ptx: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVIDIA's table of PTX versions, by CUDA version."""
-    answer = (SimpleNamespace(value=0), cuda)
-    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuDriverGetVersion=lambda: answer))
+    driver = FakeDriver()
+    driver.version = cuda
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     assert launch.driver_ptx_version() == ptx

@@ -1,24 +1,24 @@
-"""In the place of cuda.bindings.driver: launches run in the emulator, on the host's memory.
+"""Emulated driver: a fake CUDA driver whose launches run in the emulator.
 
-Code is known by its machine code, which is what a launcher loads; what runs is the PTX it was assembled
-from. A launch that may overlap the one before it is taken at its word: its programs go as far as they can
-before that one has begun.
+Code is recognised by its machine code, which is what a launcher loads; what runs is the PTX it was assembled from. A
+launch that may overlap the one before it is run that way: its programs go as far as they can before that one has begun.
 """
+
+# ruff: noqa: N802  # the names of CUDA
 
 from __future__ import annotations
 
 import ctypes
 import random
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from cuda.bindings import driver as real
 
 from stepcell.plugins.kernels.image import KernelImage
+from tools.fake_driver import OK, FakeDriver
 from tools.ptx_emulator.cta import Code, Cta
 from tools.ptx_emulator.memory import Memory
 from tools.ptx_emulator.program import Fault, Program
@@ -37,8 +37,8 @@ class _Launch:
     running: list[Iterator[str]]
 
 
-class EmulatedDriver(types.ModuleType):
-    """What `stepcell.plugins.launch` needs of the driver, and memory that launches know by name.
+class EmulatedDriver(FakeDriver):
+    """A fake driver that runs PTX, and names the memory that launches may reach.
 
     Args:
         seed: of the order in which the programs of a launch run.
@@ -48,16 +48,11 @@ class EmulatedDriver(types.ModuleType):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__("cuda.bindings.driver")
+        super().__init__()
         self.memory = Memory()
-        self.CUfunction = int
-        self.CUlaunchConfig, self.CUlaunchAttribute = real.CUlaunchConfig, real.CUlaunchAttribute
-        self.CUlaunchAttributeID, self.CUfunction_attribute = real.CUlaunchAttributeID, real.CUfunction_attribute
-        self._ok = types.SimpleNamespace(value=0)
         self._random = random.Random(seed)
         self._codes: dict[bytes, Code] = {}
         self._libraries: list[Code | None] = []
-        self._own: dict[int, torch.Tensor] = {}
         self._waiting: _Launch | None = None
         self.overlapped = 0
 
@@ -79,47 +74,45 @@ class EmulatedDriver(types.ModuleType):
         self.memory.add(name, tensor.data_ptr(), tensor.numel() * tensor.element_size(), shared=shared)
         return tensor.data_ptr()
 
-    def cuLibraryLoadData(self, code: bytes, *rest: Any) -> Any:  # noqa: N802
+    def cuLibraryLoadData(self, code: bytes, *rest: Any) -> Any:
         self._libraries.append(self._codes[code])
-        return self._ok, len(self._libraries)
+        return OK, len(self._libraries)
 
-    def cuLibraryGetKernel(self, library: int, name: bytes) -> Any:  # noqa: N802
-        return self._ok, library
+    def cuLibraryGetKernel(self, library: int, name: bytes) -> Any:
+        return OK, library
 
-    def cuLibraryUnload(self, library: int) -> Any:  # noqa: N802
+    def cuLibraryUnload(self, library: int) -> Any:
         self.finish()
         self._libraries[library - 1] = None
-        return (self._ok,)
+        return (OK,)
 
-    def cuKernelSetAttribute(self, *rest: Any) -> Any:  # noqa: N802
-        return (self._ok,)
+    def cuKernelSetAttribute(self, *rest: Any) -> Any:
+        return (OK,)
 
-    def cuMemAlloc(self, nbytes: int) -> Any:  # noqa: N802
-        tensor = torch.full((nbytes,), 255, dtype=torch.uint8)
-        self._own[tensor.data_ptr()] = tensor
-        return self._ok, self.know("driver's memory", tensor, shared=True)
+    def cuMemAlloc(self, nbytes: int) -> Any:
+        status, address = super().cuMemAlloc(nbytes)
+        self.memory.add("driver's memory", address, nbytes, shared=True)
+        return status, address
 
-    def cuMemsetD32(self, address: int, value: int, count: int) -> Any:  # noqa: N802
+    def cuMemsetD8Async(self, address: int, value: int, nbytes: int, stream: int) -> Any:
         self.finish()
-        self._own[address].view(torch.int32)[:count] = value
-        return (self._ok,)
+        return super().cuMemsetD8Async(address, value, nbytes, stream)
 
-    def cuMemFree(self, address: int) -> Any:  # noqa: N802
+    def cuMemFree(self, address: int) -> Any:
         self.finish()
-        del self._own[address]
-        return (self._ok,)
+        return super().cuMemFree(address)
 
-    def cuStreamSynchronize(self, stream: int) -> Any:  # noqa: N802
+    def cuStreamSynchronize(self, stream: int) -> Any:
         self.finish()
-        return (self._ok,)
+        return super().cuStreamSynchronize(stream)
 
-    def cuLaunchKernel(self, function: int, *rest: Any) -> Any:  # noqa: N802
+    def cuLaunchKernel(self, function: int, *rest: Any) -> Any:
         columns, rows, splits, threads, _, _, shared_bytes, _, parameters, _ = rest
         self.finish()
         self._waiting = self._made(function, (columns, rows, splits), threads, shared_bytes, parameters)
-        return (self._ok,)
+        return (OK,)
 
-    def cuLaunchKernelEx(self, config: Any, function: int, parameters: int, extra: int) -> Any:  # noqa: N802
+    def cuLaunchKernelEx(self, config: Any, function: int, parameters: int, extra: int) -> Any:
         (attribute,) = config.attrs
         assert attribute.id == self.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
@@ -140,7 +133,7 @@ class EmulatedDriver(types.ModuleType):
             raise Fault("a launch that overlaps lets others start before it waits")
         self.finish()
         self._waiting = launch
-        return (self._ok,)
+        return (OK,)
 
     def finish(self) -> None:
         """Run what was launched to its end."""

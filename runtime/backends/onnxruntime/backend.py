@@ -20,11 +20,11 @@ from stepcell.contract import Spec, StepContract
 from stepcell.dims import resolve
 from stepcell.errors import DeviceError, StepcellError, UsageError
 from stepcell.missing import require
+from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.session import captures_graphs, open_session
 from stepcell.runtime.backends.step_future import Pending
-from stepcell.runtime.cuda import driver as cuda
-from stepcell.runtime.cuda.device_array import DeviceArray
+from stepcell.runtime.cuda import DeviceArray
 
 __all__ = ["OrtBackend"]
 

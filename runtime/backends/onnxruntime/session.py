@@ -17,10 +17,10 @@ from stepcell.errors import ContractError, DeviceError, InputError
 from stepcell.files import read_bytes
 from stepcell.missing import require
 from stepcell.onnx_model import read_model
+from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
 from stepcell.runtime.backends.onnxruntime.split_convolutions import convolve_apart
-from stepcell.runtime.cuda import driver as cuda
 
 __all__ = ["SizedSessions", "captures_graphs", "open_session"]
 

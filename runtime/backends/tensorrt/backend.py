@@ -25,13 +25,13 @@ from stepcell.contract import StepContract
 from stepcell.dims import resolve
 from stepcell.errors import DeviceError, EngineMismatchError, InputError, StepcellError
 from stepcell.plugins.fp16_mirrors import engine_tensors
+from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.step_future import Pending
 from stepcell.runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from stepcell.runtime.backends.tensorrt.state_buffers import DeviceState
 from stepcell.runtime.backends.tensorrt.step_buffers import Data, Turn
-from stepcell.runtime.cuda import driver as cuda
-from stepcell.runtime.cuda.device_array import DeviceArray
+from stepcell.runtime.cuda import DeviceArray
 from stepcell.runtime.engine.check import CheckedEngine, check_engine, register_plugins
 from stepcell.runtime.engine.sidecar import rebuild_command
 from stepcell.runtime.engine.tensorrt_module import Messages, dtype_name, make_logger, no_collection

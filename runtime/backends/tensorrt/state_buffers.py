@@ -13,7 +13,7 @@ from stepcell.contract import StateSpec
 from stepcell.dims import resolve
 from stepcell.errors import StateError
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_map, half_shape
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 
 __all__ = ["DeviceState"]
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from stepcell.contract import Spec, StepContract
 from stepcell.dims import resolve
+from stepcell.runtime import cuda
 from stepcell.runtime.backends.step_future import Pending
-from stepcell.runtime.cuda import driver as cuda
-from stepcell.runtime.cuda.device_array import DeviceArray
+from stepcell.runtime.cuda import DeviceArray
 
 __all__ = ["Data", "Turn"]
 

@@ -1,5 +1,5 @@
 """From an ONNX node to numbers: the model is rewritten, the plugin made by TensorRT-RTX's own registry,
-carried by a plan's fields, and stepped. Only the GPU is replaced: `tests.stand_ins.interpreted_driver`."""
+carried by a plan's fields, and stepped. Only the GPU is replaced: `tests.fakes.interpreted_driver`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stepcell.plugins.onnx.rewrite import has_cells, plugin_model
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
 from stepcell.plugins.tensorrt.registry import kernels_offered, register
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
-from tests.stand_ins.interpreted_driver import TILES, Driver, images_of, to_map
+from tests.fakes.interpreted_driver import TILES, InterpretedDriver, images_of, to_map
 
 Array = np.ndarray[Any, Any]
 H, C = (StateSpec(name=name, shape=("batch", 8, "height", "width")) for name in "hc")
@@ -378,7 +378,7 @@ def test_steps_of_the_plugin_equal_the_reference(
     weights = weights_for(cell, (height, width))
     model = plugin_model(cell_model(cell, (height, width), weights), [H] if given else []).model
     packed = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    driver = Driver()
+    driver = InterpretedDriver()
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
 
     register(trt)

@@ -1,6 +1,6 @@
 """From a module to numbers over many steps, with the fp16 mirrors of its states kept by the engine and without.
 
-`stepcell build` rewrites the model and writes the sidecar; the back end keeps the buffers, on a pretended GPU; the
+`stepcell build` rewrites the model and writes the sidecar; the back end keeps the buffers, on a fake GPU; the
 plugin, made by TensorRT-RTX's own registry, launches the kernels, which Triton's interpreter runs. Only what TensorRT
 itself does is played: it gives each tensor memory in its format and calls the nodes in turn.
 """
@@ -37,17 +37,17 @@ from stepcell.plugins.kernels.tiles import Tile
 from stepcell.plugins.onnx.rewrite import plugin_model
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
 from stepcell.plugins.tensorrt.registry import register
+from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
-from stepcell.runtime.cuda import driver as cuda
 from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.plan import BuiltPlan
 from stepcell.runtime.engine.sidecar import read_sidecar
-from tests.stand_ins.interpreted_driver import Driver, images_of, to_map
-from tests.stand_ins.interpreted_kernels import interpreted
-from tests.stand_ins.pretended_gpu import PretendedCuda, PretendedEngine
+from tests.fakes.fake_engine import FakeEngine
+from tests.fakes.interpreted_driver import InterpretedDriver, images_of, to_map
+from tests.fakes.interpreted_kernels import interpreted
 
 SIZE = (2, 5, 6)  # batch, height, width
 TILE = Tile(64, 32, 32, 1)
@@ -85,26 +85,24 @@ MODELS: dict[str, tuple[Any, list[str], list[str]]] = {
 }
 
 
-class PluginEngine(PretendedEngine):
+class PluginEngine(FakeEngine):
     """An engine whose cells are plugins, as TensorRT would run it.
 
     Args:
-        gpu: whose memory the back end gives.
-        driver: runs what the plugins launch.
+        driver: has the memory, and runs what the plugins launch.
         model: as TensorRT saw it.
         fields: what the plan carries for each plugin, by name of its node.
     """
 
     def __init__(
         self,
-        gpu: PretendedCuda,
-        driver: Driver,
+        driver: InterpretedDriver,
         path: Path,
         model: onnx.ModelProto,
         fields: dict[str, Any],
         sidecar: Any,
     ) -> None:
-        super().__init__(gpu, path, sidecar.contract, sidecar.fp16_mirrors)
+        super().__init__(driver, path, sidecar.contract, sidecar.fp16_mirrors)
         self.contract, self.driver, self.graph = sidecar.contract, driver, model.graph
         self.weights = {}
         for tensor in model.graph.initializer:
@@ -176,7 +174,7 @@ class Built:
     """An engine, opened, and what runs behind it."""
 
     backend: TensorRTBackend
-    driver: Driver
+    driver: InterpretedDriver
     copies: tuple[Fp16Mirror, ...]
 
 
@@ -186,7 +184,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     for module in ("plugin_choice", "options"):
         monkeypatch.setattr(f"stepcell.runtime.engine.{module}.plugin_unavailable", lambda *_: "")
-    gpu = cuda.Gpu(0, "Pretended GPU", "8.7", 1 << 30)
+    gpu = cuda.Gpu(0, "Fake GPU", "8.7", 1 << 30)
     monkeypatch.setattr(cuda, "discover", lambda: cuda.Discovery((gpu,), "13.0", ""))
     monkeypatch.setattr(form, "_kernels", lambda cell, *_: images_of(cell, [TILE]))
     register(trt)
@@ -219,12 +217,10 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             shape = {"x": (SIZE[0], 3, *SIZE[1:])}
             options = BuildOptions(flavor="tensorrt", plugin="on", opt_shapes=shape)
             build_engine(path, engine, options, say=lambda _: None)
-        sidecar, pretended = read_sidecar(engine), PretendedCuda()
-        driver = Driver(pretended.memory)
+        sidecar, driver = read_sidecar(engine), InterpretedDriver()
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-        monkeypatch.setattr(cuda, "_runtime", lambda: pretended)
         fields = {name: value[0] for name, value in seen.items() if name != "model"}
-        runs = PluginEngine(pretended, driver, path, seen["model"], fields, sidecar)
+        runs = PluginEngine(driver, path, seen["model"], fields, sidecar)
         runtime = SimpleNamespace(deserialize_cuda_engine=lambda plan: runs if plan == b"a plan" else None)
         monkeypatch.setattr(trt, "Runtime", lambda _: runtime)
         backend = TensorRTBackend(engine, Device("cuda", 0))

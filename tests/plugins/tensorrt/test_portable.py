@@ -25,7 +25,7 @@ from stepcell.plugins.onnx.chain import chained_model, kernel_inputs, kernel_out
 from stepcell.plugins.onnx.rewrite import plugin_model
 from stepcell.plugins.tensorrt import portable
 from stepcell.plugins.tensorrt.portable import portable_ptx
-from tests.stand_ins.interpreted_kernels import interpreted
+from tests.fakes.interpreted_kernels import interpreted
 
 TILE = Tile(128, 32, 64, 1)
 CELLS = {

@@ -1,10 +1,8 @@
 """The ONNX Runtime back end: its buffers, its devices, and the float32 form of float16 models."""
 
-# ruff: noqa: N802, N815  # CUDA's names
-
 from __future__ import annotations
 
-import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +21,10 @@ from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime import session as ort_session
 from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
-from stepcell.runtime.cuda import driver as cuda
-from stepcell.runtime.cuda.device_array import DeviceArray
-from tests.stand_ins.pretended_gpu import PretendedCuda
+from stepcell.runtime.cuda import DeviceArray
+from tools.fake_driver import FakeDriver
 
 Model = Callable[..., Path]
-OK = SimpleNamespace(value=0)
 
 
 def test_two_buffers_take_turns(accumulator: Model) -> None:
@@ -45,44 +41,15 @@ def test_two_buffers_take_turns(accumulator: Model) -> None:
     backend.close()
 
 
-class RowsOnTheHost:
-    """The calls of CUDA that idle rows need, on host memory; queued until the stream is waited for."""
-
-    cudaStreamNonBlocking = 1
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDeviceToDevice=3)
-
-    def __init__(self) -> None:
-        self.queue: list[tuple[int, ...]] = []
-        self.streams = 0
-
-    def cudaSetDevice(self, index: int) -> tuple[Any]:
-        return (OK,)
-
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, int]:
-        self.streams += 1
-        return OK, 7
-
-    def cudaStreamDestroy(self, stream: int) -> tuple[Any]:
-        self.streams -= 1
-        return (OK,)
-
-    def cudaMemcpy2DAsync(self, *arguments: int) -> tuple[Any]:
-        self.queue.append(arguments)
-        return (OK,)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Any]:
-        for target, target_pitch, source, pitch, width, height, kind, on in self.queue:
-            assert (kind, on) == (3, stream)
-            for row in range(height):
-                ctypes.memmove(target + row * target_pitch, source + row * pitch, width)
-        self.queue = []
-        return (OK,)
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    driver = FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    return driver
 
 
-def test_idle_rows_on_cuda_are_copied_at_their_addresses(accumulator: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_rows_on_cuda_are_copied_at_their_addresses(accumulator: Model, gpu: FakeDriver) -> None:
     """The real tensors of ONNX Runtime, the addresses it gives, and copies that CUDA would make."""
-    gpu = RowsOnTheHost()
-    monkeypatch.setattr(cuda, "_runtime", lambda: gpu)
     backend = OrtBackend(accumulator(), Device("cpu"))
     backend.configure({"batch": 3, "height": 2, "width": 2})
     old, new = backend._states["h"]
@@ -91,21 +58,18 @@ def test_idle_rows_on_cuda_are_copied_at_their_addresses(accumulator: Model, mon
     kept = old.host.copy()
     backend._device = Device("cuda")
     backend._keep([0, 2])
-    assert not gpu.queue, "waited for"
     np.testing.assert_array_equal(new.host[[0, 2]], kept[[0, 2]])
     assert (new.host[1] == -1).all()
     backend._keep([1])
-    assert gpu.streams == 1
+    assert len(gpu.live) == 1, "one stream"
     backend.close()
-    assert gpu.streams == 0
+    assert not gpu.live
 
 
 @pytest.mark.parametrize("stream", [None, 99])
 def test_an_array_on_cuda_is_copied_behind_its_own_stream(
-    accumulator: Model, monkeypatch: pytest.MonkeyPatch, stream: int | None
+    accumulator: Model, gpu: FakeDriver, stream: int | None
 ) -> None:
-    gpu = PretendedCuda()
-    monkeypatch.setattr(cuda, "_runtime", lambda: gpu)
     backend = OrtBackend(accumulator(), Device("cpu"))
     backend.configure({"batch": 1, "height": 2, "width": 2})
     backend._device = Device("cuda")

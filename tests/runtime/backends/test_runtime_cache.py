@@ -1,4 +1,4 @@
-"""TensorRT-RTX's runtime cache beside an engine, with the cache itself pretended."""
+"""The runtime cache of TensorRT-RTX beside an engine, with a fake cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tensorrt_rtx
 
 from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.tensorrt.runtime_cache import cache_path
-from tests.stand_ins.pretended_gpu import Machine, PretendedConfig, frames
+from tests.fakes.fake_engine import FakeRuntimeConfig, Machine, frames
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def machine(denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return Machine(denoiser_onnx, tmp_path, monkeypatch)
 
 
-def start(machine: Machine) -> PretendedConfig:
+def start(machine: Machine) -> FakeRuntimeConfig:
     """One life of a process: load, one step, close."""
-    config = machine.engine.config = PretendedConfig()
+    config = machine.engine.config = FakeRuntimeConfig()
     with StepLoop(machine.open(), name="engine") as loop:
         loop.step(x=frames(1)[0])
     return config

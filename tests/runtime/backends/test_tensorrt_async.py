@@ -1,4 +1,4 @@
-"""Steps that overlap, arrays on the device and CUDA graphs of the TensorRT back end, on a pretended GPU."""
+"""Steps that overlap, arrays on the device and CUDA graphs of the TensorRT back end, on a fake GPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from stepcell.errors import DeviceError, InputError, StepcellError, UsageError
 from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
-from stepcell.runtime.cuda.device_array import DeviceArray
+from stepcell.runtime.cuda import DeviceArray
 from stepcell.runtime.cuda.dlpack import from_capsule, to_capsule
-from tests.stand_ins.counting import ALLOCATING, CREATING, WAITING
-from tests.stand_ins.pretended_gpu import SYMBOLS, Machine, frames, reference
+from tests.fakes.counting_driver import ALLOCATING, CREATING, WAITING
+from tests.fakes.fake_engine import INVALIDATED, LAUNCH_FAILED, SYMBOLS, Machine, frames, reference
 
 THEIRS = 99  # a stream that is not ours
 
@@ -33,11 +33,11 @@ def expected_outputs(machine: Machine, clip: list[NDArray[Any]]) -> list[NDArray
 
 
 class OnGpu:
-    """Somebody's array in the pretended GPU's memory, filled only when work on a stream of theirs has run."""
+    """Somebody's array in the fake GPU's memory, filled only when work on a stream of theirs has run."""
 
     def __init__(self, machine: Machine, array: NDArray[Any], *, stream: int | None = THEIRS) -> None:
         self.array, self._gpu, self._stream = array, machine.gpu, stream
-        _, address = machine.gpu.cudaMalloc(array.nbytes)
+        _, address = machine.gpu.cuMemAlloc(array.nbytes)
         self.address, fill = address, array.tobytes()
         if stream is None:
             ctypes.memmove(address, fill, len(fill))
@@ -45,7 +45,7 @@ class OnGpu:
             machine.gpu.queue(stream, lambda: ctypes.memmove(address, fill, len(fill)))
 
     def free(self) -> None:
-        self._gpu.cudaFree(self.address)
+        self._gpu.cuMemFree(self.address)
 
 
 class ByInterface(OnGpu):
@@ -71,8 +71,8 @@ class ByDlpack(OnGpu):
 
     def __dlpack__(self, *, stream: int) -> Any:
         if self._stream is not None:
-            self._gpu.cudaEventRecord(-1, self._stream)
-            self._gpu.cudaStreamWaitEvent(stream, -1, 0)
+            self._gpu.cuEventRecord(-1, self._stream)
+            self._gpu.cuStreamWaitEvent(stream, -1, 0)
         return to_capsule(self.address, self.array.shape, self.array.dtype, self.device, self)
 
 
@@ -80,7 +80,7 @@ def on_host(machine: Machine, array: DeviceArray) -> NDArray[Any]:
     """What a reader that follows DLPack sees, on a stream of its own."""
     address, shape, dtype, strides, device = from_capsule(array.__dlpack__(stream=THEIRS))
     assert (strides, device) == (None, (2, 0))
-    machine.gpu.cudaStreamSynchronize(THEIRS)
+    machine.gpu.cuStreamSynchronize(THEIRS)
     size = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
 
@@ -109,9 +109,9 @@ def test_a_step_uploads_a_frame_downloads_an_output_and_does_nothing_else(machin
         y = loop.step(x=frame)["y"]
     calls, steps = machine.counted.calls, len(clip) - 1
     assert not calls.keys() & {*ALLOCATING, *CREATING, *WAITING}
-    assert machine.counted.bytes == {1: steps * clip[0].nbytes, 2: steps * y.nbytes}
-    assert calls["cudaEventSynchronize"] == steps
-    assert calls["cudaGraphLaunch"] == (steps if machine.engine.capturable else 0)
+    assert machine.counted.bytes == {"up": steps * clip[0].nbytes, "down": steps * y.nbytes}
+    assert calls["cuEventSynchronize"] == steps
+    assert calls["cuGraphLaunch"] == (steps if machine.engine.capturable else 0)
 
 
 def test_queueing_a_step_waits_for_nothing(machine: Machine, loop: StepLoop) -> None:
@@ -120,10 +120,10 @@ def test_queueing_a_step_waits_for_nothing(machine: Machine, loop: StepLoop) -> 
     machine.counted.clear()
     machine.engine.runs.clear()
     first, second = (loop.step_async(x=frame) for frame in clip[1:3])
-    assert not machine.counted.calls.keys() & {*ALLOCATING, *CREATING, *WAITING, "cudaEventSynchronize"}
+    assert not machine.counted.calls.keys() & {*ALLOCATING, *CREATING, *WAITING, "cuEventSynchronize"}
     assert not machine.engine.runs, "nothing has run"
     loop.step_async(x=clip[3])
-    assert machine.counted.calls["cudaEventSynchronize"] == 1
+    assert machine.counted.calls["cuEventSynchronize"] == 1
     assert len(machine.engine.runs) == 1, "the third waits for the first and for no other"
     expected = expected_outputs(machine, clip)
     np.testing.assert_array_equal(first.wait()["y"], expected[1])
@@ -136,7 +136,7 @@ def test_a_frame_is_uploaded_before_the_last_step_is_computed(machine: Machine, 
     clip = frames(3)
     machine.engine.runs.clear()
     first, second = (backend.enqueue({"x": frame}) for frame in clip[:2])
-    machine.gpu.cudaStreamSynchronize(backend.input_stream)
+    machine.gpu.cuStreamSynchronize(backend.input_stream)
     assert not machine.engine.runs, "the uploads are done, no step has run"
     first.wait()
     assert len(machine.engine.runs) == 1, "the first output is there, the second step has not run"
@@ -172,12 +172,12 @@ def test_outputs_outlive_other_sizes_and_the_loop(machine: Machine, loop: StepLo
 def test_warm_up_and_capture_leave_no_trace(machine: Machine, backend: TensorRTBackend) -> None:
     backend.configure(SYMBOLS)
     assert len(machine.engine.runs) == 2, "one of each parity"
-    assert machine.counted.calls["cudaStreamBeginCapture"] == (2 if machine.engine.capturable else 0)
+    assert machine.counted.calls["cuStreamBeginCapture"] == (2 if machine.engine.capturable else 0)
     assert not backend.read_state()["h"].any()
     backend.step({"x": frames(1)[0]})
     backend.configure({**SYMBOLS, "batch": 1})
     assert not backend.read_state()["h"].any()
-    assert machine.counted.calls["cudaStreamBeginCapture"] == (4 if machine.engine.capturable else 0)
+    assert machine.counted.calls["cuStreamBeginCapture"] == (4 if machine.engine.capturable else 0)
 
 
 @pytest.mark.parametrize("why", ["TensorRT", "CUDA", "enqueue"])
@@ -186,10 +186,10 @@ def test_without_a_graph_it_runs_all_the_same_and_says_so_once(
 ) -> None:
     machine = Machine(denoiser_onnx, tmp_path, monkeypatch)
     machine.engine.capturable = why != "TensorRT"
-    machine.gpu.invalidate = why == "CUDA"
+    machine.gpu.failures = {"cuStreamEndCapture": INVALIDATED} if why == "CUDA" else {}
     if why == "enqueue":
         execute = machine.engine.execute_async_v3
-        refused = lambda stream: stream not in machine.gpu._captures and execute(stream)  # noqa: E731
+        refused = lambda stream: not machine.gpu.is_capturing(stream) and execute(stream)  # noqa: E731
         monkeypatch.setattr(machine.engine, "execute_async_v3", refused)
     loop = StepLoop(machine.open(), name="engine")
     clip = frames(5)
@@ -206,11 +206,11 @@ def test_failed_kernel_comes_out_of_wait_and_undoes_the_step(machine: Machine, l
     for frame in clip[:2]:
         loop.step(x=frame)
     failed = loop.step_async(x=clip[4])
-    machine.gpu.fail_events = True
+    machine.gpu.failures = {"cuEventSynchronize": LAUNCH_FAILED}
     for _ in range(2):
-        with pytest.raises(DeviceError, match="cudaErrorLaunchFailure: unspecified launch failure"):
+        with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"):
             failed.wait()
-    machine.gpu.fail_events = False
+    machine.gpu.failures = {}
     np.testing.assert_array_equal(loop.state()["h"], steps[1]["state_out.h"])
     for frame, step in zip(clip[2:], steps[2:], strict=True):
         np.testing.assert_array_equal(loop.step(x=frame)["y"], step["y"])
@@ -220,10 +220,10 @@ def test_failed_copy_keeps_the_states_and_the_frame_after_it(machine: Machine, l
     clip = frames(4)
     loop.step(x=clip[0])
     held = loop.step_async(x=clip[1])
-    machine.gpu.refuse = "cudaMemcpyAsync"
+    machine.gpu.failures = {"cuMemcpyHtoDAsync": LAUNCH_FAILED}
     with pytest.raises(DeviceError):
         loop.step_async(x=clip[3])
-    machine.gpu.refuse = ""
+    machine.gpu.failures = {}
     expected = expected_outputs(machine, clip)
     np.testing.assert_array_equal(held.wait()["y"], expected[1])
     for frame, y in zip(clip[2:], expected[2:], strict=True):
@@ -242,8 +242,8 @@ def test_arrays_on_the_device_are_read_there(
     found = [loop.step_async(x=array) for array in given]  # type: ignore[arg-type]
     for number, (each, y) in enumerate(zip(found, expected_outputs(machine, clip)[1:], strict=True), 1):
         np.testing.assert_array_equal(each.wait()["y"], y, err_msg=f"step {number}")
-    assert machine.counted.bytes[1] == 0, "nothing comes from the host"
-    assert machine.counted.bytes[3] == sum(frame.nbytes for frame in clip[1:])
+    assert machine.counted.bytes["up"] == 0, "nothing comes from the host"
+    assert machine.counted.bytes["within"] == sum(frame.nbytes for frame in clip[1:])
     assert not machine.counted.calls.keys() & {*ALLOCATING, *CREATING, *WAITING}
     for array in given:
         array.free()
@@ -262,7 +262,7 @@ def test_arrays_on_the_device_live_until_they_are_read(machine: Machine, loop: S
     pending.wait()
     gc.collect()
     assert alive() is None, "it is held after the step"
-    machine.gpu.cudaFree(address)
+    machine.gpu.cuMemFree(address)
 
 
 def test_arrays_on_the_device_that_do_not_fit_are_refused(machine: Machine, loop: StepLoop) -> None:
@@ -312,8 +312,8 @@ def test_outputs_that_stay_on_the_device(machine: Machine, loop: StepLoop) -> No
         if last is not None:  # still good: the step after the next has not begun
             np.testing.assert_array_equal(on_host(machine, last), expected[number - 1], err_msg=f"step {number}")
         last = y
-    assert machine.counted.bytes[2] == 0, "nothing goes to the host"
-    assert machine.counted.calls["cudaStreamSynchronize"] == 0
+    assert machine.counted.bytes["down"] == 0, "nothing goes to the host"
+    assert machine.counted.calls["cuStreamSynchronize"] == 0
     np.testing.assert_array_equal(loop.step(x=clip[0])["y"].shape, expected[0].shape)
     with pytest.raises(BufferError):
         y.__dlpack__(copy=True)

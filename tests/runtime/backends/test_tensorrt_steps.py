@@ -1,4 +1,4 @@
-"""The step logic of the TensorRT back end on a pretended GPU: `tests.stand_ins.pretended_gpu`.
+"""The step logic of the TensorRT back end on a fake GPU: `tests.fakes.fake_engine`.
 
 Everything but the GPU is real: the engine file, its sidecar and the back end. Each test runs with the step captured
 as CUDA graphs, with its kernels queued one by one, and with an engine that takes the fp16 mirror of its state; that one
@@ -18,8 +18,8 @@ from stepcell.errors import DeviceError, EngineMismatchError, InputError, StateE
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, engine_tensors
 from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
-from tests.stand_ins.counting import ALLOCATING, CREATING, WAITING
-from tests.stand_ins.pretended_gpu import SYMBOLS, Machine, frames, reference
+from tests.fakes.counting_driver import ALLOCATING, CREATING, WAITING
+from tests.fakes.fake_engine import SYMBOLS, Machine, frames, reference
 
 
 def test_many_steps_equal_plain_onnx_runtime(machine: Machine, backend: TensorRTBackend) -> None:
@@ -97,7 +97,7 @@ def test_idle_rows_keep_their_states_and_only_they_are_copied(machine: Machine, 
     for frame in clip[:2]:
         backend.step({"x": frame})
     before = backend.read_state()["h"]
-    assert not machine.counted.calls["cudaMemcpy2DAsync"]
+    assert not machine.counted.calls["cuMemcpyDtoDAsync"]
     machine.counted.clear()
     busy = reference(machine.onnx, machine.contract, clip)
     for frame, outputs in zip(clip[2:], busy[2:], strict=True):
@@ -107,7 +107,7 @@ def test_idle_rows_keep_their_states_and_only_they_are_copied(machine: Machine, 
         assert state[0].tobytes() == before[0].tobytes()
         assert state[2].tobytes() == before[2].tobytes()
         np.testing.assert_array_equal(state[1], outputs["state_out.h"][1])
-    assert machine.counted.calls["cudaMemcpy2DAsync"] == 2 * (1 + len(machine.engine.copies)) * len(clip[2:])
+    assert machine.counted.calls["cuMemcpyDtoDAsync"] == 2 * (1 + len(machine.engine.copies)) * len(clip[2:])
     assert not machine.counted.calls.keys() & {*ALLOCATING, *CREATING}
 
 
@@ -158,7 +158,7 @@ def test_loop_with_slots_equals_the_same_loop_on_the_cpu(machine: Machine, tmp_p
     np.testing.assert_array_equal(gpu.state()["h"][rows], cpu.state()["h"][rows])
     cpu.close()
     gpu.close()
-    assert not machine.gpu.memory
+    assert not machine.gpu.allocations
 
 
 @pytest.mark.parametrize("fp16_mirrors", [False, True])
@@ -188,7 +188,7 @@ def test_learned_initial_states(
         np.testing.assert_array_equal(value[0], before[name][0])
     assert np.isfinite(backend.step({"x": frames(1)[0].astype(np.float32)})["y"]).all()
     backend.close()
-    assert not machine.gpu.memory
+    assert not machine.gpu.allocations
 
 
 def test_snapshot_comes_back(machine: Machine, backend: TensorRTBackend) -> None:
@@ -205,9 +205,9 @@ def test_snapshot_comes_back(machine: Machine, backend: TensorRTBackend) -> None
 def test_other_sizes_start_anew(machine: Machine, backend: TensorRTBackend) -> None:
     backend.configure(SYMBOLS)
     backend.step({"x": frames(1)[0]})
-    held = len(machine.gpu.memory)
+    held = len(machine.gpu.allocations)
     backend.configure({"batch": 1, "height": 32, "width": 32})
-    assert len(machine.gpu.memory) == held
+    assert len(machine.gpu.allocations) == held
     clip = frames(3, 1, 32, 32)
     for frame, expected in zip(clip, reference(machine.onnx, machine.contract, clip), strict=True):
         np.testing.assert_array_equal(backend.step({"x": frame})["y"], expected["y"])
@@ -225,7 +225,7 @@ def test_failed_step_keeps_the_state(machine: Machine, backend: TensorRTBackend)
     for frame in clip[:2]:
         backend.step({"x": frame})
     machine.refuse(yes=True)
-    with pytest.raises(DeviceError, match=r"TensorRT refused the step|cudaErrorLaunchFailure"):
+    with pytest.raises(DeviceError, match=r"TensorRT refused the step|CUDA_ERROR_LAUNCH_FAILED"):
         backend.step({"x": clip[2]})
     machine.refuse(yes=False)
     expected = reference(machine.onnx, machine.contract, clip)
@@ -238,14 +238,14 @@ def test_out_of_memory_says_so_and_frees_what_was_taken(machine: Machine, backen
     with pytest.raises(DeviceError) as caught:
         backend.configure(SYMBOLS)
     assert caught.value.exit_code == 6
-    assert "cudaErrorMemoryAllocation: out of memory (asked for 6.1 kB of GPU memory)" in caught.value.message
+    assert "CUDA_ERROR_OUT_OF_MEMORY: out of memory (asked for 6.1 kB of GPU memory)" in caught.value.message
     assert "fewer streams" in str(caught.value.hint)
-    assert not machine.gpu.memory
+    assert not machine.gpu.allocations
 
 
 def test_description_and_times(backend: TensorRTBackend) -> None:
     assert backend.device == "cuda:0"
-    assert backend.description == f"TensorRT-RTX {tensorrt_rtx.__version__}, Pretended GPU"
+    assert backend.description == f"TensorRT-RTX {tensorrt_rtx.__version__}, Fake GPU"
     backend.configure(SYMBOLS)
     backend.step({"x": frames(1)[0]})
     assert backend.step_milliseconds() == {"copy_in": 0.5, "compute": 0.5, "copy_out": 0.5}
@@ -256,7 +256,7 @@ def test_close_twice(machine: Machine) -> None:
     backend.configure(SYMBOLS)
     backend.close()
     backend.close()
-    assert not machine.gpu.memory
+    assert not machine.gpu.allocations
 
 
 def test_engine_whose_tensors_differ_from_the_contract_is_refused(machine: Machine) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from stepcell.runtime.cuda import dlpack
-from stepcell.runtime.cuda.device_array import is_on_device
+from stepcell.runtime.cuda import dlpack, is_on_device
 from stepcell.runtime.cuda.dlpack import from_capsule, to_capsule
 
 CPU = (1, 0)

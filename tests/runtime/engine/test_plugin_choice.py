@@ -23,7 +23,7 @@ from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word, source_digest
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine import timing
 from stepcell.runtime.engine.build import EngineInfo, build_engine
@@ -292,7 +292,7 @@ def test_a_cell_is_tuned_for_its_largest_map() -> None:
     assert form._sizes(cells, profiles) == {cell: 60, other: None}
 
 
-class PretendedEngine:
+class FakeEngine:
     """The part of TensorRT that timing uses; every step takes what `durations` says next, in ms."""
 
     def __init__(self, durations: list[float]) -> None:
@@ -309,7 +309,7 @@ class PretendedEngine:
     def num_io_tensors(self) -> int:
         return len(self.names)
 
-    def create_execution_context(self) -> PretendedEngine:
+    def create_execution_context(self) -> FakeEngine:
         return self
 
     def get_tensor_name(self, index: int) -> str:
@@ -337,9 +337,9 @@ class PretendedEngine:
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], tuple[PretendedEngine, TensorRT, list[Any]]]:
-    def make(durations: list[float]) -> tuple[PretendedEngine, TensorRT, list[Any]]:
-        engine, memory = PretendedEngine(durations), list[Any]()
+def timed_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], tuple[FakeEngine, TensorRT, list[Any]]]:
+    def make(durations: list[float]) -> tuple[FakeEngine, TensorRT, list[Any]]:
+        engine, memory = FakeEngine(durations), list[Any]()
 
         class Event:
             def record(self, stream: Any) -> None:
@@ -373,10 +373,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], tuple[
     return make
 
 
-def test_timing_is_a_median_after_a_warm_up(pretended: Any) -> None:
+def test_timing_is_a_median_after_a_warm_up(timed_engine: Any) -> None:
     slow_start, rounds = [9.0] * 20, [[2.0] * 10 if place < 7 else [1.5] * 10 for place in range(15)]
     rounds[3] = [50.0] * 10  # something else ran
-    engine, library, memory = pretended([*slow_start, *(step for steps in rounds for step in steps)])
+    engine, library, memory = timed_engine([*slow_start, *(step for steps in rounds for step in steps)])
     profiles = {"x": Profile((1, 3, 4, 4), (1, 3, 8, 8), (2, 3, 8, 8))}
     assert timing.step_milliseconds(library, b"plan", profiles) == pytest.approx(1.5)
     assert engine.steps == 170
@@ -385,8 +385,8 @@ def test_timing_is_a_median_after_a_warm_up(pretended: Any) -> None:
     assert all(buffer.closed and buffer.cleared for buffer in memory)
 
 
-def test_timing_binds_fp16_mirrors_with_their_padding(pretended: Any) -> None:
-    engine, library, memory = pretended([1.0] * 170)
+def test_timing_binds_fp16_mirrors_with_their_padding(timed_engine: Any) -> None:
+    engine, library, memory = timed_engine([1.0] * 170)
     engine.names = ("x", "state_in.h", "half_in.h", "y", "half_out.h")
     engine.get_tensor_shape = lambda _: (2, 5, 4, 3)
     one = Profile((2, 5, 4, 3), (2, 5, 4, 3), (2, 5, 4, 3))
@@ -395,8 +395,8 @@ def test_timing_binds_fp16_mirrors_with_their_padding(pretended: Any) -> None:
     assert [buffer.nbytes for buffer in memory] == [120 * 2, 120 * 4, 2 * 4 * 3 * 8 * 2, 120 * 4, 2 * 4 * 3 * 8 * 2]
 
 
-def test_timing_errors(pretended: Any) -> None:
-    engine, library, memory = pretended([1.0] * 200)
+def test_timing_errors(timed_engine: Any) -> None:
+    engine, library, memory = timed_engine([1.0] * 200)
     with pytest.raises(DeviceError, match="TensorRT refused the plan"):
         timing.step_milliseconds(library, b"bad", {})
     engine.refuses = True

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from stepcell.errors import EngineMismatchError, InputError, MissingDependencyError
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine import check
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.check import check_engine, covers

@@ -8,7 +8,7 @@ import pytest
 import tensorrt_rtx
 
 from stepcell.errors import DeviceError, MissingDependencyError, PluginError, UsageError
-from stepcell.runtime.cuda import driver as cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.check import check_engine
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets

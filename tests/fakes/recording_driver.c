@@ -1,5 +1,6 @@
-/* Stands in for the CUDA driver where there is none: it writes down what cuda-bindings calls, with the
-   value behind every kernel parameter (FAKE_SIZES: bytes of each, one digit per parameter). */
+/* Recording driver: a libcuda.so.1 for machines without one, which logs what cuda-bindings calls, with the value behind
+   every kernel parameter (FAKE_SIZES: size in bytes of each, one digit per parameter). A call that it does not know is
+   refused. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,8 +12,8 @@ static FILE *calls(void) {
   return file;
 }
 
-int cuGetErrorName(int status, const char **name) {
-  *name = status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OTHER";
+int cuGetErrorString(int status, const char **text) {
+  *text = status == 700 ? "an illegal memory access was encountered" : "something else";
   return 0;
 }
 int cuLibraryLoadData(void **library, const void *code, void *a, void **b, unsigned c, void *d, void **e, unsigned f) {
@@ -37,8 +38,18 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
   next += 0x10000;
   return 0;
 }
-int cuMemsetD32_v2(uint64_t address, unsigned value, size_t count) {
+int cuMemsetD8Async(uint64_t address, unsigned char value, size_t count, void *stream) {
+  (void)stream;
   fprintf(calls(), "set %#llx to %u, %zu times\n", (unsigned long long)address, value, count);
+  return 0;
+}
+int cuStreamCreate(void **stream, unsigned flags) {
+  (void)flags;
+  *stream = (void *)0x77777;
+  return 0;
+}
+int cuStreamDestroy(void *stream) {
+  (void)stream;
   return 0;
 }
 int cuStreamSynchronize(void *stream) {
@@ -92,11 +103,12 @@ int cuGetProcAddress_v2(const char *symbol, void **address, int version, uint64_
     const char *name;
     void *function;
   } known[] = {
-      {"cuGetErrorName", cuGetErrorName},         {"cuLibraryLoadData", cuLibraryLoadData},
+      {"cuGetErrorString", cuGetErrorString},     {"cuLibraryLoadData", cuLibraryLoadData},
       {"cuLibraryGetKernel", cuLibraryGetKernel}, {"cuKernelSetAttribute", cuKernelSetAttribute},
       {"cuLibraryUnload", cuLibraryUnload},       {"cuLaunchKernel", cuLaunchKernel},
       {"cuLaunchKernelEx", cuLaunchKernelEx},     {"cuStreamSynchronize", cuStreamSynchronize},
-      {"cuMemAlloc", cuMemAlloc_v2},              {"cuMemsetD32", cuMemsetD32_v2},
+      {"cuMemAlloc", cuMemAlloc_v2},              {"cuMemsetD8Async", cuMemsetD8Async},
+      {"cuStreamCreate", cuStreamCreate},         {"cuStreamDestroy", cuStreamDestroy},
       {"cuMemFree", cuMemFree_v2},
       {"cuGetProcAddress", cuGetProcAddress_v2},
   };

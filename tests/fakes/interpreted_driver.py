@@ -1,12 +1,15 @@
-"""A CUDA driver played by Triton's interpreter: a launch runs at once, on host memory, and finds everything through
-the packed arguments, as a GPU does."""
+"""Interpreted driver: a fake CUDA driver whose launches run in Triton's interpreter, at once.
+
+A launch finds its arguments through the packed parameters, as on a GPU.
+"""
+
+# ruff: noqa: N802  # the names of CUDA
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +19,14 @@ from stepcell.plugins.kernels.compile import arguments_of, cell_word
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, partial_bytes
-from tests.stand_ins.interpreted_kernels import interpreted
+from tests.fakes.interpreted_kernels import interpreted
+from tools.fake_driver import OK, FakeDriver
 
 TILES = (Tile(32, 16, 16, 1), Tile(128, 32, 64, 1), Tile(32, 32, 32, 1, splits=3))
 
 
 def images_of(cell: CellConfig, tiles: Sequence[Tile] = TILES) -> tuple[KernelImage, ...]:
-    """Every kernel of a cell with every tile, as the compiler describes them; their code is their name and tile."""
+    """Every kernel of a cell with every tile, described as the compiler does; the code names kernel, tile and cell."""
     found = []
     for kernel in kernels_of(cell, fp16_mirror=False):
         for tile in [each for each in tiles if each.splits == 1 or kernel != "narrow_state"]:
@@ -54,57 +58,47 @@ def images_of(cell: CellConfig, tiles: Sequence[Tile] = TILES) -> tuple[KernelIm
     return tuple(found)
 
 
-class Driver(types.ModuleType):
-    """In the place of cuda.bindings.driver.
+class InterpretedDriver(FakeDriver):
+    """A fake driver that runs the gate kernels.
 
     Attributes:
-        memory: buffers that kernels may use.
-        blocks: more of them by address: those of a pretended CUDA runtime.
+        loaded: contents of every library, or "unloaded".
         launches: kernel and tile of every launch.
+        counters: memory that came from `cuMemAlloc`, by address.
     """
 
-    def __init__(self, blocks: Mapping[int, Any] | None = None) -> None:
-        super().__init__("cuda.bindings.driver")
-        self.memory, self.loaded, self.launches = list[torch.Tensor](), list[str](), list[str]()
-        self.blocks = {} if blocks is None else blocks
-        self.ok = types.SimpleNamespace(value=0)
-        self.CUfunction = int
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded, self.launches = list[str](), list[str]()
         self.counters = dict[int, torch.Tensor]()
 
-    def cuCtxGetDevice(self) -> Any:  # noqa: N802
-        return self.ok, 0
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """New device memory as bytes; all ones, which is NaN in every float type."""
+        return torch.frombuffer(self.allocations[self.allocate(max(nbytes, 1))], dtype=torch.uint8)[:nbytes]
 
-    def cuLibraryLoadData(self, code: bytes, *rest: Any) -> Any:  # noqa: N802
+    def cuLibraryLoadData(self, code: bytes, *rest: Any) -> Any:
         self.loaded.append(code.decode())
-        return self.ok, len(self.loaded) - 1
+        return OK, len(self.loaded) - 1
 
-    def cuLibraryGetKernel(self, library: int, name: bytes) -> Any:  # noqa: N802
+    def cuLibraryGetKernel(self, library: int, name: bytes) -> Any:
         assert name.decode() == f"entry of {self.loaded[library].split()[0]}"
-        return self.ok, library
+        return OK, library
 
-    def cuLibraryUnload(self, library: int) -> Any:  # noqa: N802
+    def cuLibraryUnload(self, library: int) -> Any:
         self.loaded[library] = "unloaded"
-        return (self.ok,)
+        return (OK,)
 
-    def cuMemAlloc(self, nbytes: int) -> Any:  # noqa: N802
-        """Dirty memory: for counters, which must be set to zero."""
-        memory = self.buffer(nbytes)
-        self.counters[memory.data_ptr()] = memory.view(torch.int32)
-        return self.ok, memory.data_ptr()
+    def cuMemAlloc(self, nbytes: int) -> Any:
+        status, address = super().cuMemAlloc(nbytes)
+        if address:
+            self.counters[address] = torch.frombuffer(self.allocations[address], dtype=torch.uint8)
+        return status, address
 
-    def cuMemsetD32(self, address: int, value: int, count: int) -> Any:  # noqa: N802
-        assert len(self.counters[address]) == count
-        self.counters[address].fill_(value)
-        return (self.ok,)
-
-    def cuStreamSynchronize(self, stream: int) -> Any:  # noqa: N802
-        return (self.ok,)
-
-    def cuMemFree(self, address: int) -> Any:  # noqa: N802
+    def cuMemFree(self, address: int) -> Any:
         del self.counters[address]
-        return (self.ok,)
+        return super().cuMemFree(address)
 
-    def cuLaunchKernel(self, function: int, *rest: Any) -> Any:  # noqa: N802
+    def cuLaunchKernel(self, function: int, *rest: Any) -> Any:
         kernel, label, cell_label = self.loaded[function].split()
         cell, tile = CellConfig.from_label(cell_label), Tile.from_label(label)
         columns, rows, splits, threads, _, _, _, stream, parameters, _ = rest
@@ -122,28 +116,17 @@ class Driver(types.ModuleType):
                 arguments.append(self._tensor(address, pointer_dtype(parameter, cell)))
         self.launches.append(f"{kernel} {label}")
         interpreted(kernel)[columns, rows, splits](*arguments, **constants(kernel, cell, tile))
-        return (self.ok,)
+        return (OK,)
 
     def _tensor(self, address: int, dtype: str) -> torch.Tensor:
-        """The memory from an address to the end of the buffer it lies in; nothing may be read at 0."""
+        """The memory from an address to the end of its allocation; nothing may be read at 0."""
         if address == 0:
             return torch.zeros(8, dtype=torch.float16)
         dtype = "int32" if dtype == "count" else dtype
-        for owner in self.memory:
-            offset = address - owner.data_ptr()
-            if 0 <= offset < owner.numel():
-                return owner[offset:].view(getattr(torch, dtype))
-        for start, block in self.blocks.items():
+        for start, block in self.allocations.items():
             if 0 <= address - start < len(block):
-                return torch.frombuffer(block, dtype=getattr(torch, dtype), offset=address - start)
-        raise AssertionError(f"address {address:#x} lies in no buffer")
-
-    def buffer(self, nbytes: int) -> torch.Tensor:
-        """Bytes at an address that is a multiple of 256, all ones: NaN in every float type."""
-        whole = torch.full((nbytes + 256,), 255, dtype=torch.uint8)
-        start = -whole.data_ptr() % 256
-        self.memory.append(whole[start : start + nbytes])
-        return self.memory[-1]
+                return torch.frombuffer(block, dtype=torch.uint8)[address - start :].view(getattr(torch, dtype))
+        raise AssertionError(f"address {address:#x} lies in no allocation")
 
 
 def to_map(x: torch.Tensor) -> torch.Tensor:
