@@ -13,6 +13,7 @@ __all__ = [
     "ContractError",
     "DeviceError",
     "EngineMismatchError",
+    "EvaluationError",
     "ExportError",
     "InputError",
     "MissingDependencyError",
@@ -52,6 +53,10 @@ class UsageError(StepcellError):
 
 class ContractError(StepcellError):
     """A state contract is missing, malformed, of an unknown version or broken by its model."""
+
+
+class EvaluationError(StepcellError):
+    """A graph holds something that the evaluator in numpy does not implement."""
 
 
 class CheckpointError(StepcellError):

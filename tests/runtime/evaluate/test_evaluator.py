@@ -1,0 +1,87 @@
+"""GraphEvaluator: what a step in float16 computes, by the standard and not by a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from stepcell.errors import ContractError, EvaluationError, InputError, StateError, UsageError
+from stepcell.runtime.evaluate import GraphEvaluator
+from tests.runtime.evaluate.step_models import slow_memory
+
+X = np.zeros((1, 4), np.float16)
+
+
+def run(evaluator: GraphEvaluator, steps: int) -> float:
+    states = evaluator.initial_states({"x": X.shape})
+    for _ in range(steps):
+        _, states = evaluator.step({"x": X}, states)
+    return float(states["h"].max())
+
+
+def test_a_slow_memory_stalls_in_float16_and_not_in_float32() -> None:
+    assert run(GraphEvaluator(slow_memory()), 3000) == 0.755859375
+    assert run(GraphEvaluator(slow_memory(stored="float16")), 3000) == 0.755859375
+    assert run(GraphEvaluator(slow_memory("float32", stored="float16")), 3000) == 0.755859375
+    assert run(GraphEvaluator(slow_memory("float32")), 12000) == pytest.approx(1, abs=1e-4)
+    assert run(GraphEvaluator(slow_memory(), "float32"), 12000) == pytest.approx(1, abs=1e-4)
+    assert run(GraphEvaluator(slow_memory(), "float64"), 12000) == pytest.approx(1, abs=1e-4)
+
+
+def test_onnx_runtime_on_a_cpu_does_not_round_where_the_file_says_so() -> None:
+    """The reason for this evaluator: casts to float16 and back are dropped at every optimisation level."""
+    ort = pytest.importorskip("onnxruntime")
+    model = slow_memory()
+    reference = ReferenceEvaluator(model)
+    found = {}
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found[level] = _free_run(session.run)
+    found["reference"] = _free_run(reference.run)
+    print(found)
+    assert found.pop("reference") == run(GraphEvaluator(model), 10000) == 0.755859375
+    assert all(value > 0.9999 for value in found.values())
+
+
+def _free_run(step: Any) -> float:
+    h = np.zeros((1, 4), np.float32)
+    for _ in range(10000):
+        (h,) = step(["state_out.h"], {"x": X, "state_in.h": h})
+    return float(h.max())
+
+
+def test_names_shapes_and_kinds_are_checked(tmp_path: Path) -> None:
+    evaluator = GraphEvaluator(slow_memory())
+    states = evaluator.initial_states({"x": X.shape})
+    with pytest.raises(InputError, match="expected x, got z"):
+        evaluator.step({"z": X}, states)
+    with pytest.raises(StateError, match="expected h, got none"):
+        evaluator.step({"x": X}, {})
+    with pytest.raises(StateError, match=r"h: expected shape \(1, 4\), got \(2, 4\)"):
+        evaluator.step({"x": X}, {"h": np.zeros((2, 4))})
+    with pytest.raises(InputError, match="x: expected float16, got int64"):
+        evaluator.step({"x": np.zeros((1, 4), int)}, states)
+    with pytest.raises(UsageError, match="arithmetic: expected as_written, float64, float32, got 'half'"):
+        GraphEvaluator(slow_memory(), "half")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="jvp: expected a model evaluated in 'float64'"):
+        evaluator.jvp({"x": X}, states, states)
+    model = slow_memory()
+    del model.metadata_props[:]
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ContractError, match=r"model.onnx: has no state contract"):
+        GraphEvaluator(path)
+
+
+def test_an_operator_that_is_not_implemented_is_named() -> None:
+    model = slow_memory()
+    model.graph.node[5].op_type = "Det"
+    with pytest.raises(EvaluationError, match="node 'rest': operator Det is not implemented"):
+        GraphEvaluator(model)
