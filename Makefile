@@ -42,6 +42,10 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
+# The guides and the API reference as a site in site/. Every link and anchor must exist.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Version, changelog, wheel and sdist; the wheel in a clean environment. docs/releasing.md has the other steps.
 release-check: setup
 	$(BIN)/python -m tools.release_check

@@ -197,7 +197,10 @@ class ConvLSTMCell(_Cell):
     """One ConvLSTM step in the canonical form of `conv_lstm`.
 
     Args:
-        input_size, hidden_size, kernel_size, gates: as in `ConvGRUCell`.
+        input_size: channels of x.
+        hidden_size: channels of h and c.
+        kernel_size: of the convolutions: an odd number, or (height, width).
+        gates: "soft" or "hard", as in `ConvGRUCell`.
         peephole: None; "channel" for one weight per channel; (H, W) for one per position, which
             fixes the map size (Shi et al. 2015).
 

@@ -17,6 +17,7 @@ from stepcell.models.zoo import denoiser as zoo
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+LINKED = [*DOCUMENTS, *(ROOT / "docs" / "api").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "models/zoo/denoiser.md"]
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")  # a first line that names the file a block stands for
 # Commands of the README that CI calls itself, and what needs hardware a test has not.
@@ -78,7 +79,7 @@ def test_readme_makes_its_two_commands_and_ci_calls_them() -> None:
         assert command in ci
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", LINKED, ids=lambda path: path.name)
 def test_links_inside_the_repository_exist(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
         if "://" not in target:

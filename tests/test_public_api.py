@@ -14,7 +14,7 @@ import pytest
 import stepcell
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 # A name that is added or removed here is added to or removed from what users may rely on: say so in CHANGELOG.md.
@@ -102,3 +102,10 @@ def test_documents_import_public_names_only(document: Path) -> None:
         for module, name in imports(block):
             assert module in PUBLIC, f"{document.name} imports {module}"
             assert name in {"", *PUBLIC[module].split()}, f"{document.name} imports {name} from {module}"
+
+
+@pytest.mark.parametrize("module", ["stepcell", "stepcell.models", "stepcell.events", "stepcell.errors"])
+def test_api_pages_show_every_public_name(module: str) -> None:
+    page = (ROOT / "docs" / "api" / f"{module.removeprefix('stepcell.')}.md").read_text()
+    shown = set(re.findall(rf"^::: {re.escape(module)}\.(\w+)$", page, re.MULTILINE))
+    assert shown == set(PUBLIC[module].split())

@@ -51,7 +51,8 @@ def export_onnx(
         shapes: sizes by data input; a symbol they bind is fixed unless named in `dynamic`.
         dynamic: symbols that stay dynamic although `shapes` binds them.
         opset: ONNX opset, 18 to 23.
-        family, source: recorded in the contract.
+        family: name of the model family, recorded in the contract.
+        source: where the weights come from (checkpoint hash, arguments), recorded in the contract.
 
     Returns:
         The contract as written into the file, with the worst error of the comparison.
