@@ -157,8 +157,8 @@ def bound_verdict(found: Forgetting, bound: Bound | None, measured: Mapping[str,
             passed=None,
             value=found.rho,
             limit=1.0,
-            says=f"there is no bound: a perturbation of the states is {found.rho:.4g} times as large after a step, so what "
-            "rounding adds is never forgotten, in any precision: reset the states now and then",
+            says=f"there is no bound: a perturbation of the states is {found.rho:.4g} times as large after a step, so "
+            "what rounding adds is never forgotten, in any precision: reset the states now and then",
         )
     memory = f"a perturbation is {found.rho:.4f} times as large after a step, a memory of {found.memory:.0f} frames"
     if bound is None:
