@@ -185,7 +185,7 @@ def tensorrt(
     with tempfile.TemporaryDirectory() as folder:
         onnx, plan = Path(folder) / "step.onnx", Path(folder) / "step.engine"
         contract = exported(problem, state, onnx)
-        build_engine(onnx, plan, options, say=lambda _: None)
+        build_engine(onnx, plan, options)
         checked = check_engine(plan, device=0)
     register_plugins(checked)
     trt: Any = checked.tensorrt.module

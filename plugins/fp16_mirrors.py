@@ -1,30 +1,22 @@
-"""The fp16 mirror of a float32 state as tensors of an engine, so that no kernel has to make it.
+"""Fp16 mirrors of float32 states: names, layout and conversion, as the step loop needs them.
 
-The convolutions of a step read a fp16 mirror of h, and y of the step before is that copy. In an engine with the
-plugin it comes back as the state does: an input and an output more, which the step loop gives two buffers as it
-does for the state. A cell whose h is another cell's h_next takes that cell's y within the graph. The contract
-knows nothing of it: the copy follows from the state, to which whoever writes a state must hold it.
+The convolutions of a step read h in float16, and y of the last step is exactly that: a mirror of the new state.
+An engine with the plugin returns it and takes it back as an additional output and input, so no kernel has to
+convert the state. The contract does not mention mirrors; code that writes a state must update its mirror too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.contract import Spec, StateSpec, StepContract
+from stepcell.contract import Spec, StepContract
 from stepcell.plugins.kernels.cell_config import padded
 
-if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
-
-__all__ = ["Fp16Mirror", "add_fp16_mirrors", "all_nodes", "engine_tensors", "half_map", "half_shape"]
-
-_HALF = 10  # onnx.TensorProto.DataType
-_IN, _OUT = "half_in.", "half_out."
+__all__ = ["Fp16Mirror", "engine_tensors", "half_map", "half_shape"]
 
 
 class Fp16Mirror(msgspec.Struct, frozen=True):
@@ -65,62 +57,3 @@ def engine_tensors(contract: StepContract, copies: Sequence[Fp16Mirror]) -> tupl
         if copy.state in states:
             inputs[copy.input] = outputs[copy.output] = states[copy.state]
     return inputs, outputs
-
-
-def add_fp16_mirrors(
-    onnx: Any, graph: GraphProto, cells: Sequence[NodeProto], states: Iterable[StateSpec]
-) -> tuple[dict[str, str], tuple[Fp16Mirror, ...]]:
-    """Find or make a half tensor for every h that these cells read.
-
-    Args:
-        onnx: the module.
-        graph: gets an input and an output for every state that a cell reads and a cell writes, both directly.
-        cells: nodes of the op with a float32 state.
-        states: of the contract.
-
-    Returns:
-        the half tensor of each float32 one that has one, by name; the pairs that the graph was given.
-    """
-    halves = {node.output[0]: node.output[-1] for node in cells if node.output[-1]}
-    inputs, outputs = ({port.name: port for port in ports} for ports in (graph.input, graph.output))
-    read = {node.input[1] for node in cells} & inputs.keys()
-    written = halves.keys() & outputs.keys()
-    copies = []
-    for state in states:
-        if state.input not in read or state.output not in written or state.batch_axis != 0:
-            continue
-        copy = Fp16Mirror(state.name, _IN + state.name, _OUT + state.name)
-        for ports, name, like in (
-            (graph.input, copy.input, inputs[state.input]),
-            (graph.output, copy.output, outputs[state.output]),
-        ):
-            port = ports.add()
-            port.CopyFrom(like)
-            port.name, port.type.tensor_type.elem_type = name, _HALF
-        y = halves[state.output]
-        # The kernel writes the copy itself, since the next step counts on zeros in its padding channels.
-        _rename(graph, y, copy.output)
-        if y in outputs:
-            graph.node.append(onnx.helper.make_node("Identity", [copy.output], [y]))
-        halves[state.output] = copy.output
-        halves[state.input] = copy.input
-        copies.append(copy)
-    return halves, tuple(copies)
-
-
-def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """These nodes and those of their subgraphs."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from all_nodes(graph.node)
-
-
-def _rename(graph: GraphProto, old: str, new: str) -> None:
-    """A tensor, where it is made and wherever it is read."""
-    for node in all_nodes(graph.node):
-        for names in (node.input, node.output):
-            for place, name in enumerate(names):
-                if name == old:
-                    names[place] = new

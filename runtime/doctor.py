@@ -11,7 +11,7 @@ import msgspec
 
 from stepcell import __version__
 from stepcell.errors import StepcellError
-from stepcell.plugins import plugin_unavailable
+from stepcell.plugins.prepare import plugin_unavailable
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.tensorrt_module import FLAVORS, load_tensorrt
 

@@ -16,9 +16,10 @@ from stepcell.contract import StateSpec
 from stepcell.errors import PluginError, UsageError
 from stepcell.missing import require
 from stepcell.ops import DOMAIN, OPS, same_pads
-from stepcell.plugins.fp16_mirrors import Fp16Mirror, add_fp16_mirrors, all_nodes
+from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.packing import pack
+from stepcell.plugins.onnx.mirrors import add_fp16_mirrors, all_nodes
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
 from stepcell.plugins.tensorrt.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
 from stepcell.plugins.tensorrt.tensors import weights_of

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -20,7 +21,7 @@ from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
-__all__ = ["PLUGIN_VERSION", "interface_digest", "pack_fields", "read_fields"]
+__all__ = ["PLUGIN_VERSION", "PluginIdentity", "interface_digest", "pack_fields", "plugin_identity", "read_fields"]
 
 PLUGIN_VERSION = "2"  # as TensorRT's registry knows it; raise it when the node's tensors change
 _SCHEMA = 2  # of the bytes; raise it when a field changes its meaning
@@ -36,6 +37,24 @@ class _Fields(msgspec.Struct, frozen=True):
 
 class _Head(msgspec.Struct):
     schema: int
+
+
+@dataclass(frozen=True)
+class PluginIdentity:
+    """The plugin that an engine needs.
+
+    Attributes:
+        version: as TensorRT's registry knows it.
+        sha256: `interface_digest` of the stepcell that built the engine.
+    """
+
+    version: str
+    sha256: str
+
+
+def plugin_identity() -> PluginIdentity:
+    """The plugin of this stepcell."""
+    return PluginIdentity(PLUGIN_VERSION, interface_digest())
 
 
 def interface_digest() -> str:

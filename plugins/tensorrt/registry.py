@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,12 @@ __all__ = ["CELL_ATTRIBUTE", "FP16_MIRROR_ATTRIBUTE", "kernels_offered", "regist
 CELL_ATTRIBUTE = "cell"  # of the ONNX node: the label of its cell
 FP16_MIRROR_ATTRIBUTE = "fp16_mirror"  # of the ONNX node: 1 where its inputs have the fp16 mirror of h, else absent
 
-# TensorRT has one registry per process, so there is one set of creators per module, and one set of
-# kernels that a build offers to them.
+# TensorRT has one registry per process, so there is one set of creators per module.
 _creators: dict[str, list[Any]] = {}
-_kernels: dict[str, Sequence[KernelImage]] = {}
+_registering = threading.Lock()
+# By label of the cell. TensorRT's parser calls a creator in the thread that parses, so builds in several threads
+# each find their own.
+_kernels: ContextVar[Mapping[str, Sequence[KernelImage]]] = ContextVar("kernels offered to the parser")
 
 
 def register(trt: Any) -> None:
@@ -32,28 +36,29 @@ def register(trt: Any) -> None:
     Raises:
         PluginError: TensorRT refuses it: another plugin has its name.
     """
-    if trt.__name__ in _creators:
-        return
-    creator = _creator_class(trt)
-    made = [creator(op) for op in OPS]  # kept for the life of the process: TensorRT holds no reference
-    for each in made:
-        if not trt.get_plugin_registry().register_creator(each, DOMAIN):
-            raise PluginError(f"TensorRT's registry already has a plugin {DOMAIN}::{each.name}")
-    _creators[trt.__name__] = made
+    with _registering:
+        if trt.__name__ in _creators:
+            return
+        creator = _creator_class(trt)
+        made = [creator(op) for op in OPS]  # kept for the life of the process: TensorRT holds no reference
+        for each in made:
+            if not trt.get_plugin_registry().register_creator(each, DOMAIN):
+                raise PluginError(f"TensorRT's registry already has a plugin {DOMAIN}::{each.name}")
+        _creators[trt.__name__] = made
 
 
 @contextlib.contextmanager
 def kernels_offered(kernels: Mapping[str, Sequence[KernelImage]]) -> Iterator[None]:
-    """While the block runs, plugins that a parser makes find their kernels here.
+    """Offer kernels to the plugins that a parser makes in this thread while the block runs.
 
     Args:
         kernels: by label of the cell.
     """
-    _kernels.update(kernels)
+    token = _kernels.set({**_kernels.get({}), **kernels})
     try:
         yield
     finally:
-        _kernels.clear()
+        _kernels.reset(token)
 
 
 def _creator_class(trt: Any) -> type:
@@ -98,8 +103,9 @@ def _creator_class(trt: Any) -> type:
                 raise PluginError(f"plugin {name}: the node has no attribute {CELL_ATTRIBUTE!r}")
             # TensorRT's parser ends a text with a zero byte.
             cell = CellConfig.from_label(found[CELL_ATTRIBUTE].rstrip(b"\0").decode(errors="replace"))
-            if cell.label not in _kernels:
+            images = _kernels.get({}).get(cell.label)
+            if images is None:
                 raise PluginError(f"plugin {name}: there are no kernels for {cell.label}")
-            return cell, _kernels[cell.label]
+            return cell, images
 
     return CellPluginCreator

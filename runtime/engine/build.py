@@ -1,22 +1,22 @@
-"""From an ONNX file to a TensorRT engine with its sidecar."""
+"""Build of an engine: ONNX file to TensorRT plan with its sidecar."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from stepcell.errors import DeviceError, OutputError, UsageError
 from stepcell.files import atomic_path, read_bytes, write_atomic
-from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
+from stepcell.onnx_model import read_onnx
 from stepcell.runtime import cuda
-from stepcell.runtime.engine.onnx_input import read_onnx
 from stepcell.runtime.engine.options import BuildOptions, check_options
-from stepcell.runtime.engine.plugin_choice import build_form
+from stepcell.runtime.engine.plan import build_plan
+from stepcell.runtime.engine.plugin_choice import choose_plan
 from stepcell.runtime.engine.profile import data_shapes, derive_profiles
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, sidecar_path, this_platform
 from stepcell.runtime.engine.tensorrt_module import TensorRT, load_tensorrt
@@ -45,16 +45,15 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     contents: Sidecar
 
 
-def build_engine(
-    onnx: Path, engine: Path, options: BuildOptions | None = None, *, say: Callable[[str], None] = logger.info
-) -> EngineInfo:
-    """Build an engine; both files are put in place when everything has succeeded.
+def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) -> EngineInfo:
+    """Build an engine from an exported model; both files are moved into place once everything has succeeded.
+
+    Choices that are made for the user are logged.
 
     Args:
         onnx: a model exported by stepcell (its contract is in the metadata).
         engine: the plan to write; the sidecar goes beside it.
         options: what to build; the defaults build float16 models for this flavour's usual GPUs.
-        say: takes one line for a person, for every choice that was made for the user.
 
     Raises:
         InputError, ContractError: the model cannot be read, or has no contract.
@@ -71,27 +70,28 @@ def build_engine(
     file = read_onnx(onnx)
     profiles = derive_profiles(file.contract, options)
     targets = _targets(library, options)
-    cache = _timing_cache(library, options, say)
+    cache = _timing_cache(library, options)
     timings = None if cache is None else read_bytes(cache) if cache.is_file() else b""
     if file.contract.symbols and not (options.min_shapes or options.opt_shapes or options.max_shapes):
         sizes = data_shapes(file.contract, profiles)
-        say(f"sizes:   {sizes}, as exported; others: --minShapes, --optShapes, --maxShapes")
+        logger.info(f"sizes:   {sizes}, as exported; others: --minShapes, --optShapes, --maxShapes")
 
     # The sidecar is moved first and the plan last; whatever a crash leaves, a plan that is not
     # the one in the sidecar's fingerprint is refused. Opening both also tries the output folder
     # before the build rather than after it.
     with atomic_path(engine) as plan_file, atomic_path(sidecar_path(engine)) as sidecar_file:
         started = time.perf_counter()
-        plan, plugin = build_form(library, file, profiles, options, timings, targets[0], say)
+        build = partial(build_plan, library, profiles=profiles, options=options, timing_cache=timings)
+        plan, plugin = choose_plan(library, file, profiles, options, targets[0], build)
         seconds = time.perf_counter() - started
-        with_plugin = plugin is not None and plugin.used and not plugin.portable  # that one needs nothing to run
+        identity = plan.source.identity
         fingerprint = Fingerprint(
             flavor=library.flavor,
             tensorrt=library.version,
             compute_capabilities=targets,
             platform=this_platform(),
-            plugin_version=PLUGIN_VERSION if with_plugin else None,
-            plugin_sha256=interface_digest() if with_plugin else None,
+            plugin_version=None if identity is None else identity.version,
+            plugin_sha256=None if identity is None else identity.sha256,
             onnx_sha256=file.sha256,
             plan_sha256=hashlib.sha256(plan.data).hexdigest(),
             plan_bytes=len(plan.data),
@@ -105,7 +105,7 @@ def build_engine(
             build_seconds=round(seconds, 3),
             contract=file.contract,
             plugin=plugin,
-            fp16_mirrors=plan.fp16_mirrors,
+            fp16_mirrors=plan.source.fp16_mirrors,
         ).sealed()
         plan_file.write_bytes(plan.data)
         sidecar_file.write_text(sidecar.to_json())
@@ -125,11 +125,11 @@ def _check_output(onnx: Path, engine: Path) -> None:
             raise UsageError(f"--output: {written} is the model itself", hint="such as -o model.engine")
 
 
-def _timing_cache(library: TensorRT, options: BuildOptions, say: Callable[[str], None]) -> Path | None:
+def _timing_cache(library: TensorRT, options: BuildOptions) -> Path | None:
     if options.timing_cache is None:
         return None
     if library.is_rtx:
-        say("warning: --timingCacheFile is ignored: TensorRT-RTX times nothing while it builds")
+        logger.warning("warning: --timingCacheFile is ignored: TensorRT-RTX times nothing while it builds")
         return None
     path = Path(options.timing_cache)
     if not path.parent.is_dir():

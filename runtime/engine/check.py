@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stepcell.errors import EngineMismatchError
 from stepcell.files import read_bytes
-from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
+from stepcell.plugins.tensorrt.fields import plugin_identity
 from stepcell.plugins.tensorrt.registry import register
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, read_sidecar, rebuild_command, this_platform
@@ -107,10 +107,11 @@ def _differences(built: Fingerprint, library: TensorRT, version_compatible: bool
     if compared(built.platform) != compared(here):
         found.append(f"built on {built.platform}, this is {here}")
     if built.plugin_version is not None:
-        if built.plugin_version != PLUGIN_VERSION:
-            found.append(f"built with plugin version {built.plugin_version}, this stepcell has {PLUGIN_VERSION}")
-        elif built.plugin_sha256 != interface_digest():
-            found.append(f"built with plugin interface {built.plugin_sha256}, this stepcell has {interface_digest()}")
+        own = plugin_identity()
+        if built.plugin_version != own.version:
+            found.append(f"built with plugin version {built.plugin_version}, this stepcell has {own.version}")
+        elif built.plugin_sha256 != own.sha256:
+            found.append(f"built with plugin interface {built.plugin_sha256}, this stepcell has {own.sha256}")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from stepcell.errors import PluginError, UsageError
-from stepcell.plugins import plugin_unavailable
+from stepcell.plugins.prepare import plugin_unavailable
 from stepcell.runtime.engine.tensorrt_module import TensorRT
 from stepcell.shapes import format_shapes
 

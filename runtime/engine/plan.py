@@ -1,17 +1,17 @@
-"""The one path through TensorRT: parse, add the sizes, build. The same for both flavours."""
+"""Build of a plan, the same for both flavours of TensorRT: parse, check, set the sizes, build."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stepcell.errors import BuildError
-from stepcell.plugins.fp16_mirrors import Fp16Mirror
-from stepcell.runtime.engine.onnx_input import OnnxFile, check_graph, check_network
+from stepcell.plugins.prepare import PreparedModel
+from stepcell.runtime.engine.onnx_input import check_graph, check_network
 from stepcell.runtime.engine.options import BuildOptions
-from stepcell.runtime.engine.profile import Profile, with_fp16_mirrors
+from stepcell.runtime.engine.profile import Profile, engine_profiles
 from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, dtype_name, make_logger, no_collection
 
 __all__ = ["BuiltPlan", "build_plan"]
@@ -21,34 +21,37 @@ _COMPUTE_LAYERS = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """What TensorRT made.
+    """A plan and what is known about it.
 
     Attributes:
         data: the serialised engine.
         compute_layers: convolutions and matrix products by the dtype they compute in.
-        timing_cache: kernel timings to keep for the next build; None where none were asked for.
-        warnings: what TensorRT warned of, each once.
-        fp16_mirrors: inputs and outputs of the engine beyond the contract.
+        timing_cache: kernel timings to keep for the next build; None: none were asked for.
+        warnings: TensorRT's warnings, each once.
+        source: the model it was built from.
+        profiles: of every input of the engine.
     """
 
     data: bytes
     compute_layers: dict[str, int]
     timing_cache: bytes | None
     warnings: tuple[str, ...]
-    fp16_mirrors: tuple[Fp16Mirror, ...] = ()
+    source: PreparedModel
+    profiles: Mapping[str, Profile]
 
 
 @no_collection()
 def build_plan(
     library: TensorRT,
-    file: OnnxFile,
+    prepared: PreparedModel,
     profiles: Mapping[str, Profile],
     options: BuildOptions,
     timing_cache: bytes | None,
 ) -> BuiltPlan:
-    """Parse and build.
+    """Parse a model and build its plan.
 
     Args:
+        profiles: of the contract's inputs.
         timing_cache: timings of earlier builds, empty for none yet; None: keep none.
 
     Raises:
@@ -62,21 +65,24 @@ def build_plan(
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
-    check_graph(file, parser.supports_operator)
-    if not parser.parse(file.data):
+    check_graph(prepared, parser.supports_operator)
+    if not parser.parse(prepared.data):
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise BuildError(f"{file.path}: {library.name} refused the model: {'; '.join(reasons) or messages.explain()}")
-    check_network(network, file.contract, file.fp16_mirrors)
-    _fix_formats(trt, network, file.fp16_mirrors)
+        raise BuildError(
+            f"{prepared.path}: {library.name} refused the model: {'; '.join(reasons) or messages.explain()}"
+        )
+    check_network(network, prepared)
+    _fix_formats(trt, network, prepared.channels_last)
     config = _configure(trt, builder, options)
     if library.is_rtx and options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, target in enumerate(options.compute_capabilities):
             capability = getattr(trt.ComputeCapability, "SM" + target.replace(".", ""))
             _require(config.set_compute_capability(capability, index), f"compute capability {target}", messages)
-    if file.contract.symbols:
+    all_profiles = engine_profiles(profiles, prepared.inputs)
+    if any(isinstance(dim, str) for spec in prepared.inputs.values() for dim in spec.shape):
         profile = builder.create_optimization_profile()
-        for name, shapes in with_fp16_mirrors(profiles, file.fp16_mirrors).items():
+        for name, shapes in all_profiles.items():
             profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
         _require(config.add_optimization_profile(profile) >= 0, "the sizes", messages)
     if timing_cache is not None:
@@ -85,20 +91,19 @@ def build_plan(
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise BuildError(f"{file.path}: {library.name} {library.version} built no engine: {messages.explain()}")
+        raise BuildError(f"{prepared.path}: {library.name} {library.version} built no engine: {messages.explain()}")
     if timing_cache is not None:
         timing_cache = bytes(config.get_timing_cache().serialize())
     warnings = tuple(dict.fromkeys(messages.warnings))
-    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, warnings, file.fp16_mirrors)
+    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, warnings, prepared, all_profiles)
 
 
-def _fix_formats(trt: Any, network: Any, copies: Sequence[Fp16Mirror]) -> None:
-    """Both ends of a fp16 mirror lie as the kernels read and write them, so that nothing is put between."""
-    names = {name for copy in copies for name in (copy.input, copy.output)}
+def _fix_formats(trt: Any, network: Any, channels_last: frozenset[str]) -> None:
+    """Bind these tensors in the format that the kernels read and write, so that TensorRT adds no conversion."""
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     for tensor in tensors:
-        if tensor.name in names:
+        if tensor.name in channels_last:
             tensor.allowed_formats = 1 << int(trt.TensorFormat.HWC8)
 
 

@@ -6,18 +6,17 @@ expressions, so they are derived and never asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 
-from stepcell.contract import STATE_IN, StepContract, TensorSpec
+from stepcell.contract import Spec, StateSpec, StepContract, TensorSpec
 from stepcell.dims import bind, resolve
 from stepcell.errors import ContractError, InputError, UsageError
-from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.shapes import format_shapes
 
-__all__ = ["Profile", "data_shapes", "derive_profiles", "with_fp16_mirrors"]
+__all__ = ["Profile", "data_shapes", "derive_profiles", "engine_profiles"]
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -65,9 +64,14 @@ def derive_profiles(contract: StepContract, options: BuildOptions) -> dict[str, 
     return profiles
 
 
-def with_fp16_mirrors(profiles: Mapping[str, Profile], copies: Sequence[Fp16Mirror]) -> dict[str, Profile]:
-    """Profiles of all inputs of an engine: a fp16 mirror has its state's."""
-    return {**profiles, **{copy.input: profiles[STATE_IN + copy.state] for copy in copies}}
+def engine_profiles(profiles: Mapping[str, Profile], inputs: Mapping[str, Spec]) -> dict[str, Profile]:
+    """Profiles of all inputs of an engine, of which several may belong to one state of the contract.
+
+    Args:
+        profiles: of the contract's inputs.
+        inputs: of the engine, by name.
+    """
+    return {name: profiles[spec.input if isinstance(spec, StateSpec) else name] for name, spec in inputs.items()}
 
 
 def data_shapes(contract: StepContract, profiles: Mapping[str, Profile]) -> str:

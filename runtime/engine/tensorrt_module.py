@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -120,20 +121,44 @@ class Messages:
         return "; ".join(dict.fromkeys(about_model or self.errors)) or "TensorRT gave no reason"
 
 
+class _PausedCollection:
+    """Counts the blocks that need garbage collection off, over all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._was_enabled = False
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._blocks == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._blocks += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0 and self._was_enabled:
+                gc.enable()
+
+
+_paused_collection = _PausedCollection()
+
+
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Garbage is not looked for inside the block, or a function that this decorates.
+    """Pause Python's garbage collection in a block, or in a function that this decorates.
 
-    TensorRT calls the logger while it holds a lock that the destructors of its objects take. Where Python looked
-    for garbage in such a call and found a builder of an earlier, failed build, it would wait for itself for ever.
+    TensorRT calls the logger while it holds a lock that the destructors of its objects take. A collection in
+    such a call that found the builder of an earlier, failed build would wait for that lock forever. Collection
+    is off for the process until the last block in any thread has ended.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    _paused_collection.enter()
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        _paused_collection.leave()
 
 
 def make_logger(trt: Any, messages: Messages, *, verbose: bool = False) -> Any:

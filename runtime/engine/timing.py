@@ -1,19 +1,19 @@
-"""How long a step of a plan takes on this machine's GPU."""
+"""Timing of a step of a plan on this machine's GPU."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
 from stepcell.errors import DeviceError
-from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_shape
 from stepcell.runtime import cuda
-from stepcell.runtime.engine.profile import Profile, with_fp16_mirrors
+from stepcell.runtime.engine.profile import Profile
 from stepcell.runtime.engine.tensorrt_module import Messages, TensorRT, dtype_name, make_logger, no_collection
 
 __all__ = ["step_milliseconds"]
@@ -27,15 +27,13 @@ def step_milliseconds(
     library: TensorRT,
     plan: bytes,
     profiles: Mapping[str, Profile],
-    copies: Sequence[Fp16Mirror] = (),
     *,
     device: int = 0,
 ) -> float:
-    """Median time of a step at the `opt` sizes, queued one by one as the step loop does it.
+    """Median time of a step at the `opt` sizes in milliseconds, queued one by one as the step loop does it.
 
     Args:
-        profiles: by graph input.
-        copies: inputs and outputs of the plan beyond the contract.
+        profiles: of every input of the engine.
         device: CUDA number of the GPU.
 
     Raises:
@@ -55,17 +53,14 @@ def step_milliseconds(
         accept(engine, "the plan")
         context = engine.create_execution_context()
         accept(context, "an execution context")
-        for name, profile in with_fp16_mirrors(profiles, copies).items():
+        for name, profile in profiles.items():
             accept(context.set_input_shape(name, profile.opt), f"{name}: shape {profile.opt}")
         stream, events = cuda.Stream(), [cuda.Event() for _ in range(_ROUNDS + 1)]
         owned.callback(stream.close)
         for event in events:
             owned.callback(event.close)
-        padded = {name for copy in copies for name in (copy.input, copy.output)}
         for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
-            itemsize = np.dtype(dtype_name(engine.get_tensor_dtype(name))).itemsize
-            shape = tuple(context.get_tensor_shape(name))
-            buffer = cuda.DeviceBuffer(math.prod(half_shape(shape) if name in padded else shape) * itemsize)
+            buffer = cuda.DeviceBuffer(_nbytes(trt, engine, name, tuple(context.get_tensor_shape(name))))
             owned.callback(buffer.close)
             buffer.clear(stream)
             accept(context.set_tensor_address(name, buffer.address), f"{name}: its address")
@@ -80,3 +75,11 @@ def step_milliseconds(
         rounds = [later.milliseconds_since(event) for event, later in itertools.pairwise(events)]
         del context, engine, runtime  # in this order: each needs the next
     return statistics.median(rounds) / _STEPS
+
+
+def _nbytes(trt: Any, engine: Any, name: str, shape: tuple[int, ...]) -> int:
+    """Size of a tensor's buffer; the format kHWC8 pads the channels to a multiple of 8."""
+    if engine.get_tensor_format(name) == trt.TensorFormat.HWC8:
+        batch, channels, *rest = shape
+        shape = (batch, -(-channels // 8) * 8, *rest)
+    return math.prod(shape) * np.dtype(dtype_name(engine.get_tensor_dtype(name))).itemsize

@@ -74,8 +74,8 @@ def compile_command(
 
 def _cells_of(path: Path) -> list[CellConfig]:
     """The cells of an exported model."""
+    from stepcell.onnx_model import read_onnx
     from stepcell.plugins.onnx.rewrite import plugin_model
-    from stepcell.runtime.engine.onnx_input import read_onnx
 
     cells = [cell for _, cell in plugin_model(read_onnx(path).model).cells]
     if not cells:

@@ -53,7 +53,7 @@ def row(case: Case, folder: Path) -> str:
     fused = sum(cell.op is not None for cell in contract.cells)
     sizes = {name: array.shape[1:] if moving else array.shape for name, (array, moving) in case.inputs.items()}
     shapes = {spec.name: sizes[spec.name] for spec in contract.inputs if spec.name in sizes and contract.symbols}
-    info = build_engine(path, path.with_suffix(".engine"), BuildOptions(opt_shapes=shapes), say=lambda _: None)
+    info = build_engine(path, path.with_suffix(".engine"), BuildOptions(opt_shapes=shapes))
     return (
         f"| {case.name} | {worst['float32']:.1e} | {case.tolerance:.1e} | {worst['float16']:.1e} "
         f"| {fused} / {len(contract.cells) - fused} | {len(model.graph.node)} "

@@ -30,17 +30,18 @@ from stepcell.contract import StateSpec, TensorSpec
 from stepcell.dims import resolve
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
+from stepcell.plugins import prepare
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_map
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.signature import constants
 from stepcell.plugins.kernels.tiles import Tile
 from stepcell.plugins.onnx.rewrite import plugin_model
+from stepcell.plugins.prepare import PreparedModel
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
 from stepcell.plugins.tensorrt.registry import register
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
-from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.plan import BuiltPlan
@@ -186,15 +187,15 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(f"stepcell.runtime.engine.{module}.plugin_unavailable", lambda *_: "")
     gpu = cuda.Gpu(0, "Fake GPU", "8.7", 1 << 30)
     monkeypatch.setattr(cuda, "discover", lambda: cuda.Discovery((gpu,), "13.0", ""))
-    monkeypatch.setattr(form, "_kernels", lambda cell, *_: images_of(cell, [TILE]))
+    monkeypatch.setattr(prepare, "_images", lambda cell, *_: images_of(cell, [TILE]))
     register(trt)
 
     def make(path: Path, given: bool) -> Built:
         seen: dict[str, Any] = {}
 
-        def build_plan(library: Any, file: Any, *_: Any) -> BuiltPlan:
-            seen["model"] = file.model
-            for node in file.model.graph.node:
+        def build_plan(library: Any, prepared: PreparedModel, **_: Any) -> BuiltPlan:
+            seen["model"] = prepared.model
+            for node in prepared.model.graph.node:
                 if not node.domain:
                     continue
                 attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -207,16 +208,16 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 collection = trt.PluginFieldCollection(fields)
                 plugin = creator.create_plugin(node.name, collection, trt.TensorRTPhase.BUILD)
                 seen[node.name] = (plugin.get_fields_to_serialize(), plugin)  # the plugin owns the bytes
-            return BuiltPlan(b"a plan", {}, None, (), file.fp16_mirrors)
+            return BuiltPlan(b"a plan", {}, None, (), prepared, {})
 
         with monkeypatch.context() as patch:
-            patch.setattr(form, "build_plan", build_plan)
+            patch.setattr("stepcell.runtime.engine.build.build_plan", build_plan)
             if not given:
-                patch.setattr(form, "plugin_model", lambda model, _: plugin_model(model))
+                patch.setattr(prepare, "plugin_model", lambda model, _: plugin_model(model))
             engine = tmp_path / f"{given}.engine"
             shape = {"x": (SIZE[0], 3, *SIZE[1:])}
             options = BuildOptions(flavor="tensorrt", plugin="on", opt_shapes=shape)
-            build_engine(path, engine, options, say=lambda _: None)
+            build_engine(path, engine, options)
         sidecar, driver = read_sidecar(engine), InterpretedDriver()
         monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
         fields = {name: value[0] for name, value in seen.items() if name != "model"}

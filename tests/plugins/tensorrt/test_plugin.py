@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from typing import Any
 
 import msgspec
@@ -117,6 +118,31 @@ def described(
         result.append(desc)
     count = len(inputs_of(cell, fp16_mirror=fp16_mirror))
     return result[:count], result[count:]
+
+
+def test_builds_in_several_threads_keep_their_kernels_apart(trt: Any) -> None:
+    """A build that ends in another thread must not take away the kernels that this one's parser needs."""
+    cell = CELLS[0]
+    here_offered, other_ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with kernels_offered({cell.label: ()}):
+            here_offered.wait(10)
+        other_ended.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        label = np.frombuffer(cell.label.encode() + b"\0", np.int8)
+        fields = trt.PluginFieldCollection([trt.PluginField("cell", label, trt.PluginFieldType.CHAR)])
+        with kernels_offered({cell.label: images(cell)}):
+            here_offered.set()
+            assert other_ended.wait(10)
+            plugin = creator(trt, cell.op).create_plugin("node", fields, trt.TensorRTPhase.BUILD)
+        assert plugin.images
+    finally:
+        here_offered.set()
+        thread.join(10)
 
 
 @pytest.mark.parametrize(("cell", "fp16_mirror"), NODES, ids=NODE_IDS)

@@ -24,7 +24,7 @@ from stepcell.runtime.engine.sidecar import sidecar_path
 @pytest.fixture
 def engine(denoiser_onnx_fixed: Path, tmp_path: Path) -> Path:
     path = tmp_path / "model.engine"
-    build_engine(denoiser_onnx_fixed, path, say=lambda _: None)
+    build_engine(denoiser_onnx_fixed, path)
     return path
 
 

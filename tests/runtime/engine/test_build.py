@@ -15,11 +15,12 @@ from stepcell.runtime.engine.check import check_engine
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
 from stepcell.runtime.engine.sidecar import read_sidecar, rebuild_command, sidecar_path, this_platform
+from tests.runtime.engine.lines_logged import lines_logged
 
 
 def build(onnx: Path, folder: Path, **options: Any) -> tuple[EngineInfo, list[str]]:
-    said: list[str] = []
-    info = build_engine(onnx, folder / "model.engine", BuildOptions(**options), say=said.append)
+    with lines_logged() as said:
+        info = build_engine(onnx, folder / "model.engine", BuildOptions(**options))
     return info, said
 
 
@@ -178,7 +179,7 @@ def test_missing_flavour_names_its_extra(denoiser_onnx: Path, tmp_path: Path, mo
 
 def test_output_that_cannot_be_written_is_refused_before_the_build(denoiser_onnx: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
-        build_engine(denoiser_onnx, tmp_path / "missing" / "model.engine", say=lambda _: None)
+        build_engine(denoiser_onnx, tmp_path / "missing" / "model.engine")
     (tmp_path / "model.engine").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         build(denoiser_onnx, tmp_path)

@@ -17,26 +17,29 @@ import pytest
 import tensorrt_rtx
 
 from stepcell.errors import BuildError, DeviceError, MissingDependencyError, PluginError, UsageError
+from stepcell.plugins import prepare
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.plugins.kernels import store
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word, source_digest
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
+from stepcell.plugins.prepare import PreparedModel
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
 from stepcell.runtime import cuda
-from stepcell.runtime.engine import plugin_choice as form
-from stepcell.runtime.engine import timing
+from stepcell.runtime.engine import build as engine_build
+from stepcell.runtime.engine import plugin_choice, timing
 from stepcell.runtime.engine.build import EngineInfo, build_engine
 from stepcell.runtime.engine.check import check_engine, register_plugins
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.plan import BuiltPlan, build_plan
-from stepcell.runtime.engine.profile import Profile
+from stepcell.runtime.engine.profile import Profile, engine_profiles
 from stepcell.runtime.engine.sidecar import rebuild_command
 from stepcell.runtime.engine.tensorrt_module import TensorRT
+from tests.runtime.engine.lines_logged import lines_logged
 
 CELL = "gru_x8_h8_k3x3_soft_float32"  # of the denoiser of these tests
 WITH_PLUGIN = b"a plan with the plugin"
-COPIES = (Fp16Mirror("h", "half_in.h", "half_out.h"),)
+MIRRORS = (Fp16Mirror("h", "half_in.h", "half_out.h"),)
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +48,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", tensorrt_rtx)
     gpu = cuda.Gpu(0, "Test GPU", "8.7", 1 << 30)
     monkeypatch.setattr(cuda, "discover", lambda: cuda.Discovery((gpu,), "13.0", ""))
-    for module in (form, "stepcell.runtime.engine.options"):
-        name = module if isinstance(module, str) else module.__name__
-        monkeypatch.setattr(f"{name}.plugin_unavailable", lambda *_: "")
+    for module in ("options", "plugin_choice"):
+        monkeypatch.setattr(f"stepcell.runtime.engine.{module}.plugin_unavailable", lambda *_: "")
 
 
 @pytest.fixture
@@ -90,23 +92,26 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Plugins that the builder of the form with the plugin has made."""
     plugins: list[Any] = []
 
-    def build(library: Any, file: Any, *rest: Any) -> BuiltPlan:
-        if not file.plugins:
-            return build_plan(library, file, *rest)
-        (node,) = [node for node in file.model.graph.node if node.domain]
-        assert not file.model.functions
-        assert file.fp16_mirrors == COPIES
+    def build(library: Any, prepared: PreparedModel, **rest: Any) -> BuiltPlan:
+        if not prepared.operators:
+            return build_plan(library, prepared, **rest)
+        (node,) = [node for node in prepared.model.graph.node if node.domain]
+        assert not prepared.model.functions
+        assert prepared.fp16_mirrors == MIRRORS
+        assert prepared.channels_last == {"half_in.h", "half_out.h"}
         assert "half_in.h" in node.input
-        assert file.data == file.model.SerializeToString(deterministic=True)
+        assert prepared.data == prepared.model.SerializeToString(deterministic=True)
         creator: Any = tensorrt_rtx.get_plugin_registry().get_creator(node.op_type, PLUGIN_VERSION, "stepcell")
         label = next(each.s for each in node.attribute if each.name == "cell")
         text = tensorrt_rtx.PluginField("cell", np.frombuffer(label, np.int8), tensorrt_rtx.PluginFieldType.CHAR)
         number = tensorrt_rtx.PluginField("fp16_mirror", np.ones(1, np.int32), tensorrt_rtx.PluginFieldType.INT32)
         fields = tensorrt_rtx.PluginFieldCollection([text, number])
         plugins.append(creator.create_plugin(node.name, fields, tensorrt_rtx.TensorRTPhase.BUILD))
-        return BuiltPlan(WITH_PLUGIN, {"float16": 1}, None, (), file.fp16_mirrors)
+        return BuiltPlan(
+            WITH_PLUGIN, {"float16": 1}, None, (), prepared, engine_profiles(rest["profiles"], prepared.inputs)
+        )
 
-    monkeypatch.setattr(form, "build_plan", build)
+    monkeypatch.setattr(engine_build, "build_plan", build)
     return plugins
 
 
@@ -115,19 +120,21 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`times(plugin=0.2, native=0.3)`: milliseconds that either form takes."""
 
     def fix(*, plugin: float, native: float) -> None:
-        def milliseconds(library: Any, plan: bytes, profiles: Any, copies: Any) -> float:
-            assert copies == (COPIES if plan == WITH_PLUGIN else ())
+        def milliseconds(library: Any, plan: bytes, profiles: Any) -> float:
+            mirrors = {"half_in.h"} if plan == WITH_PLUGIN else set()
+            assert set(profiles) == {"x", "state_in.h"} | mirrors
+            assert all(profiles[name] == profiles["state_in.h"] for name in mirrors)
             return plugin if plan == WITH_PLUGIN else native
 
-        monkeypatch.setattr(form, "step_milliseconds", milliseconds)
+        monkeypatch.setattr(plugin_choice, "step_milliseconds", milliseconds)
 
     return fix
 
 
 def build(onnx: Path, folder: Path, **options: Any) -> tuple[EngineInfo, list[str]]:
-    said: list[str] = []
     options = {"flavor": "tensorrt", "opt_shapes": {"x": (1, 3, 128, 128)}} | options
-    return build_engine(onnx, folder / "m.engine", BuildOptions(**options), say=said.append), said
+    with lines_logged() as said:
+        return build_engine(onnx, folder / "m.engine", BuildOptions(**options)), said
 
 
 @pytest.mark.parametrize(("plugin", "native", "used"), [(0.2, 0.3, True), (0.3, 0.2, False), (0.25, 0.25, False)])
@@ -147,7 +154,7 @@ def test_auto_keeps_the_faster(
     fingerprint = info.contents.fingerprint
     expected = (PLUGIN_VERSION, interface_digest()) if used else (None, None)
     assert (fingerprint.plugin_version, fingerprint.plugin_sha256) == expected
-    assert info.contents.fp16_mirrors == (COPIES if used else ())
+    assert info.contents.fp16_mirrors == (MIRRORS if used else ())
     assert list(info.contents.profiles) == ["x", "state_in.h"]
     assert info.contents.fingerprint.onnx_sha256 == hashlib.sha256(denoiser_onnx.read_bytes()).hexdigest()
     checked = check_engine(tmp_path / "m.engine")
@@ -175,16 +182,16 @@ def test_portable(denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.Monke
     registered: list[Any] = []
     operators: list[str] = []
 
-    def chain(library: Any, file: Any, *rest: Any) -> BuiltPlan:
-        nodes = [node for node in file.model.graph.node if node.domain]
-        assert file.plugins == {(node.domain, node.op_type) for node in nodes}
+    def chain(library: Any, prepared: PreparedModel, **rest: Any) -> BuiltPlan:
+        nodes = [node for node in prepared.model.graph.node if node.domain]
+        assert prepared.operators == {(node.domain, node.op_type) for node in nodes}
         operators.extend(node.op_type for node in nodes)
-        return BuiltPlan(WITH_PLUGIN, {}, None, ())
+        return BuiltPlan(WITH_PLUGIN, {}, None, (), prepared, {})
 
     monkeypatch.setattr(tensorrt_rtx, "QuickPluginCreationRequest", object, raising=False)
-    monkeypatch.setattr(form, "portable_kernels", lambda kernel, _, *rest: (kernel, *rest))
-    monkeypatch.setattr(form, "register_portable", lambda _, kernels: registered.append(kernels))
-    monkeypatch.setattr(form, "build_plan", chain)
+    monkeypatch.setattr(prepare, "portable_kernels", lambda kernel, _, *rest: (kernel, *rest))
+    monkeypatch.setattr(prepare, "register_portable", lambda _, kernels: registered.append(kernels))
+    monkeypatch.setattr(engine_build, "build_plan", chain)
     info, said = build(denoiser_onnx, tmp_path, plugin="portable")
     assert operators == ["narrow_state", "gru_gates", "gru_candidate"]
     assert registered == [{(each, CELL): (each, "8.7", 64 * 64) for each in operators}]
@@ -229,7 +236,7 @@ def test_a_folder_filled_without_knowing_the_sizes(tmp_path: Path, monkeypatch: 
         raise MissingDependencyError("compiling the kernels needs the package 'triton', which is not installed")
 
     monkeypatch.setattr(store, "compile_kernel", missing)
-    images = form._kernels(cell, "8.7", folder, small, list[str]().append)
+    images = prepare._images(cell, "8.7", folder, small)
     assert [(image.info.kernel, image.info.tile) for image in images] == [
         (kernel, tile.label) for kernel, tile in store.wanted(cell, "8.7")
     ]
@@ -267,17 +274,17 @@ def test_a_refused_or_untimed_plugin_is_left_out(
     def untimed(*_: Any) -> float:
         raise DeviceError("timing the engine: TensorRT refused a step")
 
-    monkeypatch.setattr(form, "step_milliseconds", untimed)
+    monkeypatch.setattr(plugin_choice, "step_milliseconds", untimed)
     info, said = build(denoiser_onnx, tmp_path, kernels=str(kernels))
     assert "plugin:  off; timing the engine: TensorRT refused a step" in said
     assert info.contents.fingerprint.plugin_version is None
 
-    def refused(library: Any, file: Any, *rest: Any) -> BuiltPlan:
-        if file.plugins:
+    def refused(library: Any, prepared: PreparedModel, **rest: Any) -> BuiltPlan:
+        if prepared.operators:
             raise BuildError("TensorRT refused the model")
-        return build_plan(library, file, *rest)
+        return build_plan(library, prepared, **rest)
 
-    monkeypatch.setattr(form, "build_plan", refused)
+    monkeypatch.setattr(engine_build, "build_plan", refused)
     _, said = build(denoiser_onnx, tmp_path, kernels=str(kernels))
     assert "plugin:  off; TensorRT refused the model" in said
     with pytest.raises(BuildError, match="refused the model"):
@@ -286,10 +293,9 @@ def test_a_refused_or_untimed_plugin_is_left_out(
 
 def test_a_cell_is_tuned_for_its_largest_map() -> None:
     cell, other = CellConfig.from_label(CELL), CellConfig.from_label("lstm_x3_h8_k3x3_soft_float32")
-    shapes = {"a": (1, 8, 4, 4), "b": (2, 8, 6, 5), "dense": (1, 8)}
-    profiles = {name: Profile(shape, shape, shape) for name, shape in shapes.items()}
+    shapes: dict[str, tuple[int, ...]] = {"a": (1, 8, 4, 4), "b": (2, 8, 6, 5), "dense": (1, 8)}
     cells = (("a", cell), ("b", cell), ("elsewhere", cell), ("dense", other))
-    assert form._sizes(cells, profiles) == {cell: 60, other: None}
+    assert prepare._sizes(cells, shapes) == {cell: 60, other: None}
 
 
 class FakeEngine:
@@ -317,6 +323,9 @@ class FakeEngine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         return tensorrt_rtx.DataType.FLOAT if name in ("y", "state_in.h") else tensorrt_rtx.DataType.HALF
+
+    def get_tensor_format(self, name: str) -> Any:
+        return tensorrt_rtx.TensorFormat.HWC8 if name.startswith("half_") else tensorrt_rtx.TensorFormat.LINEAR
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shapes["x"]
@@ -367,7 +376,9 @@ def timed_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], tup
         monkeypatch.setattr(cuda, "Stream", lambda: stream)
         monkeypatch.setattr(cuda, "Event", Event)
         monkeypatch.setattr(cuda, "DeviceBuffer", Buffer)
-        module = SimpleNamespace(Runtime=lambda _: engine, ILogger=tensorrt_rtx.ILogger)
+        module = SimpleNamespace(
+            Runtime=lambda _: engine, ILogger=tensorrt_rtx.ILogger, TensorFormat=tensorrt_rtx.TensorFormat
+        )
         return engine, TensorRT("tensorrt", module), memory
 
     return make
@@ -390,7 +401,8 @@ def test_timing_binds_fp16_mirrors_with_their_padding(timed_engine: Any) -> None
     engine.names = ("x", "state_in.h", "half_in.h", "y", "half_out.h")
     engine.get_tensor_shape = lambda _: (2, 5, 4, 3)
     one = Profile((2, 5, 4, 3), (2, 5, 4, 3), (2, 5, 4, 3))
-    assert timing.step_milliseconds(library, b"plan", {"x": one, "state_in.h": one}, COPIES) == pytest.approx(1.0)
+    profiles = dict.fromkeys(("x", "state_in.h", "half_in.h"), one)
+    assert timing.step_milliseconds(library, b"plan", profiles) == pytest.approx(1.0)
     assert engine.shapes == dict.fromkeys(("x", "state_in.h", "half_in.h"), (2, 5, 4, 3))
     assert [buffer.nbytes for buffer in memory] == [120 * 2, 120 * 4, 2 * 4 * 3 * 8 * 2, 120 * 4, 2 * 4 * 3 * 8 * 2]
 

@@ -24,7 +24,7 @@ from stepcell.runtime.engine.tensorrt_module import TensorRT
 @pytest.fixture(scope="module")
 def built(denoiser_onnx_fixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
-    build_engine(denoiser_onnx_fixed, folder / "model.engine", say=lambda _: None)
+    build_engine(denoiser_onnx_fixed, folder / "model.engine")
     return folder
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from stepcell.runtime import cuda
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.check import check_engine
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
-from stepcell.runtime.engine.tensorrt_module import Messages, dtype_name, load_tensorrt, make_logger
+from stepcell.runtime.engine.tensorrt_module import (
+    Messages,
+    dtype_name,
+    load_tensorrt,
+    make_logger,
+    no_collection,
+)
+from tests.runtime.engine.lines_logged import lines_logged
 
 
 @pytest.fixture
@@ -81,9 +90,10 @@ def test_enterprise_path_from_build_to_check(
     denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu(monkeypatch, "8.7")
-    engine, said = tmp_path / "m.engine", list[str]()
+    engine = tmp_path / "m.engine"
     options = BuildOptions(flavor="tensorrt", compute_capabilities=("8.7",), opt_shapes={"x": (1, 3, 32, 32)})
-    info = build_engine(denoiser_onnx, engine, options, say=said.append)
+    with lines_logged() as said:
+        info = build_engine(denoiser_onnx, engine, options)
     assert info.contents.fingerprint.flavor == "tensorrt"
     assert info.contents.fingerprint.compute_capabilities == ("8.7",)
     assert any("cannot host the plugin" in line for line in said)
@@ -128,6 +138,51 @@ def test_logger_collects_and_shows_only_when_asked(logged: pytest.LogCaptureFixt
         logger.log(severity.INFO, "so")
     assert (messages.errors, messages.warnings) == (["bad"] * 2, ["hm"] * 2)
     assert logged.messages == ["[error] bad", "[warning] hm", "[info] so"]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collection_stays_off_until_the_last_thread_leaves(enabled: bool) -> None:
+    """A leaves while B is still inside: B's block must not see collection switched on."""
+    a_entered, b_entered, a_left = (threading.Event() for _ in range(3))
+    seen: list[bool] = []
+
+    def a() -> None:
+        with no_collection():
+            a_entered.set()
+            b_entered.wait(10)
+        a_left.set()
+
+    def b() -> None:
+        a_entered.wait(10)
+        with no_collection():
+            b_entered.set()
+            a_left.wait(10)
+            seen.append(gc.isenabled())
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        threads = [threading.Thread(target=each) for each in (a, b)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert seen == [False]
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_collection_is_paused_in_nested_blocks_and_decorated_functions() -> None:
+    @no_collection()
+    def decorated() -> bool:
+        with no_collection(), no_collection():
+            pass
+        return gc.isenabled()
+
+    assert gc.isenabled()
+    assert not decorated()
+    assert gc.isenabled()
 
 
 def test_a_missing_driver_is_not_the_explanation_of_another_error() -> None:
