@@ -38,7 +38,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stepcell.exporter import export_onnx
 from stepcell.models.zoo.clips import read_clip
 from stepcell.models.zoo.denoiser import Denoiser
-from stepcell.runtime.media.sources import open_source
+from stepcell.runtime.media.open_source import open_source
 
 STEPCELL = (sys.executable, "-c", "from stepcell.cli import main; main()")
 WARM_UP = 180.0  # seconds until memory is looked at: every camera has been lost and reconnected to by then

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from stepcell.runtime.engine.build import EngineInfo, build_engine
     from stepcell.runtime.engine.options import BuildOptions
     from stepcell.runtime.loop.step_loop import StepLoop
-    from stepcell.runtime.media.sinks import open_sink
-    from stepcell.runtime.media.sources import open_source
+    from stepcell.runtime.media.open_sink import open_sink
+    from stepcell.runtime.media.open_source import open_source
+    from stepcell.runtime.streams.report import RunError, RunReport
+    from stepcell.runtime.streams.run import run_streams
+    from stepcell.runtime.streams.run_control import RunControl
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,9 @@ __all__ = [
     "Checkpoint",
     "EngineInfo",
     "FuseReport",
+    "RunControl",
+    "RunError",
+    "RunReport",
     "StateSpec",
     "StepContract",
     "StepLoop",
@@ -44,6 +50,7 @@ __all__ = [
     "open_sink",
     "open_source",
     "register_cell",
+    "run_streams",
     "step_model",
 ]
 
@@ -59,8 +66,11 @@ _LAZY = {
     "runtime.engine.build": "EngineInfo build_engine",
     "runtime.engine.options": "BuildOptions",
     "runtime.loop.step_loop": "StepLoop",
-    "runtime.media.sinks": "open_sink",
-    "runtime.media.sources": "open_source",
+    "runtime.media.open_sink": "open_sink",
+    "runtime.media.open_source": "open_source",
+    "runtime.streams.report": "RunError RunReport",
+    "runtime.streams.run": "run_streams",
+    "runtime.streams.run_control": "RunControl",
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names.split()}
 

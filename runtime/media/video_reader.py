@@ -1,4 +1,4 @@
-"""Frames through PyAV (FFmpeg): video files, URLs, cameras, folders of pictures."""
+"""Video reader: decodes files, URLs and cameras with PyAV (FFmpeg)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,41 +13,40 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.missing import require
-from stepcell.runtime.media.sources import RATES, shown
+from stepcell.runtime.media.source import FRAME_RATES, display_name
 
-__all__ = ["BT709", "CAMERA", "FolderSource", "VideoSource", "natural_key"]
+__all__ = ["BT709", "CAMERA", "VideoSource"]
 
 CAMERA = re.compile(r"camera:(\d{1,3})")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
-BT709 = 1  # FFmpeg's number for it, the same for matrix, primaries and transfer
-# A lost URL ends the run with an error instead of hanging: seconds to open, seconds between packets.
+BT709 = 1  # FFmpeg's number of it, the same for matrix, primaries and transfer function
+# Timeouts of a URL in seconds, for opening and between packets: without them a lost connection would hang.
 URL_TIMEOUT = (10.0, 10.0)
-# A file is cut off where this much of its declared length is missing; headers round.
+# A file counts as cut off if it is shorter than this share of its declared duration, less a second's rounding.
 CUT_OFF, CUT_OFF_SECONDS = 0.9, 0.5
-BROKEN_PACKETS = 100  # in a row, from which a live stream is taken for broken: a loss on the way is shorter
+BROKEN_PACKETS = 100  # consecutive damaged packets that end a live stream; transmission errors are shorter
 
 
 class VideoSource:
     """A video file, a URL or `camera:N` (Video4Linux).
 
     Raises:
-        InputError: it cannot be opened, or has no picture stream.
+        InputError: it cannot be opened, or has no video stream.
         MissingDependencyError: PyAV is not installed.
     """
 
     def __init__(self, name: str) -> None:
         av = require("av", extra="video", purpose="reading video")
-        self.name = shown(name)
+        self.name = display_name(name)
         self._error: type[Exception] = av.FFmpegError
         camera = CAMERA.fullmatch(name)
         try:
-            # Titles are in any encoding, and nobody reads them here; PyAV takes them as they are from 19 on.
+            # Metadata such as titles may be in any encoding; PyAV before 19 fails on it unless told otherwise.
             options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
             if camera:
                 self._container = av.open(f"/dev/video{camera[1]}", format="v4l2", **options)
             elif "://" in name:
                 self._container = av.open(name, timeout=URL_TIMEOUT, **options)
-            else:  # a colon in a file name is no protocol
+            else:  # "file:" keeps a colon in a file name from being read as a protocol
                 self._container = av.open(f"file:{name}", **options)
         except (av.FFmpegError, OSError) as error:
             what = "camera" if camera else "video"
@@ -58,29 +56,28 @@ class VideoSource:
             raise InputError(f"{self.name}: has no video stream")
         self._stream = self._container.streams.video[0]
         self.live = bool(camera) or "://" in name
-        # Decoding frames side by side holds back one for each thread: of a camera these come late, and
-        # are lost with it.
+        # Frame threading delays the output by one frame per thread, and loses these frames with the connection.
         self._stream.thread_type = "SLICE" if self.live else "AUTO"
         self.seconds: float | None = None
-        self._broken = 0  # packets since the last good one
+        self._broken = 0  # consecutive damaged packets
         rate = self._stream.average_rate or self._stream.guessed_rate
-        # PyAV 19 has a type of its own. With another rate FFmpeg would write files that it cannot read.
-        self.fps: Fraction | None = Fraction(rate) if rate and RATES[0] <= rate <= RATES[1] else None
+        # Fraction(): PyAV 19 has a type of its own. Outside this range FFmpeg writes files that it cannot read.
+        self.fps: Fraction | None = Fraction(rate) if rate and FRAME_RATES[0] <= rate <= FRAME_RATES[1] else None
         self.length: int | None = None if self.live else self._stream.frames or None
-        self._seconds = None if self.live else self._declared_seconds()
+        self._duration = None if self.live else self._declared_duration()
 
-    def _declared_seconds(self) -> float | None:
-        """How long the file says its pictures go on; None where it does not say."""
+    def _declared_duration(self) -> float | None:
+        """Duration of the video in seconds according to the header of the file; None: not stated."""
         if self._stream.duration is not None:
             return float(self._stream.duration * Fraction(self._stream.time_base))
-        alone = len(self._container.streams) == 1  # else the length may be that of the sound
+        alone = len(self._container.streams) == 1  # with several streams it may be the duration of the audio
         return self._container.duration / 1e6 if alone and self._container.duration else None
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         number, shape, first, last = 0, None, 0.0, 0.0
         try:
             for packet in self._container.demux(self._stream):
-                if packet.pts is not None:  # the last frame may be shown for long
+                if packet.pts is not None:  # the packet's duration counts: the last frame may be shown for long
                     last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 for frame in self._decode(packet, number):
                     pixels = _pixels(frame)
@@ -95,14 +92,14 @@ class VideoSource:
             raise InputError(f"{self.name}: broken at frame {number} ({_reason(error)})") from error
         if number == 0:
             raise InputError(f"{self.name}: holds no frame")
-        if self._seconds is not None and last - first < CUT_OFF * self._seconds - CUT_OFF_SECONDS:
-            # Some formats (Matroska) end a cut file like a whole one.
+        if self._duration is not None and last - first < CUT_OFF * self._duration - CUT_OFF_SECONDS:
+            # FFmpeg ends some formats (Matroska) without an error where the file was cut off.
             raise InputError(
-                f"{self.name}: cut off: its header says {self._seconds:.1f} s, {last - first:.1f} s are there"
+                f"{self.name}: cut off: its header says {self._duration:.1f} s, {last - first:.1f} s are there"
             )
 
     def _decode(self, packet: Any, number: int) -> Sequence[Any]:
-        """The frames of a packet. A live stream goes on without a broken one, unless many are in a row."""
+        """The frames of a packet; a live stream skips damaged packets until too many are consecutive."""
         try:
             if packet.is_corrupt:
                 raise InputError(f"{self.name}: broken or cut off at frame {number}")
@@ -119,70 +116,19 @@ class VideoSource:
         self._container.close()
 
 
-class FolderSource:
-    """The pictures of a folder, in natural order: frame2.png before frame10.png.
-
-    Raises:
-        InputError: there is none.
-        MissingDependencyError: PyAV is not installed.
-    """
-
-    fps: Fraction | None = None
-    live = False
-    seconds: float | None = None
-
-    def __init__(self, folder: Path) -> None:
-        require("av", extra="video", purpose="reading pictures")
-        self.name = str(folder)
-        try:
-            files = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file()]
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
-        self._files = sorted(files, key=lambda path: natural_key(path.name))
-        if not files:
-            raise InputError(f"{folder}: holds no picture ({', '.join(PICTURES)})")
-        self.length: int | None = len(files)
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        shape = None
-        for path in self._files:
-            pixels = _read_picture(path)
-            if pixels.shape != (shape := shape or pixels.shape):
-                raise InputError(f"{path}: is {pixels.shape}, the first picture {shape}")
-            yield pixels
-
-    def close(self) -> None:
-        pass
-
-
-def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sort key that compares runs of digits as numbers."""
-    parts: list[str | int] = list(re.split(r"([0-9]+)", name))
-    parts[1::2] = [int(part) for part in parts[1::2]]
-    return parts, name  # the name itself decides between 1.png and 01.png
-
-
-def _read_picture(path: Path) -> NDArray[np.uint8]:
-    source = VideoSource(str(path))
-    try:
-        return next(iter(source))
-    finally:
-        source.close()
-
-
 def _pixels(frame: Any) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB, or (H, W, 1) where the stream is grey; turned upright as its metadata says."""
-    kind = frame.format
-    grey = len(kind.components) <= 2 and not kind.has_palette  # one of luma, one of alpha
-    # PyAV up to 16 decodes BT.709 with the matrix of BT.601 unless both are named, and not alike.
+    """(H, W, 3) RGB, or (H, W, 1) if the stream is grey; rotated as the metadata says."""
+    layout = frame.format
+    grey = len(layout.components) <= 2 and not layout.has_palette  # luma alone, or luma and alpha
+    # PyAV up to 16 decodes BT.709 with the matrix of BT.601 unless source and destination are named and differ.
     matrix = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 and not grey else {}
     array: NDArray[np.uint8] = frame.to_ndarray(format="gray" if grey else "rgb24", **matrix)
-    turns = round(getattr(frame, "rotation", 0) / 90)  # counter-clockwise; phones film sideways
-    upright = np.rot90(array, turns)
+    quarter_turns = round(getattr(frame, "rotation", 0) / 90)  # counter-clockwise
+    upright = np.rot90(array, quarter_turns)
     return upright.reshape(*upright.shape[:2], 1 if grey else 3)
 
 
 def _reason(error: Exception) -> str:
-    if type(error).__name__ == "ExitError":  # FFmpeg was told to give up, by `timeout`
+    if type(error).__name__ == "ExitError":  # FFmpeg was interrupted because of `timeout`
         return f"no answer within {URL_TIMEOUT[1]:g} s"
     return getattr(error, "strerror", None) or str(error)

@@ -1,7 +1,4 @@
-"""A sink that writes in a thread of its own, from a bounded queue.
-
-Encoding a picture can take as long as the step that made it; it is done while the next step runs.
-"""
+"""Frame writer: encodes in a background thread from a bounded queue."""
 
 from __future__ import annotations
 
@@ -15,25 +12,27 @@ from numpy.typing import NDArray
 
 from stepcell.errors import StepcellError
 from stepcell.runtime.loop.latency import Latency, Stopwatch
-from stepcell.runtime.media.sinks import Sink
+from stepcell.runtime.media.sink import Sink
+from stepcell.runtime.streams.run_control import RunControl
 
-__all__ = ["Writer"]
+__all__ = ["DEPTH", "FrameWriter"]
 
-DEPTH = 4  # frames that wait to be written
+DEPTH = 4  # length of the queue
+_POLL_SECONDS = 0.1  # interval at which `join` looks for an abort
 
 
-class Writer:
-    """Writes to one sink until it is finished, abandoned or fails, and closes it.
+class FrameWriter:
+    """Writes to one sink until it is finished, abandoned or fails, then closes it.
 
     Args:
-        sink: written to and closed by this thread only.
-        changed: notified when there is room again or the writing failed; shared with whoever
-            waits for several.
+        sink: written and closed by the background thread only.
+        changed: notified when the queue has room again or writing failed; may be shared by several writers.
+        depth: length of the queue.
 
     Attributes:
-        encode: time per frame in `Sink.write`; to be read after `wait`.
-        closed: when the sink was closed, by `time.perf_counter`.
-        written: frames in what it was closed with.
+        encode: time per frame in `Sink.write`; to be read after `join`.
+        closed: time at which the sink was closed, by `time.perf_counter`; None: not yet.
+        written: frames in the output.
     """
 
     def __init__(self, sink: Sink, changed: threading.Condition, *, depth: int = DEPTH) -> None:
@@ -43,59 +42,60 @@ class Writer:
         self.written = 0
         self._changed, self._depth = changed, depth
         self._queue: deque[NDArray[Any]] = deque()
-        self._keep: bool | None = None  # once decided, the thread ends
+        self._keep: bool | None = None  # set by `finish` and `abandon`, which end the thread
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"write {sink.name}", daemon=True)
         self._thread.start()
 
     @property
-    def waiting(self) -> int:
+    def queued(self) -> int:
         """Frames in the queue."""
         return len(self._queue)
 
     @property
     def failed(self) -> bool:
-        """Whether writing failed, so that `check`, `put` and `wait` raise."""
+        """Whether writing failed, so that `check`, `put` and `join` raise."""
         return self._error is not None
 
     @property
-    def ready(self) -> bool:
-        """Whether `put` would return at once, or raise: nothing is left in the queue of a writer that failed."""
+    def has_room(self) -> bool:
+        """Whether `put` returns or raises without waiting; true after a failure, which empties the queue."""
         return len(self._queue) < self._depth
 
     def put(self, frame: NDArray[Any]) -> None:
-        """Hand over a frame, which is the writer's from now on; waits for room.
+        """Queue a frame, waiting for room; the caller must not change the array afterwards.
 
         Raises:
             OutputError: an earlier frame could not be written.
         """
         with self._changed:
-            while not self.ready:
+            while not self.has_room:
                 self._changed.wait()
             self.check()
             self._queue.append(frame)
             self._changed.notify_all()
 
     def check(self) -> None:
-        """Raise what writing failed with, if it did."""
+        """Raise the error with which writing failed, if it did."""
         if self._error is not None:
             raise self._error
 
     def finish(self) -> None:
-        """Write what is left and close the sink, in the writer's own time."""
+        """Write the queued frames, then close the sink. Returns at once."""
         self._end(keep=True)
 
     def abandon(self) -> None:
-        """Write nothing more and leave no file."""
+        """Discard the queued frames and the output. Returns at once."""
         self._end(keep=False)
 
-    def wait(self) -> None:
-        """Until the sink is closed.
+    def join(self, control: RunControl | None = None) -> None:
+        """Wait until the sink is closed, or the run is aborted by `control`.
 
         Raises:
-            OutputError: it could not be written or closed; it holds what could be salvaged then.
+            OutputError: a frame could not be written, or the sink not closed; the output has what was salvaged.
         """
-        self._thread.join()
+        while self._thread.is_alive() and not (control is not None and control.aborting):
+            self._thread.join(_POLL_SECONDS)
         self.check()
 
     def _end(self, *, keep: bool) -> None:
@@ -116,17 +116,17 @@ class Writer:
             else:
                 self.written = 0
                 self.sink.abandon()
-        except BaseException as error:  # the thread that hands over frames raises it again, at once
+        except BaseException as error:  # raised by the next call, in the calling thread
             self.written, self._error = 0, error
             with self._changed:
                 self._queue.clear()
                 self._changed.notify_all()
-            with contextlib.suppress(OSError, StepcellError):  # what broke first is what is raised
+            with contextlib.suppress(OSError, StepcellError):  # the first error is the one to report
                 self.written = self.sink.salvage()
         self.closed = time.perf_counter()
 
     def _next(self) -> NDArray[Any] | None:
-        """The next frame; None once nothing is left and nothing will come."""
+        """Wait for the next frame; None: the queue is empty and `finish` or `abandon` was called."""
         with self._changed:
             while not self._queue and self._keep is None:
                 self._changed.wait()

@@ -1,4 +1,4 @@
-"""What a run did, as JSON for a machine; and the error of a run that broke half-way."""
+"""Report of a run, and the error of a run with failed streams."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from stepcell.errors import StepcellError
 from stepcell.runtime.loop.latency import LatencySummary
 from stepcell.runtime.streams.reset_policy import Cause
 
-__all__ = ["Dropped", "RunReport", "Stopped", "StreamError", "StreamsError", "StreamsReport", "blame", "with_rest"]
+__all__ = ["Dropped", "RunError", "RunReport", "Stopped", "StreamReport", "append_message", "with_name"]
 
 Stopped = Literal["end of input", "limit", "interrupted", "error"]
 Dropped = dict[Literal["late", "queue full"], int]
 
 
-class RunReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run did with one stream; `docs/run.md` explains the fields.
+class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Report of one stream; docs/run.md explains the fields.
 
     Attributes:
-        first_frame: number of the first one; above zero where a run was resumed.
+        frame_size: (width, height) in pixels.
+        first_frame: number of the first frame; above zero in a resumed run.
         frames: frames stepped.
-        written: frames in the output: all of them, unless it could not be written. None: no output.
-        dropped: frames that were read and not stepped: older than the deadline, or read while the
-            queue was full.
-        late: frames that were stepped though they were older than the deadline.
-        resets: how often the past was forgotten, by cause.
-        non_finite: frames at which NaN or Inf was seen.
-        reconnects: how often the input was lost and came back.
-        snapshots, failed_snapshots: written, and those that could not be.
+        written: frames in the output: all of them unless writing failed. None: no output.
+        dropped: frames decoded and not stepped, because they were late or the queue was full.
+        late: late frames that were stepped.
+        resets: resets of the states, by cause.
+        non_finite: frames after which NaN or Inf was found.
+        reconnects: number of times the input was lost and reopened.
+        snapshots, failed_snapshots: snapshots written, and those that could not be.
+        stopped: why the stream ended.
+        error: message of the failure; None: no failure.
         seconds: wall time from the first read to the closed output.
-        frames_per_second: frames by seconds, everything included.
-        latency: time from a frame's arrival until its result was handed to the output.
-        step, decode, convert, encode: time per frame in `StepLoop.step`, in reading, in scaling
-            both ways, in writing. Each keeps its first one apart.
+        frames_per_second: `frames` by `seconds`.
+        latency: from the arrival of a frame until its result was queued for the output.
+        step, decode, convert, encode: time per frame in `StepLoop.step`, decoding, pre- and postprocessing, and
+            encoding. The first frame is listed separately.
     """
 
     model: str
@@ -45,7 +47,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     input: str
     output: str | None
     output_tensor: str | None
-    frame_size: tuple[int, int] | None  # width, height
+    frame_size: tuple[int, int] | None
     first_frame: int
     frames: int
     written: int | None
@@ -67,46 +69,67 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     encode: LatencySummary
 
 
-class StreamError(StepcellError):
-    """A stream that broke half-way: the cause's message and exit code, and the report so far."""
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Report of a run.
+
+    Attributes:
+        model: name of the model.
+        streams: report of each stream, in the order of the inputs.
+    """
+
+    model: str
+    streams: list[StreamReport]
+
+    @property
+    def document(self) -> StreamReport | RunReport:
+        """The object written as JSON: the report of the only stream, or the report of the run."""
+        return self.streams[0] if len(self.streams) == 1 else self
+
+    def to_json(self) -> str:
+        """`document` as JSON."""
+        return msgspec.json.format(msgspec.json.encode(self.document), indent=1).decode() + "\n"
+
+
+class RunError(StepcellError):
+    """Streams failed, or the report could not be written; the other streams ran to their end.
+
+    Message, hint and exit code are those of the cause. If several streams failed, the message lists them; the hint
+    and the exit code are theirs if all agree, else none and 1.
+
+    Attributes:
+        report: of the run.
+    """
 
     def __init__(self, cause: StepcellError, report: RunReport) -> None:
         super().__init__(cause.message, hint=cause.hint)
+        self.__cause__ = cause
         self.exit_code = cause.exit_code
         self.report = report
 
-
-class StreamsReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run of several inputs did: a report for each, in the order they were given in."""
-
-    model: str
-    streams: list[RunReport]
-
-
-def with_rest(error: StepcellError, rest: str) -> StepcellError:
-    """The same error, whose message says what is left as well; one error may have ended several streams."""
-    told = copy.copy(error)
-    told.message += rest
-    told.args = (told.message,)
-    return told
-
-
-def blame(name: str, error: StepcellError) -> str:
-    """What broke a stream, with its name in front; many errors begin with it."""
-    return error.message if error.message.startswith(f"{name}: ") else f"{name}: {error.message}"
-
-
-class StreamsError(StepcellError):
-    """Some of several streams broke; the others went on to their end.
-
-    The exit code is that of what broke them, or 1 where these differ.
-    """
-
-    def __init__(self, failures: Mapping[str, StepcellError], count: int) -> None:
-        lines = "".join(f"\n  {blame(name, error)}" for name, error in failures.items())
+    @classmethod
+    def of_streams(cls, failures: Mapping[str, StepcellError], report: RunReport) -> RunError:
+        """For the failures of streams, by the name of the stream."""
+        if len(report.streams) == 1:
+            return cls(next(iter(failures.values())), report)
+        lines = "".join(f"\n  {with_name(name, error)}" for name, error in failures.items())
         hints = {error.hint for error in failures.values()}
-        super().__init__(
-            f"{len(failures)} of {count} streams broke:{lines}", hint=hints.pop() if len(hints) == 1 else None
+        cause = StepcellError(
+            f"{len(failures)} of {len(report.streams)} streams broke:{lines}",
+            hint=hints.pop() if len(hints) == 1 else None,
         )
         codes = {error.exit_code for error in failures.values()}
-        self.exit_code = codes.pop() if len(codes) == 1 else 1
+        cause.exit_code = codes.pop() if len(codes) == 1 else 1
+        return cls(cause, report)
+
+
+def append_message(error: StepcellError, text: str) -> StepcellError:
+    """A copy of an error with a longer message; the original may belong to several streams."""
+    longer = copy.copy(error)
+    longer.message += text
+    longer.args = (longer.message,)
+    return longer
+
+
+def with_name(name: str, error: StepcellError) -> str:
+    """The message of an error, preceded by the name of the stream unless it begins with it."""
+    return error.message if error.message.startswith(f"{name}: ") else f"{name}: {error.message}"

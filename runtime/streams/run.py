@@ -1,118 +1,198 @@
-"""Streams through a step loop: read, scale, step, unscale, write; and a report at the end.
-
-Reading and writing have threads of their own, one each per stream; the loop is stepped here. One
-stream has the loop to itself. Several are slots of one batch: each step takes the frames that are
-there, so a stream that is slow, lost or at its end holds up no other.
-"""
+"""run_streams: runs a model over inputs and writes its results, as `stepcell run` does."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TypeVar, cast, get_args
 
-from stepcell.errors import StepcellError
+from stepcell.errors import OutputError, UsageError
+from stepcell.files import write_atomic
 from stepcell.runtime.loop.step_loop import StepLoop
-from stepcell.runtime.media.sinks import Sink
-from stepcell.runtime.media.sources import Source
-from stepcell.runtime.streams.report import RunReport, StreamError
-from stepcell.runtime.streams.reset_policy import ResetWatch
-from stepcell.runtime.streams.scheduler import Scheduler, Watcher
-from stepcell.runtime.streams.shutdown import StopRequest
-from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
-from stepcell.runtime.streams.stream import Lane
+from stepcell.runtime.media.preprocess import event_input, image_input
+from stepcell.runtime.media.source import FRAME_RATES, display_name
+from stepcell.runtime.streams.deadline import Deadline, OnLate
+from stepcell.runtime.streams.metrics import Metrics
+from stepcell.runtime.streams.non_finite import OnNonFinite
+from stepcell.runtime.streams.open_streams import (
+    Input,
+    Output,
+    StreamOptions,
+    check_names,
+    open_streams,
+    stream_names,
+)
+from stepcell.runtime.streams.progress import RunProgress
+from stepcell.runtime.streams.report import RunError, RunReport
+from stepcell.runtime.streams.reset_policy import ResetPolicy
+from stepcell.runtime.streams.run_control import RunControl
+from stepcell.runtime.streams.run_snapshots import SnapshotWriter, resume_streams
+from stepcell.runtime.streams.scheduler import Scheduler
 
-__all__ = ["run_stream", "run_streams"]
+__all__ = ["SNAPSHOT_EVERY", "run_streams"]
 
+logger = logging.getLogger(__name__)
 
-def run_stream(
-    loop: StepLoop,
-    source: Source,
-    sink: Sink | None = None,
-    *,
-    resets: ResetWatch | None = None,
-    snapshots: SnapshotWriter | None = None,
-    start: int = 0,
-    limit: int | None = None,
-    stop: StopRequest | None = None,
-    on_frame: Callable[[int], None] | None = None,
-) -> RunReport:
-    """Step every frame of `source` and write the results to `sink`: `run_streams` of one.
+_T = TypeVar("_T")
 
-    Args:
-        on_frame: called with the number of frames done after each.
-
-    Raises:
-        StreamError: a frame could not be read, stepped or written; with the report so far.
-        KeyboardInterrupt: ctrl-C where `stop` did not listen; the sink is closed all the same.
-    """
-    lane = Lane(source, sink, resets=resets, start=start, limit=limit)
-    watchers = [] if on_frame is None else [_Counting(on_frame)]
-    (report,) = run_streams(loop, [lane], snapshots=snapshots, stop=stop, watchers=watchers)
-    if lane.failure is not None:
-        raise StreamError(lane.failure, report) from lane.failure
-    return report
+SNAPSHOT_EVERY = 250  # frames: ten seconds of a camera
 
 
 def run_streams(
-    loop: StepLoop,
-    lanes: Sequence[Lane],
+    model: str | Path | StepLoop,
+    inputs: Input | Sequence[Input],
+    outputs: Output | Sequence[Output] = None,
     *,
-    snapshots: SnapshotWriter | None = None,
-    stop: StopRequest | None = None,
-    watchers: Sequence[Watcher] = (),
-) -> list[RunReport]:
-    """Step all streams until the last one has ended, each in a slot where there are several.
+    device: str = "cpu",
+    allow_fallback: bool = False,
+    keep_float16: bool = False,
+    threads: int | None = None,
+    size: tuple[int, int] | None = None,
+    event_window: str | None = None,
+    fps: float | Fraction | None = None,
+    limit: int | None = None,
+    reset_every: int | None = None,
+    reset_gap: float | None = None,
+    reset_on_cut: bool = False,
+    on_nonfinite: OnNonFinite = "stop",
+    deadline_ms: float | None = None,
+    on_late: OnLate = "drop",
+    reconnect: float = 0.0,
+    snapshot: str | Path | None = None,
+    snapshot_every: int | None = None,
+    resume: bool = False,
+    metrics: Metrics | int | None = None,
+    report: str | Path | None = None,
+    progress: Callable[[RunProgress], None] | None = None,
+    control: RunControl | None = None,
+) -> RunReport:
+    """Step every frame of the inputs through a model and write the results; options as of `stepcell run`.
 
-    However a stream ends, what was written is finished as a valid file and kept, and the others go
-    on; where nothing was written, a file that was there before is left alone. A snapshot that
-    cannot be written is logged and counted, and the streams go on.
+    Several inputs share one batched step, each with its own states. However a stream ends, its output is finished
+    as a valid file and the other streams go on; if no frame was stepped, an older file of the output stays.
 
     Args:
-        loop: a model with one picture or event input; opened with a slot for each stream, without
-            slots for one. A slot that is attached under a stream's name goes on with its states;
-            so does a loop without slots whose stream has a `start`. All else starts afresh.
-        lanes: the streams; one whose `failure` is set afterwards broke. A device that fails, or a
-            model that takes neither pictures nor events, breaks all of them.
-        snapshots: writes the states now and then, and at the end unless everything broke.
-        stop: asked before every step; a stopped run returns its reports. Outputs that are being
-            finished when a further signal comes are left behind.
-        watchers: told of every step and frame.
+        model: path of a model, which is opened with `device`, `allow_fallback`, `keep_float16` and `threads` of
+            `StepLoop.open`; or an open loop, with a slot for each of several inputs, without slots for one.
+        inputs: one input or several: a path, URL or `camera:N` as of `--input`, or a `Source`.
+        outputs: None (frames are only stepped), or one output for each input: a path as of `--output`, a `Sink`
+            or None.
+        device, allow_fallback, keep_float16, threads: see `model`.
+        size: (width, height) in pixels of raw frames on stdin, or of an event sensor.
+        event_window: events of one step, such as "30ms"; by default that of the contract.
+        fps: frames per second of the outputs, 0.001 to 1000; by default those of the input, else 25.
+        limit: end each stream after this many frames.
+        reset_every: reset the states before every frame whose number is a multiple of this.
+        reset_gap: reset the states if two frames are more than this many seconds apart.
+        reset_on_cut: reset the states at a scene cut.
+        on_nonfinite: on NaN or Inf in an output or a state, "stop" the stream, "reset" its states and repeat the
+            step, or "ignore" it.
+        deadline_ms: milliseconds from decoding to stepping after which a frame of a live source is late.
+        on_late: "drop" late frames, or "block" the source instead; late frames are counted.
+        reconnect: reopen a lost camera or URL for this many seconds after its last frame; 0: not at all.
+        snapshot: .safetensors file to which the states are written periodically and at the end.
+        snapshot_every: frames, or steps of several inputs, between snapshots; by default 250.
+        resume: continue from `snapshot`, if the file exists, at the next frame.
+        metrics: port of a Prometheus endpoint on this machine, or a `Metrics` server, which stays open.
+        report: file to which the report is written as JSON, also if streams failed.
+        progress: called in this thread at the start, after every step, at least ten times a second, and at the end.
+        control: stops the run or resets states from another thread.
 
     Returns:
-        A report for each stream, in the same order.
+        The report, with one entry per input.
 
     Raises:
-        KeyboardInterrupt: ctrl-C where `stop` did not listen; the sinks are closed all the same.
+        UsageError: options that contradict each other or are out of range.
+        RunError: a stream failed, or the report could not be written; `report` of the error has the report, and
+            its exit code is that of the cause.
+        InputError: an input cannot be opened, or the model takes neither pictures nor events.
+        OutputError: an output cannot be created, or the port not be listened on.
+        StateError: the snapshot is of another model or another number of inputs.
+        StepcellError: the model cannot be opened, as listed at `StepLoop.open`.
+        KeyboardInterrupt: after the outputs are closed, unless `control` was asked to stop before.
     """
-    run = Scheduler(loop, lanes, snapshots, stop or StopRequest(), watchers)
-    try:
-        run.go()
-    except StepcellError as error:  # of the loop, and with it of every stream
-        run.end("error", error)
-    except KeyboardInterrupt:
-        if run.stop.signal is None:
-            raise
-    finally:
-        run.end("interrupted")
-        with contextlib.ExitStack() as closing:  # each of them, whatever another one raises
-            for lane in reversed(lanes):
-                closing.callback(lane.close, run.stop)
-    if snapshots is not None and run.steps and run.between_steps and not all(lane.failure for lane in lanes):
-        run.save(snapshots)
-    return [lane.report(loop, snapshots) for lane in lanes]
+    inputs, outputs = _as_list(inputs), [] if outputs is None else _as_list(outputs)
+    _check_options(
+        ("limit", limit, limit is None or limit >= 1, "1 or more"),
+        ("reset_every", reset_every, reset_every is None or reset_every >= 1, "1 or more"),
+        ("snapshot_every", snapshot_every, snapshot_every is None or snapshot_every >= 1, "1 or more"),
+        ("reset_gap", reset_gap, reset_gap is None or reset_gap > 0, "a number above zero"),
+        ("deadline_ms", deadline_ms, deadline_ms is None or deadline_ms > 0, "a number above zero"),
+        ("reconnect", reconnect, reconnect >= 0, "a number of seconds"),
+        ("fps", fps, fps is None or FRAME_RATES[0] <= fps <= FRAME_RATES[1], "0.001 to 1000 frames per second"),
+        ("on_late", on_late, on_late in get_args(OnLate), "drop or block"),
+        ("on_nonfinite", on_nonfinite, on_nonfinite in get_args(OnNonFinite), "stop, reset or ignore"),
+    )
+    if snapshot is None and (resume or snapshot_every is not None):
+        raise UsageError("--resume and --snapshot-every need --snapshot FILE")
+    is_loop = isinstance(model, StepLoop)
+    if is_loop and (device, allow_fallback, keep_float16, threads) != ("cpu", False, False, None):
+        raise UsageError("device, allow_fallback, keep_float16, threads: expected with the path of a model, got a loop")
+    snapshot_path = None if snapshot is None else Path(snapshot)
+    files = {"--report": None if report is None else Path(report), "--snapshot": snapshot_path}
+    check_names(None if is_loop else str(model), inputs, outputs, files)
+    options = StreamOptions(
+        size=size,
+        fps=None if fps is None else Fraction(fps),
+        reset=ResetPolicy(reset_every, reset_gap, reset_on_cut, on_nonfinite),
+        deadline=None if deadline_ms is None else Deadline(deadline_ms / 1e3, on_late),
+        reconnect=reconnect,
+        limit=limit,
+    )
+    names = stream_names(inputs)
+    control = control or RunControl()
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, StepLoop):
+            loop = model
+        else:
+            slots = len(inputs) if len(inputs) > 1 else None
+            loop = stack.enter_context(
+                StepLoop.open(
+                    model,
+                    device,
+                    slots=slots,
+                    allow_fallback=allow_fallback,
+                    keep_float16=keep_float16,
+                    threads=threads,
+                )
+            )
+        logger.info(f"{loop.name}: {loop.description}")
+        spec = image_input(loop.contract, len(inputs))
+        starts = resume_streams(loop, snapshot_path, names) if resume and snapshot_path else {}
+        snapshots = None
+        if snapshot_path is not None:
+            snapshots = SnapshotWriter(snapshot_path, snapshot_every or SNAPSHOT_EVERY, ", ".join(names))
+        if isinstance(metrics, int):
+            metrics = stack.enter_context(Metrics(metrics))
+        events = event_input(spec, event_window)
+        streams = open_streams(inputs, outputs, options, spec=spec, events=events, starts=starts, control=control)
+        if metrics is not None:
+            metrics.watch(streams)
+        scheduler = Scheduler(loop, streams, snapshots=snapshots, control=control, times=metrics, progress=progress)
+        result = RunReport(model=display_name(loop.name), streams=scheduler.run())
+    failures = {stream.name: stream.failure for stream in streams if stream.failure is not None}
+    error = RunError.of_streams(failures, result) if failures else None
+    if report is not None:
+        try:
+            write_atomic(Path(report), result.to_json())
+        except OutputError as unwritten:
+            if error is not None:  # the failure of a stream is the error to raise
+                logger.warning(unwritten.message)
+            error = error or RunError(unwritten, result)
+    if error is not None:
+        raise error
+    return result
 
 
-class _Counting:
-    """Tells a function how many frames are done."""
+def _as_list(values: _T | Sequence[_T]) -> list[_T]:
+    return list(values) if isinstance(values, (list, tuple)) else [cast(_T, values)]
 
-    def __init__(self, on_frame: Callable[[int], None]) -> None:
-        self._on_frame = on_frame
 
-    def step(self, seconds: float) -> None:
-        pass
-
-    def frame(self, lane: Lane, seconds: float) -> None:
-        self._on_frame(lane.frames)
-
-    def tick(self) -> None:
-        pass
+def _check_options(*checks: tuple[str, object, bool, str]) -> None:
+    """Raise UsageError for the first check (name, value, whether it is valid, what is expected) that fails."""
+    for name, value, valid, expected in checks:
+        if not valid:
+            raise UsageError(f"{name}: expected {expected}, got {value!r}")

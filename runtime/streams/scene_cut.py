@@ -1,10 +1,10 @@
-"""Scene cuts: whether a frame goes on from the one before it.
+"""Scene cut detection by the correlation of consecutive frames.
 
-Both frames are reduced to 16 x 16 means of sampled pixels. Their distance is one minus the
-correlation of these, 0 to 2: brightness and contrast cancel out, so a light that is switched on
-is no cut, and neither pixels nor a model's own range have to be known. In the real clips of
-`tests/runtime/streams/test_scene_cut.py` (five cuts inside one of them, and those made by joining two) a cut is
-0.68 or more, and the largest distance without one 0.45, where a van fills half the picture.
+Both frames are reduced to 16 x 16 means of sampled pixels. Their distance is one minus the correlation of these means,
+0 to 2. It does not depend on brightness and contrast: switching on a light is not a cut, and the range of a float
+frame need not be known. In the clips of `tests/runtime/streams/test_scene_cut.py` (five cuts within one clip, and
+cuts made by joining two) the distance at a cut is 0.68 or more. The largest distance without a cut is 0.45, where a
+van fills half the picture.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 __all__ = ["THRESHOLD", "SceneCut"]
 
-THRESHOLD = 0.56  # half-way between the two
+THRESHOLD = 0.56  # midway between 0.45 and 0.68
 _GRID = 16
-_SAMPLES = 64  # along each side: a frame costs the same at any size
+_SAMPLES = 64  # along each side, so that the cost does not depend on the size of the frame
 
 
 class SceneCut:
@@ -29,10 +29,12 @@ class SceneCut:
         self._last: NDArray[np.float32] | None = None
 
     def distance(self, frame: NDArray[Any]) -> float:
-        """How far this frame is from the last one given: 0 the same picture, 1 unrelated; 0 for the first.
+        """Distance of this frame from that of the previous call: 0 for equal, 1 for unrelated pictures.
+
+        It is 0 for the first frame and 1 for a frame of another size.
 
         Args:
-            frame: pixels (H, W, C) uint8 or a tensor (C, H, W) of floats. One of another size is unrelated.
+            frame: pixels (H, W, C) uint8 or a float tensor (C, H, W).
         """
         last, self._last = self._last, _thumbnail(frame)
         if last is None:
@@ -40,13 +42,13 @@ class SceneCut:
         if last.shape != self._last.shape:
             return 1.0
         power = float((last * last).sum() * (self._last * self._last).sum())
-        if power == 0.0:  # at least one is of one colour; from there to a picture all is new
+        if power == 0.0:  # a frame of one colour has no correlation: equal only to another such frame
             return 0.0 if not last.any() and not self._last.any() else 1.0
         return 1.0 - float((last * self._last).sum()) / math.sqrt(power)
 
 
 def _thumbnail(frame: NDArray[Any]) -> NDArray[np.float32]:
-    """Means of one channel over a grid, about their own mean: up to (16, 16)."""
+    """Means of one channel over a grid of up to (16, 16), minus their mean."""
     channels = frame.shape[2 if frame.dtype == np.uint8 else 0]
     middle = channels // 2  # green of RGB
     plane = frame[..., middle] if frame.dtype == np.uint8 else frame[middle]

@@ -1,12 +1,12 @@
-"""Which stream's frame is stepped when: the loop between the threads that read and those that write."""
+"""Scheduler: steps the frames of all streams, between the threads that read and those that write."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from types import TracebackType
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -17,251 +17,298 @@ from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.slots import Slot
 from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.preprocess import image_input
-from stepcell.runtime.streams.report import Stopped, blame
-from stepcell.runtime.streams.reset_policy import STATES_EVERY, Cause, non_finite, non_finite_rows
-from stepcell.runtime.streams.shutdown import StopRequest
-from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
-from stepcell.runtime.streams.stream import Lane
+from stepcell.runtime.streams.non_finite import STATES_EVERY, first_non_finite, non_finite_rows
+from stepcell.runtime.streams.progress import RunProgress
+from stepcell.runtime.streams.report import Stopped, StreamReport, with_name
+from stepcell.runtime.streams.reset_policy import Cause
+from stepcell.runtime.streams.run_control import RunControl
+from stepcell.runtime.streams.run_snapshots import SnapshotWriter
+from stepcell.runtime.streams.stream import Stream
 
-__all__ = ["Scheduler", "Watcher"]
+__all__ = ["POLL_SECONDS", "Scheduler", "StepTimes"]
 
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
-# Seconds. A signal is noticed within the first. A step costs the same for one slot as for all, so
-# frames that are being read from files are waited for a little, and the first ones a little longer.
-NOTICE, GATHER, GATHER_FIRST = 0.1, 0.01, 2.0
+POLL_SECONDS = 0.1  # interval at which the run control is looked at while the run waits
+# A step costs the same for one slot as for all, so it waits this many seconds for frames that are being read from
+# files, and before the first step for those of every source.
+GATHER_SECONDS, GATHER_FIRST_SECONDS = 0.01, 2.0
 
 
-class Watcher(Protocol):
-    """Is told what happens, by the thread that steps."""
+class StepTimes(Protocol):
+    """Receives the time of every step and frame, such as `Metrics`."""
 
     def step(self, seconds: float) -> None:
-        """A step of the batch took so long."""
+        """Time of a step of the batch."""
 
-    def frame(self, lane: Lane, seconds: float) -> None:
-        """A frame went through in this time, from its arrival until its result was handed to the output."""
-
-    def tick(self) -> None:
-        """Between two steps, and ten times a second while there is none."""
+    def frame(self, stream: Stream, seconds: float) -> None:
+        """Latency of a frame, from its arrival until its result was queued for the output."""
 
 
 class Scheduler:
-    """One run: takes what is ready, steps it, and hands the results over; used by `run_streams`."""
+    """Runs streams through a loop: one stream has the loop to itself, several are slots of one batch.
+
+    Each step takes the frames that are ready, so a stream that is slow, lost or at its end does not hold up the
+    others. However a stream ends, its output is finished as a valid file, and the others go on.
+
+    Args:
+        loop: a model with one input of pictures or events; for several streams opened with a slot for each. A slot
+            attached under the name of a stream continues from its states, and so does a loop without slots whose
+            stream has a `start`; all other streams start from the initial states.
+        streams: a stream that fails has its `failure` set afterwards. A failing device, or a model that takes
+            neither pictures nor events, fails all of them.
+        snapshots: written when due, and at the end unless every stream failed.
+        control: stops the run and resets states.
+        times: receives the time of every step and frame.
+        progress: called in this thread at the start, after every step, at least ten times a second, and at the end.
+    """
 
     def __init__(
         self,
         loop: StepLoop,
-        lanes: Sequence[Lane],
-        snapshots: SnapshotWriter | None,
-        stop: StopRequest,
-        watchers: Sequence[Watcher],
+        streams: Sequence[Stream],
+        *,
+        snapshots: SnapshotWriter | None = None,
+        control: RunControl | None = None,
+        times: StepTimes | None = None,
+        progress: Callable[[RunProgress], None] | None = None,
     ) -> None:
-        self.loop, self.lanes, self.snapshots, self.stop, self.watchers = loop, lanes, snapshots, stop, watchers
-        self.steps = 0
-        self.between_steps = True  # else a second ctrl-C came, and nobody knows whether the states are new
-        self._shared = len(lanes) > 1
-        self._slots: dict[Lane, Slot] = {}
+        self._loop, self._streams, self._snapshots = loop, streams, snapshots
+        self._control = control or RunControl()
+        self._times, self._progress = times, progress
+        self._steps = 0
+        self._resets = self._control.resets  # requests for a reset that were passed on
+        self._in_step = False  # after a KeyboardInterrupt inside a step, the states may be old or new
+        self._shared = len(streams) > 1
+        self._slots: dict[Stream, Slot] = {}
         self._changed = threading.Condition()
-        self._shape: tuple[int, ...] | None = None  # of every stream's input
+        self._shape: tuple[int, ...] | None = None  # of the input of every stream
 
-    def go(self) -> None:
-        """Until every stream has ended, or a stop is asked for."""
-        self._spec = image_input(self.loop.contract, len(self.lanes))
-        self.loop.statistics = Latency()
-        self._enter()
-        for lane in self.lanes:
-            with _Failing(self, lane):
-                lane.begin(self.loop.contract, self._changed)
-        while self.stop.signal is None and (running := [lane for lane in self.lanes if lane.running]):
+    def run(self) -> list[StreamReport]:
+        """Step until every stream has ended or a stop is requested; returns the reports of the streams.
+
+        Raises:
+            KeyboardInterrupt: unless a stop was requested before; the sinks are closed nevertheless.
+        """
+        try:
+            self._run()
+        except StepcellError as error:  # of the loop, and so of every stream
+            self._end("error", error)
+        except KeyboardInterrupt:
+            if not self._control.stopping:
+                raise
+        finally:
+            self._end("interrupted")
+            with contextlib.ExitStack() as closing:  # closes every stream, even if one raises
+                for stream in reversed(self._streams):
+                    closing.callback(stream.close, self._control)
+        if self._steps and not self._in_step and not all(stream.failure for stream in self._streams):
+            self._save_snapshot()
+        self._report_progress()
+        return [stream.report(self._loop, self._snapshots) for stream in self._streams]
+
+    def _run(self) -> None:
+        self._loop.statistics = Latency()
+        self._report_progress()
+        self._spec = image_input(self._loop.contract, len(self._streams))
+        self._prepare_states()
+        for stream in self._streams:
+            with self._isolated(stream):
+                stream.begin(self._loop.contract, self._changed)
+        while not self._control.stopping and (running := [stream for stream in self._streams if stream.running]):
             batch = self._take(running)
             if batch:
                 self._step(batch)
             else:
-                self._wait(lambda: any(lane.ready for lane in running), NOTICE)
-            for watcher in self.watchers:
-                watcher.tick()
+                self._wait(lambda: any(stream.ready for stream in running), POLL_SECONDS)
+            self._report_progress()
 
-    def _enter(self) -> None:
-        """Everything at its initial state, except what goes on."""
-        if not any(lane.start for lane in self.lanes):
-            self.loop.reset()
+    def _report_progress(self) -> None:
+        if self._progress is not None:
+            self._progress(RunProgress(self._streams, self._loop.statistics))
+
+    def _prepare_states(self) -> None:
+        """Attach a slot for each of several streams; reset all states but those that are continued."""
+        if not any(stream.start for stream in self._streams):
+            self._loop.reset()
         if not self._shared:
             return
-        names = {lane.name: lane for lane in self.lanes}
-        for name, slot in self.loop.slots.items():
+        names = {stream.name: stream for stream in self._streams}
+        for name, slot in self._loop.slots.items():
             if name in names:
                 self._slots[names[name]] = slot
             else:
-                self.loop.detach(slot)
-        for lane in self.lanes:
-            lane.prefix = f"{lane.name}: "
-            if lane not in self._slots:
-                self._slots[lane] = self.loop.attach(lane.name)
-            elif not lane.start:
-                self.loop.reset([self._slots[lane]])
+                self._loop.detach(slot)
+        for stream in self._streams:
+            stream.prefix = f"{stream.name}: "
+            if stream not in self._slots:
+                self._slots[stream] = self._loop.attach(stream.name)
+            elif not stream.start:
+                self._loop.reset([self._slots[stream]])
 
-    def _take(self, running: Sequence[Lane]) -> list[Lane]:
-        """Streams with a frame to be stepped now."""
+    def _take(self, running: Sequence[Stream]) -> list[Stream]:
+        """Take a frame from every stream that has one; waits a little for those that are expected to have one."""
         batch = self._take_ready(running)
         if batch and self._shared:
-            # Files are read as fast as they are stepped; of a camera nobody knows when it sends, nor when
-            # an output that is behind will take the next frame.
-            waiting = [lane for lane in running if lane not in batch and lane.has_room]
-            others = [lane for lane in waiting if self.steps == 0 or not lane.live]
-            self._wait(lambda: all(lane.ready for lane in others), GATHER if self.steps else GATHER_FIRST)
-            batch += self._take_ready([lane for lane in others if lane.running])
+            # A file can be read at any time. When a camera sends its next frame is not known, nor when the output
+            # of a stream has room again.
+            waiting = [stream for stream in running if stream not in batch and stream.has_room]
+            expected = [stream for stream in waiting if self._steps == 0 or not stream.live]
+            seconds = GATHER_SECONDS if self._steps else GATHER_FIRST_SECONDS
+            self._wait(lambda: all(stream.ready for stream in expected), seconds)
+            batch += self._take_ready([stream for stream in expected if stream.running])
         return batch
 
-    def _take_ready(self, lanes: Sequence[Lane]) -> list[Lane]:
+    def _take_ready(self, streams: Sequence[Stream]) -> list[Stream]:
         batch = []
-        for lane in lanes:
-            with _Failing(self, lane):
-                if lane.ready and lane.take():
-                    batch.append(lane)
+        for stream in streams:
+            with self._isolated(stream):
+                if stream.ready and stream.take():
+                    batch.append(stream)
         return batch
 
     def _wait(self, ready: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         with self._changed:
-            # A signal wakes nobody, so it is looked for.
-            while self.stop.signal is None and (left := end - time.monotonic()) > 0:
-                if self._changed.wait_for(ready, min(left, NOTICE)):
+            # A request to stop does not notify the condition, so it is polled.
+            while not self._control.stopping and (left := end - time.monotonic()) > 0:
+                if self._changed.wait_for(ready, min(left, POLL_SECONDS)):
                     break
 
-    def _step(self, batch: Sequence[Lane]) -> None:
-        inputs: dict[Lane, Arrays] = {}
-        for lane in batch:
-            with _Failing(self, lane):
-                arrays, cause = lane.inputs(self._spec)
+    def _step(self, batch: Sequence[Stream]) -> None:
+        self._pass_on_resets()
+        inputs: dict[Stream, Arrays] = {}
+        for stream in batch:
+            with self._isolated(stream):
+                arrays, cause = stream.preprocess(self._spec)
                 if self._shared:
-                    self._check(lane, arrays[self._spec.name])
+                    self._check_input(stream, arrays[self._spec.name])
                 if cause is not None:
-                    self._reset(lane, cause)
-                inputs[lane] = arrays
+                    self._reset(stream, cause)
+                inputs[stream] = arrays
         if not inputs:
             return
-        self.between_steps = False
-        outputs = self._guarded_step(inputs)
-        for lane, results in outputs.items():
-            with _Failing(self, lane):
-                seconds = lane.deliver(results)
-                for watcher in self.watchers:
-                    watcher.frame(lane, seconds)
-        self.steps += 1
-        self.between_steps = True
-        if self.snapshots is not None and outputs and self.snapshots.due(self._count):
-            self.save(self.snapshots)
+        self._in_step = True
+        outputs = self._step_finite(inputs)
+        for stream, results in outputs.items():
+            with self._isolated(stream):
+                seconds = stream.deliver(results)
+                if self._times is not None:
+                    self._times.frame(stream, seconds)
+        self._steps += 1
+        self._in_step = False
+        if outputs and self._snapshot_due(self._count):
+            self._save_snapshot()
 
-    @property
-    def _count(self) -> int:
-        """What snapshots are counted by: frames of the one stream, or steps."""
-        return self.steps if self._shared else self.lanes[0].number
+    def _pass_on_resets(self) -> None:
+        if self._control.resets != self._resets:
+            self._resets = self._control.resets
+            for stream in self._streams:
+                stream.monitor.demand()
 
-    def _check(self, lane: Lane, tensor: NDArray[Any]) -> None:
-        """What the loop would refuse of one stream it would refuse of all."""
+    def _check_input(self, stream: Stream, tensor: NDArray[Any]) -> None:
+        """Refuse for one stream what the loop would refuse for the whole batch."""
         self._shape = self._shape or tensor.shape
         if tensor.shape != self._shape:
             raise InputError(
-                f"{lane.name}: its frames become {tensor.shape}, those of the first stream {self._shape}",
+                f"{stream.name}: its frames become {tensor.shape}, those of the first stream {self._shape}",
                 hint="streams that run together have one size; run this one alone",
             )
-        require_finite(f"{lane.name}: {self._spec.name}", tensor)
+        require_finite(f"{stream.name}: {self._spec.name}", tensor)
 
-    def _call(self, inputs: dict[Lane, Arrays]) -> dict[Lane, Arrays]:
+    def _step_loop(self, inputs: dict[Stream, Arrays]) -> dict[Stream, Arrays]:
         started = time.perf_counter()
         if self._shared:
-            found = self.loop.step_slots({self._slots[lane]: arrays for lane, arrays in inputs.items()})
-            outputs = {lane: found[self._slots[lane]] for lane in inputs}
+            found = self._loop.step_slots({self._slots[stream]: arrays for stream, arrays in inputs.items()})
+            outputs = {stream: found[self._slots[stream]] for stream in inputs}
         else:
-            outputs = {lane: self.loop.step(**arrays) for lane, arrays in inputs.items()}
-        seconds = time.perf_counter() - started
-        for watcher in self.watchers:
-            watcher.step(seconds)
+            outputs = {stream: self._loop.step(**arrays) for stream, arrays in inputs.items()}
+        if self._times is not None:
+            self._times.step(time.perf_counter() - started)
         return outputs
 
-    def _reset(self, lane: Lane, cause: Cause) -> None:
+    def _reset(self, stream: Stream, cause: Cause) -> None:
         if self._shared:
-            self.loop.reset([self._slots[lane]])
+            self._loop.reset([self._slots[stream]])
         else:
-            self.loop.reset([True] if self.loop.statistics.first is not None else None)
-        lane.forget(cause)
+            self._loop.reset([True] if self._loop.statistics.first is not None else None)
+        stream.count_reset(cause)
 
-    def _guarded_step(self, inputs: dict[Lane, Arrays]) -> dict[Lane, Arrays]:
-        """A step, and a second one from the initial state for those where the first returns NaN or Inf."""
-        outputs = self._call(inputs)
-        again: dict[Lane, Arrays] = {}
-        for lane, name in self._spoilt(outputs, self._due(inputs)).items():
-            lane.non_finite += 1
-            with _Failing(self, lane):
-                if lane.watch.policy.on_nonfinite == "stop":
-                    outputs.pop(lane, None)
+    def _step_finite(self, inputs: dict[Stream, Arrays]) -> dict[Stream, Arrays]:
+        """Step; streams with NaN or Inf are ended, or stepped again from the initial states, as their policy says."""
+        outputs = self._step_loop(inputs)
+        again: dict[Stream, Arrays] = {}
+        for stream, name in self._non_finite(outputs, self._states_to_check(inputs)).items():
+            stream.non_finite += 1
+            with self._isolated(stream):
+                if stream.monitor.policy.on_nonfinite == "stop":
+                    outputs.pop(stream, None)
                     raise StepcellError(
-                        f"{lane.prefix}frame {lane.number}: {name}: the model returned NaN or Inf",
+                        f"{stream.prefix}frame {stream.number}: {name}: the model returned NaN or Inf",
                         hint="--on-nonfinite reset goes on from the initial state; "
                         "float16 models overflow beyond 65504",
                     )
-                lane.log(f"{name}: the model returned NaN or Inf")
-                self._reset(lane, "non-finite")
-                if lane in inputs:
-                    again[lane] = inputs[lane]
+                stream.log(f"{name}: the model returned NaN or Inf")
+                self._reset(stream, "non-finite")
+                if stream in inputs:
+                    again[stream] = inputs[stream]
         if again:
-            repeated = self._call(again)
-            for lane, name in self._spoilt(repeated, again).items():
-                lane.log(f"{name}: NaN or Inf from the initial state too")
-                self._reset(lane, "non-finite")
+            repeated = self._step_loop(again)
+            for stream, name in self._non_finite(repeated, again).items():
+                stream.log(f"{name}: NaN or Inf from the initial state too")
+                self._reset(stream, "non-finite")
             outputs.update(repeated)
         return outputs
 
-    def _due(self, inputs: Collection[Lane]) -> list[Lane]:
-        """Streams whose states are looked at after this step: now and then, and before a snapshot."""
-        if self.snapshots is not None and self.snapshots.due(self._count + 1):
-            return [lane for lane in self.lanes if not self._shared or lane in self._slots]
-        return [lane for lane in inputs if (lane.frames + 1) % STATES_EVERY == 0]
+    def _states_to_check(self, inputs: Collection[Stream]) -> list[Stream]:
+        """Streams whose states are checked after this step: all before a snapshot, otherwise each now and then."""
+        if self._snapshot_due(self._count + 1):
+            return [stream for stream in self._streams if not self._shared or stream in self._slots]
+        return [stream for stream in inputs if (stream.frames + 1) % STATES_EVERY == 0]
 
-    def _spoilt(self, outputs: dict[Lane, Arrays], and_states: Collection[Lane]) -> dict[Lane, str]:
-        """Streams with NaN or Inf that care, each with the name of an output or a state that has it."""
-        found = {lane: name for lane, results in outputs.items() if lane.guarded and (name := non_finite(results))}
-        if any(lane.guarded and lane not in found for lane in and_states):
-            rows = non_finite_rows(self.loop.contract, self.loop.state())
-            for lane in and_states:
-                name = rows.get(self._slots[lane].index if self._shared else 0)
-                if lane.guarded and name is not None:
-                    found.setdefault(lane, name)
+    def _non_finite(self, outputs: dict[Stream, Arrays], states_of: Collection[Stream]) -> dict[Stream, str]:
+        """Streams with NaN or Inf that are checked for it, each with the name of such an output or state."""
+        found = {}
+        for stream, results in outputs.items():
+            if stream.checks_finite and (name := first_non_finite(results)):
+                found[stream] = name
+        if any(stream.checks_finite and stream not in found for stream in states_of):
+            rows = non_finite_rows(self._loop.contract, self._loop.state())
+            for stream in states_of:
+                row = self._slots[stream].index if self._shared else 0
+                if stream.checks_finite and row in rows:
+                    found.setdefault(stream, rows[row])
         return found
 
-    def save(self, snapshots: SnapshotWriter) -> None:
-        """Write what all streams remember."""
-        frames = {lane.name: lane.number for lane in self.lanes if lane in self._slots}
-        snapshots.save(self.loop, self._count, frames if self._shared else None)
+    @property
+    def _count(self) -> int:
+        """Frames of the only stream, or steps of several: the number that `snapshot_every` refers to."""
+        return self._steps if self._shared else self._streams[0].number
 
-    def fail(self, lane: Lane, error: StepcellError) -> None:
-        """End one stream; the others go on."""
-        lane.end("error", error)
-        if self._shared:  # of one stream the caller hears at once
-            logger.warning(f"stream ended: {blame(lane.name, error)}")
-        if lane in self._slots:
-            self.loop.detach(self._slots.pop(lane))
+    def _snapshot_due(self, count: int) -> bool:
+        return self._snapshots is not None and self._snapshots.due(count)
 
-    def end(self, stopped: Stopped, failure: StepcellError | None = None) -> None:
-        """End what still runs."""
-        for lane in self.lanes:
-            lane.end(stopped, failure)
+    def _save_snapshot(self) -> None:
+        if self._snapshots is not None:
+            frames = {stream.name: stream.number for stream in self._streams if stream in self._slots}
+            self._snapshots.save(self._loop, self._count, frames if self._shared else None)
 
+    @contextlib.contextmanager
+    def _isolated(self, stream: Stream) -> Iterator[None]:
+        """An error in the block ends this stream only, unless it is one of the device."""
+        try:
+            yield
+        except DeviceError:
+            raise
+        except StepcellError as error:
+            stream.end("error", error)
+            if self._shared:  # the error of the only stream is raised by the run
+                logger.warning(f"stream ended: {with_name(stream.name, error)}")
+            if stream in self._slots:
+                self._loop.detach(self._slots.pop(stream))
 
-class _Failing:
-    """`with _Failing(run, lane): ...`: an error in the block ends that stream only."""
-
-    def __init__(self, run: Scheduler, lane: Lane) -> None:
-        self._run, self._lane = run, lane
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, StepcellError) or isinstance(error, DeviceError):
-            return False  # a device that fails does so for every stream
-        self._run.fail(self._lane, error)
-        return True
+    def _end(self, stopped: Stopped, failure: StepcellError | None = None) -> None:
+        """End the streams that still run."""
+        for stream in self._streams:
+            stream.end(stopped, failure)

@@ -1,67 +1,67 @@
-"""One stream on its way through a loop: where it comes from, where it goes, and what it counts."""
+"""Stream: one source and one sink, with all that happens to a frame between them."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, OutputError, StepcellError
 from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.step_loop import StepLoop
-from stepcell.runtime.media.preprocess import FrameAdapter, to_pixels
-from stepcell.runtime.media.sinks import Sink
-from stepcell.runtime.media.sources import Source, shown
-from stepcell.runtime.streams.frame_reader import Feed, Frame, Reconnect
-from stepcell.runtime.streams.frame_writer import Writer
-from stepcell.runtime.streams.output_choice import choose_output, result_of
-from stepcell.runtime.streams.report import Dropped, RunReport, Stopped, with_rest
-from stepcell.runtime.streams.reset_policy import Cause, ResetPolicy, ResetWatch
-from stepcell.runtime.streams.shutdown import StopRequest
-from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
+from stepcell.runtime.media.postprocess import OutputPostprocessor
+from stepcell.runtime.media.preprocess import Preprocessor
+from stepcell.runtime.media.sink import Sink
+from stepcell.runtime.media.source import Source, display_name
+from stepcell.runtime.streams.deadline import Deadline, LateFrames
+from stepcell.runtime.streams.frame_reader import Frame, FrameReader
+from stepcell.runtime.streams.frame_writer import FrameWriter
+from stepcell.runtime.streams.reconnect import Reconnect
+from stepcell.runtime.streams.report import Dropped, Stopped, StreamReport, append_message
+from stepcell.runtime.streams.reset_policy import Cause, ResetMonitor, ResetPolicy
+from stepcell.runtime.streams.run_control import RunControl
+from stepcell.runtime.streams.run_snapshots import SnapshotWriter
 
-__all__ = ["Deadline", "Lane", "OnLate"]
+__all__ = ["Stream"]
 
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
-OnLate = Literal["drop", "block"]
 
 
-@dataclass(frozen=True)
-class Deadline:
-    """How old a frame of a live source may be when its step begins.
+class Stream:
+    """A stream of frames through a step loop.
 
-    Attributes:
-        seconds: since it was read.
-        on_late: "drop": an older frame is not stepped, and where frames come faster than they are
-            stepped the oldest gives way. "block": it is stepped and counted, and the source waits.
-    """
+    The scheduler calls `begin` once, then for each frame `take`, `preprocess` and, after the step, `deliver`, and at
+    the end `end`, `close` and `report`. So a frame passes
 
-    seconds: float
-    on_late: OnLate = "drop"
-
-
-class Lane:
-    """A stream before, in and after a run.
+        source -> frame reader -> [take] -> preprocessor -> step -> postprocessor -> frame writer -> sink.
 
     Args:
-        source: frames; read and closed in a thread of its own. None: it could not be opened yet,
-            and `reconnect` goes on trying.
-        sink: None: frames are only stepped. Written and closed in a thread of its own.
-        name: for messages, metrics and the slot; by default the source's.
-        resets: says when to forget; by default only NaN and Inf are looked for, and end the stream.
-        start: frames of this stream that the loop has stepped already: a source that starts from
-            its beginning is read up to there.
-        limit: stop after this many frames.
-        deadline: of frames of a live source; those of a file are never late.
-        reconnect: how a lost source is opened again; None: the stream ends with it.
+        source: read and closed by the thread of its frame reader. None: not opened yet, `reconnect` keeps trying.
+        sink: written and closed by the thread of its frame writer. None: frames are only stepped.
+        name: for messages, metrics and the slot; by default that of the source.
+        reset: when to reset the states; by default only NaN and Inf are checked for, and end the stream.
+        start: frames of this stream that were stepped before the states were restored. A source that is not live
+            is read up to there without stepping.
+        limit: end after stepping this many frames.
+        deadline: of the frames of a live source; other frames are never late.
+        reconnect: how a lost source is reopened; None: the stream ends with it.
+
+    Attributes:
+        input: name of the source, for messages and the report.
+        live: whether the source is.
+        monitor: applies the reset policy.
+        frames: frames stepped.
+        non_finite: frames after which NaN or Inf was found.
+        decode, convert, latency: times per frame, as in the report.
+        stopped: why the stream ended; None: it has not.
+        failure: the error that ended it, if any.
+        prefix: of log messages; set if there are several streams.
     """
 
     def __init__(
@@ -70,135 +70,144 @@ class Lane:
         sink: Sink | None = None,
         *,
         name: str | None = None,
-        resets: ResetWatch | None = None,
+        reset: ResetPolicy | None = None,
         start: int = 0,
         limit: int | None = None,
         deadline: Deadline | None = None,
         reconnect: Reconnect | None = None,
     ) -> None:
-        self.input = shown(source.name if source else name or "")
-        self.name = shown(name) if name else self.input
+        self.input = display_name(source.name if source else name or "")
+        self.name = display_name(name) if name else self.input
         self.sink, self.start, self.limit = sink, start, limit
         self.live = source is None or source.live
-        self.length = source.length if source else None
-        self.watch = resets or ResetWatch(ResetPolicy())
-        self.frames = self.late = self.non_finite = 0
+        self.monitor = ResetMonitor(reset or ResetPolicy())
+        self.frames = self.non_finite = 0
         self.decode, self.convert, self.latency = Latency(), Latency(), Latency()
-        self.stopped: Stopped | None = None  # once it has
+        self.stopped: Stopped | None = None
         self.failure: StepcellError | None = None
-        self.output: TensorSpec | None = None
-        self.adapter: FrameAdapter | None = None
-        self.feed: Feed | None = None
-        self.writer: Writer | None = None
+        self.prefix = ""
+        self.reader: FrameReader | None = None
+        self.writer: FrameWriter | None = None
         self._source, self._reconnect = source, reconnect
-        self._deadline = deadline if self.live else None
-        self._late_dropped = 0
-        self._to_skip = 0 if self.live else start
+        self._length = source.length if source else None
+        self._late = LateFrames(deadline if self.live else None)
+        self._preprocessor: Preprocessor | None = None
+        self._postprocessor: OutputPostprocessor | None = None
         self._frame: Frame | None = None
-        self._connection = 0  # that of the frame before
-        self._converting = self.started = self.ended = 0.0
-        self.prefix = ""  # of messages, where there are several streams
+        self._to_skip = 0 if self.live else start
+        self._preprocess_seconds = self._started = self._ended = 0.0
 
     @property
     def number(self) -> int:
-        """Of the frame at hand, in its stream."""
+        """Number of the current frame in the stream."""
         return self.start + self.frames
 
     @property
-    def guarded(self) -> bool:
-        """Whether NaN and Inf matter."""
-        return self.watch.policy.on_nonfinite != "ignore"
+    def total(self) -> int | None:
+        left = None if self._length is None else max(0, self._length - self.start)
+        return min((each for each in (left, self.limit) if each is not None), default=None)
+
+    @property
+    def checks_finite(self) -> bool:
+        """Whether outputs and states are checked for NaN and Inf."""
+        return self.monitor.policy.on_nonfinite != "ignore"
 
     @property
     def running(self) -> bool:
-        return self.feed is not None and self.stopped is None
+        return self.reader is not None and self.stopped is None
+
+    @property
+    def late(self) -> int:
+        return self._late.stepped
 
     @property
     def dropped(self) -> Dropped:
-        """Frames that were read and not stepped, by reason."""
-        return {"late": self._late_dropped, "queue full": self.feed.dropped if self.feed else 0}
+        return {"late": self._late.dropped, "queue full": self.reader.dropped if self.reader else 0}
 
     @property
     def resets(self) -> dict[Cause, int]:
-        return self.watch.counts
+        return self.monitor.counts
 
     @property
     def reconnects(self) -> int:
-        return self.feed.reconnects if self.feed else 0
+        return self.reader.reconnects if self.reader else 0
 
     @property
     def written(self) -> int | None:
-        """Frames in the output, after `close`; None where there is no output."""
+        """Frames in the output once it is closed, before that 0; None: no output."""
         if self.sink is None:
             return None
         return self.writer.written if self.writer is not None and self.writer.closed is not None else 0
 
     @property
     def queued(self) -> dict[str, int]:
-        """Frames that wait to be stepped and to be written."""
         return {
-            "input": self.feed.waiting if self.feed else 0,
-            "output": self.writer.waiting if self.writer else 0,
+            "input": self.reader.queued if self.reader else 0,
+            "output": self.writer.queued if self.writer else 0,
         }
 
+    @property
+    def seconds(self) -> float:
+        return (self._ended or time.perf_counter()) - self._started if self._started else 0.0
+
     def begin(self, contract: StepContract, changed: threading.Condition) -> None:
-        """Start reading and writing.
+        """Start the threads that read and write.
+
+        Args:
+            contract: of the model.
+            changed: notified when `ready` or `has_room` may have changed.
 
         Raises:
             OutputError: the model has no output that the sink takes.
         """
-        self.started = time.perf_counter()
-        drop = self._deadline is not None and self._deadline.on_late == "drop"
-        self.feed = Feed(self._source, changed, name=self.input, drop=drop, reconnect=self._reconnect)
+        self._started = time.perf_counter()
+        self.reader = FrameReader(
+            self._source, changed, name=self.input, drop_oldest=self._late.drop_oldest, reconnect=self._reconnect
+        )
         if self.sink is not None:
-            self.writer = Writer(self.sink, changed)
-            self.output = choose_output(contract, self.sink)
+            self.writer = FrameWriter(self.sink, changed)
+            replace = self.monitor.policy.on_nonfinite == "reset"  # NaN was logged, and a picture cannot show it
+            self._postprocessor = OutputPostprocessor(contract, self.sink, replace_non_finite=replace)
 
     @property
     def has_room(self) -> bool:
-        """Whether a result could be handed over now, or the writer has failed."""
-        return self.writer is None or self.writer.failed or self.writer.ready
+        """Whether a result can be delivered without waiting, or the writer has failed."""
+        return self.writer is None or self.writer.failed or self.writer.has_room
 
     @property
     def ready(self) -> bool:
-        """Whether `take` has something to do: a frame and room for its result, an end or a failure."""
-        assert self.feed is not None
+        """Whether to call `take`: there is a frame and room for its result, the source ended, or the writer failed."""
+        assert self.reader is not None
         if self.writer is not None and self.writer.failed:
             return True
-        return self.has_room and (self.feed.waiting > 0 or self.feed.ended)
+        return self.has_room and (self.reader.queued > 0 or self.reader.ended)
 
     def take(self) -> bool:
-        """Take the next frame to be stepped, if there is one now; the stream may end here.
+        """Take the next frame to step from the reader, without late and skipped ones; may end the stream.
+
+        Returns:
+            Whether there is a frame.
 
         Raises:
-            InputError: the source broke, holds no frame, or ends before `start`.
+            InputError: the source failed, has no frame, or ends before `start`.
             OutputError: an earlier result could not be written.
         """
-        assert self.feed is not None
+        assert self.reader is not None
         if self.writer is not None:
             self.writer.check()
-        ended = self.feed.ended  # asked first: what ends it after this is raised by the next call
-        while (frame := self.feed.take()) is not None:
+        ended = self.reader.ended  # read before `take`: an error that arrives later is raised by the next call
+        while (frame := self.reader.take()) is not None:
             if self._to_skip:
-                # The policies see it, so that they go on where they were.
-                self.watch.due(self.start - self._to_skip, frame.array, frame.seconds)
+                # The monitor sees skipped frames too, so that it resets as in a run that was not interrupted.
+                self.monitor.due(self.start - self._to_skip, frame.array, frame.seconds, frame.connection)
                 self._to_skip -= 1
-            elif not self._is_late(frame):
+            elif not self._late.drop(frame):
                 self._frame = frame
-                self.decode.add(frame.reading)
+                self.decode.add(frame.decode_seconds)
                 return True
         if ended:
             self._end_of_input()
         return False
-
-    def _is_late(self, frame: Frame) -> bool:
-        if self._deadline is None or time.monotonic() - frame.arrived <= self._deadline.seconds:
-            return False
-        if self._deadline.on_late == "block":
-            self.late += 1
-            return False
-        self._late_dropped += 1
-        return True
 
     def _end_of_input(self) -> None:
         if self._to_skip:
@@ -214,58 +223,56 @@ class Lane:
             )
         self.end("end of input")
 
-    def inputs(self, spec: TensorSpec) -> tuple[Arrays, Cause | None]:
-        """What the step takes of the frame at hand, and why to forget the past before it.
+    def preprocess(self, spec: TensorSpec) -> tuple[Arrays, Cause | None]:
+        """The inputs of the step for the current frame, and the cause for which to reset the states before it.
+
+        Args:
+            spec: of the model's input.
 
         Raises:
-            InputError: it is not what the model takes, or another size than the frames before.
+            InputError: the frame does not fit the model, or differs in size from the frames before.
         """
-        frame = self._frame
-        assert frame is not None
-        if self.adapter is not None and frame.array.shape != self.adapter.shape:
+        assert self._frame is not None
+        array = self._frame.array
+        if self._preprocessor is not None and array.shape != self._preprocessor.shape:
             raise InputError(
-                f"{self.input}: frame {self.number} is {frame.array.shape}, the first one {self.adapter.shape}"
+                f"{self.input}: frame {self.number} is {array.shape}, the first one {self._preprocessor.shape}"
             )
-        cause = self.watch.due(self.number, frame.array, frame.seconds)
-        last, self._connection = self._connection, frame.connection
-        if cause is None and frame.connection != last and self.watch.policy.gap is None:
-            cause = "gap"  # nobody knows what was missed
+        cause = self.monitor.due(self.number, array, self._frame.seconds, self._frame.connection)
         started = time.perf_counter()
-        if self.adapter is None:
-            self.adapter = FrameAdapter(spec, frame.array)
-        tensor = self.adapter.to_input(frame.array)
-        self._converting = time.perf_counter() - started
-        return {spec.name: tensor}, cause if self.number else None
+        if self._preprocessor is None:
+            self._preprocessor = Preprocessor(spec, array)
+        tensor = self._preprocessor(array)
+        self._preprocess_seconds = time.perf_counter() - started
+        return {spec.name: tensor}, cause
 
-    def forget(self, cause: Cause) -> None:
-        """Count a reset, and log it with its frame."""
-        self.watch.counts[cause] += 1
+    def count_reset(self, cause: Cause) -> None:
+        """Count a reset of the states, and log it unless it is periodic."""
+        self.monitor.counts[cause] += 1
         if cause != "every":
             self.log(f"states reset ({cause})")
 
     def log(self, message: str) -> None:
-        """One line about the frame at hand."""
+        """Log a warning about the current frame."""
         logger.warning(f"{self.prefix}frame {self.number}: {message}")
 
     def deliver(self, outputs: Arrays) -> float:
-        """Hand the results of the frame at hand to the writer; seconds since the frame arrived.
+        """Postprocess the outputs of the current frame and queue the result for the writer.
+
+        Returns:
+            Seconds since the frame arrived.
 
         Raises:
-            StepcellError: a picture is asked for and the result holds NaN or Inf.
+            StepcellError: the sink takes pixels and the result holds NaN or Inf.
             OutputError: an earlier result could not be written.
         """
-        started = time.perf_counter()
-        if self.writer is not None and self.output is not None and self.adapter is not None:
-            result = result_of(self.output, outputs[self.output.name], self.adapter)
-            if self.writer.sink.takes_pixels:
-                if self.watch.policy.on_nonfinite == "reset":
-                    # What is left has been logged, and a picture has no NaN.
-                    result = np.nan_to_num(result, nan=0.0, posinf=0.0, neginf=0.0)
-                result = to_pixels(self.output, result)
-            self._converting += time.perf_counter() - started
-            self.writer.put(result)
-        self.convert.add(self._converting)
         assert self._frame is not None
+        started = time.perf_counter()
+        if self.writer is not None and self._postprocessor is not None and self._preprocessor is not None:
+            result = self._postprocessor(outputs, self._preprocessor)
+            self._preprocess_seconds += time.perf_counter() - started
+            self.writer.put(result)
+        self.convert.add(self._preprocess_seconds)
         seconds = time.monotonic() - self._frame.arrived
         self.latency.add(seconds)
         self.frames += 1
@@ -274,45 +281,43 @@ class Lane:
         return seconds
 
     def end(self, stopped: Stopped, failure: StepcellError | None = None) -> None:
-        """Read no further, and finish what was written as a valid file.
+        """Stop reading, and finish the output; without a frame it is abandoned, and an older file stays.
 
-        Where nothing was written, a file that was there before is left alone.
+        Returns at once; `close` waits. The first call counts.
         """
         if self.stopped is not None:
             return
         self.stopped, self.failure = stopped, failure
-        self.ended = time.perf_counter()
-        self.started = self.started or self.ended
-        if self.feed is not None:
-            self.feed.stop()
+        self._ended = time.perf_counter()
+        self._started = self._started or self._ended
+        if self.reader is not None:
+            self.reader.stop()
         if self.writer is not None and self.frames:
             self.writer.finish()
         elif self.writer is not None:
             self.writer.abandon()
 
-    def close(self, stop: StopRequest) -> None:
-        """Wait until the source and the sink are closed; a failure of the sink is the stream's.
+    def close(self, control: RunControl) -> None:
+        """Wait until source and sink are closed, unless the run is aborted; sets `failure` if the sink failed.
 
-        A failure says how many frames the output holds.
+        Ctrl-C during a stop aborts the run.
         """
         try:
-            self._close(wait=not stop.hurried)
+            self._close(control)
         except KeyboardInterrupt:
-            if stop.signal is None:
+            if not control.stopping:
                 raise
-            stop.hurried = True
+            control.abort()
 
-    def _close(self, *, wait: bool) -> None:
-        if self.feed is not None:
-            if wait:
-                self.feed.wait()
-        elif self._source is not None:  # it never began
+    def _close(self, control: RunControl) -> None:
+        if self.reader is None and self._source is not None:  # it never began
             self._source.close()
+        elif self.reader is not None and not control.aborting:
+            self.reader.join()
         try:
             if self.writer is not None:
-                if wait:
-                    self.writer.wait()
-                self.ended = max(self.ended, self.writer.closed or 0.0)
+                self.writer.join(control)
+                self._ended = max(self._ended, self.writer.closed or 0.0)
             elif self.sink is not None:
                 self.sink.abandon()
         except OutputError as error:
@@ -322,24 +327,25 @@ class Lane:
             some = f"first {self.written} of {self.frames} frames"
             held = f"{self.written} frames before it" if self.written == self.frames else some
             older = ", in place of an older file" if self.sink.replaces else ""
-            self.failure = with_rest(self.failure, f" ({shown(self.sink.name)} holds the {held}{older})")
+            self.failure = append_message(self.failure, f" ({display_name(self.sink.name)} holds the {held}{older})")
 
     def _error(self) -> str | None:
         if self.failure is None and self.writer is not None and self.writer.closed is None:
-            return f"{shown(self.writer.sink.name)}: not finished when a further signal came"
-        return shown(self.failure.message) if self.failure else None
+            return f"{display_name(self.writer.sink.name)}: not finished when the run was aborted"
+        return display_name(self.failure.message) if self.failure else None
 
-    def report(self, loop: StepLoop, snapshots: SnapshotWriter | None) -> RunReport:
-        """What this stream did; after `close`."""
-        seconds = self.ended - self.started
-        return RunReport(
-            model=shown(loop.name),
+    def report(self, loop: StepLoop, snapshots: SnapshotWriter | None) -> StreamReport:
+        """The report of this stream; after `close`."""
+        seconds = self.seconds
+        size = self._preprocessor.size if self._preprocessor else None
+        return StreamReport(
+            model=display_name(loop.name),
             backend=loop.description,
             device=loop.device,
             input=self.input,
-            output=shown(self.sink.name) if self.sink else None,
-            output_tensor=self.output.name if self.output else None,
-            frame_size=(self.adapter.size[1], self.adapter.size[0]) if self.adapter else None,
+            output=display_name(self.sink.name) if self.sink else None,
+            output_tensor=self._postprocessor.output.name if self._postprocessor else None,
+            frame_size=size and (size[1], size[0]),
             first_frame=self.start,
             frames=self.frames,
             written=self.written,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import resolve
 from stepcell.errors import InputError
-from stepcell.runtime.media.preprocess import FrameAdapter, event_input, image_input
-from stepcell.runtime.media.sources import open_source
+from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.media.preprocess import Preprocessor, event_input, image_input
 
 __all__ = ["Clip", "array_clip", "random_clip", "recorded_clip", "sizes_for", "source_clip"]
 
@@ -133,11 +133,11 @@ def source_clip(contract: StepContract, text: str, *, limit: int = MOST_FRAMES, 
     spec = image_input(contract)
     source = open_source(text, channels=int(spec.shape[1]), events=event_input(spec, window))
     frames: list[Frame] = []
-    adapter: FrameAdapter | None = None
+    preprocess: Preprocessor | None = None
     try:
         for frame in source:
-            adapter = adapter or FrameAdapter(spec, frame)
-            frames.append({spec.name: adapter.to_input(frame).copy()})
+            preprocess = preprocess or Preprocessor(spec, frame)
+            frames.append({spec.name: preprocess(frame).copy()})
             if len(frames) == limit:
                 break
     finally:

@@ -1,9 +1,9 @@
-"""What `stepcell run` shows of its streams while they run, and when they have ended."""
+"""View of `stepcell run`: progress while the streams run, and the summary at the end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,48 +13,44 @@ from rich.text import Text
 
 from stepcell.cli.console import console, log, stage, table
 from stepcell.runtime.loop.latency import Latency, LatencySummary
+from stepcell.runtime.streams.progress import RunProgress, StreamProgress
 from stepcell.runtime.streams.report import RunReport
-from stepcell.runtime.streams.stream import Lane
 
-__all__ = ["View", "summarise"]
+__all__ = ["View"]
 
-LIVE_SECONDS = 0.2  # between two pictures on a terminal
-PLAIN_SECONDS = 5.0  # between two lines elsewhere
+LIVE_SECONDS = 0.2  # interval between two updates of a terminal
+PLAIN_SECONDS = 5.0  # interval between two lines of a log
 COLUMNS = ("stream", "frames", "frames/s", "p50 ms", "p95 ms", "p99 ms", "queue", "dropped", "resets", "lost", "")
 
 
 class View:
-    """One row for each stream on a terminal, one line now and then elsewhere.
+    """Progress callback: a live table with a row per stream on a terminal, otherwise a line now and then.
 
-    All figures are taken by the thread that steps; nothing is drawn by another.
+    Call it with the progress of the run inside a `with` block. Everything is drawn by the calling thread.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self._lanes = lanes
+    def __init__(self) -> None:
+        self._progress = RunProgress((), Latency())
         self._started = self._shown = time.monotonic()
-        self._steps = Latency()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> View:
-        if self._live is not None:
-            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
+        if self._live is not None and self._live.is_started:
             self._live.update(self._table(), refresh=True)
             self._live.stop()
 
-    def step(self, seconds: float) -> None:
-        self._steps.add(seconds)
-
-    def frame(self, lane: Lane, seconds: float) -> None:
-        pass
-
-    def tick(self) -> None:
+    def __call__(self, progress: RunProgress) -> None:
         now = time.monotonic()
+        if not self._progress.streams:  # the first call: the streams are open now
+            self._started = self._shown = now
+            if self._live is not None:
+                self._live.start()
+        self._progress = progress
         if now - self._shown < (PLAIN_SECONDS if self._live is None else LIVE_SECONDS):
             return
         self._shown = now
@@ -63,66 +59,69 @@ class View:
         else:
             self._live.update(self._table(), refresh=True)
 
+    def summarise(self, report: RunReport) -> None:
+        """Print the summary of a run that has ended."""
+        streams = self._progress.streams
+        if len(streams) > 1:
+            table("", [*COLUMNS[:-1], "ended by"], [_row(stream) for stream in streams])
+            _latencies({"step": report.streams[0].step})
+        for stream, result in zip(streams, report.streams, strict=True):
+            prefix = self._prefix(stream)
+            if result.frames and len(streams) == 1:
+                parts = {part: getattr(result, part) for part in ("decode", "convert", "step", "encode", "latency")}
+                _latencies(parts)
+            _log_counts(f"{prefix}resets", result.resets)
+            _log_counts(f"{prefix}dropped", result.dropped)
+            _log_counts(f"{prefix}counted", {"late": result.late, "reconnects": result.reconnects})
+            if not result.frames:
+                continue
+            width, height = result.frame_size or (0, 0)
+            ending = {"interrupted": ", stopped by a signal", "error": ", broken off"}.get(result.stopped, "")
+            rate = f"{result.frames} frames of {width}x{height}, {result.frames_per_second:.1f} frames/s"
+            stage("run", result.output or "no output", result.seconds, rate + ending)
+
+    def _prefix(self, stream: StreamProgress) -> str:
+        return f"{stream.name}: " if len(self._progress.streams) > 1 else ""
+
     def _line(self, now: float) -> str:
-        done = [f"{lane.prefix}{_progress(lane)} frames{_losses(lane)}" for lane in self._lanes]
-        rate = sum(lane.frames for lane in self._lanes) / (now - self._started)
-        return f"{', '.join(done)}, {rate:.1f} frames/s, {(self._steps.mean or 0) * 1e3:.2f} ms/step"
+        streams = self._progress.streams
+        done = [f"{self._prefix(stream)}{_frames(stream)} frames{_losses(stream)}" for stream in streams]
+        rate = sum(stream.frames for stream in streams) / (now - self._started)
+        return f"{', '.join(done)}, {rate:.1f} frames/s, {(self._progress.step.mean or 0) * 1e3:.2f} ms/step"
 
     def _table(self) -> Table:
         grid = Table(box=None, pad_edge=False)
         grid.add_column(COLUMNS[0], overflow="ellipsis", no_wrap=True, max_width=40)
         for column in COLUMNS[1:]:
             grid.add_column(column, justify="right", no_wrap=True)
-        for lane in self._lanes:
-            grid.add_row(*map(Text, _row(lane)))
+        for stream in self._progress.streams:
+            grid.add_row(*map(Text, _row(stream)))
         return grid
 
 
-def _row(lane: Lane) -> list[str]:
-    seconds = (lane.ended or time.perf_counter()) - (lane.started or time.perf_counter())
-    times = (lane.latency.percentile(q) for q in (50, 95, 99))
+def _row(stream: StreamProgress) -> list[str]:
+    seconds = stream.seconds
+    times = (stream.latency.percentile(q) for q in (50, 95, 99))
     return [
-        lane.name,
-        _progress(lane),
-        f"{lane.frames / seconds if seconds else 0.0:.1f}",
+        stream.name,
+        _frames(stream),
+        f"{stream.frames / seconds if seconds else 0.0:.1f}",
         *("" if each is None else f"{each * 1e3:.1f}" for each in times),
-        f"{lane.queued['input']}+{lane.queued['output']}",
-        str(sum(lane.dropped.values())),
-        str(sum(lane.resets.values())),
-        str(lane.reconnects),
-        lane.stopped or "",
+        f"{stream.queued['input']}+{stream.queued['output']}",
+        str(sum(stream.dropped.values())),
+        str(sum(stream.resets.values())),
+        str(stream.reconnects),
+        stream.stopped or "",
     ]
 
 
-def _progress(lane: Lane) -> str:
-    left = None if lane.length is None else max(0, lane.length - lane.start)
-    total = min((each for each in (left, lane.limit) if each is not None), default=None)
-    return str(lane.frames) if total is None else f"{lane.frames} of {total}"
+def _frames(stream: StreamProgress) -> str:
+    return str(stream.frames) if stream.total is None else f"{stream.frames} of {stream.total}"
 
 
-def _losses(lane: Lane) -> str:
-    dropped = sum(lane.dropped.values())
+def _losses(stream: StreamProgress) -> str:
+    dropped = sum(stream.dropped.values())
     return f" ({dropped} dropped)" if dropped else ""
-
-
-def summarise(lanes: Sequence[Lane], reports: Sequence[RunReport]) -> None:
-    """The last words of a run, for a person."""
-    if len(lanes) > 1:
-        table("", [*COLUMNS[:-1], "ended by"], [_row(lane) for lane in lanes])
-        _latencies({"step": reports[0].step})
-    for lane, report in zip(lanes, reports, strict=True):
-        if report.frames and len(lanes) == 1:
-            parts = {part: getattr(report, part) for part in ("decode", "convert", "step", "encode", "latency")}
-            _latencies(parts)
-        _say(f"{lane.prefix}resets", report.resets)
-        _say(f"{lane.prefix}dropped", report.dropped)
-        _say(f"{lane.prefix}counted", {"late": report.late, "reconnects": report.reconnects})
-        if not report.frames:
-            continue
-        width, height = report.frame_size or (0, 0)
-        ending = {"interrupted": ", stopped by a signal", "error": ", broken off"}.get(report.stopped, "")
-        rate = f"{report.frames} frames of {width}x{height}, {report.frames_per_second:.1f} frames/s"
-        stage("run", report.output or "no output", report.seconds, rate + ending)
 
 
 def _latencies(parts: Mapping[str, LatencySummary]) -> None:
@@ -134,8 +133,8 @@ def _latencies(parts: Mapping[str, LatencySummary]) -> None:
     table("", ["ms per frame", "first", "mean", "p50", "p90", "p95", "p99", "max"], rows)
 
 
-def _say(title: str, counts: Mapping[Any, int]) -> None:
-    """What is not zero."""
-    said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    if said:
-        log(f"{title}: {said}")
+def _log_counts(title: str, counts: Mapping[Any, int]) -> None:
+    """Log the counts that are not zero."""
+    text = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if text:
+        log(f"{title}: {text}")

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from stepcell.models.zoo.clips import read_clip
-from stepcell.runtime.media.sources import open_source
+from stepcell.runtime.media.open_source import open_source
 from tests.cli.command import run
 
 Model = Callable[..., Path]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from stepcell.models.zoo.clips import clip_path as find_clip
-from stepcell.runtime.media.sources import open_source
+from stepcell.runtime.media.open_source import open_source
 from tests.cli.command import run
 
 Model = Callable[..., Path]

@@ -21,12 +21,8 @@ from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime import StepLoop, cuda
-from stepcell.runtime.media.sinks import ArraySink
-from stepcell.runtime.media.sources import open_source
-from stepcell.runtime.streams.report import RunReport
-from stepcell.runtime.streams.reset_policy import ResetPolicy, ResetWatch
-from stepcell.runtime.streams.run import run_stream
-from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
+from stepcell.runtime.streams.report import StreamReport
+from stepcell.runtime.streams.run import run_streams
 from tests.gpu.places import SLOTS, TOLERANCE, Place, frames, worst
 
 STEPS = 1000
@@ -216,10 +212,9 @@ def test_policies_over_a_stream(place: Place, denoiser_onnx: Path, tmp_path: Pat
     clip = read_clip("bikes")[60:90, ::4, ::6][:, :64, :96].copy()
     np.save(tmp_path / "clip.npy", clip)
 
-    def run(opened: StepLoop, name: str, **options: Any) -> RunReport:
-        source, sink = open_source(str(tmp_path / "clip.npy")), ArraySink(tmp_path / name)
-        resets = ResetWatch(ResetPolicy(every=20, cut=True, on_nonfinite="reset"))
-        return run_stream(opened, source, sink, resets=resets, **options)
+    def run(opened: StepLoop, name: str, **options: Any) -> StreamReport:
+        options |= {"reset_every": 20, "reset_on_cut": True, "on_nonfinite": "reset"}
+        return run_streams(opened, tmp_path / "clip.npy", tmp_path / name, **options).streams[0]
 
     path = tmp_path / "state.safetensors"
     with place.open(denoiser_onnx) as loop, StepLoop.open(denoiser_onnx) as cpu:
@@ -228,8 +223,7 @@ def test_policies_over_a_stream(place: Place, denoiser_onnx: Path, tmp_path: Pat
         run(cpu, "expected.npy")
         found, expected = (np.load(tmp_path / f"{name}.npy") for name in ("found", "expected"))
         assert worst(found, expected) <= tolerance
-        run(loop, "first.npy", limit=11, snapshots=SnapshotWriter(path, 100, "clip"))
-        start = loop.restore(path).frame
-        run(loop, "rest.npy", start=start)
-    assert start == 11
-    np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), found[start:])
+        run(loop, "first.npy", limit=11, snapshot=path)
+        rest = run(loop, "rest.npy", snapshot=path, resume=True)
+    assert rest.first_frame == 11
+    np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), found[11:])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.dat import write_dat
-from stepcell.runtime.media.events.events import Events
 from stepcell.runtime.media.events.simulate import simulate_events
 from stepcell.runtime.media.events.source import EVENT_FILES, EventSource
 from stepcell.runtime.media.events.tensor import event_tensor

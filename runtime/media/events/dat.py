@@ -1,7 +1,7 @@
-"""DAT: Prophesee's format of decoded events.
+"""DAT reader and writer: Prophesee's format of decoded events, version 2.
 
-Lines of text that begin with %, two bytes for the type and size of an event, then 8 bytes an event,
-little-endian: the time in microseconds (32 bits), x (14 bits), y (14 bits), polarity (1 bit).
+A text header, two bytes for the type and size of a record, then records of 8 bytes, little-endian: time in
+microseconds (32 bits), x (14 bits), y (14 bits), polarity (1 bit).
 https://docs.prophesee.ai/stable/data/file_formats/dat.html
 """
 
@@ -15,21 +15,22 @@ import numpy as np
 
 from stepcell.errors import InputError, OutputError
 from stepcell.files import atomic_path
-from stepcell.runtime.media.events.events import CHUNK, Events, unwrap
-from stepcell.runtime.media.events.header import read_header, read_records, size_of
+from stepcell.runtime.media.events.columns import Events
+from stepcell.runtime.media.events.header import read_header, read_records, sensor_size
+from stepcell.runtime.media.events.reader import CHUNK, unwrap_counter
 
 __all__ = ["DatReader", "write_dat"]
 
 _RECORD = np.dtype([("t", "<u4"), ("xyp", "<u4")])
-_TYPES = (0x00, 0x0C)  # an event of any kind, a change of contrast
-_WRAP = 1 << 32  # 71 minutes
+_TYPES = (0x00, 0x0C)  # event of an unspecified kind, contrast detection (CD)
+_PERIOD = 1 << 32  # microseconds until the time wraps: 71 minutes
 
 
 class DatReader:
-    """The events of a DAT file, version 2.
+    """The events of a DAT file.
 
     Raises:
-        InputError: another file, version or kind of event.
+        InputError: a file of another format, version or record type.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -39,9 +40,9 @@ class DatReader:
         if header.get("version", "2") != "2":
             raise InputError(
                 f"{path}: DAT version {header['version']}, expected 2",
-                hint="write it again with Prophesee's tools, or as .npz (docs/events.md)",
+                hint="convert it with Prophesee's tools, or to .npz (docs/events.md)",
             )
-        self.size = size_of(header)
+        self.size = sensor_size(header)
         kind = file.read(2)
         if not header or len(kind) < 2 or kind[0] not in _TYPES or kind[1] != _RECORD.itemsize:
             raise InputError(f"{path}: not a DAT file of events: header {header or 'missing'}, type {list(kind)}")
@@ -50,7 +51,7 @@ class DatReader:
         last = None
         for records in read_records(self._file, self.name, _RECORD, CHUNK):
             word = records["xyp"]
-            t = unwrap(records["t"].astype(np.int64), _WRAP, last)
+            t = unwrap_counter(records["t"].astype(np.int64), _PERIOD, last)
             last = int(t[-1])
             yield Events.of(word & 0x3FFF, word >> 14 & 0x3FFF, word >> 28 & 1, t)
 
@@ -59,14 +60,15 @@ class DatReader:
 
 
 def write_dat(path: Path, parts: Iterable[Events], size: tuple[int, int]) -> int:
-    """Write events as DAT version 2; returns their number.
+    """Write events to a DAT file; returns their number.
 
     Args:
-        parts: in order of time.
-        size: width and height of the sensor.
+        path: of the file.
+        parts: events in order of time.
+        size: (width, height) of the sensor in pixels.
 
     Raises:
-        OutputError: it cannot be written, or a time is negative.
+        OutputError: the file cannot be written, or a time is negative.
     """
     count = 0
     header = f"% Data file containing CD events\n% Version 2\n% Width {size[0]}\n% Height {size[1]}\n"
@@ -76,7 +78,7 @@ def write_dat(path: Path, parts: Iterable[Events], size: tuple[int, int]) -> int
             if len(events) and events.t[0] < 0:
                 raise OutputError(f"{path}: DAT has no time below zero, got {events.t[0]} us")
             records = np.empty(len(events), _RECORD)
-            records["t"] = events.t % _WRAP
+            records["t"] = events.t % _PERIOD
             records["xyp"] = events.x | events.y.astype(np.uint32) << 14 | events.p.astype(np.uint32) << 28
             file.write(records.tobytes())
             count += len(events)

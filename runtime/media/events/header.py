@@ -1,4 +1,4 @@
-"""What DAT and RAW files share: a header of text lines, then records of one size."""
+"""Prophesee file layout, shared by DAT and RAW: a text header, then records of one size."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 
-__all__ = ["read_header", "read_records", "size_of"]
+__all__ = ["read_header", "read_records", "sensor_size"]
 
-_LINES, _LENGTH = 1000, 10_000  # more is no header
+_MAX_LINES, _MAX_LENGTH = 1000, 10_000  # limits, so that a file of another format is not read as one long header
 
 
 def read_header(file: BinaryIO) -> dict[str, str]:
-    """Lines `% key value` by key in lower case; the file is left where the data begin.
+    """Read the lines `% key value` of the header; keys are returned in lower case.
 
-    The header ends with `% end`, or before the first line that does not begin with `% `.
+    The header ends with `% end`, or before the first line that does not begin with `% `. The file is left at the
+    first byte after it.
     """
     header: dict[str, str] = {}
-    for _ in range(_LINES):
+    for _ in range(_MAX_LINES):
         start = file.tell()
         if file.read(2) != b"% ":
             file.seek(start)
             break
-        key, _, value = file.readline(_LENGTH).decode("latin-1").strip().partition(" ")
+        key, _, value = file.readline(_MAX_LENGTH).decode("latin-1").strip().partition(" ")
         if key.lower() == "end":
             break
         header[key.lower()] = value.strip()
     return header
 
 
-def size_of(header: dict[str, str]) -> tuple[int, int] | None:
-    """Width and height of the sensor; None where the header does not say."""
+def sensor_size(header: dict[str, str]) -> tuple[int, int] | None:
+    """(width, height) of the sensor in pixels; None: the header does not say."""
     text = header.get("geometry", "")
     if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text):
         return int(match[1]), int(match[2])
@@ -45,10 +46,10 @@ def size_of(header: dict[str, str]) -> tuple[int, int] | None:
 
 
 def read_records(file: BinaryIO, name: str, dtype: np.dtype[Any], count: int) -> Iterator[NDArray[Any]]:
-    """The rest of a file in parts of up to `count` records.
+    """Read the rest of a file in parts of up to `count` records.
 
     Raises:
-        InputError: it cannot be read, or ends inside a record.
+        InputError: the file cannot be read, or ends inside a record.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`.npz` with the arrays x, y, p and t, read part by part."""
+"""NPZ reader: .npz files with the arrays x, y, p and t, read part by part."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
-from stepcell.runtime.media.events.events import CHUNK, LARGEST, Events
+from stepcell.runtime.media.events.columns import Events
+from stepcell.runtime.media.events.reader import CHUNK, LARGEST
 
 __all__ = ["NpzReader"]
 
 _COLUMNS = ("x", "y", "p", "t")
-# NotImplementedError: an unknown compression; RuntimeError: a password.
+# NotImplementedError: unknown compression; RuntimeError: encrypted.
 _BROKEN = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError)
 
 
 class NpzReader:
-    """Arrays of one length: x and y integers; p bool, 0 and 1, or -1 and 1; t integers in microseconds
-    or floats in seconds. `width` and `height`, where there are such numbers, are the sensor's.
+    """The events of a .npz file.
+
+    The arrays have one length: x and y integers; p bool, 0 and 1, or -1 and 1; t integers in microseconds or floats
+    in seconds. The scalars `width` and `height`, the size of the sensor, are optional.
 
     Raises:
-        InputError: an array is missing, or of another kind.
+        InputError: an array is missing, or of another dtype or shape.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -50,7 +53,7 @@ class NpzReader:
             raise InputError(f"{path}: x, y, p and t need the same length, got {lengths}")
         for name, kinds in (("x", "iu"), ("y", "iu"), ("p", "iub"), ("t", "iuf")):
             if self._columns[name].dtype.kind not in kinds:
-                raise InputError(f"{path}: {name}: expected another kind of number, got {self._columns[name].dtype}")
+                raise InputError(f"{path}: {name}: expected another dtype, got {self._columns[name].dtype}")
         self._left = lengths["t"]
 
     def __iter__(self) -> Iterator[Events]:
@@ -91,7 +94,7 @@ class NpzReader:
 
 
 class _Column:
-    """A .npy member: its header, and its numbers as they come."""
+    """A .npy member of the archive, read piece by piece."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
@@ -99,7 +102,7 @@ class _Column:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, self.dtype = read(file)
         if len(shape) > 1 or self.dtype.hasobject:
-            raise InputError(f"{name}: expected one number an event, got {shape} {self.dtype}")
+            raise InputError(f"{name}: expected one number per event, got {shape} {self.dtype}")
         self.length = int(shape[0]) if shape else 1
 
     def read(self, count: int) -> NDArray[Any]:

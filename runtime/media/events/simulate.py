@@ -1,4 +1,4 @@
-"""Events that an event camera would have seen in a video: to try a model without a camera."""
+"""Event simulator: events that an event camera would have recorded of a video."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.runtime.media.events.events import Events
+from stepcell.runtime.media.events.columns import Events
 
 __all__ = ["simulate_events"]
 
-# Added to the intensity, 0 to 1: the logarithm of the darkest pixels would turn the noise of
-# compression into events.
+# Added to the intensity (0 to 1) before the logarithm, which would amplify compression noise of dark pixels to events.
 _DARK = 0.02
 _LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
 
@@ -24,15 +23,14 @@ def simulate_events(
 ) -> Iterator[Events]:
     """Events between each frame and the next.
 
-    The logarithm of a pixel's intensity is taken to change linearly between two frames; each time it
-    has moved by `threshold` from where the last event was, there is an event, as in ESIM (Rebecq et
-    al. 2018). Without noise, and without a refractory period: fewer frames a second than a camera's
-    motion needs give trains of events that no sensor would send.
+    As in ESIM (Rebecq et al. 2018), the logarithm of a pixel's intensity changes linearly between two frames, and
+    an event is emitted each time it has changed by `threshold` since the last event. Noise and refractory period are
+    not simulated; at a low frame rate, fast motion gives bursts of events that no sensor would send.
 
     Args:
         frames: pixels (H, W, C) uint8, C = 3 (RGB) or 1.
-        fps: frames per second; the first one is at time zero.
-        threshold: contrast, a difference of natural logarithms.
+        fps: frames per second; the first frame is at time zero.
+        threshold: contrast, as a difference of natural logarithms.
     """
     level: NDArray[np.float64] | None = None
     before = np.empty(0)
@@ -60,7 +58,7 @@ def _between(
     start: float,
     end: float,
 ) -> Events:
-    """Events from `before` to `now`; `level`, where each pixel had its last one, is moved on."""
+    """Events between the frames `before` and `now`; updates `level`, the log intensity at each pixel's last event."""
     crossings = np.trunc((now - level) / threshold).astype(np.int64)
     y, x = np.nonzero(crossings)
     counts = crossings[y, x]

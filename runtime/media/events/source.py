@@ -1,4 +1,4 @@
-"""A file of events as a source of input tensors."""
+"""EventSource: an event file as a source of input tensors, one per window."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from numpy.typing import NDArray
 from stepcell.errors import InputError
 from stepcell.event_spec import EventSpec
 from stepcell.runtime.media.events.dat import DatReader
-from stepcell.runtime.media.events.events import LARGEST, EventReader, checked
 from stepcell.runtime.media.events.npz import NpzReader
 from stepcell.runtime.media.events.raw import RawReader
+from stepcell.runtime.media.events.reader import LARGEST, EventReader, validated
 from stepcell.runtime.media.events.tensor import event_tensor
-from stepcell.runtime.media.events.windows import windows
+from stepcell.runtime.media.events.windows import split_windows
 
 __all__ = ["EVENT_FILES", "EventSource", "open_events"]
 
+# Reader of each format by the suffix of the file; docs/events.md says how to add one.
 _READERS: dict[str, Callable[[Path, BinaryIO], EventReader]] = {".dat": DatReader, ".raw": RawReader, ".npz": NpzReader}
 EVENT_FILES = tuple(_READERS)
-SHORTEST, LONGEST = 1000, 10**9  # us: a video has up to 1000 frames a second, and at least one in 1000 seconds
+SHORTEST, LONGEST = 1000, 10**9  # window in us that gives a valid frame rate: 1000 to 0.001 frames per second
 
 
 def open_events(path: Path) -> EventReader:
-    """Open a file of events by its suffix.
+    """Open an event file with the reader of its suffix.
 
     Raises:
-        InputError: it cannot be read, or is not what its suffix says.
+        InputError: the file cannot be read, or is not of the format of its suffix.
     """
     try:
         file = path.open("rb")
@@ -43,17 +44,17 @@ def open_events(path: Path) -> EventReader:
 
 
 class EventSource:
-    """Windows of a file, each as a tensor (C, H, W) float32.
+    """The windows of an event file, each as a tensor (C, H, W) float32.
+
+    `fps` is known if windows have a fixed time of 1 ms to 1000 s.
 
     Args:
         path: .dat, .raw or .npz.
-        spec: how tensors are made.
-        size: width and height of the sensor, where the file does not say.
-
-    `fps` is known where windows are by time, of 1 ms to 1000 s.
+        spec: encoding of the tensor, and the window.
+        size: (width, height) of the sensor in pixels, if the file does not say.
 
     Raises:
-        InputError: the file cannot be read, or its sensor is unknown or not of `size`.
+        InputError: the file cannot be read, or the size of its sensor is unknown or differs from `size`.
     """
 
     length: int | None = None
@@ -71,7 +72,7 @@ class EventSource:
         found = own or size
         if found is None or 0 in found:
             self.close()
-            raise InputError(f"{path}: does not say how large its sensor is", hint="--size WIDTHxHEIGHT does")
+            raise InputError(f"{path}: does not say how large its sensor is", hint="give the size: --size WIDTHxHEIGHT")
         if max(found) > LARGEST:
             self.close()
             raise InputError(f"{path}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}")
@@ -82,14 +83,14 @@ class EventSource:
     def __iter__(self) -> Iterator[NDArray[Any]]:
         width, height = self.size
         empty = True
-        for events, end in windows(checked(self._reader, self.size), self._spec.window, width * height):
+        for events, end in split_windows(validated(self._reader, self.size), self._spec.window, width * height):
             self.seconds = end / 1e6
             empty = False
             yield event_tensor(events, self._spec, height, width)
         if empty:
             raise InputError(
                 f"{self.name}: holds fewer events than one window of {self._spec.window}",
-                hint="--event-window takes a smaller one",
+                hint="choose a smaller window with --event-window",
             )
 
     def close(self) -> None:

@@ -1,12 +1,12 @@
-"""The events of one window as a tensor.
+"""Event tensor: the events of one window, accumulated per pixel and time bin.
 
-Time runs from the first event, 0, to the last, 1; an event at time s weighs on the bins of its pixel
+Time s is 0 at the first event of the window and 1 at the last. An event adds to bin b = 0 ... B - 1 of its pixel
 
-    voxel_grid    max(0, 1 - |b - (B - 1) s|)    bins b = 0 to B - 1; Zhu et al. 2019, Rebecq et al. 2019 (E2VID)
-    event_volume  as above with B s - 1/2, and what falls outside, see `_volume_bins`; OpenEB
-    histogram     1 in bin floor(B s), the last event in the last; as stacked by RVT (Gehrig et al. 2023)
+    voxel_grid    max(0, 1 - |b - (B - 1) s|); Zhu et al. 2019, Rebecq et al. 2019 (E2VID)
+    event_volume  max(0, 1 - |b - (B s - 1/2)|), at both ends as in `_volume_bins`; OpenEB
+    histogram     1 in bin floor(B s), the last event in bin B - 1; stacked histogram of RVT (Gehrig et al. 2023)
 
-times +1 or -1 (polarity "signed") or in channels of its polarity ("split").
+with the sign of its polarity ("signed"), or in the channels of its polarity ("split").
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.event_spec import EventSpec
-from stepcell.runtime.media.events.events import Events
+from stepcell.runtime.media.events.columns import Events
 
 __all__ = ["event_tensor"]
 
-_ROUNDING = 1e-9  # what is left where events of both polarities cancel each other
+_ROUNDING = 1e-9  # rounding error left where events of both polarities cancel
 Floats = NDArray[np.float64]
 Microseconds = NDArray[np.int64]
-Bins = list[tuple[NDArray[np.int64], Floats]]  # bin and weight of every event
+Bins = list[tuple[NDArray[np.int64], Floats]]  # bin and weight of each event
 
 
 def event_tensor(events: Events, spec: EventSpec, height: int, width: int) -> NDArray[np.float32]:
-    """(channels, height, width); zeros where there is no event.
+    """Tensor (channels, height, width) of a window; zero where there is no event.
 
-    Sums are taken in float64 in the order of the events, so the same events give the same bits.
+    Accumulated in float64 in the order of the events, so the result is reproducible bit by bit.
 
     Args:
         events: of one window, in order of time, all on the sensor.
+        spec: representation, bins, polarity and normalisation.
+        height, width: of the sensor in pixels.
     """
     shape = (spec.channels, height, width)
     if not len(events):
@@ -63,10 +65,10 @@ def _grid_bins(time: Microseconds, span: int, count: int) -> Bins:
 
 
 def _volume_bins(time: Microseconds, span: int, count: int) -> Bins:
-    """OpenEB's event_volume: bins have their centres at 1/2, 3/2, ... of a bin.
+    """OpenEB's event_volume: the centres of the bins are at 1/2, 3/2, ... bins.
 
-    The models were trained with its ends: in the first half bin what the first bin does not take
-    goes to the second, in the last one all stays in the last.
+    At the ends it follows OpenEB's code, which the models were trained with: in the first half bin, the share that
+    bin 0 does not receive goes to bin 1; in the last half bin, bin B - 1 receives all.
     """
     place = time * count / span - 0.5
     lower = np.clip(np.floor(place).astype(np.int64), 0, count - 1)
@@ -79,9 +81,9 @@ def _count_bins(time: Microseconds, span: int, count: int) -> Bins:
 
 
 def _normalised(values: Floats) -> Floats:
-    """Mean 0 and standard deviation 1 of the values that are not zero, as E2VID takes them (Rebecq et al. 2019).
+    """Mean 0 and standard deviation 1 over the non-zero values, as for E2VID (Rebecq et al. 2019).
 
-    Values that are all alike have no deviation, and are left as they are.
+    Values that are all equal have no deviation and are returned unchanged.
     """
     zero = np.abs(values) < _ROUNDING
     others = values[~zero]

@@ -1,4 +1,4 @@
-"""A stream of events cut into the windows that are stepped."""
+"""Event windows: splits a stream of events by time or by number."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from stepcell.event_spec import EventWindow
-from stepcell.runtime.media.events.events import Events
+from stepcell.runtime.media.events.columns import Events
 
-__all__ = ["windows"]
+__all__ = ["split_windows"]
 
 
-def windows(parts: Iterable[Events], window: EventWindow, pixels: int) -> Iterator[tuple[Events, int]]:
-    """Each window's events, and its end in microseconds.
+def split_windows(parts: Iterable[Events], window: EventWindow, pixels: int) -> Iterator[tuple[Events, int]]:
+    """The events of each window, and its end in microseconds.
 
-    By time, windows follow each other without a gap from the first event on; where nothing happened
-    one is empty, and the last one ends with the events. By count, what is left at the end and fills
-    no window is left out.
+    Windows by time follow each other without a gap from the first event on; a window may be empty, and the last one
+    may be shorter. Windows by number omit the events at the end that fill no window.
 
     Args:
         parts: of a stream, in order of time, of any length.
-        pixels: of the sensor.
+        window: the size of a window.
+        pixels: number of pixels of the sensor.
     """
     count = window.count(pixels)
     return _by_time(parts, round(window.size)) if count is None else _by_count(parts, count)

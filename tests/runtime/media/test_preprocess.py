@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, StepcellError
-from stepcell.runtime.media.preprocess import FrameAdapter, image_input, is_image, to_pixels
+from stepcell.runtime.media.postprocess import crop, to_pixels
+from stepcell.runtime.media.preprocess import Preprocessor, image_input, is_image
 
 
 def picture(channels: int = 3, **fields: Any) -> TensorSpec:
@@ -26,7 +27,7 @@ def random_frame(height: int, width: int, channels: int = 3) -> np.ndarray[Any, 
 
 def test_scaling_equals_torch() -> None:
     frame = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
-    tensor = FrameAdapter(picture(range=(0.0, 1.0)), frame).to_input(frame)
+    tensor = Preprocessor(picture(range=(0.0, 1.0)), frame)(frame)
     expected = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
     np.testing.assert_array_equal(tensor, expected.numpy())
 
@@ -50,18 +51,18 @@ def test_pad_and_crop_round_trip(fields: dict[str, Any], height: int, width: int
         fields = {key: value[:1] if key in ("mean", "std") else value for key, value in fields.items()}
     spec = picture(channels, pad_multiple=multiple, **fields)
     frame = random_frame(height, width, channels)
-    adapter = FrameAdapter(spec, frame)
-    tensor = adapter.to_input(frame)
+    preprocessor = Preprocessor(spec, frame)
+    tensor = preprocessor(frame)
     assert tensor.shape[2] % multiple == tensor.shape[3] % multiple == 0
     assert tensor.shape[2] - height < multiple
     assert tensor.dtype == np.dtype(spec.dtype)
     assert tensor.flags.c_contiguous
-    np.testing.assert_array_equal(to_pixels(spec, adapter.crop(tensor)), frame)
+    np.testing.assert_array_equal(to_pixels(spec, crop(tensor, preprocessor.size, preprocessor.padded)), frame)
 
 
 def test_padding_repeats_the_edge() -> None:
     frame = random_frame(5, 6)
-    tensor = FrameAdapter(picture(pad_multiple=8, range=None), frame).to_input(frame)
+    tensor = Preprocessor(picture(pad_multiple=8, range=None), frame)(frame)
     expected = np.pad(frame, ((0, 3), (0, 2), (0, 0)), mode="edge").transpose(2, 0, 1)[None]
     np.testing.assert_array_equal(tensor, expected)
 
@@ -69,15 +70,19 @@ def test_padding_repeats_the_edge() -> None:
 @pytest.mark.parametrize("factor", [0.5, 1, 2, 4])
 def test_crop_follows_a_model_that_changes_the_size(factor: float) -> None:
     frame = random_frame(13, 21)
-    adapter = FrameAdapter(picture(pad_multiple=8), frame)
-    assert adapter.padded == (16, 24)
+    preprocessor = Preprocessor(picture(pad_multiple=8), frame)
+    assert preprocessor.padded == (16, 24)
     output = np.zeros((1, 3, int(16 * factor), int(24 * factor)))
-    assert adapter.crop(output).shape == (3, int(np.ceil(13 * factor)), int(np.ceil(21 * factor)))
+    assert crop(output, preprocessor.size, preprocessor.padded).shape == (
+        3,
+        int(np.ceil(13 * factor)),
+        int(np.ceil(21 * factor)),
+    )
 
 
 def test_float_frames_are_taken_as_scaled() -> None:
     frame = np.random.default_rng(0).random((3, 5, 6), np.float32)
-    tensor = FrameAdapter(picture(range=(-1.0, 1.0), pad_multiple=2), frame).to_input(frame)
+    tensor = Preprocessor(picture(range=(-1.0, 1.0), pad_multiple=2), frame)(frame)
     assert tensor.shape == (1, 3, 6, 6)
     np.testing.assert_array_equal(tensor[0, :, :5], frame)
 
@@ -104,20 +109,20 @@ def test_pixels_that_are_no_numbers_are_an_error(bad: float) -> None:
 )
 def test_frames_that_do_not_fit(spec: TensorSpec, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        FrameAdapter(spec, np.zeros(shape, np.uint8))
+        Preprocessor(spec, np.zeros(shape, np.uint8))
     assert caught.value.hint is not None
 
 
 def test_fixed_size_that_padding_reaches_is_taken() -> None:
     frame = random_frame(61, 93)
     spec = picture(shape=(1, 3, 64, 96), pad_multiple=4)
-    assert FrameAdapter(spec, frame).to_input(frame).shape == (1, 3, 64, 96)
+    assert Preprocessor(spec, frame)(frame).shape == (1, 3, 64, 96)
 
 
 def test_later_frame_of_another_size() -> None:
-    adapter = FrameAdapter(picture(), random_frame(4, 4))
+    preprocessor = Preprocessor(picture(), random_frame(4, 4))
     with pytest.raises(InputError, match="this one"):
-        adapter.to_input(random_frame(4, 5))
+        preprocessor(random_frame(4, 5))
 
 
 def contract(*inputs: TensorSpec) -> StepContract:

@@ -13,9 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError, UsageError
-from stepcell.runtime.media.recover import keep_whole
-from stepcell.runtime.media.sinks import ArraySink, RawSink, Sink, open_sink
-from stepcell.runtime.media.video_reader import FolderSource, VideoSource
+from stepcell.runtime.media.npy_file import ArraySink
+from stepcell.runtime.media.open_sink import open_sink
+from stepcell.runtime.media.picture_folder import FolderSource
+from stepcell.runtime.media.raw_frames import RawSink
+from stepcell.runtime.media.sink import Sink
+from stepcell.runtime.media.video_reader import VideoSource
+from stepcell.runtime.media.video_repair import repair_video
 from stepcell.runtime.media.video_writer import VideoSink, encoder_for
 
 FPS = Fraction(30000, 1001)
@@ -195,7 +199,7 @@ def test_a_finished_video_has_one_index_and_starts_at_zero(suffix: str, tmp_path
     next(iter(source))
     assert (source.length, source.seconds) == (100, 0.0)
     data = (tmp_path / f"out{suffix}").read_bytes()
-    assert keep_whole(tmp_path / f"out{suffix}") == 100, "nothing is cut off where nothing is missing"
+    assert repair_video(tmp_path / f"out{suffix}") == 100, "nothing is cut off where nothing is missing"
     assert (tmp_path / f"out{suffix}").read_bytes() == data
 
 

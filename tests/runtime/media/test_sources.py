@@ -17,9 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stepcell.errors import InputError, StepcellError, UsageError
-from stepcell.runtime.media.sources import ArraySource, RawSource, open_source, parse_size, shown
-from stepcell.runtime.media.video_reader import FolderSource, VideoSource, natural_key
+from stepcell.errors import InputError, StepcellError
+from stepcell.runtime.media.npy_file import ArraySource
+from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.media.picture_folder import FolderSource, natural_key
+from stepcell.runtime.media.raw_frames import RawSource
+from stepcell.runtime.media.source import display_name
+from stepcell.runtime.media.video_reader import VideoSource
 
 WIDTH, HEIGHT = 176, 144
 
@@ -299,16 +303,6 @@ def test_raw_stream_that_ends_inside_a_frame() -> None:
         next(source)
 
 
-@pytest.mark.parametrize("size", ["640", "640x", "x480", "0x480", "640X480", "-1x5", "640x480x3", "1e2x5"])
-def test_refused_sizes(size: str) -> None:
-    with pytest.raises(UsageError, match="--size: expected WIDTHxHEIGHT"):
-        parse_size(size)
-
-
-def test_sizes() -> None:
-    assert parse_size("640x480") == (640, 480)
-
-
 @pytest.mark.parametrize(("name", "size"), [("-", None), ("clip.mp4", (6, 4))])
 def test_size_belongs_to_stdin(name: str, size: tuple[int, int] | None) -> None:
     with pytest.raises(StepcellError, match="--size"):
@@ -378,4 +372,4 @@ def test_a_pipe_that_breaks() -> None:
     ids=ascii,
 )
 def test_what_is_shown_of_a_name(name: str, expected: str) -> None:
-    assert shown(name) == expected
+    assert display_name(name) == expected

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.models.zoo.clips import clip_path, read_clip
-from stepcell.runtime.media.sources import RawSource, open_source
+from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.media.raw_frames import RawSource
 from stepcell.runtime.media.video_reader import VideoSource
-from stepcell.runtime.streams.frame_reader import DEPTH, Feed, Frame, Reconnect
+from stepcell.runtime.streams.frame_reader import DEPTH, Frame, FrameReader
+from stepcell.runtime.streams.reconnect import Reconnect
 
 
 class Counting:
@@ -54,16 +56,16 @@ def until(changed: threading.Condition, true: Callable[[], bool], seconds: float
         assert changed.wait_for(true, seconds), f"not within {seconds} s"
 
 
-def take_all(feed: Feed, changed: threading.Condition, seconds: float = 20.0) -> list[Frame]:
+def take_all(reader: FrameReader, changed: threading.Condition, seconds: float = 20.0) -> list[Frame]:
     frames = []
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with changed:
-            changed.wait_for(lambda: feed.waiting or feed.ended, 1.0)
-        frame = feed.take()
+            changed.wait_for(lambda: reader.queued or reader.ended, 1.0)
+        frame = reader.take()
         if frame is not None:
             frames.append(frame)
-        elif feed.ended:
+        elif reader.ended:
             return frames
     raise AssertionError(f"{len(frames)} frames and no end after {seconds} s")
 
@@ -76,44 +78,44 @@ def test_every_frame_of_a_clip_in_order() -> None:
     for frame in source:
         expected.append(frame)
         times.append(source.seconds)
-    feed = Feed(open_source(path), changed)
-    frames = take_all(feed, changed)
+    reader = FrameReader(open_source(path), changed)
+    frames = take_all(reader, changed)
     np.testing.assert_array_equal([frame.array for frame in frames], expected)
     assert [frame.seconds for frame in frames] == times
     assert all(a.arrived <= b.arrived for a, b in itertools.pairwise(frames))
     assert {frame.connection for frame in frames} == {0}
-    assert (feed.dropped, feed.reconnects) == (0, 0)
+    assert (reader.dropped, reader.reconnects) == (0, 0)
 
 
 def test_a_source_waits_for_room() -> None:
     changed, source = threading.Condition(), Counting(1000)
-    feed = Feed(source, changed)
+    reader = FrameReader(source, changed)
     until(changed, lambda: source.read == DEPTH + 1)  # one more is in the thread's hand
     for taken in range(1, 50):
-        assert feed.take() is not None
+        assert reader.take() is not None
         until(changed, lambda taken=taken: source.read == DEPTH + 1 + taken)  # type: ignore[misc]
-        assert feed.waiting <= DEPTH
-    feed.stop()
-    feed.wait()
+        assert reader.queued <= DEPTH
+    reader.stop()
+    reader.join()
     assert source.closed
     assert source.read == DEPTH + 50
 
 
 def test_the_oldest_gives_way_and_is_counted() -> None:
     changed = threading.Condition()
-    feed = Feed(Counting(200), changed, drop=True, depth=3)
-    until(changed, lambda: feed._done)
-    frames = take_all(feed, changed)
+    reader = FrameReader(Counting(200), changed, drop_oldest=True, depth=3)
+    until(changed, lambda: reader._done)
+    frames = take_all(reader, changed)
     assert [int(frame.array[0, 0, 0]) for frame in frames] == [197, 198, 199]
-    assert feed.dropped == 197
+    assert reader.dropped == 197
 
 
 def test_a_reconnection_shows_where_its_first_frame_gave_way() -> None:
     changed, again = threading.Condition(), iter([Counting(9)])
     reconnect = Reconnect(lambda: next(again, Counting(0)), 0.2, first=0.001, most=0.001)
-    feed = Feed(Counting(5), changed, drop=True, depth=3, reconnect=reconnect)
-    until(changed, lambda: feed._done)
-    frames = [feed.take() for _ in range(3)]
+    reader = FrameReader(Counting(5), changed, drop_oldest=True, depth=3, reconnect=reconnect)
+    until(changed, lambda: reader._done)
+    frames = [reader.take() for _ in range(3)]
     assert [(int(frame.array[0, 0, 0]), frame.connection) for frame in frames if frame] == [(6, 1), (7, 1), (8, 1)]
 
 
@@ -121,28 +123,28 @@ def test_a_reconnection_shows_where_its_first_frame_gave_way() -> None:
 def test_an_error_comes_after_the_frames_before_it(error: BaseException) -> None:
     changed = threading.Condition()
     source = Counting(3, error)
-    feed = Feed(source, changed)
-    until(changed, lambda: feed._done)
-    assert [int(feed.take().array[0, 0, 0]) for _ in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
-    assert feed.ended
+    reader = FrameReader(source, changed)
+    until(changed, lambda: reader._done)
+    assert [int(reader.take().array[0, 0, 0]) for _ in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
+    assert reader.ended
     with pytest.raises(type(error)):
-        feed.take()
-    assert feed.take() is None
+        reader.take()
+    assert reader.take() is None
     assert source.closed
 
 
 def test_a_read_that_hangs_is_left_behind() -> None:
-    reader, writer = os.pipe()
+    read_end, write_end = os.pipe()
     changed = threading.Condition()
-    with os.fdopen(reader, "rb") as stream:
-        feed = Feed(RawSource(stream, (2, 2), 3), changed)
+    with os.fdopen(read_end, "rb") as stream:
+        reader = FrameReader(RawSource(stream, (2, 2), 3), changed)
         started = time.monotonic()
-        feed.stop()
-        feed.wait()
+        reader.stop()
+        reader.join()
         assert time.monotonic() - started < 5
-        os.close(writer)  # ends the read
-        feed._thread.join(5)
-        assert not feed._thread.is_alive()
+        os.close(write_end)  # ends the read
+        reader._thread.join(5)
+        assert not reader._thread.is_alive()
 
 
 def test_many_reads_that_hang_are_left_behind_together() -> None:
@@ -153,16 +155,16 @@ def test_many_reads_that_hang_are_left_behind_together() -> None:
             gate.wait(60)
             return iter(())
 
-    feeds = [Feed(Hanging(0), changed) for _ in range(20)]
+    readers = [FrameReader(Hanging(0), changed) for _ in range(20)]
     started = time.monotonic()
-    for feed in feeds:
-        feed.stop()
-    for feed in feeds:
-        feed.wait()
+    for reader in readers:
+        reader.stop()
+    for reader in readers:
+        reader.join()
     assert time.monotonic() - started < 10, "one after the other takes twenty seconds"
     gate.set()
-    for feed in feeds:
-        feed._thread.join(10)
+    for reader in readers:
+        reader._thread.join(10)
 
 
 def test_a_source_that_cannot_be_closed_ends_all_the_same() -> None:
@@ -171,11 +173,11 @@ def test_a_source_that_cannot_be_closed_ends_all_the_same() -> None:
             raise OSError(5, "Input/output error")
 
     changed = threading.Condition()
-    feed = Feed(Stuck(1), changed)
-    until(changed, lambda: feed._done)
-    assert feed.take() is not None
+    reader = FrameReader(Stuck(1), changed)
+    until(changed, lambda: reader._done)
+    assert reader.take() is not None
     with pytest.raises(OSError, match="Input/output error"):
-        feed.take()
+        reader.take()
 
 
 def test_no_frame_of_a_camera_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,13 +232,13 @@ def test_waits_begin_anew_after_a_frame(logged: pytest.LogCaptureFixture) -> Non
 
     sources = iter([Counting(0), Counting(0), Counting(2), Counting(0), Counting(1)])
     changed = threading.Condition()
-    feed = Feed(Counting(1), changed, reconnect=Watched(lambda: next(sources, Counting(0)), 0.2))
+    reader = FrameReader(Counting(1), changed, reconnect=Watched(lambda: next(sources, Counting(0)), 0.2))
     with pytest.raises(InputError, match="not back within"):
-        take_all(feed, changed)
+        take_all(reader, changed)
     assert attempts[:5] == [0, 1, 2, 0, 1]
     assert attempts[5:] == list(range(len(attempts) - 5))
     assert logged.text.count("opening it again") == 3, "once for each time it was lost"
-    assert feed.reconnects == 2
+    assert reader.reconnects == 2
 
 
 def test_a_camera_comes_back(camera: Any, logged: pytest.LogCaptureFixture) -> None:
@@ -244,29 +246,29 @@ def test_a_camera_comes_back(camera: Any, logged: pytest.LogCaptureFixture) -> N
     changed = threading.Condition()
     camera.cut = 0.5
     reconnect = Reconnect(lambda: open_source(camera.url), 60.0, first=0.05, most=0.1)
-    feed = Feed(open_source(camera.url), changed, reconnect=reconnect)
+    reader = FrameReader(open_source(camera.url), changed, reconnect=reconnect)
     before = []
     while len(before) < 20:
-        until(changed, lambda: feed.waiting > 0)
-        before.append(feed.take())
+        until(changed, lambda: reader.queued > 0)
+        before.append(reader.take())
     camera.switch_off()
-    while feed._attempts < 3:  # they are refused
-        if feed.take() is None:
+    while reader._attempts < 3:  # they are refused
+        if reader.take() is None:
             time.sleep(0.01)
     camera.cut = 1.0
     camera.switch_on()
     after: list[Frame] = []
     while len(after) < 50:
-        until(changed, lambda: feed.waiting > 0)
-        frame = feed.take()
+        until(changed, lambda: reader.queued > 0)
+        frame = reader.take()
         assert frame is not None
         if frame.connection or after:
             after.append(frame)
     assert {frame.connection for frame in after} == {1}
-    assert feed.reconnects == 1
+    assert reader.reconnects == 1
     camera.switch_off()
-    feed.stop()
-    feed.wait()
+    reader.stop()
+    reader.join()
     np.testing.assert_array_equal(after[0].array, before[0].array)  # type: ignore[union-attr]
     # The clock of the source began anew; that of the frames goes on, and shows the gap.
     times = [frame.seconds for frame in [*before, *after] if frame and frame.seconds is not None]
@@ -286,9 +288,9 @@ def test_a_camera_that_stays_away_is_given_up(camera: Any) -> None:
     source = open_source(camera.url)
     camera.switch_off()
     started = time.monotonic()
-    feed = Feed(source, changed, reconnect=reconnect)
+    reader = FrameReader(source, changed, reconnect=reconnect)
     with pytest.raises(InputError, match=r"lost, and not back within 0.3 s \(.*cannot be opened as video"):
-        take_all(feed, changed)
+        take_all(reader, changed)
     assert 0.3 < time.monotonic() - started < 10
 
 
@@ -296,16 +298,16 @@ def test_a_camera_that_is_not_there_yet(camera: Any) -> None:
     camera.switch_off()
     changed = threading.Condition()
     reconnect = Reconnect(lambda: open_source(camera.url), 30.0, first=0.02, most=0.05)
-    feed = Feed(None, changed, name=camera.url, reconnect=reconnect)
+    reader = FrameReader(None, changed, name=camera.url, reconnect=reconnect)
     until(changed, lambda: True)
-    while feed._attempts < 2:
+    while reader._attempts < 2:
         time.sleep(0.01)
-    assert feed.take() is None
-    assert not feed.ended
+    assert reader.take() is None
+    assert not reader.ended
     camera.switch_on()
-    until(changed, lambda: feed.waiting > 0)
-    feed.stop()
-    feed.wait()
+    until(changed, lambda: reader.queued > 0)
+    reader.stop()
+    reader.join()
 
 
 def damaged(data: bytes, every: int) -> bytes:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from stepcell.errors import OutputError
 from stepcell.models.zoo.clips import read_clip
-from stepcell.runtime.media.sinks import open_sink
-from stepcell.runtime.media.sources import open_source
-from stepcell.runtime.streams.frame_writer import DEPTH, Writer
+from stepcell.runtime.media.open_sink import open_sink
+from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.streams.frame_writer import DEPTH, FrameWriter
 
 FRAMES = read_clip("carphone_pristine")[:30]
 
@@ -57,11 +57,11 @@ def test_what_is_written_is_what_a_sink_alone_writes(name: str, tmp_path: Path) 
     for frame in FRAMES:
         alone.write(frame)
     alone.close()
-    writer = Writer(open_sink(str(tmp_path / name), Fraction(25)), threading.Condition())
+    writer = FrameWriter(open_sink(str(tmp_path / name), Fraction(25)), threading.Condition())
     for frame in FRAMES:
         writer.put(frame)
     writer.finish()
-    writer.wait()
+    writer.join()
     if name == "out.npy":
         np.testing.assert_array_equal(np.load(tmp_path / name), FRAMES)
     else:
@@ -81,14 +81,14 @@ def test_what_is_written_is_what_a_sink_alone_writes(name: str, tmp_path: Path) 
 
 def test_the_queue_is_bounded_and_put_waits() -> None:
     gate, changed = Gate(), threading.Condition()
-    writer = Writer(gate, changed)
+    writer = FrameWriter(gate, changed)
     for number in range(DEPTH + 1):  # one is in the thread's hand
         with changed:
-            assert changed.wait_for(lambda: writer.ready, 5)
+            assert changed.wait_for(lambda: writer.has_room, 5)
         writer.put(np.array([number]))
     with changed:
-        assert changed.wait_for(lambda: writer.waiting == DEPTH, 5)
-    assert not writer.ready
+        assert changed.wait_for(lambda: writer.queued == DEPTH, 5)
+    assert not writer.has_room
     waiting = threading.Thread(target=writer.put, args=(np.array([99]),))
     waiting.start()
     waiting.join(0.1)
@@ -96,45 +96,45 @@ def test_the_queue_is_bounded_and_put_waits() -> None:
     gate.open.release()
     waiting.join(5)
     assert not waiting.is_alive()
-    assert writer.waiting <= DEPTH
+    assert writer.queued <= DEPTH
     gate.open.release(100)
     writer.finish()
-    writer.wait()
+    writer.join()
     assert gate.written == [*range(DEPTH + 1), 99]
     assert gate.calls == ["close"]
 
 
 def test_finish_returns_at_once_and_wait_waits() -> None:
     gate = Gate()
-    writer = Writer(gate, threading.Condition())
+    writer = FrameWriter(gate, threading.Condition())
     writer.put(np.array([7]))
     writer.finish()  # the gate is closed: it would wait for ever
     assert gate.calls == []
     gate.open.release()
-    writer.wait()
+    writer.join()
     assert (gate.written, gate.calls) == ([7], ["close"])
 
 
 def test_abandon_leaves_nothing_and_writes_nothing_more(tmp_path: Path) -> None:
     (tmp_path / "out.npy").write_text("precious")
-    writer = Writer(open_sink(str(tmp_path / "out.npy"), Fraction(25)), threading.Condition())
+    writer = FrameWriter(open_sink(str(tmp_path / "out.npy"), Fraction(25)), threading.Condition())
     writer.put(FRAMES[0])
     writer.abandon()
-    writer.wait()
+    writer.join()
     assert (tmp_path / "out.npy").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
     gate = Gate()
-    writer = Writer(gate, threading.Condition())
+    writer = FrameWriter(gate, threading.Condition())
     for number in range(3):
         writer.put(np.array([number]))
     writer.abandon()
     gate.open.release(100)
-    writer.wait()
+    writer.join()
     assert len(gate.written) <= 1
     assert gate.calls == ["abandon"]
 
 
-def put_many(writer: Writer, count: int) -> None:
+def put_many(writer: FrameWriter, count: int) -> None:
     for number in range(count):
         writer.put(np.array([number]))
 
@@ -142,26 +142,26 @@ def put_many(writer: Writer, count: int) -> None:
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_a_failure_comes_back_with_the_next_frame(fails_at: int) -> None:
     gate, changed = Gate(fails_at), threading.Condition()
-    writer = Writer(gate, changed)
+    writer = FrameWriter(gate, changed)
     gate.open.release(100)
     with pytest.raises(OutputError, match="No space left"):
         put_many(writer, 1000)
     assert gate.written == list(range(fails_at))
     with changed:
-        assert changed.wait_for(lambda: writer.waiting == 0, 5)
-    assert writer.ready, "who waits for room hears of it"
+        assert changed.wait_for(lambda: writer.queued == 0, 5)
+    assert writer.has_room, "who waits for room hears of it"
     writer.finish()
     with pytest.raises(OutputError, match="No space left"):
-        writer.wait()
+        writer.join()
     assert (gate.calls, writer.written) == (["salvage"], fails_at)
 
 
 def test_a_failure_wakes_a_put_that_waits() -> None:
     gate, changed = Gate(0), threading.Condition()
-    writer = Writer(gate, changed, depth=1)
+    writer = FrameWriter(gate, changed, depth=1)
     writer.put(np.array([0]))
     with changed:
-        assert changed.wait_for(lambda: writer.ready, 5)
+        assert changed.wait_for(lambda: writer.has_room, 5)
     writer.put(np.array([1]))
     threading.Timer(0.05, gate.open.release).start()
     with pytest.raises(OutputError, match="No space left"):
@@ -170,10 +170,10 @@ def test_a_failure_wakes_a_put_that_waits() -> None:
 
 def test_a_failure_in_closing_comes_back(tmp_path: Path) -> None:
     gate = Gate(fails_on="close")
-    writer = Writer(gate, threading.Condition())
+    writer = FrameWriter(gate, threading.Condition())
     writer.finish()
     with pytest.raises(OutputError, match="No space left"):
-        writer.wait()
+        writer.join()
     assert gate.calls == ["close", "salvage"]
 
 
@@ -188,8 +188,8 @@ def test_a_failure_is_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
     gate = Gone(fails_at=0)
     gate.open.release()
-    writer = Writer(gate, threading.Condition())
+    writer = FrameWriter(gate, threading.Condition())
     writer.put(np.zeros(1))
     with pytest.raises(OutputError, match="No space left"):
-        writer.wait()
+        writer.join()
     assert not unexpected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +17,20 @@ from numpy.typing import NDArray
 from stepcell.errors import DeviceError, InputError, OutputError, StateError
 from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime import StepLoop
-from stepcell.runtime.media.sinks import ArraySink, open_sink
-from stepcell.runtime.media.sources import RawSource, open_source
-from stepcell.runtime.streams.frame_reader import DEPTH, Frame, Reconnect
-from stepcell.runtime.streams.report import RunReport
-from stepcell.runtime.streams.reset_policy import ResetPolicy, ResetWatch
-from stepcell.runtime.streams.run import run_stream, run_streams
-from stepcell.runtime.streams.shutdown import StopRequest
-from stepcell.runtime.streams.snapshot_writer import SnapshotWriter, saved_frames
-from stepcell.runtime.streams.stream import Deadline, Lane
+from stepcell.runtime.media.npy_file import ArraySink
+from stepcell.runtime.media.open_sink import open_sink
+from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.media.raw_frames import RawSource
+from stepcell.runtime.streams.deadline import Deadline
+from stepcell.runtime.streams.frame_reader import DEPTH, Frame
+from stepcell.runtime.streams.progress import RunProgress
+from stepcell.runtime.streams.reconnect import Reconnect
+from stepcell.runtime.streams.report import StreamReport
+from stepcell.runtime.streams.reset_policy import ResetPolicy
+from stepcell.runtime.streams.run_control import RunControl
+from stepcell.runtime.streams.run_snapshots import SnapshotWriter, resume_streams
+from stepcell.runtime.streams.scheduler import Scheduler
+from stepcell.runtime.streams.stream import Stream
 
 Model = Callable[..., Path]
 ONE = np.ones((3, 4, 4), np.float32)
@@ -65,7 +69,6 @@ class Watched:
     def __init__(self, pause: float = 0.0) -> None:
         self.steps: list[int] = []  # frames in each
         self.most = 0  # frames that waited at one moment
-        self.lanes: list[Lane] = []
         self._pause = pause
 
     def step(self, seconds: float) -> None:
@@ -73,24 +76,34 @@ class Watched:
         if self._pause:
             time.sleep(self._pause)
 
-    def frame(self, lane: Lane, seconds: float) -> None:
+    def frame(self, stream: Stream, seconds: float) -> None:
         self.steps[-1] += 1
 
-    def tick(self) -> None:
-        self.most = max([self.most, *(sum(lane.queued.values()) for lane in self.lanes)])
+    def progress(self, run: RunProgress) -> None:
+        self.most = max([self.most, *(sum(stream.queued.values()) for stream in run.streams)])
 
 
-def alone(model: Path, frames: Sequence[Any], path: Path, **options: Any) -> NDArray[Any]:
+def run(
+    loop: StepLoop, streams: Sequence[Stream], watched: Watched | None = None, **options: Any
+) -> list[StreamReport]:
+    if watched is not None:
+        options |= {"times": watched, "progress": watched.progress}
+    return Scheduler(loop, streams, **options).run()
+
+
+def alone(model: Path, frames: Sequence[Any], path: Path, reset: ResetPolicy | None = None) -> NDArray[Any]:
     """What one stream gives in a loop of its own."""
     with StepLoop.open(model, threads=1) as loop:
-        run_stream(loop, Frames("alone", frames), ArraySink(path), **options)
+        run(loop, [Stream(Frames("alone", frames), ArraySink(path), reset=reset)])
     result: NDArray[Any] = np.load(path)
     return result
 
 
-def together(model: Path, lanes: Sequence[Lane], **options: Any) -> list[RunReport]:
-    with StepLoop.open(model, slots=len(lanes), threads=1) as loop:
-        return run_streams(loop, lanes, **options)
+def together(
+    model: Path, streams: Sequence[Stream], watched: Watched | None = None, **options: Any
+) -> list[StreamReport]:
+    with StepLoop.open(model, slots=len(streams), threads=1) as loop:
+        return run(loop, streams, watched, **options)
 
 
 def test_streams_together_equal_streams_alone(denoiser_onnx: Path, tmp_path: Path) -> None:
@@ -101,19 +114,19 @@ def test_streams_together_equal_streams_alone(denoiser_onnx: Path, tmp_path: Pat
     assert len({each.shape[1:] for each in clips}) == 1
     policies = [ResetPolicy(), ResetPolicy(every=10), ResetPolicy(cut=True, every=17)]
     expected = [
-        alone(denoiser_onnx, each, tmp_path / "alone.npy", resets=ResetWatch(policy))
+        alone(denoiser_onnx, each, tmp_path / "alone.npy", reset=policy)
         for each, policy in zip(clips, policies, strict=True)
     ]
-    lanes = [
-        Lane(
+    streams = [
+        Stream(
             Frames(f"clip{number}", each, pause=pause),
             ArraySink(tmp_path / f"{number}.npy"),
-            resets=ResetWatch(policy),
+            reset=policy,
         )
         for number, (each, policy, pause) in enumerate(zip(clips, policies, (0, 0.004, 0.02), strict=True))
     ]
     watched = Watched()
-    reports = together(denoiser_onnx, lanes, watchers=[watched])
+    reports = together(denoiser_onnx, streams, watched=watched)
     for number, wanted in enumerate(expected):
         found = np.load(tmp_path / f"{number}.npy")
         assert found.shape == wanted.shape
@@ -140,12 +153,12 @@ def test_one_that_breaks_does_not_stop_the_others(
         [],
     ]
     names = "abcdef"
-    lanes = [
-        Lane(Frames(name, clip), ArraySink(tmp_path / f"{name}.npy")) for name, clip in zip(names, clips, strict=True)
+    streams = [
+        Stream(Frames(name, clip), ArraySink(tmp_path / f"{name}.npy")) for name, clip in zip(names, clips, strict=True)
     ]
-    reports = together(accumulator(), lanes)
+    reports = together(accumulator(), streams)
     assert [report.frames for report in reports] == [20, 3, 5, 2, 0, 0]
-    assert [lane.failure is not None for lane in lanes] == [False, True, True, True, True, True]
+    assert [stream.failure is not None for stream in streams] == [False, True, True, True, True, True]
     errors = [
         "",
         "broken at frame 3",
@@ -171,12 +184,12 @@ def test_an_output_that_fails_stops_its_stream_only(accumulator: Model, tmp_path
                 raise OutputError("full: cannot be written (No space left on device)")
             super().write(frame)
 
-    lanes = [
-        Lane(Frames("a", [ONE] * 30), Full(tmp_path / "a.npy")),
-        Lane(Frames("b", [ONE] * 30), ArraySink(tmp_path / "b.npy")),
-        Lane(Frames("c", [ONE] * 30), open_sink(str(tmp_path / "c.mp4"), Fraction(25))),
+    streams = [
+        Stream(Frames("a", [ONE] * 30), Full(tmp_path / "a.npy")),
+        Stream(Frames("b", [ONE] * 30), ArraySink(tmp_path / "b.npy")),
+        Stream(Frames("c", [ONE] * 30), open_sink(str(tmp_path / "c.mp4"), Fraction(25))),
     ]
-    reports = together(accumulator(range=(0.0, 1.0)), lanes)
+    reports = together(accumulator(range=(0.0, 1.0)), streams)
     assert "No space left on device) (" + str(tmp_path / "a.npy") + " holds the first 3 of " in (reports[0].error or "")
     assert reports[0].written == len(np.load(tmp_path / "a.npy")) == 3
     assert [(report.frames, report.written) for report in reports[1:]] == [(30, 30), (30, 30)]
@@ -194,10 +207,10 @@ def test_a_source_that_breaks_while_it_is_asked_is_no_end_of_input(accumulator: 
             raise InputError("broken")
 
     with StepLoop.open(accumulator()) as loop:
-        lane = Lane(Breaking("a", []))
-        lane.begin(loop.contract, threading.Condition())
-    assert lane.feed is not None
-    take, thread = lane.feed.take, lane.feed._thread
+        stream = Stream(Breaking("a", []))
+        stream.begin(loop.contract, threading.Condition())
+    assert stream.reader is not None
+    take, thread = stream.reader.take, stream.reader._thread
 
     def slowly() -> Frame | None:
         frame = take()
@@ -206,18 +219,18 @@ def test_a_source_that_breaks_while_it_is_asked_is_no_end_of_input(accumulator: 
             thread.join()
         return frame
 
-    lane.feed.take = slowly  # type: ignore[method-assign]
-    while not lane.ready:
+    stream.reader.take = slowly  # type: ignore[method-assign]
+    while not stream.ready:
         time.sleep(0.001)
-    assert lane.take()
-    assert not lane.take()
-    assert lane.stopped is None
+    assert stream.take()
+    assert not stream.take()
+    assert stream.stopped is None
     with pytest.raises(InputError, match="broken"):
-        lane.take()
+        stream.take()
 
 
 def test_an_output_that_fails_is_noticed_while_the_input_is_silent(accumulator: Model) -> None:
-    reader, writer = os.pipe()
+    read_end, write_end = os.pipe()
 
     class Full:
         name, takes_pixels, replaces = "full", False, False
@@ -232,20 +245,20 @@ def test_an_output_that_fails_is_noticed_while_the_input_is_silent(accumulator: 
 
         def abandon(self) -> None: ...
 
-    os.write(writer, bytes(4 * 4 * 3))
-    with os.fdopen(reader, "rb") as pipe, StepLoop.open(accumulator()) as loop:
-        lane = Lane(RawSource(pipe, (4, 4), 3), Full())
+    os.write(write_end, bytes(4 * 4 * 3))
+    with os.fdopen(read_end, "rb") as pipe, StepLoop.open(accumulator()) as loop:
+        stream = Stream(RawSource(pipe, (4, 4), 3), Full())
         started = time.monotonic()
-        run_streams(loop, [lane])
+        run(loop, [stream])
         assert time.monotonic() - started < 5
-        os.close(writer)
-        assert lane.feed is not None
-        lane.feed.wait()
-    assert isinstance(lane.failure, OutputError)
+        os.close(write_end)
+        assert stream.reader is not None
+        stream.reader.join()
+    assert isinstance(stream.failure, OutputError)
 
 
 def test_a_device_that_fails_ends_every_stream(accumulator: Model, tmp_path: Path) -> None:
-    lanes = [Lane(Frames(name, [ONE] * 9), ArraySink(tmp_path / f"{name}.npy")) for name in "ab"]
+    streams = [Stream(Frames(name, [ONE] * 9), ArraySink(tmp_path / f"{name}.npy")) for name in "ab"]
     with StepLoop.open(accumulator(), slots=2) as loop:
         step = loop.step_slots
         steps: list[Any] = []
@@ -257,10 +270,10 @@ def test_a_device_that_fails_ends_every_stream(accumulator: Model, tmp_path: Pat
             return step(frames)
 
         loop.step_slots = failing  # type: ignore[method-assign]
-        reports = run_streams(loop, lanes)
+        reports = run(loop, streams)
     for name, report in zip("ab", reports, strict=True):
         assert report.error == f"gone ({tmp_path / name}.npy holds the {report.frames} frames before it)"
-    assert all(lane.failure is not None and lane.failure.exit_code == 6 for lane in lanes)
+    assert all(stream.failure is not None and stream.failure.exit_code == 6 for stream in streams)
     for name, report in zip("ab", reports, strict=True):
         assert len(np.load(tmp_path / f"{name}.npy")) == report.frames > 0
 
@@ -269,15 +282,15 @@ def test_nan_in_one_stream_stays_there(accumulator: Model, tmp_path: Path) -> No
     bad = np.full_like(ONE, 3e38)  # finite, and twice of it is not
     policies = ["ignore", "reset", "stop", "stop"]
     clips = [[bad] * 6, [ONE, bad, bad, ONE], [ONE, bad, bad, ONE], [ONE] * 6]
-    lanes = [
-        Lane(
+    streams = [
+        Stream(
             Frames(str(number), clip),
             ArraySink(tmp_path / f"{number}.npy"),
-            resets=ResetWatch(ResetPolicy(on_nonfinite=policy)),  # type: ignore[arg-type]
+            reset=ResetPolicy(on_nonfinite=policy),  # type: ignore[arg-type]
         )
         for number, (clip, policy) in enumerate(zip(clips, policies, strict=True))
     ]
-    reports = together(accumulator(), lanes)
+    reports = together(accumulator(), streams)
     assert [report.frames for report in reports] == [6, 4, 2, 6]
     assert [report.non_finite for report in reports] == [0, 1, 1, 0]
     assert [report.resets["non-finite"] for report in reports] == [0, 1, 0, 0]
@@ -291,14 +304,14 @@ def test_late_frames_are_dropped_and_counted_exactly(accumulator: Model, tmp_pat
     """A live source at 500 frames/s against steps of 20 ms: what was not stepped is in the report."""
     count = 150
     frames = [np.full((3, 4, 4), number, np.float32) for number in range(count)]
-    fast = Lane(
+    fast = Stream(
         Frames("fast", frames, pause=0.002, live=True),
         ArraySink(tmp_path / "fast.npy"),
         deadline=Deadline(0.005),
-        resets=ResetWatch(ResetPolicy(every=1)),  # y = x: the results say which frames were stepped
+        reset=ResetPolicy(every=1),  # y = x: the results say which frames were stepped
     )
-    slow = Lane(Frames("slow", [ONE] * 9, pause=0.01), ArraySink(tmp_path / "slow.npy"), deadline=Deadline(0.001))
-    reports = together(accumulator(), [fast, slow], watchers=[Watched(0.02)])
+    slow = Stream(Frames("slow", [ONE] * 9, pause=0.01), ArraySink(tmp_path / "slow.npy"), deadline=Deadline(0.001))
+    reports = together(accumulator(), [fast, slow], watched=Watched(0.02))
     stepped = np.load(tmp_path / "fast.npy")[:, 0, 0, 0]
     dropped = reports[0].dropped
     assert (np.diff(stepped) > 0).all()
@@ -313,9 +326,9 @@ def test_late_frames_are_dropped_and_counted_exactly(accumulator: Model, tmp_pat
 
 def test_late_frames_are_stepped_and_counted_where_the_source_can_wait(accumulator: Model, tmp_path: Path) -> None:
     source = Frames("pipe", [ONE] * 40, live=True)
-    lane = Lane(source, ArraySink(tmp_path / "out.npy"), deadline=Deadline(0.002, "block"))
+    stream = Stream(source, ArraySink(tmp_path / "out.npy"), deadline=Deadline(0.002, "block"))
     with StepLoop.open(accumulator()) as loop:
-        (report,) = run_streams(loop, [lane], watchers=[Watched(0.005)])
+        (report,) = run(loop, [stream], watched=Watched(0.005))
     assert (report.frames, report.dropped) == (40, {"late": 0, "queue full": 0})
     assert 30 <= report.late <= 40
     assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == list(range(1, 41))
@@ -328,18 +341,18 @@ def test_queues_are_bounded(accumulator: Model, tmp_path: Path, slow: str) -> No
             time.sleep(0.003)
             super().write(frame)
 
-    watched = Watched(0.003 if slow == "step" else 0.0)
     source = Frames("a", [ONE] * 120)
     sink = (Slow if slow == "write" else ArraySink)(tmp_path / "a.npy")
-    watched.lanes = [Lane(source, sink)]
     ahead: list[int] = []
 
     class Ahead(Watched):
-        def frame(self, lane: Lane, seconds: float) -> None:
-            ahead.append(source.read - lane.frames)
+        def frame(self, stream: Stream, seconds: float) -> None:
+            super().frame(stream, seconds)
+            ahead.append(source.read - stream.frames)
 
+    watched = Ahead(0.003 if slow == "step" else 0.0)
     with StepLoop.open(accumulator()) as loop:
-        (report,) = run_streams(loop, watched.lanes, watchers=[watched, Ahead()])
+        (report,) = run(loop, [Stream(source, sink)], watched)
     assert report.frames == 120
     assert DEPTH <= watched.most <= 2 * DEPTH
     assert max(ahead) <= DEPTH + 1
@@ -354,16 +367,16 @@ def test_a_slow_output_holds_up_its_own_stream_only(accumulator: Model, tmp_path
             super().write(frame)
 
     class Opening(Watched):
-        def tick(self) -> None:
-            if lanes[1].frames == 50:
+        def progress(self, run: RunProgress) -> None:
+            if run.streams[1].frames == 50:
                 gate.set()
 
-    lanes = [
-        Lane(Frames("stuck", [ONE] * 50), Stuck(tmp_path / "stuck.npy")),
-        Lane(Frames("free", [ONE] * 50), ArraySink(tmp_path / "free.npy")),
+    streams = [
+        Stream(Frames("stuck", [ONE] * 50), Stuck(tmp_path / "stuck.npy")),
+        Stream(Frames("free", [ONE] * 50), ArraySink(tmp_path / "free.npy")),
     ]
     started = time.monotonic()
-    reports = together(accumulator(), lanes, watchers=[Opening()])
+    reports = together(accumulator(), streams, watched=Opening())
     assert time.monotonic() - started < 9, "the free one had to wait"
     assert [report.frames for report in reports] == [50, 50]
     for name in ("stuck", "free"):
@@ -373,7 +386,7 @@ def test_a_slow_output_holds_up_its_own_stream_only(accumulator: Model, tmp_path
 def test_an_output_that_is_stuck_is_not_waited_for_in_every_step(
     accumulator: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stepcell.runtime.streams.scheduler.GATHER", 20.0)
+    monkeypatch.setattr("stepcell.runtime.streams.scheduler.GATHER_SECONDS", 20.0)
     gate = threading.Event()
 
     class Stuck(ArraySink):
@@ -382,16 +395,16 @@ def test_an_output_that_is_stuck_is_not_waited_for_in_every_step(
             super().write(frame)
 
     class Opening(Watched):
-        def tick(self) -> None:
-            if lanes[1].frames == 12:
+        def progress(self, run: RunProgress) -> None:
+            if run.streams[1].frames == 12:
                 gate.set()
 
-    lanes = [
-        Lane(Frames("stuck", [ONE] * 12), Stuck(tmp_path / "stuck.npy")),
-        Lane(Frames("free", [ONE] * 12), ArraySink(tmp_path / "free.npy")),
+    streams = [
+        Stream(Frames("stuck", [ONE] * 12), Stuck(tmp_path / "stuck.npy")),
+        Stream(Frames("free", [ONE] * 12), ArraySink(tmp_path / "free.npy")),
     ]
     started = time.monotonic()
-    reports = together(accumulator(), lanes, watchers=[Opening()])
+    reports = together(accumulator(), streams, watched=Opening())
     assert time.monotonic() - started < 15
     assert [report.frames for report in reports] == [12, 12]
 
@@ -408,13 +421,13 @@ def test_a_camera_that_came_back_starts_afresh_unless_the_gap_is_short(
             raise found
         return found
 
-    camera = Lane(
+    camera = Stream(
         Frames("cam", [*[ONE] * 4, InputError("cam: cable")], live=True),
         ArraySink(tmp_path / "cam.npy"),
-        resets=ResetWatch(ResetPolicy(gap=gap)),
+        reset=ResetPolicy(gap=gap),
         reconnect=Reconnect(reopen, 1.0, first=0.05, most=0.1),
     )
-    other = Lane(Frames("file", [ONE] * 10), ArraySink(tmp_path / "file.npy"))
+    other = Stream(Frames("file", [ONE] * 10), ArraySink(tmp_path / "file.npy"))
     reports = together(accumulator(), [camera, other])
     expected = [1, 2, 3, 4, *([1, 2, 3, 4, 5] if resets else [5, 6, 7, 8, 9])]
     assert np.load(tmp_path / "cam.npy")[:, 0, 0, 0].tolist() == expected
@@ -431,13 +444,13 @@ def test_a_reconnection_is_a_gap_also_where_its_first_frames_are_dropped(accumul
             raise InputError("not before a frame was stepped")
         return next(again, Frames("cam", [], live=True))
 
-    camera = Lane(
+    camera = Stream(
         Frames("cam", [ONE] * 40, live=True),
         deadline=Deadline(60.0),
         reconnect=Reconnect(reopen, 1.0, first=0.001, most=0.001),
     )
     with StepLoop.open(accumulator()) as loop:
-        (report,) = run_streams(loop, [camera], watchers=[Watched(0.02)])
+        (report,) = run(loop, [camera], watched=Watched(0.02))
     assert sum(report.dropped.values()) + report.frames == 80
     assert report.frames < 30
     assert (report.reconnects, report.resets["gap"]) == (1, 1)
@@ -446,46 +459,47 @@ def test_a_reconnection_is_a_gap_also_where_its_first_frames_are_dropped(accumul
 def test_a_stop_is_noticed_while_the_first_frames_are_waited_for(
     accumulator: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stepcell.runtime.streams.scheduler.GATHER_FIRST", 30.0)
-    stop, gate = StopRequest(), threading.Event()
+    monkeypatch.setattr("stepcell.runtime.streams.scheduler.GATHER_FIRST_SECONDS", 30.0)
+    control, gate = RunControl(), threading.Event()
 
     class Silent(Frames):
         def __iter__(self) -> Iterator[NDArray[Any]]:
             time.sleep(0.5)  # the other one's frame has come by now, and waits for one of this
-            stop.signal = signal.SIGTERM  # as a handler does it: nobody is woken
+            control.stop()  # wakes no thread
             gate.wait(60)
             return iter(())
 
-    lanes = [Lane(Frames("a", [ONE])), Lane(Silent("b", [], live=True))]
+    streams = [Stream(Frames("a", [ONE])), Stream(Silent("b", [], live=True))]
     started = time.monotonic()
-    reports = together(accumulator(), lanes, stop=stop)
+    reports = together(accumulator(), streams, control=control)
     assert time.monotonic() - started < 20
     gate.set()
     assert {report.stopped for report in reports} == {"interrupted"}
 
 
 def test_frames_that_were_all_late_are_not_called_absent(accumulator: Model) -> None:
-    lane = Lane(Frames("a", [ONE] * 9, live=True), deadline=Deadline(1e-9))
+    stream = Stream(Frames("a", [ONE] * 9, live=True), deadline=Deadline(1e-9))
     with StepLoop.open(accumulator()) as loop:
-        (report,) = run_streams(loop, [lane])
+        (report,) = run(loop, [stream])
     assert report.error == "a: all its 9 frames were dropped"
     assert sum(report.dropped.values()) == 9
 
 
 def test_a_stop_finishes_every_output(accumulator: Model, tmp_path: Path) -> None:
-    stop = StopRequest()
+    control = RunControl()
 
     class Stopping(Watched):
-        def frame(self, lane: Lane, seconds: float) -> None:
-            if lane.name == "b" and lane.frames == 7:
-                stop.signal = 15  # type: ignore[assignment]
+        def frame(self, stream: Stream, seconds: float) -> None:
+            if stream.name == "b" and stream.frames == 7:
+                control.stop()
 
     names = ["a.npy", "b.mp4", "c"]
     sources = [Frames(name[0], [ONE] * 1000) for name in names]
-    lanes = [
-        Lane(source, open_sink(str(tmp_path / name), Fraction(25))) for source, name in zip(sources, names, strict=True)
+    streams = [
+        Stream(source, open_sink(str(tmp_path / name), Fraction(25)))
+        for source, name in zip(sources, names, strict=True)
     ]
-    reports = together(accumulator(range=(0.0, 1.0)), lanes, stop=stop, watchers=[Stopping()])
+    reports = together(accumulator(range=(0.0, 1.0)), streams, control=control, watched=Stopping())
     assert all(report.stopped == "interrupted" and report.error is None for report in reports)
     found = [len(np.load(tmp_path / "a.npy")), *(len(list(open_source(str(tmp_path / n)))) for n in names[1:])]
     assert found == [report.frames for report in reports]
@@ -493,26 +507,23 @@ def test_a_stop_finishes_every_output(accumulator: Model, tmp_path: Path) -> Non
     assert all(source.closed for source in sources)
 
 
-def test_a_further_signal_leaves_every_output_behind_that_hangs(accumulator: Model, tmp_path: Path) -> None:
-    gate, stop = threading.Event(), StopRequest()
+def test_an_abort_leaves_every_output_behind_that_hangs(accumulator: Model, tmp_path: Path) -> None:
+    gate, control = threading.Event(), RunControl()
 
     class Stuck(ArraySink):
         def write(self, frame: NDArray[Any]) -> None:
             gate.wait(60)
 
-    lanes = [Lane(Frames(name, [ONE] * 3), Stuck(tmp_path / f"{name}.npy")) for name in "ab"]
-    timers = [threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)) for seconds in (0.5, 1.0)]
-    with stop.listening():
-        for timer in timers:
-            timer.start()
-        started = time.monotonic()
-        reports = together(accumulator(), lanes, stop=stop)
-        assert time.monotonic() - started < 20
+    streams = [Stream(Frames(name, [ONE] * 3), Stuck(tmp_path / f"{name}.npy")) for name in "ab"]
+    for seconds, request in ((0.5, control.stop), (1.0, control.abort)):
+        threading.Timer(seconds, request).start()
+    started = time.monotonic()
+    reports = together(accumulator(), streams, control=control)
+    assert 1.0 < time.monotonic() - started < 20
     gate.set()
-    assert stop.hurried
     assert [report.written for report in reports] == [0, 0]
     for name, report in zip("ab", reports, strict=True):
-        assert report.error == f"{tmp_path / name}.npy: not finished when a further signal came"
+        assert report.error == f"{tmp_path / name}.npy: not finished when the run was aborted"
 
 
 def test_limits_and_snapshots_go_through_several_clips_piece_by_piece(denoiser_onnx: Path, tmp_path: Path) -> None:
@@ -523,19 +534,18 @@ def test_limits_and_snapshots_go_through_several_clips_piece_by_piece(denoiser_o
     pieces: dict[str, list[NDArray[Any]]] = {"a": [], "b": []}
     for piece in range(3):
         with StepLoop.open(denoiser_onnx, slots=2, threads=1) as loop:
-            starts = saved_frames(loop.restore(path)) if piece else {}
-            lanes = [
-                Lane(
+            starts = resume_streams(loop, path, ["a", "b"])
+            streams = [
+                Stream(
                     Frames(name, each),
                     ArraySink(tmp_path / f"{name}{piece}.npy"),
                     start=starts.get(name, 0),
                     limit=10,
-                    resets=ResetWatch(ResetPolicy()),
                 )
                 for name, each in clips.items()
             ]
-            run_streams(loop, lanes, snapshots=SnapshotWriter(path, 4, "a, b"))
-            assert all(lane.failure is None for lane in lanes)
+            run(loop, streams, snapshots=SnapshotWriter(path, 4, "a, b"))
+            assert all(stream.failure is None for stream in streams)
         for name in clips:
             if (tmp_path / f"{name}{piece}.npy").exists():
                 pieces[name].append(np.load(tmp_path / f"{name}{piece}.npy"))
@@ -548,44 +558,46 @@ def test_limits_and_snapshots_go_through_several_clips_piece_by_piece(denoiser_o
 def test_a_stream_that_broke_is_not_in_the_snapshot(accumulator: Model, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     bad = np.full_like(ONE, 3e38)
-    lanes = [Lane(Frames("a", [ONE] * 12)), Lane(Frames("b", [ONE, bad, bad, ONE]))]
-    reports = together(accumulator(), lanes, snapshots=SnapshotWriter(path, 5, "a, b"))
+    streams = [Stream(Frames("a", [ONE] * 12)), Stream(Frames("b", [ONE, bad, bad, ONE]))]
+    reports = together(accumulator(), streams, snapshots=SnapshotWriter(path, 5, "a, b"))
     assert (reports[1].stopped, reports[1].frames) == ("error", 2)
     with StepLoop.open(accumulator(), slots=2) as loop:
-        starts = saved_frames(loop.restore(path))
+        starts = resume_streams(loop, path, ["a", "b"])
         assert starts == {"a": 12}
         clips = {"a": [ONE] * 15, "b": [ONE] * 2}
-        lanes = [
-            Lane(Frames(name, clip), ArraySink(tmp_path / name), start=starts.get(name, 0))
+        streams = [
+            Stream(Frames(name, clip), ArraySink(tmp_path / name), start=starts.get(name, 0))
             for name, clip in clips.items()
         ]
-        run_streams(loop, lanes)
+        run(loop, streams)
     assert [np.load(tmp_path / name)[:, 0, 0, 0].tolist() for name in "ab"] == [[13, 14, 15], [1, 2]]
 
 
 def test_a_second_run_of_a_loop_starts_afresh(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator(), slots=2) as loop:
-        run_streams(loop, [Lane(Frames(name, [ONE] * 3)) for name in "ab"])
-        lanes = [Lane(Frames(name, [np.ones((3, 9, 9), np.float32)] * 2), ArraySink(tmp_path / name)) for name in "bc"]
-        reports = run_streams(loop, lanes)
+        run(loop, [Stream(Frames(name, [ONE] * 3)) for name in "ab"])
+        streams = [
+            Stream(Frames(name, [np.ones((3, 9, 9), np.float32)] * 2), ArraySink(tmp_path / name)) for name in "bc"
+        ]
+        reports = run(loop, streams)
     assert [report.frames for report in reports] == [2, 2]
     assert [np.load(tmp_path / name)[:, 0, 0, 0].tolist() for name in "bc"] == [[1, 2], [1, 2]]
 
 
 def test_one_stream_goes_on_while_the_other_starts_afresh(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator(), slots=2) as loop:
-        run_streams(loop, [Lane(Frames(name, [ONE] * 3)) for name in "ab"])
-        lanes = [
-            Lane(Frames(name, [ONE] * 5), ArraySink(tmp_path / name), start=start)
+        run(loop, [Stream(Frames(name, [ONE] * 3)) for name in "ab"])
+        streams = [
+            Stream(Frames(name, [ONE] * 5), ArraySink(tmp_path / name), start=start)
             for name, start in zip("ab", (3, 0), strict=True)
         ]
-        run_streams(loop, lanes)
+        run(loop, streams)
     assert [np.load(tmp_path / name)[:, 0, 0, 0].tolist() for name in "ab"] == [[4, 5], [1, 2, 3, 4, 5]]
 
 
 def test_more_streams_than_slots(accumulator: Model) -> None:
-    lanes = [Lane(Frames(name, [ONE])) for name in "abc"]
+    streams = [Stream(Frames(name, [ONE])) for name in "abc"]
     with StepLoop.open(accumulator(), slots=2) as loop:
-        reports = run_streams(loop, lanes)
+        reports = run(loop, streams)
     assert all("all 2 are in use" in (report.error or "") for report in reports)
-    assert all(isinstance(lane.failure, StateError) for lane in lanes)
+    assert all(isinstance(stream.failure, StateError) for stream in streams)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from stepcell.errors import OutputError, StepcellError, UsageError
-from stepcell.runtime.streams.metrics import Metrics, parse_address
+from stepcell.errors import OutputError, StepcellError
+from stepcell.runtime.streams.metrics import Metrics
 from stepcell.runtime.streams.report import Dropped
 from stepcell.runtime.streams.reset_policy import Cause
 
@@ -45,7 +45,8 @@ def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
 def test_counters_are_those_of_the_streams_at_that_moment() -> None:
     # A name is what the user wrote: quotes, backslashes and line ends among it.
     a, b = Counts("camera:0"), Counts('b "quoted" \\ \n.mp4')
-    with Metrics([a, b], 0) as metrics:
+    with Metrics(0) as metrics:
+        metrics.watch([a, b])
         assert scrape(metrics)["stepcell_frames_total", "camera:0"] == 0
         a.frames, a.late, a.non_finite, a.reconnects, a.running = 7, 2, 3, 4, False
         a.dropped["queue full"], a.resets["gap"], b.resets["cut"], b.queued["output"] = 5, 6, 8, 9
@@ -66,7 +67,8 @@ def test_counters_are_those_of_the_streams_at_that_moment() -> None:
 
 def test_histograms_count_every_step() -> None:
     stream = Counts("a")
-    with Metrics([stream], 0) as metrics:
+    with Metrics(0) as metrics:
+        metrics.watch([stream])
         for seconds in (0.0005, 0.004, 0.004, 30.0):
             metrics.step(seconds)
             metrics.frame(stream, seconds * 2)
@@ -81,28 +83,12 @@ def test_histograms_count_every_step() -> None:
 
 
 def test_only_this_machine_is_answered_and_the_port_is_free_afterwards() -> None:
-    with Metrics([], 0) as metrics:
+    with Metrics(0) as metrics:
         port = metrics.port
         assert metrics.address == "127.0.0.1"
         with pytest.raises(OutputError, match=f"cannot listen on 127.0.0.1:{port} "):
-            Metrics([], port)
+            Metrics(port)
     with socket.create_server(("127.0.0.1", port)):
         pass
     with pytest.raises(StepcellError, match=r"cannot listen on no\.such\.host\.invalid"):
-        Metrics([], 0, "no.such.host.invalid")
-
-
-@pytest.mark.parametrize(
-    ("text", "address", "port"),
-    [("9095", "127.0.0.1", 9095), ("0.0.0.0:9095", "0.0.0.0", 9095), ("[::1]:80", "::1", 80), ("0", "127.0.0.1", 0)],
-)
-def test_addresses(text: str, address: str, port: int) -> None:
-    assert parse_address(text) == (address, port)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "x", "65536", "host:", "-1", "1.5", "²", pytest.param("9" * 5000, id="5000 digits")]
-)
-def test_other_forms_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--metrics-port: expected"):
-        parse_address(text)
+        Metrics(0, "no.such.host.invalid")

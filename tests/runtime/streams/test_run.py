@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,13 +17,13 @@ from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import DeviceError, InputError, OutputError, StepcellError
 from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime import StepLoop
-from stepcell.runtime.media.sinks import ArraySink, open_sink
-from stepcell.runtime.media.sources import open_source
-from stepcell.runtime.streams.report import RunReport, StreamError
-from stepcell.runtime.streams.reset_policy import ResetPolicy, ResetWatch
-from stepcell.runtime.streams.run import run_stream
-from stepcell.runtime.streams.shutdown import StopRequest
-from stepcell.runtime.streams.snapshot_writer import SnapshotWriter
+from stepcell.runtime.media.npy_file import ArraySink
+from stepcell.runtime.media.open_sink import open_sink
+from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.streams.progress import RunProgress
+from stepcell.runtime.streams.report import RunError, StreamReport
+from stepcell.runtime.streams.run import run_streams
+from stepcell.runtime.streams.run_control import RunControl
 
 Model = Callable[..., Path]
 
@@ -51,6 +51,11 @@ class Frames:
         self.closed = True
 
 
+def run_stream(loop: StepLoop, source: Any, sink: Any = None, **options: Any) -> StreamReport:
+    (report,) = run_streams(loop, source, sink, **options).streams
+    return report
+
+
 def clip(count: int, value: int = 1, shape: tuple[int, ...] = (5, 6, 3)) -> list[Any]:
     return [np.full(shape, value, np.uint8) for _ in range(count)]
 
@@ -61,7 +66,7 @@ def test_clip_equals_stepping_by_hand(denoiser_onnx: Path, clip_path: Path, tmp_
             loop,
             open_source(str(clip_path)),
             ArraySink(tmp_path / "out.npy"),
-            resets=ResetWatch(ResetPolicy(every=50)),
+            reset_every=50,
             limit=100,
         )
         loop.reset()
@@ -91,9 +96,10 @@ def test_without_a_sink_frames_are_only_stepped(accumulator: Model) -> None:
     done: list[int] = []
     source = Frames(clip(4))
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, source, on_frame=done.append)
+        report = run_stream(loop, source, progress=lambda run: done.append(run.streams[0].frames))
     assert (report.frames, report.output, report.stopped, report.encode.first_ms) == (4, None, "end of input", None)
-    assert done == [1, 2, 3, 4]
+    assert done == sorted(done)
+    assert set(done) == {0, 1, 2, 3, 4}
     assert source.closed
 
 
@@ -114,12 +120,12 @@ def test_a_second_stream_starts_afresh(accumulator: Model, tmp_path: Path) -> No
 def test_broken_stream_keeps_what_was_written(accumulator: Model, breaks: Any, name: str, tmp_path: Path) -> None:
     source = Frames([*clip(3), breaks, *clip(3)])
     path = tmp_path / name
-    with StepLoop.open(accumulator(range=(0.0, 1.0))) as loop, pytest.raises(StreamError) as caught:
+    with StepLoop.open(accumulator(range=(0.0, 1.0))) as loop, pytest.raises(RunError) as caught:
         run_stream(loop, source, open_sink(str(path), Fraction(25)))
     error = caught.value
     assert error.exit_code == (6 if isinstance(breaks, DeviceError) else 1)
     assert f"{name} holds the 3 frames before it" in error.message
-    assert (error.report.frames, error.report.stopped) == (3, "error")
+    assert (error.report.streams[0].frames, error.report.streams[0].stopped) == (3, "error")
     frames = np.load(path) if name == "out.npy" else list(open_source(str(path)))
     assert len(frames) == 3
     assert source.closed
@@ -134,9 +140,9 @@ def test_stream_that_never_starts_leaves_the_old_file(
 ) -> None:
     path = tmp_path / name
     path.write_text("precious")
-    with StepLoop.open(accumulator()) as loop, pytest.raises(StreamError) as caught:
+    with StepLoop.open(accumulator()) as loop, pytest.raises(RunError) as caught:
         run_stream(loop, Frames(frames), open_sink(str(path), Fraction(25)))
-    assert caught.value.report.frames == 0
+    assert caught.value.report.streams[0].frames == 0
     assert path.read_text() == "precious"
     assert not list(tmp_path.glob(".*"))
 
@@ -171,20 +177,21 @@ class BrokenSink:
 @pytest.mark.parametrize("fails_at", ["write", "close"])
 def test_failing_output_is_salvaged(accumulator: Model, fails_at: str) -> None:
     sink = BrokenSink(fails_at)
-    with StepLoop.open(accumulator()) as loop, pytest.raises(StreamError, match=r"No space left on device\)$"):
+    with StepLoop.open(accumulator()) as loop, pytest.raises(RunError, match=r"No space left on device\)$"):
         run_stream(loop, Frames(clip(2)), sink)
     assert sink.calls[-1] == "salvage"
 
 
-def test_stop_request_ends_between_two_frames(accumulator: Model, tmp_path: Path) -> None:
-    stop = StopRequest()
+def test_a_stop_ends_between_two_frames(accumulator: Model, tmp_path: Path) -> None:
+    control = RunControl()
 
-    def after(count: int) -> None:
-        if count == 2:
-            signal.raise_signal(signal.SIGTERM)
+    def stop_after_two(run: RunProgress) -> None:
+        if run.streams[0].frames == 2:
+            control.stop()
 
-    with stop.listening(), StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, Frames(clip(9)), ArraySink(tmp_path / "out.npy"), stop=stop, on_frame=after)
+    options = {"control": control, "progress": stop_after_two}
+    with StepLoop.open(accumulator()) as loop:
+        report = run_stream(loop, Frames(clip(9)), ArraySink(tmp_path / "out.npy"), **options)
     assert (report.frames, report.stopped) == (2, "interrupted")
     assert len(np.load(tmp_path / "out.npy")) == 2
 
@@ -210,7 +217,7 @@ def test_output_that_is_no_picture(accumulator: Model, tmp_path: Path) -> None:
     entry.value = msgspec.structs.replace(contract, outputs=(flat,)).to_json()
     onnx.save(model, path)
     with StepLoop.open(path) as loop:
-        with pytest.raises(StreamError, match="no output of this model is a picture") as caught:
+        with pytest.raises(RunError, match="no output of this model is a picture") as caught:
             run_stream(loop, Frames(clip(2)), open_sink(str(tmp_path / "out.mp4"), Fraction(25)))
         assert "out.npy" in (caught.value.hint or "")
         run_stream(loop, Frames(clip(2)), ArraySink(tmp_path / "out.npy"))
@@ -228,18 +235,17 @@ def test_model_that_takes_no_picture(accumulator: Model) -> None:
 def test_nan_output_is_an_error_in_pictures(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator(range=(0.0, 1.0)), check_finite=False) as loop:
         frames = [np.zeros((3, 4, 4), np.float32), np.full((3, 4, 4), np.nan, np.float32)]
-        with pytest.raises(StreamError, match="y: the model returned NaN or Inf") as caught:
+        with pytest.raises(RunError, match="y: the model returned NaN or Inf") as caught:
             run_stream(loop, Frames(frames), open_sink(str(tmp_path / "out.mp4"), Fraction(25)))
-    assert caught.value.report.frames == 1
+    assert caught.value.report.streams[0].frames == 1
 
 
 def test_gaps_and_cuts_reset_and_are_counted(accumulator: Model, tmp_path: Path) -> None:
     """Scene a, then b with a gap in its time; the sum of the ones since the last reset is what comes out."""
     a, b = (np.random.default_rng(seed).integers(0, 2, (3, 32, 32)).astype(np.float32) for seed in (0, 1))
     source = Timed([a, a, a, b, b, b], [0.0, 0.04, 0.08, 0.12, 5.0, 5.04])
-    resets = ResetWatch(ResetPolicy(gap=1.0, cut=True))
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), resets=resets)
+        report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), reset_gap=1.0, reset_on_cut=True)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), [a, 2 * a, 3 * a, b, b, 2 * b])
     assert report.resets == {"every": 0, "gap": 1, "cut": 1, "demand": 0, "non-finite": 0}
 
@@ -258,15 +264,15 @@ class Timed(Frames):
 
 
 def test_a_call_resets_before_the_next_frame(accumulator: Model, tmp_path: Path) -> None:
-    resets = ResetWatch(ResetPolicy())
+    control = RunControl()
+
+    def reset_after_three(run: RunProgress) -> None:
+        if run.streams[0].frames == 3 and not control.resets:
+            control.reset()
+
+    options = {"control": control, "progress": reset_after_three}
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(
-            loop,
-            Frames(clip(5)),
-            ArraySink(tmp_path / "out.npy"),
-            resets=resets,
-            on_frame=lambda count: resets.demand() if count == 3 else None,
-        )
+        report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), **options)
     assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == [1, 2, 3, 1, 2]
     assert report.resets["demand"] == 1
 
@@ -281,7 +287,7 @@ def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, logge
             loop,
             Frames([one, BAD, BAD, one]),
             ArraySink(tmp_path / "out.npy"),
-            resets=ResetWatch(ResetPolicy(on_nonfinite="reset")),
+            on_nonfinite="reset",
         )
     # The third frame is stepped again from the initial state, so that every frame has its result.
     assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == np.float32([1, 3e38, 3e38, 3e38]).tolist()
@@ -292,11 +298,10 @@ def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, logge
 def test_non_finite_stops_or_is_ignored_as_asked(accumulator: Model, tmp_path: Path) -> None:
     frames = [BAD, BAD, BAD]
     with StepLoop.open(accumulator()) as loop:
-        with pytest.raises(StreamError, match="frame 1: y: the model returned NaN or Inf") as caught:
+        with pytest.raises(RunError, match="frame 1: y: the model returned NaN or Inf") as caught:
             run_stream(loop, Frames(frames))
-        assert caught.value.report.frames == 1
-        ignore = ResetWatch(ResetPolicy(on_nonfinite="ignore"))
-        assert run_stream(loop, Frames(frames), resets=ignore).resets["non-finite"] == 0
+        assert caught.value.report.streams[0].frames == 1
+        assert run_stream(loop, Frames(frames), on_nonfinite="ignore").resets["non-finite"] == 0
 
 
 def test_a_frame_that_is_never_finite_does_not_end_the_stream(accumulator: Model, tmp_path: Path) -> None:
@@ -308,7 +313,7 @@ def test_a_frame_that_is_never_finite_does_not_end_the_stream(accumulator: Model
                 loop,
                 Frames([one, inf, one]),
                 open_sink(str(tmp_path / name), Fraction(25)),
-                resets=ResetWatch(ResetPolicy(on_nonfinite="reset")),
+                on_nonfinite="reset",
             )
             assert loop.state()["h"].max() == 1
         assert (report.frames, report.resets["non-finite"]) == (3, 2)
@@ -317,15 +322,15 @@ def test_a_frame_that_is_never_finite_does_not_end_the_stream(accumulator: Model
 
 def test_states_alone_are_looked_at_now_and_then(hidden: Path) -> None:
     with StepLoop.open(hidden) as loop:
-        report = run_stream(loop, Frames([BAD] * 250), resets=ResetWatch(ResetPolicy(on_nonfinite="reset")))
+        report = run_stream(loop, Frames([BAD] * 250), on_nonfinite="reset")
     assert report.resets["non-finite"] == 2
 
 
 def test_a_snapshot_never_holds_nan(hidden: Path, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     with StepLoop.open(hidden) as loop:
-        with pytest.raises(StreamError, match="frame 9: h: the model returned NaN or Inf"):
-            run_stream(loop, Frames([BAD] * 20), snapshots=SnapshotWriter(path, 10, "frames"))
+        with pytest.raises(RunError, match="frame 9: h: the model returned NaN or Inf"):
+            run_stream(loop, Frames([BAD] * 20), snapshot=path, snapshot_every=10)
         assert not path.exists()
 
 
@@ -348,19 +353,17 @@ def test_resumed_run_equals_an_uninterrupted_one(denoiser_onnx: Path, tmp_path: 
     frames = read_clip("bikes", shrink=4)[20:120]
     path = tmp_path / "state.safetensors"
 
-    def run(loop: StepLoop, name: str, **options: Any) -> RunReport:
+    def run(loop: StepLoop, name: str, **options: Any) -> StreamReport:
         source = Timed(list(frames), [number / 25 + (number > 70) for number in range(len(frames))])
-        resets = ResetWatch(ResetPolicy(every=33, gap=0.5, cut=True))
-        return run_stream(loop, source, ArraySink(tmp_path / name), resets=resets, **options)
+        options |= {"reset_every": 33, "reset_gap": 0.5, "reset_on_cut": True}
+        return run_stream(loop, source, ArraySink(tmp_path / name), **options)
 
     with StepLoop.open(denoiser_onnx) as loop:
         report = run(loop, "whole.npy")
         assert report.resets == {"every": 3, "gap": 1, "cut": 2, "demand": 0, "non-finite": 0}
-        run(loop, "first.npy", limit=start, snapshots=SnapshotWriter(path, 1000, "bikes"))
+        run(loop, "first.npy", limit=start, snapshot=path, snapshot_every=1000)
     with StepLoop.open(denoiser_onnx) as loop:
-        snapshot = loop.restore(path)
-        assert snapshot.frame == start
-        report = run(loop, "rest.npy", start=snapshot.frame)
+        report = run(loop, "rest.npy", snapshot=path, resume=True)
     assert (report.first_frame, report.frames) == (start, 100 - start)
     whole = np.load(tmp_path / "whole.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "first.npy"), whole[:start])
@@ -369,8 +372,11 @@ def test_resumed_run_equals_an_uninterrupted_one(denoiser_onnx: Path, tmp_path: 
 
 
 def test_a_shorter_input_cannot_be_resumed(accumulator: Model, tmp_path: Path) -> None:
-    with StepLoop.open(accumulator()) as loop, pytest.raises(StreamError, match="ends at frame 3, before frame 5"):
-        run_stream(loop, Frames(clip(3)), start=5)
+    snapshot = tmp_path / "state.safetensors"
+    with StepLoop.open(accumulator()) as loop:
+        run_stream(loop, Frames(clip(5)), snapshot=snapshot)
+        with pytest.raises(RunError, match="ends at frame 3, before frame 5"):
+            run_stream(loop, Frames(clip(3)), snapshot=snapshot, resume=True)
 
 
 def test_a_live_source_just_goes_on(accumulator: Model, tmp_path: Path) -> None:
@@ -378,11 +384,10 @@ def test_a_live_source_just_goes_on(accumulator: Model, tmp_path: Path) -> None:
     source = Frames(clip(3))
     source.live = True
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, Frames(clip(7)), snapshots=SnapshotWriter(path, 5, "frames"))
+        report = run_stream(loop, Frames(clip(7)), snapshot=path, snapshot_every=5)
         assert (report.snapshots, report.failed_snapshots) == (2, 0)
     with StepLoop.open(accumulator()) as loop:
-        start = loop.restore(path).frame
-        report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), start=start)
+        report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), snapshot=path, resume=True)
     assert (report.first_frame, report.frames) == (7, 3)
     assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == [8, 9, 10]
 
@@ -390,9 +395,12 @@ def test_a_live_source_just_goes_on(accumulator: Model, tmp_path: Path) -> None:
 def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
     accumulator: Model, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
-    writer = SnapshotWriter(tmp_path / "gone" / "state.safetensors", 2, "frames")
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    options = {"snapshot": folder / "state.safetensors", "snapshot_every": 2}
+    options["progress"] = lambda _: shutil.rmtree(folder, ignore_errors=True)
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), snapshots=writer)
+        report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), **options)
     assert (report.snapshots, report.failed_snapshots) == (0, 3)
     assert len(np.load(tmp_path / "out.npy")) == 5
     assert "frame 2: no snapshot" in logged.text
@@ -400,20 +408,20 @@ def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
 
 def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Model, tmp_path: Path) -> None:
     """The frame at hand may have stepped or not: a snapshot of it could not say which."""
-    path, stop = tmp_path / "state.safetensors", StopRequest()
+    path, control = tmp_path / "state.safetensors", RunControl()
     with StepLoop.open(accumulator()) as loop:
         step, calls = loop.step, []
 
         def interrupted(**inputs: Any) -> Any:
             calls.append(step(**inputs))
             if len(calls) == 4:
-                stop.signal = signal.SIGINT
+                control.stop()
                 raise KeyboardInterrupt
             return calls[-1]
 
         loop.step = interrupted  # type: ignore[method-assign]
-        writer = SnapshotWriter(path, 2, "frames")
-        report = run_stream(loop, Frames(clip(9)), ArraySink(tmp_path / "out.npy"), snapshots=writer, stop=stop)
+        options = {"snapshot": path, "snapshot_every": 2, "control": control}
+        report = run_stream(loop, Frames(clip(9)), ArraySink(tmp_path / "out.npy"), **options)
         assert (report.frames, report.stopped, report.snapshots) == (3, "interrupted", 1)
         assert loop.restore(path).frame == 2
     assert len(np.load(tmp_path / "out.npy")) == 3

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
 from stepcell.runtime.media.events import Events, write_dat
-from stepcell.runtime.media.events.events import checked
+from stepcell.runtime.media.events.evt2 import Evt2
 from stepcell.runtime.media.events.evt3 import Evt3
-from stepcell.runtime.media.events.raw import Evt2
+from stepcell.runtime.media.events.reader import validated
 from stepcell.runtime.media.events.source import open_events
 
 SIZE = (640, 480)
@@ -33,7 +33,7 @@ def some_events(count: int = 5000, *, span: int = 40_000_000, seed: int = 0) -> 
 
 def read(path: Path) -> Events:
     with contextlib.closing(open_events(path)) as reader:
-        return Events.join(list(checked(reader, reader.size or SIZE)))
+        return Events.join(list(validated(reader, reader.size or SIZE)))
 
 
 def sensor(path: Path) -> tuple[int, int] | None:
@@ -242,11 +242,11 @@ HEADER = b"% Data file containing CD events\n% Version 2\n% Width 640\n% Height 
         ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x + 640), r"event 0 is at \(\d+, \d+\), outside"),
         ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x.astype(int) - 700), "pixels from 0"),
         ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y + 41), r"at \(\d+, 481\), outside the sensor"),
-        ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x / 2), "x: expected another kind of number"),
+        ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x / 2), "x: expected another dtype"),
         ("e.npz", lambda path: write_npz(path, EVENTS, p=np.full(100, 2)), "p: expected 0 and 1"),
         ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y[1:]), "same length"),
-        ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y[:, None]), "one number an event"),
-        ("e.npz", lambda path: write_npz(path, EVENTS, y=np.array([{}] * 100)), "one number an event"),
+        ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y[:, None]), "one number per event"),
+        ("e.npz", lambda path: write_npz(path, EVENTS, y=np.array([{}] * 100)), "one number per event"),
         ("e.npz", lambda path: write_npz(path, EVENTS[:0]), "holds no event"),
         ("e.npz", lambda path: np.savez(path, x=EVENTS.x, t=EVENTS.t), "missing y, p"),
         ("e.npz", lambda path: path.write_bytes(b"PK nothing"), "not a readable .npz"),
@@ -315,7 +315,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         count = 0
         with contextlib.closing(open_events(path)) as reader:
             tracemalloc.start()
-            for part in checked(reader, SIZE):
+            for part in validated(reader, SIZE):
                 count += len(part)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from stepcell.cli import main
 from stepcell.runtime.media.events import Events, write_dat
-from stepcell.runtime.media.sources import open_source
+from stepcell.runtime.media.open_source import open_source
 
 SIZE = (48, 32)
 

@@ -23,10 +23,10 @@ from stepcell.models.published.openeb_networks import EventToVideo
 from stepcell.models.published.openeb_networks import FireNet as CornerFireNet
 from stepcell.runtime import StepLoop
 from stepcell.runtime.media.events import Events, EventSource, event_tensor, simulate_events, write_dat
-from stepcell.runtime.media.preprocess import FrameAdapter, event_input
-from stepcell.runtime.media.sinks import open_sink
-from stepcell.runtime.media.sources import open_source
-from stepcell.runtime.streams.run import run_stream
+from stepcell.runtime.media.open_sink import open_sink
+from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.media.preprocess import Preprocessor, event_input
+from stepcell.runtime.streams.run import run_streams
 
 SIZE = (176, 144)
 FRAMES, FPS = 40, 30
@@ -94,7 +94,7 @@ def test_from_clip_to_steps(events: Events, dat: Path, firenet_onnx: Path) -> No
     source = open_source(str(dat), channels=5, events=spec)
     sink = open_sink(str(dat.with_name("out.npy")), Fraction(25))
     with StepLoop.open(firenet_onnx) as loop:
-        report = run_stream(loop, source, sink)
+        report = run_streams(loop, source, sink).streams[0]
         assert report.frames == len(events) // count >= 8
         assert report.frame_size == SIZE
         results = np.load(dat.with_name("out.npy"))
@@ -121,11 +121,10 @@ def test_padded_and_cropped_to_a_video_by_time(dat: Path, e2vid_onnx: Path, tmp_
     spec = events_of(e2vid_onnx)
     with StepLoop.open(e2vid_onnx) as loop:
         cut = open_source(str(tmp_path / "cut.npz"), events=spec, size=(174, 142))
-        report = run_stream(loop, cut, open_sink(str(tmp_path / "out.mp4"), cut.fps or Fraction(1)))
+        report = run_streams(loop, cut, open_sink(str(tmp_path / "out.mp4"), cut.fps or Fraction(1))).streams[0]
         with contextlib.closing(EventSource(tmp_path / "cut.npz", spec, (174, 142))) as again:
             tensor = next(iter(again))
-        adapter = FrameAdapter(loop.contract.inputs[0], tensor)
-        padded = adapter.to_input(tensor)
+        padded = Preprocessor(loop.contract.inputs[0], tensor)(tensor)
     assert report.frame_size == (174, 142)
     assert padded.shape == (1, 3, 144, 176)
     assert np.array_equal(padded[0, :, :142, :174], tensor.astype(padded.dtype))
@@ -178,7 +177,7 @@ def test_what_does_not_fit_is_refused(dat: Path, firenet_onnx: Path, denoiser_on
     with StepLoop.open(denoiser_onnx) as loop, pytest.raises(UsageError, match="takes pictures, not events"):
         event_input(loop.contract.inputs[0], "5ms")
     with StepLoop.open(firenet_onnx) as loop, pytest.raises(InputError, match="5 channels; got pixels"):
-        FrameAdapter(loop.contract.inputs[0], np.zeros((8, 8, 3), np.uint8))
+        Preprocessor(loop.contract.inputs[0], np.zeros((8, 8, 3), np.uint8))
 
 
 def test_a_file_without_a_size_asks_for_it(tmp_path: Path, dat: Path, firenet_onnx: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stepcell.errors import UsageError
 from stepcell.event_spec import EventSpec, EventWindow
 from stepcell.runtime.media.events import Events, event_tensor
-from stepcell.runtime.media.events.windows import windows
+from stepcell.runtime.media.events.windows import split_windows
 
 WINDOW = EventWindow(size=30_000, unit="us")
 KINDS = ("voxel_grid", "event_volume", "histogram")
@@ -141,7 +141,7 @@ def test_windows_by_time(seed: int) -> None:
     events = some_events(2000, 4, 4, seed=seed)
     t = events.t + np.where(np.arange(2000) < 900, 0, 10_000)  # nothing happens for a while
     events = Events(events.x, events.y, events.p, t)
-    found = list(windows(in_parts(events, seed), EventWindow(size=1000, unit="us"), 16))
+    found = list(split_windows(in_parts(events, seed), EventWindow(size=1000, unit="us"), 16))
     for number, (part, end) in enumerate(found):
         start = t[0] + number * 1000
         assert end == start + 1000
@@ -154,12 +154,12 @@ def test_windows_by_time(seed: int) -> None:
 @pytest.mark.parametrize("window", [EventWindow(size=300, unit="events"), EventWindow(size=18.75, unit="events/pixel")])
 def test_windows_by_count(window: EventWindow) -> None:
     events = some_events(2000, 4, 4)
-    found = list(windows(in_parts(events, 1), window, 16))
+    found = list(split_windows(in_parts(events, 1), window, 16))
     assert [len(part) for part, _ in found] == [300] * 6
     for number, (part, end) in enumerate(found):
         assert np.array_equal(part.t, events.t[number * 300 : number * 300 + 300])
         assert end == part.t[-1]
-    assert list(windows([events[:299]], window, 16)) == []
+    assert list(split_windows([events[:299]], window, 16)) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+"""Events: columns x, y, polarity and time of the events of a camera."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Events"]
+
+
+@dataclass(frozen=True)
+class Events:
+    """Events in order of time.
+
+    Attributes:
+        x, y: pixel, (n,) uint16, from the upper left corner.
+        p: polarity, (n,) bool: True if the pixel became brighter.
+        t: time, (n,) int64, microseconds.
+    """
+
+    x: NDArray[np.uint16]
+    y: NDArray[np.uint16]
+    p: NDArray[np.bool_]
+    t: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, x: NDArray[Any], y: NDArray[Any], p: NDArray[Any], t: NDArray[Any]) -> Events:
+        """Convert columns of any integer dtype."""
+        return cls(x.astype(np.uint16), y.astype(np.uint16), p.astype(np.bool_), t.astype(np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence[Events]) -> Events:
+        """Concatenate parts in their order; without a part, no events."""
+        if len(parts) == 1:
+            return parts[0]
+        empty = np.empty(0, np.int64)
+        parts = parts or [cls.of(empty, empty, empty, empty)]
+        x, y, p, t = (np.concatenate([getattr(part, name) for part in parts]) for name in "xypt")
+        return cls(x, y, p, t)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __getitem__(self, rows: slice) -> Events:
+        return Events(self.x[rows], self.y[rows], self.p[rows], self.t[rows])

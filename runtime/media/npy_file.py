@@ -1,0 +1,139 @@
+"""NumPy .npy files as source and sink."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError, OutputError
+from stepcell.runtime.media.sink import output_errors
+from stepcell.runtime.media.temporary_file import TemporaryFile
+
+__all__ = ["ArraySink", "ArraySource"]
+
+
+class ArraySource:
+    """A .npy file of pixels (T, H, W, C) uint8, or of tensors (T, C, H, W) float in the range of the model.
+
+    Raises:
+        InputError: not a .npy file, or an array of another shape or dtype.
+    """
+
+    fps: Fraction | None = None
+    live = False
+    seconds: float | None = None
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        try:
+            array = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path}: not a readable .npy array ({error})") from error
+        pixels = array.dtype == np.uint8
+        if not (pixels or array.dtype.kind == "f") or array.ndim != 4:
+            raise InputError(
+                f"{path}: expected pixels (T, H, W, C) uint8 or tensors (T, C, H, W) float, "
+                f"got {array.shape} {array.dtype}",
+                hint="add a channel axis to a greyscale clip (T, H, W): frames[..., None]" if array.ndim == 3 else None,
+            )
+        channels = array.shape[3 if pixels else 1]
+        if channels not in (1, 3) or 0 in array.shape:
+            raise InputError(
+                f"{path}: expected 1 or 3 channels and at least one frame, got {array.shape} {array.dtype}"
+            )
+        self.length: int | None = len(array)
+        self._path, self._shape, self._dtype, self._start = path, array.shape, array.dtype, array.offset
+        # In Fortran order the values of one frame are not contiguous, so the whole file is loaded.
+        self._array = None if array.flags.c_contiguous else np.array(array)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        if self._array is not None:
+            yield from self._array
+            return
+        # Read instead of memory-mapped: truncating a mapped file would kill the process with SIGBUS.
+        count, *shape = self._shape
+        size = int(np.prod(shape)) * self._dtype.itemsize
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._start)
+                for number in range(count):
+                    data = file.read(size)
+                    if len(data) < size:
+                        raise InputError(f"{self.name}: cut off at frame {number} of {count}")
+                    yield np.frombuffer(data, self._dtype).reshape(shape)
+        except OSError as error:
+            raise InputError(f"{self.name}: cannot be read ({error.strerror})") from error
+
+    def close(self) -> None:
+        pass
+
+
+class ArraySink:
+    """A .npy file (T, ...) of output tensors, appended frame by frame.
+
+    Space for the header is reserved at the start of the file; the header is written last, when the number of
+    frames is known. Writes are unbuffered, so that after an error the number of complete frames is known.
+
+    Raises:
+        OutputError: the file cannot be created.
+    """
+
+    takes_pixels = False
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._temporary = TemporaryFile(path)
+        self.replaces = self._temporary.replaces
+        self._file = self._temporary.path.open("wb", buffering=0)
+        self._count = 0
+        self._first: NDArray[Any] | None = None
+
+    def write(self, frame: NDArray[Any]) -> None:
+        with output_errors(self.name):
+            if self._first is None:
+                self._first = frame
+                self._write_all(_header(frame, 0))
+            self._write_all(np.ascontiguousarray(frame).tobytes())
+        self._count += 1
+
+    def _write_all(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:  # an unbuffered write may write only a part, as on a disk that is nearly full
+            rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        with output_errors(self.name):
+            if self._first is not None:
+                self._file.seek(0)
+                self._write_all(_header(self._first, self._count))
+            self._file.close()
+        self._temporary.keep()
+
+    def salvage(self) -> int:
+        if self._first is not None and self._count:
+            with contextlib.suppress(OSError, ValueError, OutputError):  # ValueError: `close` had closed the file
+                self._file.truncate(len(_header(self._first, self._count)) + self._count * self._first.nbytes)
+                self.close()
+                return self._count
+        self.abandon()
+        return 0
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._temporary.delete()
+
+
+def _header(frame: NDArray[Any], count: int) -> bytes:
+    """A .npy header; its length does not depend on `count`, because NumPy pads it for growth."""
+    description = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(frame))
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {**description, "shape": (count, *frame.shape)})
+    return buffer.getvalue()

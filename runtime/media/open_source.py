@@ -1,0 +1,74 @@
+"""open_source: opens an input by its name, such as a path, a URL, `camera:0` or `-`."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from pathlib import Path
+
+from stepcell.errors import InputError, UsageError
+from stepcell.event_spec import EventSpec
+from stepcell.runtime.media.events.source import EVENT_FILES, EventSource
+from stepcell.runtime.media.npy_file import ArraySource
+from stepcell.runtime.media.picture_folder import FolderSource
+from stepcell.runtime.media.raw_frames import RawSource
+from stepcell.runtime.media.source import Source
+from stepcell.runtime.media.video_reader import CAMERA, VideoSource
+
+__all__ = ["STDIN", "is_remote", "open_source"]
+
+STDIN = "-"
+
+
+def open_source(
+    text: str, *, channels: int = 3, size: tuple[int, int] | None = None, events: EventSpec | None = None
+) -> Source:
+    """Open an input.
+
+    Args:
+        text: a video file or URL, a folder of .png/.jpg, a .npy file, `camera:N`, or `-` for stdin; for an event
+            model a .dat, .raw or .npz file.
+        channels: of raw frames on stdin: 3 (rgb24) or 1 (gray8).
+        size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
+        events: encoding of the events of an event model; None: the model takes pictures.
+
+    Raises:
+        UsageError: `-` without a size, or a size for an input that does not take one.
+        InputError: the input does not exist, cannot be read, or is not of the kind that the model takes.
+        MissingDependencyError: PyAV, which reads videos and pictures, is not installed.
+    """
+    if (events is not None) != (Path(text).suffix in EVENT_FILES):
+        wanted = "events" if events is not None else "pictures"
+        files = ", ".join(EVENT_FILES) if events is not None else "a video, pictures or .npy"
+        raise InputError(f"{text}: the model takes {wanted}", hint=f"give it {files}")
+    if events is not None:
+        return EventSource(Path(text), events, size)
+    if (text == STDIN) != (size is not None):
+        raise UsageError("--size: required for raw frames on stdin (--input -), not accepted for other pictures")
+    if size is not None:
+        return _open_stdin(size, channels)
+    if is_remote(text):
+        return VideoSource(text)
+    path = Path(text)
+    try:
+        folder = stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        raise InputError(f"{text}: cannot be read ({error.strerror})") from error
+    if folder:
+        return FolderSource(path)
+    return ArraySource(path) if path.suffix == ".npy" else VideoSource(text)
+
+
+def is_remote(text: str) -> bool:
+    """Whether `text` names a camera or a URL, that is an input that can be lost and reopened."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or CAMERA.fullmatch(text))
+
+
+def _open_stdin(size: tuple[int, int], channels: int) -> RawSource:
+    if sys.stdin is None:
+        raise InputError("stdin: is closed")
+    os.set_blocking(sys.stdin.fileno(), True)  # a non-blocking read would return an incomplete frame
+    # A duplicate, because a thread may still read when the interpreter closes sys.stdin at exit.
+    return RawSource(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), size, channels)

@@ -1,0 +1,135 @@
+"""Folders of numbered pictures as source and sink."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError, OutputError
+from stepcell.files import temporary_path
+from stepcell.missing import require
+from stepcell.runtime.media.sink import output_errors
+from stepcell.runtime.media.video_reader import VideoSource
+
+__all__ = ["FolderSink", "FolderSource", "natural_key"]
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+
+
+class FolderSource:
+    """The pictures of a folder in natural order: frame2.png before frame10.png.
+
+    Raises:
+        InputError: the folder cannot be read or holds no picture.
+        MissingDependencyError: PyAV is not installed.
+    """
+
+    fps: Fraction | None = None
+    live = False
+    seconds: float | None = None
+
+    def __init__(self, folder: Path) -> None:
+        require("av", extra="video", purpose="reading pictures")
+        self.name = str(folder)
+        try:
+            files = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.is_file()]
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+        self._files = sorted(files, key=lambda path: natural_key(path.name))
+        if not files:
+            raise InputError(f"{folder}: holds no picture ({', '.join(_PICTURES)})")
+        self.length: int | None = len(files)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        shape = None
+        for path in self._files:
+            with contextlib.closing(VideoSource(str(path))) as picture:
+                pixels = next(iter(picture))
+            if pixels.shape != (shape := shape or pixels.shape):
+                raise InputError(f"{path}: is {pixels.shape}, the first picture {shape}")
+            yield pixels
+
+    def close(self) -> None:
+        pass
+
+
+class FolderSink:
+    """A folder of 000000.png, 000001.png, ...; written under a temporary name and renamed by `close`.
+
+    Raises:
+        OutputError: the folder exists and is not empty, or cannot be created.
+        MissingDependencyError: PyAV is not installed.
+    """
+
+    takes_pixels = True
+    replaces = False
+
+    def __init__(self, folder: Path) -> None:
+        self._av = require("av", extra="video", purpose="writing pictures")
+        self.name = str(folder)
+        try:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                what = "holds files" if folder.is_dir() else "is a file"
+                raise OutputError(f"{folder}: {what} already", hint="name a new or an empty folder")
+            self._folder = folder.resolve()  # the target of a link, because a link cannot be replaced by a folder
+            if self._folder.is_mount() or self._folder == Path.cwd():
+                what = "a mount point" if self._folder.is_mount() else "the working folder"
+                raise OutputError(f"{folder}: is {what}, which cannot be replaced", hint="name a new folder in it")
+            self._temporary = temporary_path(self._folder)
+            self._temporary.mkdir()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{folder}: cannot be written ({reason})") from error
+        self._codec: Any = None
+        self._count = 0
+
+    def write(self, frame: NDArray[Any]) -> None:
+        grey = frame.shape[2] == 1
+        pixel_format = "gray" if grey else "rgb24"
+        with output_errors(self.name, self._av.FFmpegError):
+            if self._codec is None:
+                self._codec = self._av.CodecContext.create("png", "w")
+                self._codec.height, self._codec.width = frame.shape[:2]
+                self._codec.pix_fmt, self._codec.time_base = pixel_format, Fraction(1, 25)
+                self._codec.thread_count = 1  # with more threads the encoder delays its output
+            pixels = np.ascontiguousarray(frame[..., 0] if grey else frame)
+            (packet,) = self._codec.encode(self._av.VideoFrame.from_ndarray(pixels, pixel_format))
+            self._next_picture().write_bytes(bytes(packet))
+        self._count += 1
+
+    def _next_picture(self) -> Path:
+        return self._temporary / f"{self._count:06d}.png"
+
+    def close(self) -> None:
+        try:
+            self._temporary.replace(self._folder)  # fails if the folder is no longer empty
+        except OSError as error:
+            self.abandon()
+            raise OutputError(f"{self.name}: cannot be written ({error.strerror})") from error
+
+    def salvage(self) -> int:
+        if self._count:
+            with contextlib.suppress(OSError, OutputError):
+                self._next_picture().unlink(missing_ok=True)  # it is incomplete
+                self.close()
+                return self._count
+        self.abandon()
+        return 0
+
+    def abandon(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key that compares runs of digits as numbers."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", name))
+    parts[1::2] = [int(part) for part in parts[1::2]]
+    return parts, name  # the name itself orders 1.png and 01.png

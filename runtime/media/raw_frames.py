@@ -1,0 +1,88 @@
+"""Raw frames (rgb24 or gray8) on a byte stream, such as stdin and stdout, as source and sink."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError
+from stepcell.runtime.media.sink import output_errors
+
+__all__ = ["RawSink", "RawSource"]
+
+
+class RawSource:
+    """Frames in row-major order without padding: rgb24 or gray8.
+
+    Args:
+        stream: such as `sys.stdin.buffer`; `close` leaves it open.
+        size: (width, height) in pixels.
+        channels: 3 (rgb24) or 1 (gray8).
+    """
+
+    fps: Fraction | None = None
+    length: int | None = None
+    live = True
+    seconds: float | None = None  # time of arrival, by `time.monotonic`
+
+    def __init__(self, stream: BinaryIO, size: tuple[int, int], channels: int) -> None:
+        self.name = "stdin"
+        self._stream = stream
+        self._shape = (size[1], size[0], channels)
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        size = int(np.prod(self._shape))
+        number = 0
+        while data := self._read(size):
+            if len(data) < size:
+                raise InputError(
+                    f"stdin: ended inside frame {number}: {len(data)} of {size} bytes",
+                    hint=f"the sender must use {self._shape[1]}x{self._shape[0]} and {self._shape[2]} bytes a pixel",
+                )
+            self.seconds = time.monotonic()
+            yield np.frombuffer(data, np.uint8).reshape(self._shape)
+            number += 1
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._stream.read(size)
+        except OSError as error:
+            raise InputError(f"stdin: cannot be read ({error.strerror})") from error
+
+    def close(self) -> None:
+        pass
+
+
+class RawSink:
+    """Pixels to a byte stream: rgb24, or gray8 for a model of one channel."""
+
+    takes_pixels = True
+    replaces = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.name = "stdout"
+        self._stream = stream
+
+    def write(self, frame: NDArray[Any]) -> None:
+        with output_errors(self.name):
+            self._stream.write(np.ascontiguousarray(frame).data)
+
+    def close(self) -> None:
+        with output_errors(self.name):
+            self._stream.flush()
+
+    def salvage(self) -> int:
+        self.abandon()
+        return 0  # how many frames the reader received is not known
+
+    def abandon(self) -> None:
+        # Redirected, because Python would report a broken pipe again when it flushes the stream at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

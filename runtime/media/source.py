@@ -1,0 +1,49 @@
+"""Source: the protocol of frame inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+__all__ = ["FRAME_RATES", "Source", "display_name"]
+
+FRAME_RATES = (Fraction(1, 1000), Fraction(1000))  # frames per second: lowest and highest that are accepted
+
+
+class Source(Protocol):
+    """An input of frames, iterated once.
+
+    A frame is an array: pixels (H, W, C) uint8 with C = 3 (RGB) or 1 (grey), or a float tensor (C, H, W)
+    that is already in the range of the model. A frame that cannot be read raises InputError with its number.
+
+    Attributes:
+        name: as the user wrote it; "stdin" for `-`.
+        fps: frames per second; None: not known.
+        length: number of frames; None: not known.
+        live: reopening it continues at the current time instead of at the first frame, as for a camera.
+        seconds: timestamp of the last frame on the clock of the source; None: its frames have none.
+    """
+
+    name: str
+    fps: Fraction | None
+    length: int | None
+    live: bool
+    seconds: float | None
+
+    def __iter__(self) -> Iterator[NDArray[Any]]: ...
+
+    def close(self) -> None: ...
+
+
+def display_name(text: str) -> str:
+    """The name of an input or output for messages, metrics and reports.
+
+    The password of a URL is replaced by asterisks. Bytes of a file name that are not valid Unicode, which JSON
+    cannot hold, are escaped.
+    """
+    text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://[^/@:]*):[^/]*@", r"\1:***@", text)
+    return text.encode(errors="backslashreplace").decode()

@@ -1,0 +1,221 @@
+"""Opens the inputs and outputs of a run, and pairs them as streams."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from stepcell.contract import TensorSpec
+from stepcell.errors import InputError, OutputError, UsageError
+from stepcell.event_spec import EventSpec
+from stepcell.runtime.media.open_sink import STDOUT, open_sink
+from stepcell.runtime.media.open_source import STDIN, is_remote, open_source
+from stepcell.runtime.media.sink import Sink
+from stepcell.runtime.media.source import Source, display_name
+from stepcell.runtime.streams.deadline import Deadline
+from stepcell.runtime.streams.reconnect import Reconnect
+from stepcell.runtime.streams.reset_policy import ResetPolicy
+from stepcell.runtime.streams.run_control import RunControl
+from stepcell.runtime.streams.scheduler import POLL_SECONDS
+from stepcell.runtime.streams.stream import Stream
+
+__all__ = ["Input", "Output", "StreamOptions", "check_names", "open_streams", "stream_names"]
+
+logger = logging.getLogger(__name__)
+
+Input = str | Path | Source
+Output = str | Path | Sink | None
+DEFAULT_FPS = Fraction(25)  # of an output whose input has no frame rate
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Options that every stream of a run shares.
+
+    Attributes:
+        reset: when to reset the states.
+        size: (width, height) in pixels of raw frames or of an event sensor.
+        fps: frames per second of the outputs; None: those of the input.
+        deadline: of the frames of live sources.
+        reconnect: seconds for which a lost camera or URL is reopened; 0: not at all.
+        limit: frames after which a stream ends.
+    """
+
+    reset: ResetPolicy
+    size: tuple[int, int] | None = None
+    fps: Fraction | None = None
+    deadline: Deadline | None = None
+    reconnect: float = 0.0
+    limit: int | None = None
+
+
+def stream_names(inputs: Sequence[Input]) -> list[str]:
+    """A unique name for each stream: that of its input, with a number if it repeats: a.mp4, a.mp4#2."""
+    names: list[str] = []
+    for each in inputs:
+        text = display_name(str(each) if isinstance(each, (str, Path)) else each.name)
+        name, count = text, 1
+        while name in names:
+            count += 1
+            name = f"{text}#{count}"
+        names.append(name)
+    return names
+
+
+def check_names(
+    model: str | None, inputs: Sequence[Input], outputs: Sequence[Output], files: Mapping[str, Path | None]
+) -> None:
+    """Check that no file is read and written, or written twice, and that one stream at most uses stdin or stdout.
+
+    Args:
+        model: path of the model, if it is a file.
+        inputs, outputs: of the streams; objects are not checked.
+        files: further files to write, by the option that names them.
+
+    Raises:
+        UsageError: a name is used twice, or the number of outputs differs from that of the inputs.
+        OutputError: the folder of one of `files` does not exist or cannot be written.
+    """
+    if outputs and len(outputs) != len(inputs):
+        raise UsageError(
+            f"--output: {len(outputs)} for {len(inputs)} inputs", hint="give one for each --input, in the same order"
+        )
+    reads = [str(each) for each in inputs if isinstance(each, (str, Path))]
+    writes = [str(each) for each in outputs if isinstance(each, (str, Path))]
+    for option, names in (("--input", reads), ("--output", writes)):
+        if names.count(STDIN) > 1:
+            raise UsageError(f"{option} -: given {names.count(STDIN)} times, and one stream can use it")
+    taken = {**({} if model is None else {model: "the model"}), **dict.fromkeys(reads, "--input")}
+    written = [("--output", name) for name in writes if name != STDOUT]
+    written += [(option, str(path)) for option, path in files.items() if path is not None]
+    for option, name in written:
+        for other, user in taken.items():
+            # Unlike Path.resolve, realpath accepts a loop of symbolic links.
+            if os.path.realpath(name) == os.path.realpath(other):
+                raise UsageError(f"{option} {name}: is {user} as well", hint="choose another name")
+        taken[name] = option
+        if option in files and not os.access(Path(name).absolute().parent, os.W_OK | os.X_OK):
+            # Checked now, because these files are written after the run.
+            raise OutputError(f"{option} {name}: its folder does not exist or cannot be written")
+
+
+def open_streams(
+    inputs: Sequence[Input],
+    outputs: Sequence[Output],
+    options: StreamOptions,
+    *,
+    spec: TensorSpec,
+    events: EventSpec | None,
+    starts: Mapping[str, int],
+    control: RunControl,
+) -> list[Stream]:
+    """Open all inputs and outputs, or none.
+
+    Args:
+        inputs: of the streams.
+        outputs: none, or one for each input; None: the frames are only stepped.
+        options: of every stream.
+        spec: of the input of the model.
+        events: encoding of its events; None: it takes pictures.
+        starts: frames that were stepped before, by the name of the stream.
+        control: after a request to stop, cameras and URLs that do not answer are not waited for.
+
+    Raises:
+        InputError: an input cannot be opened, and is not a camera or URL that may be reopened.
+        OutputError: an output cannot be created.
+        UsageError: an output of an unknown kind, or a size for an input that takes none.
+        MissingDependencyError: PyAV is not installed.
+    """
+    with contextlib.ExitStack() as opened:
+        sources = _open_sources(inputs, options, spec, events, control, opened)
+        sinks: list[Sink | None] = []
+        for source, output in zip(sources, outputs or [None] * len(inputs), strict=True):
+            if isinstance(output, (str, Path)):
+                output = open_sink(str(output), options.fps or (source.fps if source else None) or DEFAULT_FPS)
+            if output is not None:
+                opened.callback(output.abandon)
+            sinks.append(output)
+        opened.pop_all()
+    streams = []
+    for each, name, source, sink in zip(inputs, stream_names(inputs), sources, sinks, strict=True):
+        reconnect = None
+        if _may_reconnect(each, options):
+            reconnect = Reconnect(functools.partial(open_source, str(each)), options.reconnect)
+        streams.append(
+            Stream(
+                source,
+                sink,
+                name=name,
+                reset=options.reset,
+                start=starts.get(name, 0),
+                limit=options.limit,
+                deadline=options.deadline,
+                reconnect=reconnect,
+            )
+        )
+    return streams
+
+
+def _may_reconnect(each: Input, options: StreamOptions) -> bool:
+    return options.reconnect > 0 and isinstance(each, str) and is_remote(each)
+
+
+def _open_sources(
+    inputs: Sequence[Input],
+    options: StreamOptions,
+    spec: TensorSpec,
+    events: EventSpec | None,
+    control: RunControl,
+    opened: contextlib.ExitStack,
+) -> list[Source | None]:
+    """Open cameras and URLs in parallel, because each may take ten seconds to fail."""
+    found: dict[int, Source | BaseException | None] = {}
+
+    def attempt(number: int) -> None:
+        try:
+            found[number] = _open_source(inputs[number], len(inputs) == 1, options, spec, events)
+        except BaseException as error:  # raised below, in the calling thread
+            found[number] = error
+
+    threads = []
+    for number, each in enumerate(inputs):
+        if isinstance(each, str) and is_remote(each):
+            threads.append(threading.Thread(target=attempt, args=(number,), daemon=True))
+            threads[-1].start()
+        else:
+            attempt(number)
+    for thread in threads:
+        while thread.is_alive() and not control.stopping:
+            thread.join(POLL_SECONDS)
+    results = [found.get(number) for number in range(len(inputs))]
+    sources = [None if isinstance(result, BaseException) else result for result in results]
+    for source in sources:
+        if source is not None:
+            opened.callback(source.close)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return sources
+
+
+def _open_source(
+    each: Input, alone: bool, options: StreamOptions, spec: TensorSpec, events: EventSpec | None
+) -> Source | None:
+    if not isinstance(each, (str, Path)):
+        return each
+    text = str(each)
+    size = options.size if alone or text == STDIN or events is not None else None
+    try:
+        return open_source(text, channels=int(spec.shape[1]), size=size, events=events)
+    except InputError as error:
+        if not _may_reconnect(each, options):
+            raise
+        logger.warning(f"{error.message}: trying again")
+        return None
