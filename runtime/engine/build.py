@@ -106,6 +106,7 @@ def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) 
             contract=file.contract,
             plugin=plugin,
             fp16_mirrors=plan.source.fp16_mirrors,
+            layers=plan.layers,
         ).sealed()
         plan_file.write_bytes(plan.data)
         sidecar_file.write_text(sidecar.to_json())

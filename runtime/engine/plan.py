@@ -9,6 +9,7 @@ from typing import Any
 
 from stepcell.errors import BuildError
 from stepcell.plugins.prepare import PreparedModel
+from stepcell.runtime.engine.layers import EngineLayer, layers_of_log
 from stepcell.runtime.engine.onnx_input import check_graph, check_network
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile, engine_profiles
@@ -30,6 +31,7 @@ class BuiltPlan:
         warnings: TensorRT's warnings, each once.
         source: the model it was built from.
         profiles: of every input of the engine.
+        layers: of the engine, with their dtypes; none, where TensorRT did not list them.
     """
 
     data: bytes
@@ -38,6 +40,7 @@ class BuiltPlan:
     warnings: tuple[str, ...]
     source: PreparedModel
     profiles: Mapping[str, Profile]
+    layers: tuple[EngineLayer, ...] = ()
 
 
 @no_collection()
@@ -95,7 +98,8 @@ def build_plan(
     if timing_cache is not None:
         timing_cache = bytes(config.get_timing_cache().serialize())
     warnings = tuple(dict.fromkeys(messages.warnings))
-    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, warnings, prepared, all_profiles)
+    layers = layers_of_log(messages.layers[0]) if messages.layers else ()
+    return BuiltPlan(bytes(plan), _compute_layers(network), timing_cache, warnings, prepared, all_profiles, layers)
 
 
 def _fix_formats(trt: Any, network: Any, channels_last: frozenset[str]) -> None:
@@ -112,6 +116,8 @@ def _configure(trt: Any, builder: Any, options: BuildOptions) -> Any:
     # TensorRT computes float32 convolutions in TF32 (10-bit mantissa, as float16 has) unless told
     # not to. A model exported as float32 was meant to be float32.
     config.clear_flag(trt.BuilderFlag.TF32)
+    # TensorRT lists the layers of the engine with their dtypes only then: in the log, and for the engine inspector.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.workspace_mib is not None:

@@ -17,9 +17,10 @@ import msgspec
 
 from stepcell import __version__
 from stepcell.contract import StepContract
-from stepcell.errors import EngineMismatchError
-from stepcell.files import read_bytes
+from stepcell.errors import EngineMismatchError, ParityError
+from stepcell.files import read_bytes, write_atomic
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
+from stepcell.runtime.engine.layers import EngineLayer
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
 from stepcell.runtime.engine.tensorrt_module import Flavor
@@ -29,13 +30,16 @@ __all__ = [
     "Fingerprint",
     "PluginUse",
     "Sidecar",
+    "Verification",
     "read_sidecar",
     "rebuild_command",
+    "record_verification",
+    "require_verified",
     "sidecar_path",
     "this_platform",
 ]
 
-SCHEMA = "1.1"  # 1.1: half_copies, the name on disk of fp16_mirrors
+SCHEMA = "1.2"  # 1.1: half_copies, the name on disk of fp16_mirrors; 1.2: layers, verified
 _ZEROS = "0" * 64
 
 
@@ -82,6 +86,39 @@ class PluginUse(msgspec.Struct, frozen=True, kw_only=True):
     native_milliseconds: float | None = None
 
 
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """That an engine was verified: where, when, for how long, by what.
+
+    Attributes:
+        passed: no verdict failed.
+        failed: names of the verdicts that did.
+        date: ISO 8601, UTC.
+        device, compute_capability: of the GPU that ran it.
+        driver: version of its driver.
+        tensorrt: that ran it.
+        steps, input, reference: what it was compared over and with.
+        stepcell: version that verified it.
+        plan_sha256: of the engine that was verified.
+    """
+
+    passed: bool
+    failed: tuple[str, ...] = ()
+    date: str
+    device: str
+    compute_capability: str
+    driver: str
+    tensorrt: str
+    steps: int
+    input: str
+    reference: str
+    stepcell: str
+    plan_sha256: str
+
+    def __str__(self) -> str:
+        answer = "passed" if self.passed else f"failed ({', '.join(self.failed)})"
+        return f"{answer} on {self.device}, driver {self.driver}, {self.date[:10]}: {self.steps} steps of {self.input}"
+
+
 class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document.
 
@@ -98,6 +135,8 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
         compute_layers: how many convolutions and matrix products compute in which dtype.
         build_seconds: how long TensorRT took.
         contract: the state contract of the ONNX file.
+        layers: kernels of the engine with their dtypes, as TensorRT listed them at the build.
+        verified: by `stepcell verify`, the last time on each device and driver.
         checksum: SHA-256 of the file with zeros in place of this field.
     """
 
@@ -112,6 +151,8 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     contract: StepContract
     plugin: PluginUse | None = None
     fp16_mirrors: tuple[Fp16Mirror, ...] = msgspec.field(default=(), name="half_copies")
+    layers: tuple[EngineLayer, ...] = ()
+    verified: tuple[Verification, ...] = ()
     checksum: str = _ZEROS
 
     def sealed(self) -> Sidecar:
@@ -180,6 +221,41 @@ def read_sidecar(engine: Path) -> Sidecar:
         return msgspec.json.decode(data, type=Sidecar)
     except msgspec.DecodeError as error:
         raise EngineMismatchError(f"{path}: cannot be used: {error}", hint=rebuild) from error
+
+
+def record_verification(engine: Path, verification: Verification) -> None:
+    """Add a line to the sidecar, in the place of an older one for the same device and driver.
+
+    Raises:
+        EngineMismatchError: the sidecar is missing or damaged, or belongs to another engine.
+        OutputError: it cannot be written.
+    """
+    sidecar = read_sidecar(engine)
+    if sidecar.fingerprint.plan_sha256 != verification.plan_sha256:
+        raise EngineMismatchError(f"{engine}: its sidecar describes another engine than the one that was verified")
+    others = [
+        each for each in sidecar.verified if (each.device, each.driver) != (verification.device, verification.driver)
+    ]
+    write_atomic(
+        sidecar_path(engine),
+        msgspec.structs.replace(sidecar, schema=SCHEMA, verified=(*others, verification)).to_json(),
+    )
+
+
+def require_verified(sidecar: Sidecar, engine: Path, *, device: str, driver: str) -> Verification:
+    """The line that says this engine passed on this device with this driver.
+
+    Raises:
+        ParityError: there is none, or it failed.
+    """
+    hint = f"stepcell verify {shlex.quote(str(engine))}"
+    for each in sidecar.verified:
+        if (each.device, each.driver, each.plan_sha256) == (device, driver, sidecar.fingerprint.plan_sha256):
+            if each.passed:
+                return each
+            raise ParityError(f"{engine}: was verified on {device} and failed: {', '.join(each.failed)}", hint=hint)
+    known = "; ".join(f"{each.device}, driver {each.driver}" for each in sidecar.verified) or "nowhere"
+    raise ParityError(f"{engine}: was not verified on {device} with driver {driver} (verified: {known})", hint=hint)
 
 
 def rebuild_command(sidecar: Sidecar, engine: Path, *, compute_capability: str | None = None) -> str:

@@ -112,6 +112,7 @@ class Messages:
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)  # lists of an engine's layers, see `stepcell.runtime.engine.layers`
 
     def explain(self) -> str:
         """The errors as one line. What only repeats that the machine has no driver is left out
@@ -180,6 +181,8 @@ def make_logger(trt: Any, messages: Messages, *, verbose: bool = False) -> Any:
                 messages.errors.append(msg)
             elif severity == trt.ILogger.WARNING and _UNQUERYABLE not in msg:
                 messages.warnings.append(msg)
+            elif msg.startswith("Layers:"):
+                messages.layers.append(msg)
             if verbose:
                 logger.warning(f"[{severity.name.lower()}] {msg}")
 

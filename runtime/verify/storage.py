@@ -24,7 +24,7 @@ from stepcell.runtime.verify.measure import wide
 from stepcell.runtime.verify.results import Verdict, judged, unchecked
 from stepcell.runtime.verify.stepper import Arrays, Stepper
 
-__all__ = ["LOSS", "SHARE", "Storage", "StorageTrace", "WarmUp", "storage_verdict", "warm_up"]
+__all__ = ["LOSS", "SHARE", "Storage", "StorageTrace", "WarmUp", "as_stored", "storage_verdict", "warm_up"]
 
 LOSS = 0.05  # of its path; for float16 a memory of some 200 frames loses as much
 SHARE = 0.01  # of a state's elements may lose more
@@ -192,6 +192,25 @@ def _moves(states: Sequence[StateSpec], before: Mapping[str, NDArray[Any]], afte
             if (np.abs(new - old) > last_bit).any():
                 return True
     return False
+
+
+def as_stored(subject: Stepper, clip: Clip, states: Mapping[str, NDArray[Any]]) -> list[StateSpec]:
+    """The states with the dtypes they are really stored in: float16 where all values that come back are.
+
+    A state that is declared float32 and whose update is computed in float16 is as narrow as one stored in float16.
+    """
+    run = subject.run()
+    run.load(states)
+    _, new = run.step(clip[0])
+    found = []
+    for state in subject.contract.states:
+        values = new[state.name]
+        narrow = state.dtype in ("float32", "float64") and values.dtype.kind == "f" and bool(values.any())
+        if narrow:
+            with np.errstate(over="ignore", invalid="ignore"):
+                narrow = bool(np.array_equal(values.astype(np.float16).astype(values.dtype), values, equal_nan=True))
+        found.append(msgspec.structs.replace(state, dtype="float16") if narrow else state)
+    return found
 
 
 def storage_verdict(storage: Sequence[Storage]) -> Verdict:

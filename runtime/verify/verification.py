@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from stepcell.contract import StepContract
+from stepcell.contract import StateSpec, StepContract
 from stepcell.errors import InputError
+from stepcell.runtime.engine.layers import EngineLayer
+from stepcell.runtime.verify.audit import precision_verdict
 from stepcell.runtime.verify.behaviour import isolation, liveness, pairing, reset, resume
 from stepcell.runtime.verify.bound import Bound, Forgetting, bound_verdict, derive_bound, forgetting
 from stepcell.runtime.verify.clips import Clip
@@ -20,11 +22,11 @@ from stepcell.runtime.verify.growth import error_growth, growth_verdict
 from stepcell.runtime.verify.identity import identity
 from stepcell.runtime.verify.measure import difference, rms
 from stepcell.runtime.verify.prediction import WINDOW, prediction_verdict, warm_errors
-from stepcell.runtime.verify.results import Growth, Verdict, WarmError, unchecked
+from stepcell.runtime.verify.results import Growth, Verdict, WarmError, judged, unchecked
 from stepcell.runtime.verify.stepper import Arrays, Stepper
-from stepcell.runtime.verify.storage import Storage, storage_verdict, warm_up
+from stepcell.runtime.verify.storage import Storage, as_stored, storage_verdict, warm_up
 
-__all__ = ["Findings", "Plan", "Reference", "now", "verify"]
+__all__ = ["Findings", "Plan", "Reference", "now", "precision", "require_same_interface", "verify", "with_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +97,14 @@ def verify(
     plan: Plan | None = None,
     *,
     in_float64: Stepper | None = None,
+    layers: Sequence[EngineLayer] = (),
 ) -> Findings:
     """Ask everything.
 
     Args:
         subject: what is verified.
         clip: one row, or as many as the model is fixed at; where the batch is free, rows are added by themselves.
+        layers: of the engine that the subject runs.
         in_float64: the subject's own graph in float64, to be compared with `reference.rounded`.
 
     Raises:
@@ -115,7 +119,11 @@ def verify(
     found.growth = error_growth(subject, exact, clip, plan.steps, reference.peer)
     logger.debug("warming up the reference")
     live = min(plan.steps, max(len(clip), plan.window))
-    warm = warm_up(exact, subject.contract.states, clip, live=live, still=plan.still, seconds=plan.warm_seconds)
+    run = exact.run()
+    for t in range(2):
+        _, early = run.step(clip[t])
+    stored = as_stored(subject, clip, early)
+    warm = warm_up(exact, stored, clip, live=live, still=plan.still, seconds=plan.warm_seconds)
     found.states, found.warm_up, found.storage = warm.states, warm.steps, warm.storage
     still = Clip([clip[live - 1]], clip.name)
     logger.debug("warm window")
@@ -147,14 +155,35 @@ def verify(
     else:
         measured = {each.name: max(each.rms) for each in found.growth}
         verdicts.append(bound_verdict(found.forgetting, found.bound, measured))
+    verdicts.append(precision(subject.contract, stored, layers))
     verdicts.append(liveness(subject, clip, found.states))
     verdicts.append(pairing(subject, exact, clip, found.states))
-    rows = _rows(subject.contract, clip)
+    rows = with_rows(subject.contract, clip)
     verdicts.append(isolation(subject, rows))
     verdicts.append(reset(subject, rows))
     verdicts.append(resume(subject, clip, steps=max(2, min(plan.resumed, plan.steps))))
     found.verdicts, found.seconds = verdicts, time.perf_counter() - started
     return found
+
+
+def precision(contract: StepContract, stored: Sequence[StateSpec], layers: Sequence[EngineLayer]) -> Verdict:
+    """Whether the states are computed as wide as the contract stores them, and an engine's layers as it says."""
+    cells = [cell for cell in contract.cells if cell.op is not None]
+    narrow = [state.name for state, found in zip(contract.states, stored, strict=True) if state.dtype != found.dtype]
+    if narrow and cells and len(cells) == len(contract.cells):  # whose gates are float32 by definition
+        names, dtype = ", ".join(narrow), next(s.dtype for s in contract.states if s.name == narrow[0])
+        says = (
+            f"{names}: stored in {dtype}, and all values that come back are float16's: the update is computed narrower"
+        )
+        return judged("precision", float(len(narrow)), 0.0, says, narrow)
+    if layers:
+        return precision_verdict(layers, contract)
+    if narrow:
+        return judged(
+            "precision", 0.0, 0.0, f"{', '.join(narrow)}: computed in float16 by the module's own code", narrow
+        )
+    widths = ", ".join(sorted({state.dtype for state in contract.states})) or "no state"
+    return judged("precision", 0.0, 0.0, f"states come back as wide as they are stored ({widths})")
 
 
 def require_same_interface(subject: StepContract, reference: StepContract) -> None:
@@ -203,7 +232,7 @@ def _worse(a: Verdict, b: Verdict) -> Verdict:
     return a if (a.value or 0.0) >= (b.value or 0.0) else b
 
 
-def _rows(contract: StepContract, clip: Clip) -> Clip:
+def with_rows(contract: StepContract, clip: Clip) -> Clip:
     """The clip with three rows, where the batch is free."""
     batch = {state.shape[state.batch_axis] for state in contract.states}
     free = bool(batch) and all(isinstance(dim, str) for dim in batch)

@@ -18,6 +18,7 @@ COMMANDS = {
     "fuse": "Adopt an ONNX file that another program exported.",
     "build": "Build a float16 TensorRT engine from an exported model.",
     "run": "Run the step loop over a clip, a folder of frames, an array or a camera.",
+    "verify": "Prove a model over many steps, states fed back, against its reference.",
     "inspect": "Print what a model or engine takes, returns and remembers.",
     "kernels": "Compile the fused gate kernels for GPUs that need not be here.",
     "doctor": "Say what this machine can do and what each missing piece costs.",

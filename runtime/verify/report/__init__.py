@@ -1,0 +1,1 @@
+"""The report of a verification as a page and as plots."""

@@ -1,0 +1,350 @@
+"""`stepcell verify`: a model over many fed-back steps against its reference."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stepcell import __version__
+from stepcell.cli.common import json_option
+from stepcell.cli.console import log, print_json, table, working
+from stepcell.contract import StepContract
+from stepcell.errors import InputError, ParityError, UsageError
+from stepcell.files import read_bytes, write_atomic
+from stepcell.missing import require
+from stepcell.shapes import parse_shapes
+
+if TYPE_CHECKING:
+    from stepcell.runtime.engine.layers import EngineLayer
+    from stepcell.runtime.verify.clips import Clip
+    from stepcell.runtime.verify.recorded import RecordedRun
+    from stepcell.runtime.verify.results import Report
+    from stepcell.runtime.verify.stepper import Stepper
+    from stepcell.runtime.verify.verification import Findings, Plan, Reference
+
+__all__ = ["command"]
+
+WRITTEN = "written"  # --device: no device at all, but NumPy, rounded where the file says so
+_ENGINES = (".engine", ".plan", ".trt")
+_MARKS = {True: "pass", False: "FAIL", None: "-"}
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  stepcell verify model.onnx
+  stepcell verify model.onnx --against denoiser.safetensors --input clip.mp4 --report page.html
+  stepcell verify model.onnx --against denoiser.safetensors --record reference.npz
+  stepcell verify model.engine --against reference.npz
+  stepcell verify model.engine --steps 1000 --device cuda:0 --json
+"""
+)
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+    help="The reference: a checkpoint, another .onnx, or a .npz that --record wrote.  [default: the model's own graph "
+    "in float64]",
+)  # fmt: skip
+@click.option(
+    "-i", "--input", "input_text", default="random", show_default=True, metavar="CLIP",
+    help="A video, a folder, a .npy, a file of events, or random values in the model's range.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random input.")
+@click.option("--shape", metavar="x:1x3x64x64", help="Sizes of random input.  [default: 64 at most]")
+@click.option(
+    "--steps", type=click.IntRange(2), default=100, show_default=True, help="Steps of the free run.", metavar="N"
+)
+@click.option(
+    "--warm-up", "warm_up", type=click.IntRange(0), default=4096, show_default=True, metavar="N",
+    help="At most so many steps of the reference with the last frame held, until its states are full.",
+)  # fmt: skip
+@click.option(
+    "--warm-seconds", type=click.FloatRange(0), default=60.0, show_default=True, metavar="S",
+    help="The same as a time.",
+)  # fmt: skip
+@click.option(
+    "--device", metavar="DEVICE",
+    help="cuda, cuda:N or cpu (ONNX Runtime); written: the ONNX file as the standard computes it, in NumPy, rounded "
+    "where it says float16.  [default: cuda for an engine, written for an .onnx]",
+)  # fmt: skip
+@click.option("--keep-float16", is_flag=True, help="With --device cpu, run a float16 model in float16 too.")
+@click.option(
+    "--tolerance", type=click.FloatRange(0, min_open=True), metavar="T",
+    help="Largest absolute difference of an output.  [default: derived from the reference]",
+)  # fmt: skip
+@click.option(
+    "--record", "record_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.npz",
+    help="Write the reference there, for a box without it, and verify nothing.",
+)  # fmt: skip
+@click.option(
+    "--report", "report_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.html",
+    help="Write a page with everything in it.",
+)  # fmt: skip
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.svg",
+    help="Write the error growth as a picture: .svg, or .png where matplotlib is installed.",
+)  # fmt: skip
+@json_option
+def command(
+    model: Path,
+    against: Path | None,
+    input_text: str,
+    seed: int,
+    shape: str | None,
+    steps: int,
+    warm_up: int,
+    warm_seconds: float,
+    device: str | None,
+    keep_float16: bool,
+    tolerance: float | None,
+    record_path: Path | None,
+    report_path: Path | None,
+    plot_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Verify MODEL, an .onnx file or an engine, over many steps with its states fed back.
+
+    Beside the error of a free run it asks whether that error is the one single steps foretell, whether a state stalls
+    where it is stored, how large the error of a run of any length can be, and whether every state is alive, in its
+    place, apart from other rows, reset and resumed exactly. Exit code 3 where a verdict fails. An engine's sidecar
+    keeps the result: `stepcell inspect` shows it, `stepcell run --require-verified` asks for it.
+    """
+    from stepcell.runtime.verify.recorded import record_reference, verify_recorded, write_record
+    from stepcell.runtime.verify.verification import Plan, verify
+
+    plan = Plan(steps=steps, still=warm_up, warm_seconds=warm_seconds, tolerance=tolerance)
+    if plot_path is not None and plot_path.suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot: expected a name that ends in .svg or .png, got {plot_path}")
+    is_engine = model.suffix in _ENGINES
+    onnx, contract, layers = _opened(model)
+    recorded = _recorded(against, contract)
+    if recorded is None:
+        clip = _clip(contract, input_text, seed, shape)
+    elif input_text != "random" or shape is not None or record_path is not None:
+        raise UsageError(f"--against {against}: brings its own input; --input, --shape and --record do not fit")
+    else:
+        clip = recorded.clip
+    if record_path is not None:
+        with working(f"recording {record_path}"):
+            reference, _ = _reference(onnx, against, contract, None)
+            record, arrays = record_reference(reference, clip, plan)
+            write_record(record_path, record, arrays)
+        log(f"recorded {record_path}: {record.steps} steps of {record.reference}, {record.warm_up} to warm up")
+        return
+    device = device or ("cuda" if is_engine else WRITTEN)
+    with _subject(model, device, keep_float16=keep_float16) as (subject, where):
+        log(f"{model}: {subject.name}")
+        with working(f"verifying {model}"):
+            if recorded is not None:
+                findings, name = verify_recorded(subject, recorded, plan, layers), recorded.record.reference
+            else:
+                reference, own = _reference(onnx, against, contract, subject if device == WRITTEN else None)
+                log(f"reference: {reference.exact.name}")
+                findings = verify(subject, reference, clip, plan, in_float64=own, layers=layers)
+                name = reference.exact.name
+    report = _report(model, against, findings, plan, clip, subject.name, name, where)
+    _show(report)
+    _write(report, report_path, plot_path)
+    if is_engine:
+        _remember(model, report, where, device)
+    if as_json:
+        print_json(report)
+    wrong = [verdict for verdict in report.verdicts if verdict.passed is False]
+    if wrong:
+        raise ParityError(f"{model}: failed: {', '.join(verdict.name for verdict in wrong)}: {wrong[0].says}")
+
+
+def _opened(model: Path) -> tuple[Path | None, StepContract, tuple[EngineLayer, ...]]:
+    """The ONNX file, where there is one, the contract, and the layers of an engine."""
+    from stepcell.onnx_model import read_onnx
+    from stepcell.runtime.engine.check import read_engine
+
+    if model.suffix == ".onnx":
+        return model, read_onnx(model).contract, ()
+    if model.suffix not in _ENGINES:
+        raise UsageError(f"{model}: expected an .onnx file or an engine ({', '.join(_ENGINES)})")
+    _, sidecar = read_engine(model)
+    beside = model.parent / sidecar.onnx
+    if beside.is_file() and hashlib.sha256(read_bytes(beside)).hexdigest() != sidecar.fingerprint.onnx_sha256:
+        raise InputError(f"{beside}: is not the file that {model.name} was built from: its SHA-256 differs")
+    return beside if beside.is_file() else None, sidecar.contract, sidecar.layers
+
+
+def _recorded(against: Path | None, contract: StepContract) -> RecordedRun | None:
+    from stepcell.runtime.verify.recorded import read_record
+
+    return read_record(against, contract) if against is not None and against.suffix == ".npz" else None
+
+
+def _clip(contract: StepContract, text: str, seed: int, shape: str | None) -> Clip:
+    from stepcell.runtime.verify.clips import random_clip, sizes_for, source_clip
+
+    if text == "random":
+        return random_clip(
+            contract, sizes_for(contract, parse_shapes(shape, option="--shape") if shape else None), seed=seed
+        )
+    if shape is not None:
+        raise UsageError("--shape: is for random input; a clip has its own size")
+    return source_clip(contract, text)
+
+
+@contextlib.contextmanager
+def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[Stepper, str]]:
+    """What is verified, and where it runs."""
+    from stepcell.runtime.loop.step_loop import StepLoop
+    from stepcell.runtime.verify.references import as_written
+    from stepcell.runtime.verify.stepper import LoopStepper
+
+    if device == WRITTEN:
+        if model.suffix in _ENGINES:
+            raise UsageError("--device written: is for an .onnx file; an engine runs on a GPU")
+        yield as_written(model), "NumPy, as written"
+        return
+    with StepLoop.open(model, device, keep_float16=keep_float16, check_finite=False) as loop:
+        yield LoopStepper(loop), _device_name(loop.device)
+
+
+def _device_name(device: str) -> str:
+    from stepcell.runtime.cuda.devices import discover
+
+    if device == "cpu":
+        return "CPU"
+    index = int(device.partition(":")[2] or 0)
+    return next((gpu.name for gpu in discover().devices if gpu.index == index), device)
+
+
+def _reference(
+    onnx: Path | None, against: Path | None, contract: StepContract, written: Stepper | None
+) -> tuple[Reference, Stepper | None]:
+    """The reference, and the model's own graph in float64 where it is to be compared with one.
+
+    Args:
+        written: the subject, where it is the file as written and so no peer of itself.
+    """
+    from stepcell.runtime.verify.references import as_written, in_float64
+    from stepcell.runtime.verify.verification import Reference
+
+    if against is None or against.suffix == ".onnx":
+        path = against or onnx
+        if path is None:
+            raise InputError("the ONNX file that the engine was built from is not beside it", hint="name it: --against")
+        exact = in_float64(path)
+        same = exact.contract.precision == contract.precision
+        peer = as_written(path) if same and (written is None or against is not None) else None
+        compared = against is not None and onnx is not None and same
+        return Reference(exact, peer, exact if compared else None), in_float64(onnx) if compared and onnx else None
+    for package in ("torch", "onnx"):
+        require(package, extra="export", purpose=f"comparing with {against}")
+    from stepcell.exporter.reference import load_module, module_jvp, module_step
+    from stepcell.runtime.verify.stepper import FunctionStepper
+
+    module = load_module(contract, against)
+    exact = FunctionStepper(
+        module_step(module, contract), contract, f"{against.name} in torch, float64",
+        jvp=module_jvp(module, contract), wide=True,
+    )  # fmt: skip
+    narrow = FunctionStepper(
+        module_step(module, contract, precision=contract.precision), contract, "the same, weights rounded", wide=True
+    )
+    peer = None if written is not None or onnx is None else as_written(onnx)
+    return Reference(exact, peer, narrow), None if onnx is None else in_float64(onnx)
+
+
+def _report(
+    model: Path,
+    against: Path | None,
+    findings: Findings,
+    plan: Plan,
+    clip: Clip,
+    subject: str,
+    reference: str,
+    where: str,
+) -> Report:
+    import numpy as np
+
+    from stepcell.runtime.cuda.devices import discover
+    from stepcell.runtime.verify.results import Report
+    from stepcell.runtime.verify.verification import now
+
+    versions = {"stepcell": __version__, "numpy": np.__version__}
+    driver = discover().driver
+    if driver is not None:
+        versions["driver"] = driver
+    return Report(
+        model=model.name,
+        reference=str(against.name if against is not None else reference),
+        subject_runs=subject,
+        reference_runs=reference,
+        device=where,
+        input=clip.name,
+        shapes=clip.shapes,
+        steps=findings.growth[0].steps[-1] if findings.growth else plan.steps,
+        warm_up=findings.warm_up,
+        model_sha256=hashlib.sha256(read_bytes(model)).hexdigest(),
+        date=now(),
+        versions=versions,
+        verdicts=tuple(findings.verdicts),
+        growth=findings.growth,
+        warm=findings.warm,
+        seconds=round(findings.seconds, 3),
+    )
+
+
+def _show(report: Report) -> None:
+    steps = [str(step) for step in report.growth[0].steps] if report.growth else []
+    rows = [[each.name, *(f"{error:.1e}" for error in each.rms)] for each in report.growth]
+    table("rms error after N steps", ["", *steps], rows)
+    table("", ["", "", ""], [[_MARKS[v.passed], v.name, v.says] for v in report.verdicts])
+    asked = [verdict for verdict in report.verdicts if verdict.passed is not None]
+    wrong = [verdict for verdict in asked if not verdict.passed]
+    answer = f"{len(wrong)} of {len(asked)} verdicts failed" if wrong else f"all {len(asked)} verdicts passed"
+    log(f"verified {report.model}  {report.steps} steps on {report.device}  {report.seconds:.1f} s  {answer}")
+
+
+def _write(report: Report, page_path: Path | None, plot_path: Path | None) -> None:
+    from stepcell.runtime.verify.report.page import growth_plot, page
+
+    if page_path is not None:
+        write_atomic(page_path, page(report))
+        log(f"report:  {page_path}")
+    if plot_path is None:
+        return
+    if plot_path.suffix == ".svg":
+        write_atomic(plot_path, growth_plot(report.growth))
+    else:
+        from stepcell.cli.png import growth_png
+
+        write_atomic(plot_path, growth_png(report.growth))
+    log(f"plot:    {plot_path}")
+
+
+def _remember(engine: Path, report: Report, where: str, device: str) -> None:
+    from stepcell.runtime.cuda.devices import discover
+    from stepcell.runtime.engine.sidecar import Verification, read_sidecar, record_verification
+
+    found = discover()
+    index = int(device.partition(":")[2] or 0)
+    capability = next((gpu.compute_capability for gpu in found.devices if gpu.index == index), "")
+    sidecar = read_sidecar(engine)
+    record_verification(
+        engine,
+        Verification(
+            passed=report.passed,
+            failed=tuple(verdict.name for verdict in report.verdicts if verdict.passed is False),
+            date=report.date,
+            device=where,
+            compute_capability=capability,
+            driver=found.driver or "",
+            tensorrt=sidecar.fingerprint.tensorrt,
+            steps=report.steps,
+            input=report.input,
+            reference=report.reference,
+            stepcell=__version__,
+            plan_sha256=sidecar.fingerprint.plan_sha256,
+        ),
+    )

@@ -1,0 +1,116 @@
+"""`stepcell verify`: the table, the page, the exit code, and a reference recorded for a box without it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from stepcell.cli import main
+from stepcell.exporter import export_onnx
+from stepcell.models.checkpoint import save_checkpoint
+from stepcell.models.zoo.denoiser import Denoiser
+
+FAST = ("--steps", "16", "--warm-up", "64", "--shape", "x:1x3x16x16")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """checkpoint.safetensors and model.onnx, and good.onnx of other weights."""
+    folder = tmp_path_factory.mktemp("verify")
+    for seed, name in ((0, "model"), (1, "other")):
+        torch.manual_seed(seed)
+        model = Denoiser(hidden=4).eval()
+        save_checkpoint(model, folder / f"{name}.safetensors", family="denoiser", arguments={"hidden": 4})
+        export_onnx(model, folder / f"{name}.onnx", family="denoiser", source={"arguments": {"hidden": 4}})
+    return folder
+
+
+def verify(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, ["verify", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_a_model_passes_against_its_checkpoint_and_leaves_a_page(files: Path, tmp_path: Path) -> None:
+    page, plot = tmp_path / "page.html", tmp_path / "plot.svg"
+    wanted = ("--report", page, "--plot", plot, "--json")
+    result = verify(files / "model.onnx", "--against", files / "model.safetensors", *wanted, *FAST)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert {v["name"]: v["passed"] for v in report["verdicts"]} == {
+        "identity": True,
+        "growth": True,
+        "prediction": True,
+        "storage": True,
+        "bound": True,
+        "precision": True,
+        "liveness": True,
+        "pairing": None,  # one state
+        "isolation": True,
+        "reset": True,
+        "resume": True,
+    }
+    assert [g["name"] for g in report["growth"]] == ["y", "h"]
+    assert report["growth"][0]["steps"] == [1, 2, 4, 8, 16]
+    assert "all 10 verdicts passed" in result.stderr
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert 'name="viewport"' in text
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded
+    assert "<script" not in text
+    assert plot.read_text().startswith("<svg")
+
+
+def test_weights_of_another_checkpoint_fail_with_exit_code_3(files: Path) -> None:
+    result = verify(files / "model.onnx", "--against", files / "other.safetensors", *FAST)
+    assert result.exit_code == 3
+    assert "identity" in result.stderr.splitlines()[-1]
+
+
+def test_another_onnx_file_and_the_cpu(files: Path) -> None:
+    same = verify(files / "model.onnx", "--against", files / "model.onnx", "--device", "cpu", *FAST)
+    assert same.exit_code == 0, same.stderr
+    assert verify(files / "model.onnx", "--against", files / "other.onnx", *FAST).exit_code == 3
+
+
+def test_a_reference_recorded_here_is_compared_where_there_is_no_torch(files: Path, tmp_path: Path) -> None:
+    recorded = tmp_path / "reference.npz"
+    made = verify(files / "model.onnx", "--against", files / "model.safetensors", "--record", recorded, *FAST)
+    assert made.exit_code == 0, made.stderr
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from stepcell.cli import main\n"
+        f"main(['verify', {str(files / 'model.onnx')!r}, '--device', 'cpu', '--against', {str(recorded)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "verdicts passed" in done.stderr
+    wrong = verify(files / "other.onnx", "--device", "cpu", "--against", recorded)
+    assert wrong.exit_code in (1, 3)
+
+
+def test_a_plot_as_png(files: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    assert verify(files / "model.onnx", "--plot", plot, *FAST).exit_code == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plot", "a.gif"], "--plot"),
+        (["--input", "missing.mp4"], "missing.mp4"),
+        (["--shape", "z:1x3x8x8"], "no such input"),
+        (["--device", "cuda"], ""),
+    ],
+)
+def test_what_does_not_fit_is_named(files: Path, arguments: list[str], message: str) -> None:
+    result = verify(files / "model.onnx", *arguments)
+    assert result.exit_code not in (0, 3)
+    assert message in result.stderr
