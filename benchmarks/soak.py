@@ -1,9 +1,9 @@
-"""Whether `stepcell run` keeps its memory over many steps, as a deployment runs it.
+"""Soak test: memory and counters of `stepcell run` over many steps, configured as in a deployment.
 
-Cameras made here send a real clip as MPEG-TS over TCP at a fixed rate, hang up once a minute and
-are reconnected to. `stepcell run` steps them together, with deadlines, resets, snapshots, one video
-output and metrics. Its resident memory and counters are read over HTTP, a GPU's memory from
-nvidia-smi; at the end it gets SIGTERM, and what it wrote is compared with what it counted.
+Two emulated cameras send a real clip as MPEG-TS over TCP at a fixed rate, disconnect once a minute and are reconnected
+to. `stepcell run` steps them together, with a deadline, resets, snapshots, video outputs and metrics. Its resident
+memory and counters are read over HTTP, the memory of a GPU from nvidia-smi. At the end it receives SIGTERM, and the
+frames in its outputs are compared with its counters.
 
     python benchmarks/soak.py --fps 25 --output benchmarks/results/soak.json --plot docs/images/soak.png
 """
@@ -35,19 +35,19 @@ import numpy as np
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from stepcell import open_source
 from stepcell.exporter import export_onnx
 from stepcell.models.zoo.clips import read_clip
 from stepcell.models.zoo.denoiser import Denoiser
-from stepcell.runtime.media.open_source import open_source
 
 STEPCELL = (sys.executable, "-c", "from stepcell.cli import main; main()")
-WARM_UP = 180.0  # seconds until memory is looked at: every camera has been lost and reconnected to by then
+WARM_UP = 180.0  # seconds before memory is evaluated: every camera has been lost and reopened by then
 EVERY = 5.0  # seconds between two samples
-CONNECTION = 60  # seconds until a camera hangs up
+CONNECTION = 60  # seconds until a camera disconnects
 
 
 class Camera:
-    """Sends the clip in a loop to whoever connects, frame by frame at its rate."""
+    """A camera that sends the clip in a loop over TCP, frame by frame at its rate."""
 
     def __init__(self, fps: int) -> None:
         self._fps = fps
@@ -67,7 +67,7 @@ class Camera:
 
 
 def _packets(fps: int) -> list[bytes]:
-    """What to send in each frame's time: equal parts of the whole, cut between packets of the transport."""
+    """Data to send per frame: equal parts of the recording, split between packets of the transport stream."""
     clip = read_clip("carphone_pristine")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mpegts") as container:
@@ -83,14 +83,14 @@ def _packets(fps: int) -> list[bytes]:
 
 
 def scrape(port: int) -> dict[str, float]:
-    """Every sample, with the values of its labels in its name."""
+    """Every sample by its name, followed by the values of its labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         return {"/".join([s.name, *s.labels.values()]): s.value for family in families for s in family.samples}
 
 
 def device_memory() -> float | None:
-    """MiB in use on the first GPU; None without one."""
+    """MiB in use on the first GPU; None: there is none."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[0])
@@ -98,7 +98,7 @@ def device_memory() -> float | None:
 
 
 def sample(port: int, started: float) -> dict[str, Any]:
-    """One row of the series."""
+    """One row of the time series."""
     found = scrape(port)
 
     def total(name: str) -> int:
@@ -118,7 +118,7 @@ def sample(port: int, started: float) -> dict[str, Any]:
 
 
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run it and say what was seen."""
+    """Run the test and return its results."""
     torch.manual_seed(0)
     model, video, report = folder / "denoiser.onnx", folder / "out.mkv", folder / "run.json"
     export_onnx(Denoiser(hidden=8).eval(), model, family="denoiser", precision="float32")
@@ -137,7 +137,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         started = time.monotonic()
         while time.monotonic() - started < options.minutes * 60 and process.poll() is None:
             time.sleep(EVERY)
-            with contextlib.suppress(urllib.error.URLError):  # it is still loading
+            with contextlib.suppress(urllib.error.URLError):  # the model is still loading
                 series.append(sample(port, started))
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
@@ -163,7 +163,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def growth(series: list[dict[str, Any]]) -> dict[str, float]:
-    """How resident memory went on after the warm-up."""
+    """Growth of the resident memory after the warm-up."""
     warm = [row for row in series if row["seconds"] >= min(WARM_UP, series[-1]["seconds"] / 2)]
     seconds, resident = (np.array([row[key] for row in warm]) for key in ("seconds", "resident_mib"))
     slope = float(np.polyfit(seconds, resident, 1)[0])
@@ -176,7 +176,7 @@ def growth(series: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Memory and frames over time."""
+    """Plot memory and frames over time."""
     import matplotlib as mpl
 
     mpl.use("Agg")
