@@ -32,8 +32,8 @@ PUBLIC = {
     "stepcell.models.published.e2vid": "FireNet",
     "stepcell.events": "EventSource EventSpec EventWindow Events event_tensor simulate_events write_dat",
     "stepcell.errors": """
-        BuildError CheckpointError ContractError DeviceError EngineMismatchError ExportError InputError
-        MissingDependencyError OutputError ParityError PluginError StateError StepcellError UsageError
+        BuildError CheckpointError ContractError DeviceError EngineMismatchError EvaluationError ExportError
+        InputError MissingDependencyError OutputError ParityError PluginError StateError StepcellError UsageError
     """,
 }
 

@@ -1,4 +1,4 @@
-"""`stepcell run`, called in this process."""
+"""`stepcell run` in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["run"]
 
 
 def run(*arguments: object) -> Result:
-    """The result of a run; an exception that is no exit is a failure of the test."""
+    """The result of a run; an exception other than an exit fails the test."""
     result = CliRunner().invoke(main, ["run", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result

@@ -1,4 +1,4 @@
-"""A network camera that a test switches on and off."""
+"""Emulated network camera that a test switches on and off."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 
 class Camera:
-    """A camera on the network: MPEG-TS over TCP, from its first frame to whoever connects.
+    """Sends MPEG-TS over TCP to every client, from the first frame of the clip.
 
     Attributes:
-        url: where it is, also after it was switched off and on.
-        cut: send this share of the clip and hang up.
+        url: the same after it was switched off and on.
+        cut: share of the clip that is sent before it disconnects.
+        connections: number of clients so far.
     """
 
     def __init__(self, frames: NDArray[np.uint8], fps: int = 25) -> None:
@@ -39,7 +40,7 @@ class Camera:
 
     def switch_off(self) -> None:
         if self._server is not None:
-            self._server.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+            self._server.shutdown(socket.SHUT_RDWR)  # interrupts `accept`
             self._server.close()
             self._server = None
             self._thread.join()
