@@ -1,7 +1,7 @@
-"""Torch modules: canonical cells, stacks, the step-model protocol, helpers for sequences."""
+"""Torch modules: canonical cells, stacks of them, the step-model protocol, sequence helpers."""
 
 from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, conv_gru, conv_lstm
-from stepcell.models.checkpoint import load, save_checkpoint
+from stepcell.models.checkpoint import save_checkpoint
 from stepcell.models.sequence import batch_to_time, seq_wise, time_to_batch
 from stepcell.models.stack import CellStack, DenseStack, GRUCell, LSTMCell, conv_gru_stack, conv_lstm_stack
 from stepcell.models.step import StepModule, initial_states, is_step_module, run_sequence
@@ -21,7 +21,6 @@ __all__ = [
     "conv_lstm_stack",
     "initial_states",
     "is_step_module",
-    "load",
     "run_sequence",
     "save_checkpoint",
     "seq_wise",

@@ -1,11 +1,11 @@
-"""Canonical recurrent cells: the arithmetic every variant is reduced to at export.
+"""Canonical cells: ConvGRU and ConvLSTM in the one form that every variant is converted to at export.
 
-`*` is a 2-D cross-correlation with zero "same" padding; gates are packed z, r, n and i, f, o, g.
-The functions are the reference arithmetic; the modules hold the weights and, while a model is
-being exported, put one `stepcell::ConvGRU` or `stepcell::ConvLSTM` node in the graph instead.
+`*` is a 2-D cross-correlation with zero "same" padding; `stepcell.ops` has the order of gates and weights.
+The functions are the reference arithmetic. The modules hold the weights; during an export they add one
+`stepcell::ConvGRU` or `stepcell::ConvLSTM` node to the graph instead of the arithmetic.
 
 Shapes: x (N, Cx, H, W) in the compute dtype; h, c (N, C, H, W) in the state dtype, which may be
-wider. Gates are computed in at least float32. All functions are plain autograd.
+wider. Gates are computed in at least float32. Gradients are those of autograd.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from stepcell.contract import CellSpec
 from stepcell.ops import CONV_GRU, CONV_LSTM, GATES, RESETS, VERSION, Gates, Op, Reset, same_pads
 
-__all__ = ["ConvGRUCell", "ConvLSTMCell", "Gates", "Reset", "conv_gru", "conv_lstm"]
+__all__ = ["Activation", "ConvGRUCell", "ConvLSTMCell", "Gates", "Reset", "activations", "conv_gru", "conv_lstm"]
 
+Activation = Callable[[Tensor], Tensor]
 KernelSize = int | tuple[int, int]
 
 
@@ -34,6 +35,7 @@ def conv_gru(
     weight_n: Tensor,
     bias_n: Tensor | None = None,
     gates: Gates = "soft",
+    candidate: Activation | None = None,
 ) -> Tensor:
     """One ConvGRU step; returns h' in the dtype of h.
 
@@ -44,8 +46,12 @@ def conv_gru(
     n = tanh(a_n + W_n * (r . h))         reset "before": Ballas et al. 2016, arXiv 1511.06432
     n = tanh(a_n + r . (W_n * h + b_n))   reset "after": with bias_n (C); cuDNN, torch.nn.GRU
     h' = (1 - z) . h + z . n
+
+    Args:
+        candidate: function in place of the tanh.
     """
-    sigmoid, tanh = _activations(gates)
+    sigmoid, tanh = activations(gates)
+    tanh = candidate or tanh
     compute, wide = x.dtype, torch.promote_types(h.dtype, torch.float32)
     narrow, state = h.to(compute), h.to(wide)
     hidden = weight_n.shape[0]
@@ -71,6 +77,7 @@ def conv_lstm(
     weight_h: Tensor,
     peephole: Tensor | None = None,
     gates: Gates = "soft",
+    candidate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One ConvLSTM step (Shi et al. 2015, arXiv 1506.04214); returns h', c' in the dtypes of h, c.
 
@@ -80,8 +87,12 @@ def conv_lstm(
     c' = f . c + i . tanh(a_g)
     o = sigmoid(a_o + w_o . c')
     h' = o . tanh(c')
+
+    Args:
+        candidate: function in place of both tanh.
     """
-    sigmoid, tanh = _activations(gates)
+    sigmoid, tanh = activations(gates)
+    tanh = candidate or tanh
     wide = torch.promote_types(h.dtype, torch.float32)
     state = c.to(wide)
     a = (_same(x, weight_x, bias) + _same(h.to(x.dtype), weight_h)).to(wide)
@@ -96,7 +107,7 @@ def conv_lstm(
 
 
 class _Cell(nn.Module):
-    """What both cells share: sizes, odd kernels, uniform initialisation."""
+    """Base of both cells: sizes, odd kernels, uniform initialisation."""
 
     op: ClassVar[Op]
     states: ClassVar[tuple[str, ...]]
@@ -116,7 +127,7 @@ class _Cell(nn.Module):
         return nn.Parameter(torch.empty(outputs, inputs, *self.kernel_size))
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(fan-in) of the hidden convolution, as torch's recurrent layers do."""
+        """Initialise as torch's recurrent layers do: uniform in +-1/sqrt(fan-in of the hidden convolution)."""
         bound = (self.hidden_size * self.kernel_size[0] * self.kernel_size[1]) ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
@@ -182,7 +193,7 @@ class ConvGRUCell(_Cell):
         return h_next.to(x.dtype), h_next
 
     def cell_spec(self, name: str) -> CellSpec:
-        """How the contract lists this cell."""
+        """Entry of this cell in the contract."""
         return CellSpec(
             name=name,
             op=self.op.qualified_name,
@@ -245,7 +256,7 @@ class ConvLSTMCell(_Cell):
         return h_next.to(x.dtype), h_next, c_next
 
     def cell_spec(self, name: str) -> CellSpec:
-        """How the contract lists this cell."""
+        """Entry of this cell in the contract."""
         return CellSpec(
             name=name,
             op=self.op.qualified_name,
@@ -260,13 +271,14 @@ def _same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
 
+def activations(gates: Gates) -> tuple[Activation, Activation]:
+    """Functions of the gates and of the candidate: sigmoid and tanh, or their clamped lines for "hard"."""
+    return (torch.sigmoid, torch.tanh) if gates == "soft" else (_hard_sigmoid, _hard_tanh)
+
+
 def _hard_sigmoid(x: Tensor) -> Tensor:
     return (0.5 * x + 0.5).clamp(0, 1)
 
 
 def _hard_tanh(x: Tensor) -> Tensor:
     return x.clamp(-1, 1)
-
-
-def _activations(gates: Gates) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    return (torch.sigmoid, torch.tanh) if gates == "soft" else (_hard_sigmoid, _hard_tanh)

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with the family and its arguments beside them, and any family's checkpoint back."""
+"""Checkpoint writer: safetensors with the model's family and its arguments as metadata."""
 
 from __future__ import annotations
 
@@ -11,53 +11,34 @@ from torch import nn
 
 from stepcell.files import write_atomic
 
-__all__ = ["ARGUMENTS_KEY", "FAMILY_KEY", "load", "save_checkpoint"]
+__all__ = ["ARGUMENTS_KEY", "FAMILY_KEY", "save_checkpoint", "set_family"]
 
 FAMILY_KEY = "stepcell.family"
 ARGUMENTS_KEY = "stepcell.arguments"
-_LOADED_AS = "loaded_as"  # attribute: family and arguments
+_ATTRIBUTE = "_stepcell_family"  # of a module: its family and arguments
 
 
-def load(checkpoint: str | Path, family: str | None = None, **arguments: object) -> nn.Module:
-    """Load a checkpoint of any family as a step model that can be trained further.
-
-    `run_sequence` steps it over clips, with gradients; `save_checkpoint` writes it so that
-    `stepcell export` knows it again.
-
-    Args:
-        checkpoint: in upstream's layout or written by `save_checkpoint`.
-        family: name of the family; recognised from the file by default.
-        arguments: what the tensors do not determine, as for `stepcell export --set`.
-
-    Returns:
-        The canonical step model in float32 and train mode. Norms that export folds into
-        convolutions are folded here too.
-
-    Raises:
-        CheckpointError: the file cannot be read safely or its tensors do not fit.
-        UsageError: an unknown family or argument.
-    """
-    # The families are the exporter's, which imports this package: found when called, not at import.
-    from stepcell.exporter import load_checkpoint, step_model
-
-    model, *loaded_as = step_model(load_checkpoint(Path(checkpoint)), family, arguments)
-    setattr(model, _LOADED_AS, tuple(loaded_as))
-    return model.train()
+def set_family(model: nn.Module, family: str, arguments: Mapping[str, object]) -> None:
+    """Mark `model` as one of this family, for `save_checkpoint`."""
+    setattr(model, _ATTRIBUTE, (family, arguments))
 
 
 def save_checkpoint(
     model: nn.Module, path: Path, *, family: str | None = None, arguments: Mapping[str, object] | None = None
 ) -> None:
-    """Write `model`'s state_dict; `stepcell export` then needs no `--family` and no `--set`.
+    """Write the model's state_dict; `stepcell export` reads the file without `--family` and `--set`.
 
     Args:
-        family: name of the family in `stepcell export --list-families`; that of a model from `load`
-            is known.
-        arguments: what the family's constructor was called with, JSON values.
+        family: name of the family in `stepcell export --list-families`; by default that of a model
+            returned by `stepcell.load_model`, otherwise none is written.
+        arguments: arguments of the family's constructor, JSON values.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     metadata = {}
     if family is None:
-        family, arguments = getattr(model, _LOADED_AS, (None, arguments))
+        family, arguments = getattr(model, _ATTRIBUTE, (None, arguments))
     if family is not None:
         metadata = {FAMILY_KEY: family, ARGUMENTS_KEY: json.dumps(dict(arguments or {}))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

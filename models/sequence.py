@@ -1,4 +1,4 @@
-"""Sequences of frames, for training and offline use: flatten time into batch and back.
+"""Reshaping of frame sequences for training and offline use: time axis into batch axis and back.
 
 Layouts: "TBCHW" (time first, the default) and "BTCHW".
 """
@@ -16,7 +16,7 @@ Layout = Literal["TBCHW", "BTCHW"]
 
 
 def time_to_batch(x: Tensor, layout: Layout = "TBCHW") -> tuple[Tensor, int]:
-    """(T, B, ...) or (B, T, ...) -> (T*B, ...), time-major, and the batch size to undo it with."""
+    """(T, B, ...) or (B, T, ...) -> (T*B, ...) in time-major order, and the batch size for `batch_to_time`."""
     if x.dim() < 3:
         raise ValueError(f"x: expected at least 3 dimensions ({layout}), got shape {tuple(x.shape)}")
     if _batch_first(layout):
@@ -33,7 +33,7 @@ def batch_to_time(x: Tensor, batch: int, layout: Layout = "TBCHW") -> Tensor:
 
 
 def seq_wise(function: Callable[[Tensor], Tensor], layout: Layout = "TBCHW") -> Callable[[Tensor], Tensor]:
-    """Make a per-frame function or module work on a sequence, all frames in one call."""
+    """Apply a per-frame function or module to a whole sequence in one call."""
 
     def apply(x: Tensor) -> Tensor:
         flat, batch = time_to_batch(x, layout)

@@ -1,4 +1,4 @@
-"""Stacks of canonical cells as step models, and the dense GRU and LSTM as their 1x1 case."""
+"""Step models of stacked canonical cells; a dense GRU or LSTM is a stack with 1x1 kernels on a 1x1 map."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.contract import StateSpec, TensorSpec, state_names
+from stepcell.dims import Dim
 from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, Gates, KernelSize, Reset
 
-__all__ = ["CellStack", "DenseStack", "GRUCell", "LSTMCell", "conv_gru_stack", "conv_lstm_stack"]
+__all__ = ["CanonicalCell", "CellStack", "DenseStack", "GRUCell", "LSTMCell", "conv_gru_stack", "conv_lstm_stack"]
 
-Cell = ConvGRUCell | ConvLSTMCell
+CanonicalCell = ConvGRUCell | ConvLSTMCell
 
 
 class CellStack(nn.Module):
-    """Cells on top of each other, each reading the one below; hidden sizes and kernels may differ.
+    """Stacked cells: each one reads the output of the one below; hidden sizes and kernels may differ.
 
     inputs: x (batch, Cx, height, width); states: `h`, or `h0`, `c0`, `h1`, ... in a deeper stack;
-    output: y (batch, C, height, width), the hidden state of the last cell in x's dtype.
+    output: y (batch, C, height, width), the hidden state of the last cell in x's dtype. Peepholes with a
+    weight per position fix height and width.
 
     Args:
         cells: from the input to the output.
         numbered: number the states of a single cell too (`h0`), as stacked upstream models do.
+        names: names of all states, from the first cell on, in place of these.
+
+    Raises:
+        ValueError: no cells, or cells that do not fit together.
     """
 
-    map_shape: tuple[str, ...] = ("height", "width")
+    map_shape: tuple[Dim, ...] = ("height", "width")
 
-    def __init__(self, cells: Sequence[Cell], *, numbered: bool = False) -> None:
+    def __init__(
+        self, cells: Sequence[CanonicalCell], *, numbered: bool = False, names: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         if not cells:
             raise ValueError("cells: expected at least one, got none")
@@ -37,14 +45,13 @@ class CellStack(nn.Module):
             if above.input_size != below.hidden_size:
                 raise ValueError(f"cells: {above} expects {above.input_size} channels, got {below.hidden_size}")
         self.cells = nn.ModuleList(cells)
-        layout = "NCHW" if self.map_shape else None
-        self.inputs = [TensorSpec(name="x", shape=("batch", cells[0].input_size, *self.map_shape), layout=layout)]
-        self.outputs = [TensorSpec(name="y", shape=("batch", cells[-1].hidden_size, *self.map_shape), layout=layout)]
+        layout, shape = "NCHW" if self.map_shape else None, _peephole_size(cells) or self.map_shape
+        self.inputs = [TensorSpec(name="x", shape=("batch", cells[0].input_size, *shape), layout=layout)]
+        self.outputs = [TensorSpec(name="y", shape=("batch", cells[-1].hidden_size, *shape), layout=layout)]
         hidden = [cell.hidden_size for cell in cells for _ in cell.states]
-        names = state_names([cell.states for cell in cells], numbered=numbered)
+        names = names or state_names([cell.states for cell in cells], numbered=numbered)
         self.states = [
-            StateSpec(name=name, shape=("batch", size, *self.map_shape))
-            for name, size in zip(names, hidden, strict=True)
+            StateSpec(name=name, shape=("batch", size, *shape)) for name, size in zip(names, hidden, strict=True)
         ]
 
     def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
@@ -59,14 +66,11 @@ class CellStack(nn.Module):
 
 
 class DenseStack(CellStack):
-    """The same for feature vectors: x (batch, F), states (batch, C), y (batch, C).
-
-    A dense GRU or LSTM is the 1x1 kernel on a 1x1 map.
-    """
+    """Stacked dense cells on feature vectors: x (batch, F), states (batch, C), y (batch, C)."""
 
     map_shape = ()
 
-    def __init__(self, cells: Sequence[Cell], *, numbered: bool = False) -> None:
+    def __init__(self, cells: Sequence[CanonicalCell], *, numbered: bool = False) -> None:
         super().__init__(cells, numbered=numbered)
         if any(cell.kernel_size != (1, 1) for cell in cells):
             raise ValueError("cells: a dense stack needs kernel size 1")
@@ -86,7 +90,7 @@ class GRUCell(ConvGRUCell):
     def from_torch(cls, gru: nn.GRU | nn.GRUCell, layer: int = 0) -> GRUCell:
         """Convert one layer of a torch GRU.
 
-        torch packs r, z, n and blends h' = (1 - z) n + z h. Rows are reordered, and the update
+        torch packs r, z, n and computes h' = (1 - z) n + z h. The rows are reordered and the update
         gate is negated: 1 - sigmoid(a) = sigmoid(-a), so the conversion is exact.
         """
         w_ih, w_hh, b_ih, b_hh = _torch_layer(gru, layer)
@@ -111,7 +115,7 @@ class LSTMCell(ConvLSTMCell):
 
     @classmethod
     def from_torch(cls, lstm: nn.LSTM | nn.LSTMCell, layer: int = 0) -> LSTMCell:
-        """Convert one layer of a torch LSTM, which packs i, f, g, o."""
+        """Convert one layer of a torch LSTM, which packs its gates in the order i, f, g, o."""
         w_ih, w_hh, b_ih, b_hh = _torch_layer(lstm, layer)
         cell = cls(w_ih.shape[1], w_hh.shape[1]).to(w_ih.dtype)
 
@@ -157,11 +161,20 @@ def conv_lstm_stack(
     )
 
 
+def _peephole_size(cells: Sequence[CanonicalCell]) -> tuple[int, ...]:
+    """Height and width that peepholes with a weight per position fix; empty if there are none."""
+    peepholes = [cell.peephole for cell in cells if isinstance(cell, ConvLSTMCell) and cell.peephole is not None]
+    sizes = {tuple(peephole.shape[2:]) for peephole in peepholes} - {(1, 1)}
+    if len(sizes) > 1:
+        raise ValueError(f"cells: peepholes of one map size, got {' and '.join(map(str, sorted(sizes)))}")
+    return sizes.pop() if sizes else ()
+
+
 def _torch_layer(rnn: nn.Module, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     suffix = "" if isinstance(rnn, nn.RNNCellBase) else f"_l{layer}"
     w_ih, w_hh = getattr(rnn, f"weight_ih{suffix}"), getattr(rnn, f"weight_hh{suffix}")
     if getattr(rnn, "bidirectional", False) or getattr(rnn, "proj_size", 0):
-        raise ValueError("a bidirectional or projected layer cannot be stepped one frame at a time here")
+        raise ValueError("a bidirectional or projected layer cannot be run one step at a time")
     zeros = torch.zeros(w_ih.shape[0], dtype=w_ih.dtype)
     biases = (getattr(rnn, f"bias_ih{suffix}"), getattr(rnn, f"bias_hh{suffix}")) if rnn.bias else (zeros, zeros)
     return w_ih, w_hh, *biases

@@ -1,7 +1,7 @@
-"""The step-model protocol: the one thing a module needs to be exportable.
+"""Step-model protocol: the interface that a torch module needs to be exported.
 
 A step model is a `torch.nn.Module` whose `forward(x..., *states)` returns `(y..., *new_states)`
-and which lists its inputs, outputs and states as specs. New states come in the order of `states`.
+and which lists its inputs, outputs and states as specs. New states have the order of `states`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ __all__ = ["RecurrentCell", "StepModule", "cell_specs", "initial_states", "is_st
 
 @runtime_checkable
 class RecurrentCell(Protocol):
-    """A cell that the contract lists: canonical ones, and those made of ordinary nodes."""
+    """Protocol of a cell that is listed in the contract, fused or not."""
 
     def cell_spec(self, name: str) -> CellSpec: ...
 
 
 @runtime_checkable
 class StepModule(Protocol):
-    """What the exporter asks of a module; a plain `nn.Module` with these three attributes fits.
+    """Protocol of a step model; any `nn.Module` with these three attributes follows it.
 
     Attributes:
         inputs: data inputs, in the order of `forward`'s first arguments.
         outputs: data outputs, in the order `forward` returns them.
         states: hidden states, in the order of `forward`'s remaining arguments and results.
 
-    A module may also have `examples`, a dict: sizes to export with for symbols that 256 does not suit;
-    and `initial`, a mapping: by name the value of a state before its first step where that is not
-    zero, of the state's shape without its batch axis, 1 in the place of an axis allowed.
+    Two more attributes are optional. `examples` (a dict) gives the sizes to trace with for symbols that
+    cannot be 256. `initial` (a mapping by state name) gives the value of a state before the first step if it
+    is not zero: a tensor of the state's shape without the batch axis, or of size 1 along any axis.
     """
 
     @property
@@ -50,24 +50,23 @@ class StepModule(Protocol):
 
 
 def is_step_module(module: object) -> bool:
-    """Whether `module` is a torch module that follows the protocol."""
+    """Whether `module` is a torch module that follows the step-model protocol."""
     return isinstance(module, nn.Module) and isinstance(module, StepModule)
 
 
 def cell_specs(module: nn.Module) -> tuple[CellSpec, ...]:
-    """The recurrent cells inside a module (whatever has a `cell_spec` method), named by their path."""
+    """Contract entries of the recurrent cells in a module (those with a `cell_spec` method), named by path."""
     return tuple(
         child.cell_spec(path or "cell") for path, child in module.named_modules() if isinstance(child, RecurrentCell)
     )
 
 
 def initial_states(model: StepModule, *inputs: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """States before the first step, of the right shapes for these inputs, on the device of the first one.
-
-    They are zero, or what the module's `initial` says, gradients included.
+    """States before the first step: zeros, or the values of the module's `initial`, with gradients.
 
     Args:
-        dtype: dtype of the states; the first input's by default.
+        inputs: data inputs of the first step; the states' shapes and device follow from them.
+        dtype: dtype of the states; by default that of the first input.
     """
     symbols: dict[str, int] = {}
     for spec, tensor in zip(model.inputs, inputs, strict=True):
@@ -88,11 +87,11 @@ def initial_states(model: StepModule, *inputs: Tensor, dtype: torch.dtype | None
 def run_sequence(
     model: StepModule, x: Tensor, states: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Step a one-input, one-output model over a clip; for training and offline use.
+    """Run a model with one input and one output over a clip; for training and offline use.
 
     Args:
         x: (T, B, ...) frames.
-        states: states before the first frame; those of `initial_states` by default.
+        states: states before the first frame; by default those of `initial_states`.
 
     Returns:
         y (T, B, ...) and the states after the last frame.

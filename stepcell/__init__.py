@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stepcell.contract import StateSpec, StepContract, TensorSpec
     from stepcell.errors import StepcellError
     from stepcell.exporter.from_checkpoint.checkpoint import Checkpoint, load_checkpoint
-    from stepcell.exporter.from_checkpoint.families import step_model
+    from stepcell.exporter.from_checkpoint.step_model import load_model, step_model
     from stepcell.exporter.from_module.registry import register_cell
     from stepcell.exporter.from_onnx.fuse import FuseReport, fuse_onnx
     from stepcell.exporter.step_onnx.export import export_onnx
@@ -47,6 +47,7 @@ __all__ = [
     "export_onnx",
     "fuse_onnx",
     "load_checkpoint",
+    "load_model",
     "open_sink",
     "open_source",
     "register_cell",
@@ -59,7 +60,7 @@ _LAZY = {
     "contract": "StateSpec StepContract TensorSpec",
     "errors": "StepcellError",
     "exporter.from_checkpoint.checkpoint": "Checkpoint load_checkpoint",
-    "exporter.from_checkpoint.families": "step_model",
+    "exporter.from_checkpoint.step_model": "load_model step_model",
     "exporter.from_module.registry": "register_cell",
     "exporter.from_onnx.fuse": "FuseReport fuse_onnx",
     "exporter.step_onnx.export": "export_onnx",

@@ -21,12 +21,12 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PUBLIC = {
     "stepcell": """
         BuildOptions Checkpoint EngineInfo FuseReport RunControl RunError RunReport StateSpec StepContract StepLoop
-        StepcellError TensorSpec build_engine export_onnx fuse_onnx load_checkpoint open_sink open_source register_cell
-        run_streams step_model
+        StepcellError TensorSpec build_engine export_onnx fuse_onnx load_checkpoint load_model open_sink open_source
+        register_cell run_streams step_model
     """,
     "stepcell.models": """
         CellStack ConvGRUCell ConvLSTMCell DenseStack GRUCell LSTMCell StepModule batch_to_time conv_gru
-        conv_gru_stack conv_lstm conv_lstm_stack initial_states is_step_module load run_sequence save_checkpoint
+        conv_gru_stack conv_lstm conv_lstm_stack initial_states is_step_module run_sequence save_checkpoint
         seq_wise time_to_batch
     """,
     "stepcell.models.published.e2vid": "FireNet",

@@ -1,4 +1,4 @@
-"""Read a checkpoint without executing anything from it."""
+"""Checkpoint reader: `.safetensors` and torch files, without executing any code in them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from stepcell.models.checkpoint import ARGUMENTS_KEY, FAMILY_KEY
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 
-# Where training scripts put the weights when the file holds more than them.
+# Keys under which training scripts store the weights in a larger checkpoint.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
-# What wrappers put in front of every key.
+# Prefixes that wrapper modules add to every key.
 _PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights by name, and what the file says about them.
+    """Weights by name, with the file's metadata.
 
     Attributes:
         tensors: the state_dict, on the CPU, wrapper prefixes removed.
-        sha256: of the file.
-        family, arguments: as written by `stepcell.models.save_checkpoint`, or None and {}.
+        sha256: hash of the file, in hexadecimal.
+        family, arguments: as written by `stepcell.models.save_checkpoint`; None and {} in other files.
     """
 
     path: Path
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{path}: tensor {name} holds NaN or infinity",
-                hint="the training diverged; take an earlier checkpoint",
+                hint="the training diverged; use an earlier checkpoint",
             )
     return Checkpoint(
         path=path,
@@ -136,7 +136,7 @@ def _find_tensors(path: Path, content: object) -> dict[str, Tensor]:
 def _tensors_in(content: object) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         return {}
-    # The wrapping first: beside the weights a training script may keep a loss or a counter as a tensor.
+    # Containers first: next to them a training script may store a loss or a counter as a tensor.
     for name in _CONTAINERS:
         if tensors := _tensors_in(content.get(name)):
             return tensors

@@ -1,6 +1,6 @@
-"""Step models that reconstruct video from events: E2VID and FireNet.
+"""E2VID and FireNet: step models that reconstruct video from events.
 
-Both read one event tensor (a voxel grid of a time window) per step and return one grey image.
+Each step reads one event tensor (the voxel grid of a time window) and returns one grey image.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from stepcell.models.published.e2vid_blocks import BlockType, Residual, Upsample
 __all__ = ["EVENT_WINDOW", "E2VIDRecurrent", "FireNet", "SkipType"]
 
 SkipType = Literal["sum", "concat", "no_skip"]
-EVENT_WINDOW = "0.35events/pixel"  # what the networks were published with
+EVENT_WINDOW = "0.35events/pixel"  # as published
 
 
 class FireNet(nn.Module):
-    """Scheerlinck et al. 2020: head and residual blocks at full resolution, some with a cell after them.
+    """FireNet (Scheerlinck et al. 2020): head and residual blocks at full resolution, some followed by a cell.
 
     inputs: x (batch, num_bins, height, width); states: `h0` (`c0`) of the head, then of each block
-    that has a cell; output: y (batch, 1, height, width), trained towards [0, 1] but not bound to it.
+    followed by a cell; output: y (batch, 1, height, width), trained towards [0, 1] but not clamped.
 
     Args:
-        kernel_size: of the head's convolution; everything else is 3x3.
-        recurrent_after: residual blocks that are followed by a cell.
-        frame_norm: instance normalisation inside the residual blocks.
-        event_window: the events of one step, as `EventWindow.parse` takes it.
+        kernel_size: kernel of the head's convolution; all others are 3x3.
+        recurrent_after: indices of the residual blocks that are followed by a cell.
+        frame_norm: whether the residual blocks have instance normalisation.
+        event_window: events of one step, in the notation of `EventWindow.parse`.
+
+    Raises:
+        ValueError: an even kernel or an unknown recurrent block type.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class FireNet(nn.Module):
 
 
 class E2VIDRecurrent(nn.Module):
-    """Rebecq et al. 2019: a U-Net with a cell after every encoder, whose output is also the skip.
+    """E2VID (Rebecq et al. 2019): a U-Net with a cell after every encoder; its output is the skip connection.
 
     inputs: x (batch, num_bins, height, width), sizes multiples of 2 ** num_encoders; states: `h0`
     (`c0`), `h1`, ... of the encoders, each half the size of the one before; output: y (batch, 1,
@@ -86,10 +89,14 @@ class E2VIDRecurrent(nn.Module):
 
     Args:
         base_num_channels: channels of the head; every encoder doubles them.
-        skip_type: how a decoder joins the skip; "no_skip" concatenates too, as upstream does.
-        use_upsample_conv: as `Upsample`'s `resize`.
-        frame_norm: instance normalisation inside the residual blocks.
-        event_window: as for `FireNet`.
+        skip_type: how a decoder combines its input with the skip connection; "no_skip" concatenates
+            too, as upstream does.
+        use_upsample_conv: see `resize` of `Upsample`.
+        frame_norm: whether the residual blocks have instance normalisation.
+        event_window: events of one step, as for `FireNet`.
+
+    Raises:
+        ValueError: no encoders, or an unknown skip or recurrent block type.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parts that the networks of the E2VID line share: residual blocks, upsampling, recurrent blocks."""
+"""Building blocks of E2VID and FireNet: residual blocks, upsampling, recurrent blocks."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BlockType = Literal["convgru", "convlstm"]
 
 
 def recurrent_block(kind: BlockType, channels: int) -> ConvGRUCell | ConvLSTMCell:
-    """A 3x3 cell with as many channels as its input has."""
+    """3x3 cell with the same number of input and hidden channels."""
     if kind not in get_args(BlockType):
         raise ValueError(f"recurrent_block_type: expected 'convgru' or 'convlstm', got {kind!r}")
     return ConvGRUCell(channels, channels, 3) if kind == "convgru" else ConvLSTMCell(channels, channels, 3)
 
 
 def advance(cell: nn.Module, x: Tensor, states: Sequence[Tensor], new_states: list[Tensor]) -> Tensor:
-    """Step the next cell of a network: its states follow those that `new_states` already has."""
+    """Run the next cell of a network on its part of `states`; appends its new states and returns its output."""
     assert isinstance(cell, (ConvGRUCell, ConvLSTMCell))
     first = len(new_states)
     results: tuple[Tensor, ...] = cell(x, *states[first : first + len(cell.states)])
@@ -33,12 +33,12 @@ def advance(cell: nn.Module, x: Tensor, states: Sequence[Tensor], new_states: li
 
 
 class FrameNorm(nn.Module):
-    """Instance normalisation without weights, over the frame at hand (Ulyanov et al. 2016, arXiv 1607.08022)."""
+    """Instance normalisation without weights, with the frame's statistics (Ulyanov et al. 2016, arXiv 1607.08022)."""
 
     eps = 1e-5
 
     def forward(self, x: Tensor) -> Tensor:
-        # Sums over a whole map leave the range and the precision of float16.
+        # Sums over a whole map exceed the range and precision of float16.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         centred = wide - wide.mean((2, 3), keepdim=True)
         variance = (centred * centred).mean((2, 3), keepdim=True)
@@ -49,7 +49,7 @@ class Residual(nn.Module):
     """relu(x + norm(conv(relu(norm(conv(x)))))), 3x3.
 
     Args:
-        frame_norm: normalise by the statistics of the frame; others are folded into the weights.
+        frame_norm: whether norm is `FrameNorm`; other norms are folded into the convolutions.
     """
 
     def __init__(self, channels: int, *, frame_norm: bool) -> None:
@@ -64,10 +64,10 @@ class Residual(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, 5x5, then ReLU.
+    """Upsampling by 2 with a 5x5 convolution and ReLU.
 
     Args:
-        resize: bilinear resize and a convolution; otherwise a transposed convolution.
+        resize: whether to resize bilinearly and convolve; otherwise a transposed convolution is used.
     """
 
     def __init__(self, input_size: int, output_size: int, *, resize: bool) -> None:

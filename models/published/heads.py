@@ -1,7 +1,7 @@
-"""Dense recurrent cells behind a pooled or flattened feature map: CNN-to-GRU and Conv2D-LSTM heads.
+"""Recurrent heads: dense GRU or LSTM cells on a pooled or flattened feature map.
 
 The state is carried from frame to frame. A head that turns one frame into a sequence (rows of the
-map, regions of interest) runs that sequence inside the step, written out one position after the other.
+map, regions of interest) runs the whole sequence in one step, unrolled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stepcell.contract import StateSpec, TensorSpec, state_names
+from stepcell.contract import TensorSpec
 from stepcell.models.stack import DenseStack, GRUCell, LSTMCell
 
 __all__ = ["ConvLSTMHead", "GRUHead", "Head"]
@@ -22,30 +22,28 @@ Head = Literal["gap", "rows", "roi"]
 
 
 class _HeadModel(nn.Module):
-    """Cells on top of each other over feature vectors, with numbered states."""
+    """Base of both heads: stacked dense cells with numbered states."""
 
     def __init__(self, cells: Sequence[GRUCell] | Sequence[LSTMCell]) -> None:
         super().__init__()
         self.cells = DenseStack(cells, numbered=True)
-        names = state_names([cell.states for cell in cells], numbered=True)
-        sizes = [cell.hidden_size for cell in cells for _ in cell.states]
-        self.states = [StateSpec(name=name, shape=("batch", size)) for name, size in zip(names, sizes, strict=True)]
+        self.states = self.cells.states
 
 
 class GRUHead(_HeadModel):
-    """A GRU over what one feature map is cut into.
+    """GRU over positions of a feature map.
 
     inputs: x (batch, C, height, width), for "roi" also roi_indices (batch, regions), rows of the map;
     output: y (batch, positions, hidden); states: h0, h1, ...
 
     Args:
-        input_size, hidden_size, num_layers: of the GRU.
+        input_size, hidden_size, num_layers: arguments of the GRU.
         head: "gap": one position, the mean over the map. "rows": a position per row of the map,
             features (w, c) with channels fastest. "roi": a position per region, the mean over the
-            row that roi_indices names.
-        map_size: (height, width) for "rows": fixed, since the width takes part in input_size and
-            the height is the length of the sequence.
-        regions: how many there are for "roi".
+            row given by roi_indices.
+        map_size: (height, width) for "rows"; fixed, since input_size depends on the width and the
+            length of the sequence is the height.
+        regions: number of regions for "roi".
 
     Raises:
         ValueError: an unknown head, or input_size is not a multiple of the width.
@@ -100,16 +98,17 @@ class GRUHead(_HeadModel):
 
 
 class ConvLSTMHead(_HeadModel):
-    """3x3 convolution, ReLU, a reduction to one vector, and an LSTM over the frames.
+    """3x3 convolution, ReLU, reduction to one vector, and an LSTM over the frames.
 
     inputs: x (batch, Cx, height, width); output: y (batch, hidden); states: h0, c0, h1, ...
 
     Args:
         input_size: channels of x.
         filters: channels of the feature map.
-        hidden_size, num_layers: of the LSTM.
-        fc_units: outputs of a linear layer in front of the LSTM; None: no such layer.
-        map_size: (height, width): the linear layer reads the whole map (c, h, w); None: its mean.
+        hidden_size, num_layers: arguments of the LSTM.
+        fc_units: outputs of a linear layer before the LSTM; None for no such layer.
+        map_size: (height, width) of the map if the linear layer reads all of it (c, h, w); None if the
+            map is reduced to its mean.
     """
 
     def __init__(
@@ -140,5 +139,5 @@ class ConvLSTMHead(_HeadModel):
 
 
 def _mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """In at least float32: the sum over a large map overflows float16."""
+    """Mean in at least float32, since the sum over a large map overflows float16."""
     return x.to(torch.promote_types(x.dtype, torch.float32)).mean(axes).to(x.dtype)

@@ -1,8 +1,8 @@
-"""The ConvRNN layer of OpenEB (prophesee-ai/openeb, core/temporal_modules.py) in canonical form.
+"""ConvRNN layer of OpenEB (prophesee-ai/openeb, core/temporal_modules.py) in canonical form.
 
-An input convolution with BatchNorm (folded here), then a ConvLSTM or ConvGRU cell with 3x3 kernels.
-The lstm adds its hidden convolution to the input convolution's result; where both are plain 3x3
-that is the canonical op, and the input convolution lies in its W_x.
+An input convolution with BatchNorm (folded here) is followed by a ConvLSTM or ConvGRU cell with 3x3
+kernels. The lstm adds its hidden convolution to the input convolution; if both are plain 3x3 convolutions,
+this is the canonical op with the input convolution as its W_x.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepcell.dims import Dim
+from stepcell.models.cell_model import CellModel
 from stepcell.models.cells import ConvGRUCell, ConvLSTMCell
-from stepcell.models.separable import (
-    CellModel,
-    ModuleGRUCell,
-    ModuleLSTMCell,
-)
+from stepcell.models.unfused_cells import ModuleGRUCell, ModuleLSTMCell
 
 __all__ = ["ConvRNNOptions", "cell_model", "conv_rnn"]
 
@@ -32,7 +29,7 @@ _SEPARABLE = "separable convolutions in the gates"
 
 @dataclass(frozen=True)
 class ConvRNNOptions:
-    """Arguments of upstream's ConvRNN, with its defaults; from `bias` on they go to its input convolution."""
+    """Arguments of upstream's ConvRNN and their defaults; those from `bias` on are for its input convolution."""
 
     in_channels: int
     out_channels: int
@@ -59,7 +56,7 @@ class ConvRNNOptions:
 
     @property
     def fused(self) -> bool:
-        """Whether the input convolution of an lstm goes into W_x of the canonical op."""
+        """Whether the input convolution of an lstm becomes W_x of the canonical op."""
         geometry = [_pair(size) for size in (self.kernel_size, self.stride, self.padding, self.dilation)]
         return (
             self.cell == "lstm"
@@ -72,7 +69,7 @@ class ConvRNNOptions:
 
     @property
     def map_size(self) -> tuple[Dim, Dim]:
-        """Height and width after the input convolution, from those of the frame."""
+        """Height and width after the input convolution, as expressions of those of the frame."""
         sizes = []
         for axis, symbol in enumerate(("height", "width")):
             kernel, stride, padding, dilation = (
@@ -88,7 +85,7 @@ class ConvRNNOptions:
 
 
 def conv_rnn(options: ConvRNNOptions) -> CellModel:
-    """The layer as a step model: front (the input convolution, unless fused) and cell."""
+    """Build the layer as a step model: front (the input convolution, unless fused) and cell."""
     if options.fused:
         return CellModel(ConvLSTMCell(options.in_channels, options.out_channels), options.in_channels)
     lstm = options.cell == "lstm"
@@ -97,11 +94,9 @@ def conv_rnn(options: ConvRNNOptions) -> CellModel:
     if lstm:
         kernel, stride = _pair(options.kernel_size), _pair(options.stride)
         kind = "separable " if options.separable else ""
-        reason = (
-            f"x goes through a {kind}{kernel[0]}x{kernel[1]} convolution of stride {stride[0]}, h through a 3x3 one"
-        )
+        reason = f"x has a {kind}{kernel[0]}x{kernel[1]} convolution of stride {stride[0]}, h a 3x3 one"
         if options.norm == "InstanceNorm2d":
-            reason = "InstanceNorm on the input's part of the gates"
+            reason = "InstanceNorm on the input convolution"
         cell = _lstm_cell(options.out_channels, reason, separable=options.separable_hidden)
     else:
         cell = _gru_cell(options.in_channels, options.out_channels, separable=options.separable_hidden)
@@ -109,21 +104,23 @@ def conv_rnn(options: ConvRNNOptions) -> CellModel:
 
 
 def cell_model(target: str, arguments: Mapping[str, Any]) -> CellModel:
-    """One of upstream's cells by itself: "ConvLSTMCell" (its x holds gate pre-activations) or "ConvGRUCell"."""
+    """Build one of upstream's cells alone: "ConvLSTMCell" (its x is the gates' pre-activations) or "ConvGRUCell"."""
     kwargs = dict(arguments)
     separable = str(kwargs.pop("conv_func", "")).endswith("DepthWiseSeparableConv2d")
     hard = bool(kwargs.pop("hard", False))
     if _pair(kwargs.pop("kernel_size", 3)) != (3, 3):
-        raise ValueError("kernel_size: upstream pads the cells by 1, so 3 keeps the size of the state")
+        raise ValueError("kernel_size: expected 3 (upstream pads the cells by 1)")
     if target == "ConvLSTMCell":
         hidden = int(kwargs.pop("hidden_dim"))
-        lstm = _lstm_cell(hidden, "its input holds gate pre-activations", separable=separable, hard=hard)
+        lstm = _lstm_cell(hidden, "its input is the gates' pre-activations", separable=separable, hard=hard)
         model = CellModel(lstm, 4 * hidden)
     elif target == "ConvGRUCell":
         inputs, hidden = int(kwargs.pop("in_channels")), int(kwargs.pop("out_channels"))
         dilation, padding = _pair(kwargs.pop("dilation", 1)), _pair(kwargs.pop("padding", 1))
         if _pair(kwargs.pop("stride", 1)) != (1, 1) or padding != dilation:
-            raise ValueError("stride, padding: the candidate keeps the size with stride 1 and padding = dilation")
+            raise ValueError(
+                "stride, padding: expected stride 1 and padding = dilation, which keep the size of the state"
+            )
         model = CellModel(_gru_cell(inputs, hidden, separable=separable, hard=hard, dilation=dilation), inputs)
     else:
         raise ValueError(f"target: expected ConvRNN, ConvLSTMCell or ConvGRUCell, got {target!r}")
@@ -133,14 +130,14 @@ def cell_model(target: str, arguments: Mapping[str, Any]) -> CellModel:
 
 
 class _InstanceNorm(nn.Module):
-    """InstanceNorm2d without weights, with the frame's own statistics, in at least float32."""
+    """InstanceNorm2d without weights, with the statistics of the frame, in at least float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.instance_norm(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
 def _lstm_cell(hidden: int, reason: str, *, separable: bool = False, hard: bool = False) -> ModuleLSTMCell:
-    # A 3x3 identity in W_x would cost 4C x 4C taps for nothing, so the sum stays two ordinary nodes.
+    # x is added as it is. As W_x of the op it would need a 4C x 4C identity convolution.
     conv = _separable_conv(hidden, 4 * hidden) if separable else nn.Conv2d(hidden, 4 * hidden, 3, padding=1)
     return ModuleLSTMCell(hidden, _SEPARABLE if separable else reason, map_h=conv, gates="hard" if hard else "soft")
 
@@ -154,7 +151,7 @@ def _gru_cell(
     conv_zr: nn.Module = _separable_conv(both, 2 * hidden) if separable else nn.Conv2d(both, 2 * hidden, 3, padding=1)
     conv_n: nn.Module = nn.Conv2d(both, hidden, 3, padding=dilation, dilation=dilation)
     if separable:
-        # Multiplied out, a separable convolution is a plain one of about nine times the work.
+        # Merged into one plain convolution, a separable one would cost about nine times as much.
         depthwise = nn.Conv2d(both, both, 3, padding=dilation, dilation=dilation, groups=both)
         conv_n = nn.Sequential(depthwise, nn.Conv2d(both, hidden, 1))
     reason = _SEPARABLE if separable else "dilated candidate convolution"
@@ -162,7 +159,7 @@ def _gru_cell(
 
 
 def _separable_conv(inputs: int, outputs: int) -> nn.Sequential:
-    """A depthwise 3x3 convolution, then a 1x1 one."""
+    """Depthwise 3x3 convolution followed by a 1x1 convolution."""
     return nn.Sequential(nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs), nn.Conv2d(inputs, outputs, 1))
 
 
@@ -174,7 +171,7 @@ def _input_conv(options: ConvRNNOptions, outputs: int) -> nn.Module:
     if options.separable:
         middle = inputs * options.depth_multiplier
         if options.groups != 1:
-            raise ValueError(f"groups: a separable convolution sets its own, got {options.groups}")
+            raise ValueError(f"groups: expected 1 with a separable convolution, got {options.groups}")
         depthwise = nn.Conv2d(inputs, middle, kernel, stride, padding, dilation, groups=inputs, padding_mode=mode)
         conv: nn.Module = nn.Sequential(depthwise, nn.Conv2d(middle, outputs, 1))
     else:

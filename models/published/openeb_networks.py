@@ -1,7 +1,7 @@
 """FireNet and the event-to-video U-Net of OpenEB (prophesee-ai/openeb) as step models.
 
 FireNet: Scheerlinck et al. 2020, as used by Chiberre et al. 2021 (stable keypoints from events).
-U-Net: after Rebecq et al. 2019 (E2VID), with a ConvRNN in every encoder and decoder.
+U-Net: based on Rebecq et al. 2019 (E2VID), with a ConvRNN in every encoder and decoder.
 BatchNorm is folded into the convolutions.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from stepcell.contract import StateSpec, TensorSpec
 from stepcell.dims import Dim
 from stepcell.event_spec import EventSpec, EventWindow
+from stepcell.models.cell_model import CellModel
 from stepcell.models.published.openeb import ConvRNNOptions, conv_rnn
-from stepcell.models.separable import CellModel
 
 __all__ = ["EventToVideo", "FireNet"]
 
@@ -30,9 +30,9 @@ class FireNet(nn.Module):
 
     Args:
         cin: channels of the event frame.
-        cout: channels of the result.
+        cout: channels of y.
         base: channels of the features, a multiple of 4.
-        event_window: the events of one step, as `EventWindow.parse` takes it; OpenEB's demo has 5 ms.
+        event_window: events of one step, in the notation of `EventWindow.parse`; OpenEB's demo uses 5 ms.
     """
 
     def __init__(self, cin: int = 1, cout: int = 1, base: int = 12, event_window: str = "5ms") -> None:
@@ -41,7 +41,7 @@ class FireNet(nn.Module):
             raise ValueError(f"base: expected a multiple of 4, got {base}")
         self.inputs = [_events(cin, event_window)]
         self.outputs = [TensorSpec(name="y", shape=("batch", cout, "height", "width"), layout="NCHW")]
-        # Upstream's names; they are not in the order of execution.
+        # Upstream's names, which do not follow the order of execution.
         self.conv0, self.conv1 = _ExciteBlock(cin, base), _ExciteBlock(base, base)
         self.conv3, self.conv4 = (conv_rnn(ConvRNNOptions(base, base)) for _ in range(2))
         self.pred = nn.Conv2d(base, cout, 3, padding=1)
@@ -54,7 +54,7 @@ class FireNet(nn.Module):
 
 
 class EventToVideo(nn.Module):
-    """Step model: x (batch, in_channels, height, width) -> gray, flow and the features y they are made of.
+    """Step model: x (batch, in_channels, height, width) -> gray, flow, and the features y that both are computed from.
 
     States h_unet_encoders_K and h_unet_decoders_K (and c_... with lstm cells); every level down
     halves height and width, rounding down.
@@ -65,7 +65,8 @@ class EventToVideo(nn.Module):
         num_layers: levels of the U-Net.
         base: channels of the head; level K has base * 2 ** K.
         cell: "lstm" or "gru".
-        event_window: as for `FireNet`; OpenEB's demo has 30 ms or 30,000 events, whichever come first.
+        event_window: events of one step, as for `FireNet`; OpenEB's demo uses 30 ms or 30,000 events,
+            whichever comes first.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class EventToVideo(nn.Module):
         self.middle = nn.Sequential(
             _ResidualBlock(widths[-1], 2 * widths[-1]), _ResidualBlock(2 * widths[-1], 2 * widths[-1])
         )
-        # The decoder beside level K reads what is below it, twice as wide as its own result, and the skip.
+        # The decoder of level K reads the output of the level below, with twice its channels, and the skip connection.
         decoders, below = [], 2 * widths[-1]
         for width, skip in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True):
             decoders.append(conv_rnn(ConvRNNOptions(below + skip, width, cell=cell)))
@@ -128,7 +129,7 @@ class EventToVideo(nn.Module):
         skips = []
         for encoder in self.encoders:
             skips.append(y)
-            # Bilinear sampling at exactly half the size, without aligned corners, is the mean of 2x2 pixels.
+            # Bilinear resizing to exactly half the size, without aligned corners, is the mean of 2x2 pixels.
             y = recur(encoder, F.avg_pool2d(y, 2))
         y = self.middle(y)
         for decoder in self.decoders:
@@ -139,7 +140,7 @@ class EventToVideo(nn.Module):
 
 
 class _ExciteBlock(nn.Module):
-    """Two 3x3 convolutions with ReLU, squeeze-and-excitation (Hu et al. 2018), and the input added."""
+    """Two 3x3 convolutions with ReLU, squeeze-and-excitation (Hu et al. 2018), residual connection."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -151,7 +152,7 @@ class _ExciteBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.conv2(F.relu(self.conv1(x))))
-        # A mean over a whole map needs more digits than float16 sums have.
+        # A sum over a whole map exceeds the precision of float16.
         mean = y.to(torch.promote_types(y.dtype, torch.float32)).mean((2, 3), keepdim=True).to(y.dtype)
         y = y * torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))
         result: Tensor = y + (x if self.downsample is None else self.downsample(x))
@@ -159,7 +160,7 @@ class _ExciteBlock(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with ReLU, the input added (through a 1x1 where widths differ), ReLU."""
+    """Two 3x3 convolutions with ReLU, residual connection (1x1 convolution if the widths differ), ReLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ def _states(suffix: str, layer: CellModel, divisor: int = 1) -> Sequence[StateSp
 
 
 def _events(channels: int, window: str) -> TensorSpec:
-    """Upstream's event_volume has a bin for each channel of the input."""
+    """Event input; upstream's event_volume has one bin per channel."""
     spec = EventSpec(
         representation="event_volume", bins=channels, window=EventWindow.parse(window, subject="event_window")
     )

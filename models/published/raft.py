@@ -1,4 +1,4 @@
-"""Recurrent parts of RAFT (arXiv 2003.12039) and RAFT-Stereo (arXiv 2109.07547) as step models."""
+"""Recurrent modules of RAFT (arXiv 2003.12039) and RAFT-Stereo (arXiv 2109.07547) as step models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAP = ("height", "width")
 
 
 class SepConvGRUCell(nn.Module):
-    """Two ConvGRU updates of one state in a step: 1x5, then 5x1 on the new state and the same x."""
+    """Two ConvGRU updates of one state per step: 1x5, then 5x1 on the updated state and the same x."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class SepConvGRU(nn.Module):
 
 
 class ContextGRUCell(nn.Module):
-    """A ConvGRU whose pre-activations get a map each: a_z + c_z, a_r + c_r, a_n + c_n.
+    """ConvGRU with a context map added to each pre-activation: a_z + c_z, a_r + c_r, a_n + c_n.
 
-    The fused op could carry the maps as 3C more input channels with identity weights at the centre
-    tap. That is exact, but nearly all of the 9C^2 k^2 products per pixel would be zeros (twice the
-    arithmetic at RAFT-Stereo's 128 channels with 256 inputs), where the maps are three additions.
+    The fused op could take the maps as 3C more input channels with identity weights at the centre tap.
+    This would be exact, but nearly all of the 9C^2 k^2 products per pixel would be zeros (twice the
+    arithmetic for RAFT-Stereo's 128 channels and 256 inputs), instead of three additions.
     """
 
     def __init__(self, input_size: int, hidden_size: int, kernel_size: int) -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size: odd, so that the state keeps its size, got {kernel_size}")
+            raise ValueError(f"kernel_size: expected an odd one, which keeps the size of the state, got {kernel_size}")
         self.hidden_size, self.kernel_size = hidden_size, kernel_size
         joined, padding = input_size + hidden_size, kernel_size // 2
         self.gates = nn.Conv2d(joined, 2 * hidden_size, kernel_size, padding=padding)
@@ -64,7 +64,7 @@ class ContextGRUCell(nn.Module):
     def forward(self, x: Tensor, c_z: Tensor, c_r: Tensor, c_n: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(h.dtype, torch.float32)
         state = h.to(wide)
-        # the form of the op's function, so that TensorRT fuses it into as few kernels
+        # Same form as the op's function, so that TensorRT fuses it into as few kernels.
         a_z, a_r = self.gates(torch.cat([x, h.to(x.dtype)], dim=1)).chunk(2, dim=1)
         z = torch.sigmoid(a_z.to(wide) + c_z.to(wide))
         r = torch.sigmoid(a_r.to(wide) + c_r.to(wide))
@@ -86,10 +86,10 @@ class ContextGRUCell(nn.Module):
 
 
 class ContextConvGRU(nn.Module):
-    """Step model: x0, x1, ... joined in order, context maps cz, cr, cq, one state h -> y, the new state.
+    """Step model: x0, x1, ... (concatenated), context maps cz, cr, cq, one state h -> y, the new state.
 
     Args:
-        inputs: channels of each x; by default x0 and x1 share `input_size` as the frames decide.
+        inputs: channels of each x; by default x0 and x1, with `input_size` channels together.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class ContextConvGRU(nn.Module):
     ) -> None:
         super().__init__()
         channels: list[int | str] = ["split", f"{input_size} - split"] if inputs is None else list(inputs)
-        # different from each other, or the tracer would take them for the same size
+        # The two example sizes differ, otherwise the tracer would treat them as the same symbol.
         self.examples = {"split": input_size // 2 + 1} if inputs is None else {}
         if inputs is not None and (sum(inputs) != input_size or min(inputs) < 1):
-            raise ValueError(f"inputs: positive numbers that sum to input_dim ({input_size}), got {list(inputs)}")
+            raise ValueError(f"inputs: expected positive numbers with sum input_dim ({input_size}), got {list(inputs)}")
         if inputs is None and input_size < 4:
-            raise ValueError(f"inputs: needed for an input_dim below 4, got none for {input_size}")
+            raise ValueError(f"inputs: required for an input_dim below 4, got none for {input_size}")
         self.input_size = input_size
         self.inputs = [
             TensorSpec(name=name, shape=("batch", size, *_MAP), layout="NCHW")
@@ -120,10 +120,10 @@ class ContextConvGRU(nn.Module):
 
 
 class _UpdateBlock(nn.Module):
-    """What both update blocks share: motion features, a GRU on [context, motion], a flow head.
+    """Base of both update blocks: motion features, a GRU on [context, motion], a flow head.
 
-    inputs: corr (correlation volume samples), flow, inp (context); state: net; outputs: y, the
-    change of the flow, and where there is one the upsampling mask.
+    inputs: corr (samples of the correlation volume), flow, inp (context); state: net; outputs: y (the
+    change of the flow) and, in a BasicUpdateBlock, mask (the upsampling weights).
     """
 
     def __init__(self, corr: int, context: int, hidden: int, *, mask: int = 0) -> None:
@@ -141,7 +141,7 @@ class _UpdateBlock(nn.Module):
 
 
 class BasicUpdateBlock(_UpdateBlock):
-    """RAFT's update operator: SepConvGRU and an upsampling mask for 8x8 blocks of 9 weights."""
+    """Update operator of RAFT: SepConvGRU and an upsampling mask with 9 weights for each of 8x8 pixels."""
 
     def __init__(self, corr: int, hidden: int) -> None:
         super().__init__(corr, hidden, hidden, mask=64 * 9)
@@ -159,7 +159,7 @@ class BasicUpdateBlock(_UpdateBlock):
 
 
 class SmallUpdateBlock(_UpdateBlock):
-    """The update operator of the small RAFT: one ConvGRU, 64 channels of context, no mask."""
+    """Update operator of the small RAFT: one ConvGRU, 64 channels of context, no mask."""
 
     def __init__(self, corr: int, hidden: int) -> None:
         super().__init__(corr, 64, hidden)

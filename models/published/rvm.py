@@ -1,4 +1,4 @@
-"""The recurrent decoder of Robust Video Matting (Lin et al. 2021, arXiv 2108.11515) as a step model."""
+"""Recurrent decoder of Robust Video Matting (Lin et al. 2021, arXiv 2108.11515) as a step model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _RGB = 3
 
 
 def _scaled(size: str, by: int) -> str:
-    """The size after log2(by) halvings that round up."""
+    """Expression for the size after log2(by) halvings, each rounded up."""
     return f"({size} + {by - 1}) // {by}"
 
 
 def decoder_states(
     bottleneck: int, decoder_channels: Sequence[int], height: str = "height", width: str = "width"
 ) -> list[StateSpec]:
-    """r1 to r4 for an image of this size: half of the channels at 1/2, 1/4, 1/8 and 1/16 of it."""
+    """States r1 to r4 for an image of this size: half of the channels, at 1/2, 1/4, 1/8 and 1/16 of the size."""
     channels = [decoder_channels[2], decoder_channels[1], decoder_channels[0], bottleneck]
     return [
         StateSpec(name=f"r{level}", shape=("batch", size // 2, _scaled(height, 2**level), _scaled(width, 2**level)))
@@ -34,7 +34,7 @@ def decoder_states(
 
 
 class _Bottleneck(nn.Module):
-    """A ConvGRU on the second half of the channels; the first half passes."""
+    """ConvGRU on the second half of the channels; the first half is passed through."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Bottleneck(nn.Module):
 
 
 class _Up(nn.Module):
-    """Twice the size, cut to that of the image at this level, joined with feature and image."""
+    """Upsampling by 2, cropped to the image at this level and concatenated with feature and image."""
 
     def __init__(self, below: int, feature: int, channels: int) -> None:
         super().__init__()
@@ -64,8 +64,12 @@ class RecurrentDecoder(nn.Module):
     """Step model: image s0 and features f1 to f4 at 1/2 to 1/16 of it, rounded up -> y at full size.
 
     Args:
-        feature_channels: of f1 to f4; that of f4 is even.
-        decoder_channels: after the levels at 1/8, 1/4, 1/2 and 1 of the size; the first three even.
+        feature_channels: channels of f1 to f4; that of f4 is even.
+        decoder_channels: channels after the levels at 1/8, 1/4, 1/2 and 1 of the size; the first three
+            are even.
+
+    Raises:
+        ValueError: not four of each, or an odd number of channels in front of a ConvGRU.
     """
 
     def __init__(self, feature_channels: Sequence[int], decoder_channels: Sequence[int]) -> None:
@@ -75,8 +79,8 @@ class RecurrentDecoder(nn.Module):
                 raise ValueError(f"{name}: expected four, got {list(sizes)}")
         if any(size % 2 for size in (feature_channels[3], *decoder_channels[:3])):
             raise ValueError(
-                "feature_channels, decoder_channels: half of them remember, so f4's and the first three of the "
-                f"decoder are even, got {list(feature_channels)} and {list(decoder_channels)}"
+                "feature_channels, decoder_channels: expected even numbers for f4 and the first three of the decoder "
+                f"(a ConvGRU takes half of them), got {list(feature_channels)} and {list(decoder_channels)}"
             )
         shapes: list[tuple[Dim, ...]] = [("batch", _RGB, "height", "width")]
         for level, size in enumerate(feature_channels, start=1):
@@ -125,6 +129,6 @@ def _halved(image: Tensor) -> Tensor:
 
 
 def _upsampled(x: Tensor, like: Tensor) -> Tensor:
-    # cut after doubling: resizing to an odd size directly would sample at other places
+    # Cropped after doubling: resizing directly to an odd size would sample at other positions.
     x = F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
     return x[:, :, : like.shape[2], : like.shape[3]]

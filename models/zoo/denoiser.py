@@ -1,7 +1,7 @@
-"""A small recurrent video denoiser: encoder, ConvGRU at half resolution, decoder.
+"""Recurrent video denoiser: encoder, ConvGRU at half resolution, decoder.
 
-It removes noise from a stream frame by frame. The ConvGRU remembers what it has seen of the
-scene, so a static part of the picture is averaged over time while a moving one is not smeared.
+It denoises a stream frame by frame. The hidden state averages static parts of the scene over time
+without blurring moving ones.
 """
 
 from __future__ import annotations

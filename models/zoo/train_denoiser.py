@@ -1,8 +1,8 @@
-"""Train the zoo's denoiser on real clips; the held-out clip is never read here.
+"""Training script of the denoiser of the zoo; it does not read the held-out clip.
 
     python -m stepcell.models.zoo.train_denoiser -o denoiser.safetensors
 
-About an hour on 2 CPU cores. The loss it prints is on training crops.
+Takes about an hour on 2 CPU cores. The PSNR that it prints is that of training crops.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from stepcell.models.step import run_sequence
 from stepcell.models.zoo.clips import TRAINING, read_clip
 from stepcell.models.zoo.denoiser import Denoiser
 
-# A clip at several scales: shrinking by area averaging removes the codec's blur and blocks, and
-# shows the network fine detail that must not be smoothed away.
+# Scales of each clip: shrinking by area averaging removes the codec's blur and blocks and gives the
+# network fine detail to preserve.
 SCALES = (1, 2, 3)
 LEARNING_RATE = 2e-3
 NOISE = (10.0, 40.0)  # standard deviations seen in training, in 0 to 255
@@ -30,7 +30,7 @@ NOISE = (10.0, 40.0)  # standard deviations seen in training, in 0 to 255
 def sample(
     clips: list[NDArray[np.uint8]], rng: np.random.Generator, batch: int, steps: int, crop: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean and noisy crops (T, B, 3, crop, crop) in [0, 1], flipped, transposed and reversed at random."""
+    """Random clean and noisy crops (T, B, 3, crop, crop) in [0, 1], flipped, transposed and time-reversed at random."""
     pixels = np.array([clip.size for clip in clips], dtype=np.float64)
     clean = np.empty((steps, batch, 3, crop, crop), np.float32)
     for b, index in enumerate(rng.choice(len(clips), batch, p=pixels**0.5 / (pixels**0.5).sum())):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from stepcell.contract import InitialValue, StateSpec, StepContract
 from stepcell.errors import InputError, OutputError, StateError
+from stepcell.family_names import first_name
 from stepcell.files import atomic_path, read_bytes
 
 __all__ = ["Snapshot", "contract_hash", "read_snapshot", "write_snapshot"]
@@ -61,7 +62,7 @@ def identity(contract: StepContract) -> dict[str, Any]:
     """
     source = contract.source
     return {
-        "family": contract.family,
+        "family": first_name(contract.family),
         "module": source.get("module"),
         "arguments": source.get("arguments"),
         # Of the checkpoint, or of the ONNX file that was adopted.

@@ -26,8 +26,12 @@ def _list_families(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         return
     _require_torch()
     from stepcell.exporter import FAMILIES
+    from stepcell.family_names import first_name
 
-    rows = [[f.name, f.summary, ", ".join(f.arguments)] for f in FAMILIES.values()]
+    rows = []
+    for family in FAMILIES.values():
+        alias = "" if first_name(family.name) == family.name else f" (alias {first_name(family.name)})"
+        rows.append([family.name + alias, family.summary, ", ".join(family.settings)])
     table("", ["family", "what it is", "--set keys"], rows, to_stdout=True)
     ctx.exit()
 
@@ -136,7 +140,7 @@ def _load(
     checkpoint: Path | None, family: str | None, module: str | None, arguments: dict[str, Any], shapes: dict[str, Any]
 ) -> tuple[nn.Module, str, dict[str, object]]:
     from stepcell.exporter import load_checkpoint, step_model
-    from stepcell.exporter.from_checkpoint.families import load_strictly
+    from stepcell.exporter.from_checkpoint.step_model import load_strictly
     from stepcell.exporter.from_module.factory import module_from_factory
 
     if module is None:

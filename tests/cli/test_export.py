@@ -115,6 +115,7 @@ def test_list_families() -> None:
     result = call("export", "--list-families")
     assert result.exit_code == 0
     assert "denoiser" in result.stdout
+    assert "pooled_gru_heads (alias seed000_gru_heads)" in " ".join(result.stdout.split())
 
 
 def test_every_command_has_help_with_examples() -> None:

@@ -1,8 +1,9 @@
-"""Golden cases: vectors recorded from public implementations, one folder each.
+"""Golden cases: recorded runs of public implementations, and their comparison with exported files.
 
-A case holds `checkpoint.pth` (upstream's state_dict), `io.npz` (inputs, states, outputs in float32,
-and in float64 as `NAME_f64`) and `case.json` (constructor, layouts, resets, tolerance). They lie in
-the folder named by STEPCELL_GOLDEN, or beside the checkout; a few are kept in `tests/data/golden`.
+A case is a folder FAMILY/CASE with `checkpoint.pth` (upstream's state_dict), `io.npz` (inputs, states
+and outputs in float32; outputs in float64 as `NAME_f64`) and `case.json` (constructor, layouts, resets,
+tolerance); docs/adding-a-family.md describes the fields. All recorded cases are in the folder that the
+environment variable STEPCELL_GOLDEN names; a small case of most families is in `tests/data/golden`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from stepcell.errors import StepcellError
-from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
+from stepcell.exporter import export_onnx, find_family, load_checkpoint, step_model
+from stepcell.family_names import current_name
 from stepcell.runtime import StepLoop
 
 __all__ = ["KEPT", "RECORDED", "ROOT", "Case", "find_cases", "worst_error"]
@@ -35,17 +37,21 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded run."""
+    """One recorded run.
+
+    Attributes:
+        path: its folder; the name of the parent folder is the family's name or former name.
+    """
 
     path: Path
 
     @property
-    def system(self) -> str:
-        return self.path.parent.name
+    def family(self) -> str:
+        return current_name(self.path.parent.name)
 
     @property
     def name(self) -> str:
-        return f"{self.system}/{self.path.name}"
+        return f"{self.family}/{self.path.name}"
 
     @cached_property
     def meta(self) -> dict[str, Any]:
@@ -62,13 +68,13 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `--set` gets: upstream's constructor arguments, and how it was run."""
-        known = FAMILIES[self.system].arguments
+        """Arguments for `--set`: those of upstream's constructor and of the run."""
+        known = find_family(self.family).settings
         return {**self.meta["constructor"], **{k: v for k, v in self.meta["run_options"].items() if k in known}}
 
     @property
     def inputs(self) -> dict[str, tuple[Array, bool]]:
-        """Each input with time first where it has time, and whether it has."""
+        """Each input, time axis first if it has one, and whether it has one."""
         found = {}
         for name, array in self.meta["arrays"].items():
             if array["role"] == "input":
@@ -82,11 +88,11 @@ class Case:
 
     @property
     def resets(self) -> dict[int, list[bool]]:
-        """Rows to clear before each step; upstream's masks say 1 for keep."""
+        """Rows to reset before each step; in upstream's masks 1 means keep."""
         return {event["before_step"]: [not keep for keep in event["mask"]] for event in self.meta["events"]}
 
     def states(self, kind: str) -> dict[str, Array]:
-        """`init` or `final` states by name; a layered one (L, B, F) becomes one per layer."""
+        """`init` or `final` states by name; a state of all layers (L, B, F) is split into one per layer."""
         found = {}
         for key, array in self.meta["arrays"].items():
             if key.startswith(f"{kind}_") and not key.endswith("_f64") and "state" in array["role"]:
@@ -112,27 +118,27 @@ class Case:
         return np.moveaxis(array, layout.index("T"), 0) if "T" in layout else array
 
 
-def find_cases(system: str | None = None, places: Sequence[Path] = PLACES) -> list[Case]:
-    """Every case of a system (or of all) that lies in one of the places."""
+def find_cases(family: str | None = None, places: Sequence[Path] = PLACES) -> list[Case]:
+    """All cases of a family, or of all families, in these folders."""
     paths = [path for place in places for path in sorted(place.glob("*/*/case.json"))]
-    return [case for case in map(Case, (path.parent for path in paths)) if system in (None, case.system)]
+    return [case for case in map(Case, (path.parent for path in paths)) if family in (None, case.family)]
 
 
 def worst_error(
     case: Case, folder: Path, precision: str = "float32", change: Callable[[nn.Module], None] = lambda _: None
 ) -> dict[str, float]:
-    """Export the case's checkpoint, step the file through its frames, and compare.
+    """Export the case's checkpoint, run the file over the recorded frames and compare.
 
     Args:
-        change: done to the canonical model before the export, to see that a mistake would show.
+        change: applied to the step model before the export, to show that a mistake is detected.
 
     Returns:
         Largest absolute difference to upstream in float64, over all steps, per output and state.
     """
-    model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), case.system, case.settings)
+    model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), case.family, case.settings)
     change(model)
     path = folder / f"{case.path.name}-{precision}.onnx"
-    export_onnx(model, path, precision=precision, family=case.system)  # type: ignore[arg-type]
+    export_onnx(model, path, precision=precision, family=case.family)  # type: ignore[arg-type]
     worst: dict[str, float] = {}
 
     def compare(name: str, got: Array, truth: Array) -> None:
@@ -165,7 +171,7 @@ def worst_error(
 
 
 def _zeros(shape: tuple[Any, ...], case: Case) -> Array:
-    """The input of a case that was recorded without one: upstream feeds zeros."""
+    """Input of a case that was recorded without one; upstream feeds zeros then."""
     batch, *_, height, width = next(iter(case.states("final").values())).shape
     sizes = {"batch": batch, "height": height, "width": width}
     return np.zeros([sizes[dim] if isinstance(dim, str) else dim for dim in shape], np.float32)

@@ -1,7 +1,7 @@
-"""Write docs/families.md: every family, and what the golden cases give.
+"""Write docs/families.md: the list of families and the errors measured on the golden cases.
 
-python -m tests.golden.report             all of it, some minutes
-python -m tests.golden.report --families  the list of families; the measured table stays
+python -m tests.golden.report             both parts; takes some minutes
+python -m tests.golden.report --families  the list of families only; the measured table stays
 """
 
 from __future__ import annotations
@@ -14,30 +14,32 @@ import onnx
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.exporter import FAMILIES
+from stepcell.family_names import first_name
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from tests.golden.cases import RECORDED, ROOT, Case, find_cases, worst_error
 
 DOCUMENT = ROOT / "docs" / "families.md"
-HEAD = """# Families
+HEAD = """# Model families
 
-What `stepcell export --family NAME` knows. `--set KEY=VALUE` takes upstream's own argument names; most
-are read from the tensors. `stepcell export --list-families` prints the same list.
+`stepcell export --family NAME` exports checkpoints of these published models. `--set KEY=VALUE` takes
+upstream's own argument names; most values are inferred from the tensors. `stepcell export --list-families`
+prints the same list. [adding-a-family.md](adding-a-family.md) shows how to add one.
 
-| family | what it is | `--set` keys |
+| family | model | `--set` keys |
 |---|---|---|
 """
 CASES = """
-## Equal to upstream
+## Agreement with upstream
 
-Vectors recorded from the public implementations, none of them run by stepcell: each checkpoint is
-exported, stepped through `StepLoop` with the case's initial states and resets, and compared with
-upstream in float64 at every step and in the final states. Written by `python -m tests.golden.report`;
-the same comparison runs in every CI run that finds the vectors.
+Each case is a recorded run of the public implementation. Its checkpoint is exported, run by `StepLoop`
+with the case's initial states and resets, and compared with upstream's float64 outputs at every step and
+with its final states. `python -m tests.golden.report` writes this table; the test suite repeats the
+comparison wherever the recorded cases are available.
 
-"Cells" counts recurrent cells that are one fused op / that are ordinary nodes (`stepcell inspect` says
-why). "Engine" is the float16 file built by TensorRT-RTX, without a GPU. The float16 error is the
-float16 graph with float32 states in ONNX Runtime.
+"Cells" is the number of recurrent cells exported as one fused op / as ordinary nodes (`stepcell inspect`
+gives the reason). "Engine" is the size of the float16 engine built by TensorRT-RTX, without a GPU. The
+float16 error is that of the float16 graph with float32 states in ONNX Runtime.
 
 | case | max error float32 | tolerance | max error float16 | cells | nodes | engine |
 |---|---|---|---|---|---|---|
@@ -62,19 +64,23 @@ def row(case: Case, folder: Path) -> str:
 
 
 def families() -> str:
-    """The list of families."""
+    """First part: the list of families."""
     text = HEAD
     for family in FAMILIES.values():
         keys = "; ".join(f"`{key}` {meaning}" for key, meaning in family.arguments.items())
-        text += f"| {family.name} | {family.summary} | {keys} |\n"
+        if family.ignored:
+            keys += "; accepted and ignored: " + ", ".join(f"`{key}`" for key in family.ignored)
+        former = first_name(family.name)
+        alias = "" if former == family.name else f" (alias {former})"
+        text += f"| {family.name}{alias} | {family.summary} | {keys} |\n"
     return text
 
 
 def measured() -> str:
-    """The table of cases, measured now."""
+    """Second part: the table of cases, measured now."""
     text = CASES
     for case in find_cases(places=[RECORDED]):
-        if case.system in FAMILIES:
+        if case.family in FAMILIES:
             with tempfile.TemporaryDirectory() as folder:
                 text += row(case, Path(folder))
             print(case.name)
@@ -84,7 +90,7 @@ def measured() -> str:
 def main() -> None:
     """Write the document."""
     if sys.argv[1:] == ["--families"]:
-        _, heading, rest = DOCUMENT.read_text().partition("\n## Equal to upstream")
+        _, heading, rest = DOCUMENT.read_text().partition("\n## Agreement with upstream")
         DOCUMENT.write_text(families() + heading + rest)
     else:
         DOCUMENT.write_text(families() + measured())

@@ -1,4 +1,4 @@
-"""Every golden case of every known family: exported, stepped, equal to upstream."""
+"""Golden cases of every family: the exported file equals upstream, and a wrong convention is detected."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.exporter import FAMILIES
+from stepcell.exporter.from_checkpoint.families.registry import PUBLISHED
 from stepcell.models import ConvGRUCell, ConvLSTMCell
 from tests.golden.cases import KEPT, RECORDED, Case, find_cases, worst_error
 from tests.golden.report import DOCUMENT, families
 
-CASES = [case for case in find_cases() if case.system in FAMILIES]
+CASES = [case for case in find_cases() if case.family in FAMILIES]
 
 
 def label(case: Case) -> str:
@@ -36,11 +37,10 @@ def test_the_document_lists_every_family() -> None:
 def test_every_published_family_has_a_case() -> None:
     if not RECORDED.is_dir():
         pytest.skip(f"needs all recorded cases in {RECORDED}; STEPCELL_GOLDEN names another folder")
-    published = set(FAMILIES) - {"denoiser", "convgru", "convlstm", "gru", "lstm"}
-    assert published == {case.system for case in CASES}
+    assert {family.name for family in PUBLISHED} == {case.family for case in CASES}
 
 
-# Mistakes that load without an error, applied on purpose: each must be off by far more than the tolerance.
+# Wrong conventions that load without an error: each must give an error far beyond the tolerance.
 
 
 def _cell(model: nn.Module) -> ConvGRUCell | ConvLSTMCell:
@@ -81,7 +81,7 @@ def reset_placement(model: nn.Module) -> None:
 
 
 def padding(model: nn.Module) -> None:
-    """Everything one pixel to the right, as with all the padding on one side."""
+    """All kernels shifted by one pixel, as with all padding on one side."""
     cell = _cell(model)
     cell.weight_x.data.copy_(cell.weight_x.roll(1, dims=3))
     cell.weight_h.data.copy_(cell.weight_h.roll(1, dims=3))
@@ -92,7 +92,7 @@ def hard_gates(model: nn.Module) -> None:
 
 
 def packing(model: nn.Module) -> None:
-    """i, f, g, o as torch.nn.LSTM has it, in place of i, f, o, g."""
+    """Gates in the order i, f, g, o of torch.nn.LSTM instead of i, f, o, g."""
     cell = _cell(model)
     for parameter in (cell.weight_x, cell.weight_h, cell.bias):
         _reorder(parameter, [0, 1, 3, 2], 4)
@@ -102,9 +102,9 @@ MISTAKES = [(change, "rvm_convgru") for change in (gate_order, concatenation_ord
 MISTAKES += [(padding, "rvm_convgru"), (hard_gates, "rvm_convgru"), (packing, "ndrplz_convlstm")]
 
 
-@pytest.mark.parametrize(("change", "system"), MISTAKES, ids=[change.__name__ for change, _ in MISTAKES])
-def test_a_wrong_convention_does_not_pass(change: Callable[[nn.Module], None], system: str, tmp_path: Path) -> None:
-    case = find_cases(system, [RECORDED, KEPT])[0]
+@pytest.mark.parametrize(("change", "family"), MISTAKES, ids=[change.__name__ for change, _ in MISTAKES])
+def test_a_wrong_convention_does_not_pass(change: Callable[[nn.Module], None], family: str, tmp_path: Path) -> None:
+    case = find_cases(family, [RECORDED, KEPT])[0]
     error = max(worst_error(case, tmp_path, change=change).values())
     print(f"{change.__name__}: off by {error:.2f}")
     assert error > 1000 * case.tolerance

@@ -1,4 +1,4 @@
-"""What a model family is: how to recognise its checkpoints and build its step model."""
+"""Definition of a model family: how to recognise its checkpoints and build its step model."""
 
 from __future__ import annotations
 
@@ -7,46 +7,55 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-__all__ = ["Family", "NotThisFamily", "identity"]
+__all__ = ["Family", "NotThisFamily", "Tensors"]
 
 Tensors = Mapping[str, Tensor]
 
 
 class NotThisFamily(Exception):
-    """Why a checkpoint is not of a family; listed when no family fits."""
+    """Reason why a checkpoint does not belong to a family; listed when no family matches."""
 
 
-def nothing(_: Mapping[str, Sequence[int]], __: Mapping[str, object]) -> dict[str, object]:
-    """For families whose tensors determine every size."""
-    return {}
-
-
-def identity(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
-    """For families whose checkpoints hold the canonical module's own names."""
+def _same_tensors(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
     return dict(tensors)
+
+
+def _no_arguments(_: Mapping[str, Sequence[int]], __: Mapping[str, object]) -> dict[str, object]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Family:
     """One family of recurrent vision models.
 
+    Arguments have the names that upstream's constructor gives them.
+
     Attributes:
-        name: what `--family` takes.
+        name: value of `--family`.
         summary: one line for `--list-families`.
+        recognise: infers arguments from the names and shapes of the tensors; raises NotThisFamily.
+        build: makes the step model, with random weights, from the arguments.
+        convert: turns the checkpoint's tensors into the step model's state_dict, given the arguments. By
+            default the tensors are taken as they are.
         arguments: keys that `--set` takes, each with its meaning.
-        recognise: arguments inferred from names and shapes of tensors; raises NotThisFamily.
-        build: the canonical step model for these arguments.
-        convert: state_dict of the canonical model from the checkpoint's tensors.
-        from_shapes: arguments that follow from shapes of data inputs (`--shape`), given the others; only
-            what the tensors do not determine.
-        by_name: taken only with `--family`, since its checkpoints are those of another family too.
+        ignored: further keys that `--set` takes: arguments of upstream that do not affect a step. They are
+            passed neither to `build` nor to `convert`.
+        from_shapes: infers arguments that the tensors do not determine from the shapes of the data inputs
+            (`--shape`), given the other arguments.
+        by_name: only used when named by `--family`, because its checkpoints also match another family.
     """
 
     name: str
     summary: str
     recognise: Callable[[Tensors], dict[str, object]]
     build: Callable[..., nn.Module]
-    convert: Callable[[Tensors, Mapping[str, object]], dict[str, Tensor]] = identity
+    convert: Callable[[Tensors, Mapping[str, object]], dict[str, Tensor]] = _same_tensors
     arguments: Mapping[str, str] = field(default_factory=dict)
-    from_shapes: Callable[[Mapping[str, Sequence[int]], Mapping[str, object]], dict[str, object]] = nothing
+    ignored: tuple[str, ...] = ()
+    from_shapes: Callable[[Mapping[str, Sequence[int]], Mapping[str, object]], dict[str, object]] = _no_arguments
     by_name: bool = False
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """All keys that `--set` takes."""
+        return (*self.arguments, *self.ignored)

@@ -18,7 +18,7 @@ def _recognise(gates: int, kind: str) -> Callable[[Tensors], dict[str, object]]:
         if "weight_ih_l0" not in tensors or "weight_hh_l0" not in tensors:
             raise NotThisFamily("no tensor weight_ih_l0 with a weight_hh_l0")
         if any("reverse" in name or name.startswith("weight_hr") for name in tensors):
-            raise NotThisFamily("bidirectional and projected layers cannot be stepped")
+            raise NotThisFamily("bidirectional and projected layers cannot be run one step at a time")
         rows, hidden = tensors["weight_hh_l0"].shape
         if rows != gates * hidden:
             raise NotThisFamily(f"weight_hh_l0 has {rows} rows, a {kind} has {gates} x {hidden}")
@@ -45,7 +45,7 @@ def _convert(
 
 def _build(cell: type[GRUCell] | type[LSTMCell]) -> Callable[..., DenseStack]:
     def build(input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True) -> DenseStack:
-        del bias  # a layer without one converts to a zero bias
+        del bias  # a layer without biases is converted to zero biases
         return DenseStack([cell(input_size if i == 0 else hidden_size, hidden_size) for i in range(num_layers)])
 
     return build
@@ -54,7 +54,7 @@ def _build(cell: type[GRUCell] | type[LSTMCell]) -> Callable[..., DenseStack]:
 _ARGUMENTS = {
     "input_size": "features of the input",
     "hidden_size": "features of the hidden state",
-    "num_layers": "layers on top of each other",
+    "num_layers": "number of stacked layers",
     "bias": "whether the layers have biases",
 }
 

@@ -1,7 +1,7 @@
-"""Weights of published cells, rewritten for the canonical ones. All exact.
+"""Conversion of published cells' weights to those of the canonical cells, without rounding.
 
 A gate is a convolution over a concatenation of x and h: weight (C, Cx + C, kh, kw) and bias (C) or
-None. `blocks` cuts a packed convolution into such gates, in upstream's order.
+None. `blocks` splits a packed convolution into such gates, in upstream's order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ Gate = tuple[Tensor, Tensor | None]
 
 
 def gate(tensors: Mapping[str, Tensor], name: str) -> Gate:
-    """The convolution `name` of a state_dict: `name.weight` and, where there is one, `name.bias`."""
+    """Convolution `name` of a state_dict: `name.weight` and, if there is one, `name.bias`."""
     return tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
 
 
 def blocks(packed: Gate, count: int) -> list[Gate]:
-    """Cut a convolution of several gates, packed along its outputs."""
+    """Split a convolution into `count` gates, packed along its output channels."""
     weight, bias = packed
     biases = bias.chunk(count) if bias is not None else [None] * count
     return list(zip(weight.chunk(count), biases, strict=True))
@@ -34,7 +34,7 @@ def gru_tensors(z: Gate, r: Gate, n: Gate, *, x_first: bool = True, keeps_old: b
     Args:
         z, r, n: update gate, reset gate, candidate; the candidate's hidden part sees r . h.
         x_first: whether x comes before h in the concatenation.
-        keeps_old: upstream blends h' = z . h + (1 - z) . n; its update gate is negated, since
+        keeps_old: whether upstream computes h' = z . h + (1 - z) . n. The update gate is then negated:
             1 - sigmoid(a) = sigmoid(-a).
     """
     sign = -1 if keeps_old else 1
@@ -61,14 +61,14 @@ def lstm_tensors(i: Gate, f: Gate, o: Gate, g: Gate, *, x_first: bool = True) ->
 def fold_norm(
     conv: Gate, norm: Mapping[str, Tensor], *, eps: float = 1e-5, outputs_axis: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """A convolution and the norm behind it, in eval mode, as one convolution.
+    """A convolution and the norm that follows it, in eval mode, as one convolution.
 
     Args:
-        norm: `running_mean` and `running_var`, and `weight` and `bias` where it has them.
-        outputs_axis: of the convolution's weight; 1 in a transposed convolution.
+        norm: `running_mean` and `running_var`, and `weight` and `bias` if it has them.
+        outputs_axis: axis of the output channels in the convolution's weight; 1 in a transposed one.
     """
     weight, mean = conv[0], norm["running_mean"].double()
-    # in float64, so that the result is rounded once
+    # computed in float64, so that the result is rounded once
     scale = torch.rsqrt(norm["running_var"].double() + eps)
     shift = -mean * scale if conv[1] is None else (conv[1].double() - mean) * scale
     if "weight" in norm or "bias" in norm:
@@ -79,12 +79,12 @@ def fold_norm(
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix.`, without it."""
+    """Tensors whose names start with `prefix.`, without it."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under `prefix.`."""
+    """The same tensors with `prefix.` before their names."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stepcell.errors import CheckpointError, InputError, UsageError
-from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
+from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, load_model, step_model
 from stepcell.models import conv_gru_stack, conv_lstm_stack, run_sequence, save_checkpoint
 from stepcell.models.zoo.denoiser import Denoiser
 
@@ -112,6 +112,26 @@ def test_foreign_checkpoint_lists_why_each_family_was_refused(tmp_path: Path) ->
         step_model(load_checkpoint(tmp_path / "c.pth"))
     asked = [family.name for family in FAMILIES.values() if not family.by_name]
     assert all(f"{name}: " in str(caught.value) for name in asked)
+
+
+@pytest.mark.parametrize(("former", "name"), [("seed000_gru_heads", "pooled_gru_heads")])
+def test_a_former_name_of_a_family_stays_valid(former: str, name: str, tmp_path: Path) -> None:
+    torch.save(nn.GRU(6, 4).state_dict(), tmp_path / "c.pth")
+    _, found, arguments = step_model(load_checkpoint(tmp_path / "c.pth"), former, {"head": "gap"})
+    assert found == name
+    model = load_model(tmp_path / "c.pth", former)
+    save_checkpoint(model, tmp_path / "old.safetensors", family=former, arguments=arguments)
+    model, found, again = step_model(load_checkpoint(tmp_path / "old.safetensors"))
+    assert (found, again) == (name, arguments)
+
+
+def test_ignored_arguments_are_accepted_and_do_not_reach_the_builder(tmp_path: Path) -> None:
+    convs = {f"cell_list.0.{name}": nn.Conv2d(5, size, 3) for name, size in (("conv_gates", 4), ("conv_can", 2))}
+    tensors = {f"{name}.{key}": t for name, conv in convs.items() for key, t in conv.state_dict().items()}
+    torch.save(tensors, tmp_path / "c.pth")
+    _, family, arguments = step_model(load_checkpoint(tmp_path / "c.pth"), None, {"dtype": "torch.FloatTensor"})
+    assert family == "happyjin_convgru"
+    assert arguments["dtype"] == "torch.FloatTensor"
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

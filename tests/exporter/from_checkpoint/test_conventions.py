@@ -1,4 +1,4 @@
-"""What checkpoints and constructors of the wild hold beside the recorded cases."""
+"""Checkpoints and constructor arguments beyond the recorded cases."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from stepcell.errors import CheckpointError
 from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
 from stepcell.models import run_sequence
-from stepcell.models.variants import ACTIVATIONS
+from stepcell.models.unfused_cells import ACTIVATIONS
 from stepcell.runtime import StepLoop
 from tests.golden.cases import KEPT, Case, find_cases
 
 KEPT_CASES = find_cases(places=[KEPT])
 
 
-def kept(system: str) -> Case:
-    return find_cases(system, [KEPT])[0]
+def kept(family: str) -> Case:
+    return find_cases(family, [KEPT])[0]
 
 
 def weights(case: Case) -> dict[str, Tensor]:
@@ -48,16 +48,16 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_narrow_weights_are_widened_before_they_are_folded(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     narrow = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights(case).items()}
     wide = {name: t.float() if t.is_floating_point() else t for name, t in narrow.items()}
-    expected = canonical(tmp_path, wide, case.system, case.settings)
-    assert_equal(canonical(tmp_path, narrow, case.system, case.settings), expected)
+    expected = canonical(tmp_path, wide, case.family, case.settings)
+    assert_equal(canonical(tmp_path, narrow, case.family, case.settings), expected)
 
 
 @pytest.mark.parametrize("case", KEPT_CASES, ids=[case.name for case in KEPT_CASES])
 def test_memory_layout_does_not_matter(case: Case, tmp_path: Path) -> None:
     tensors = weights(case)
     strided = {name: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for name, t in tensors.items()}
-    expected = canonical(tmp_path, tensors, case.system, case.settings)
-    assert_equal(canonical(tmp_path, strided, case.system, case.settings), expected)
+    expected = canonical(tmp_path, tensors, case.family, case.settings)
+    assert_equal(canonical(tmp_path, strided, case.family, case.settings), expected)
 
 
 @pytest.mark.parametrize("case", KEPT_CASES, ids=[case.name for case in KEPT_CASES])
@@ -66,7 +66,7 @@ def test_a_tensor_of_another_network_is_refused(case: Case, name: str, tmp_path:
     torch.save({**weights(case), name: torch.zeros(2)}, tmp_path / "c.pth")
     checkpoint = load_checkpoint(tmp_path / "c.pth")
     with pytest.raises(CheckpointError):
-        step_model(checkpoint, case.system, case.settings)
+        step_model(checkpoint, case.family, case.settings)
     with pytest.raises(CheckpointError):
         step_model(checkpoint)
 
@@ -79,7 +79,7 @@ def test_openeb_cell_with_a_tensor_of_another_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("system", "name"),
+    ("family", "name"),
     [
         ("jacobkimmel_convgru", "ConvGRUCell_00.out_gate.bias"),
         ("happyjin_convgru", "cell_list.0.conv_can.bias"),
@@ -89,13 +89,13 @@ def test_openeb_cell_with_a_tensor_of_another_network(tmp_path: Path) -> None:
         ("openeb_firenet", "conv3.conv_x2h.module.1.weight"),
     ],
 )
-def test_a_missing_tensor_is_no_zero(system: str, name: str, tmp_path: Path) -> None:
-    case = kept(system)
+def test_a_missing_tensor_is_refused(family: str, name: str, tmp_path: Path) -> None:
+    case = kept(family)
     tensors = weights(case)
     del tensors[name]
     torch.save(tensors, tmp_path / "c.pth")
     with pytest.raises(CheckpointError):
-        step_model(load_checkpoint(tmp_path / "c.pth"), system, case.settings)
+        step_model(load_checkpoint(tmp_path / "c.pth"), family, case.settings)
 
 
 def wrapped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -111,8 +111,8 @@ def wrapped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("what", wrapped({}))
 def test_what_training_scripts_write(what: str, tmp_path: Path) -> None:
     case = kept("ndrplz_convlstm")
-    expected = canonical(tmp_path, weights(case), case.system, case.settings)
-    assert_equal(canonical(tmp_path, wrapped(weights(case))[what], case.system, case.settings), expected)
+    expected = canonical(tmp_path, weights(case), case.family, case.settings)
+    assert_equal(canonical(tmp_path, wrapped(weights(case))[what], case.family, case.settings), expected)
 
 
 def test_e2vid_no_skip_concatenates(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_e2vid_no_skip_concatenates(tmp_path: Path) -> None:
     assert case.settings["skip_type"] == "concat"
     # the configuration that E2VID and FireNet share has keys that only FireNet reads
     settings = {**case.settings, "skip_type": "no_skip", "kernel_size": 3, "recurrent_blocks": {"resblock": [0]}}
-    models = [step_model(load_checkpoint(case.path / "checkpoint.pth"), case.system, s)[0] for s in (settings, {})]
+    models = [step_model(load_checkpoint(case.path / "checkpoint.pth"), case.family, s)[0] for s in (settings, {})]
     x = torch.from_numpy(case.inputs["x"][0])
     with torch.no_grad():
         (got, _), (expected, _) = (run_sequence(model, x) for model in models)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def test_openeb_names_an_argument_that_upstream_lacks() -> None:
     case = kept("openeb_convrnn")
     settings = {"target": "ConvRNN", "kwargs": {"in_channels": 5, "out_channels": 8, "strides": 2}}
     with pytest.raises(CheckpointError, match="kwargs: ConvRNN takes no strides"):
-        step_model(load_checkpoint(case.path / "checkpoint.pth"), case.system, settings)
+        step_model(load_checkpoint(case.path / "checkpoint.pth"), case.family, settings)
 
 
 @pytest.mark.parametrize("inputs", [[6], [4, 2], [1, 2, 3]])
@@ -197,7 +197,7 @@ def test_raft_stereo_with_the_shape_of_one_x_of_two(tmp_path: Path) -> None:
 
 def test_no_spatial_size_of_a_linear_layer_is_the_published_one() -> None:
     sizes = {"input_channels": 1, "conv_filters": 1, "lstm_hidden_size": 2, "lstm_layers": 1, "fc_units": None}
-    model = FAMILIES["seed003_convlstm_heads"].build(cls="ConvLSTM_FCL", **sizes, fc_spatial=None)
+    model = FAMILIES["conv2d_lstm_heads"].build(cls="ConvLSTM_FCL", **sizes, fc_spatial=None)
     assert model.inputs[0].shape == ("batch", 1, 64, 64)
 
 

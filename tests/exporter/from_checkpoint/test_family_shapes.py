@@ -29,7 +29,7 @@ def gru(folder: Path, features: int) -> nn.GRU:
 
 def test_rows_of_a_map(tmp_path: Path) -> None:
     net = gru(tmp_path, 3 * 5)
-    result = export(tmp_path, "--family", "seed000_gru_heads", "--set", "head=rows", "--shape", "x:1x3x4x5")
+    result = export(tmp_path, "--family", "pooled_gru_heads", "--set", "head=rows", "--shape", "x:1x3x4x5")
     assert result.exit_code == 0, result.output
     x = torch.randn(1, 3, 4, 5)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_rows_of_a_map(tmp_path: Path) -> None:
 def test_regions(tmp_path: Path) -> None:
     gru(tmp_path, 3)
     shapes = "x:1x3x8x9,roi_indices:1x4"
-    result = export(tmp_path, "--family", "seed000_gru_heads", "--set", "head=roi", "--shape", shapes)
+    result = export(tmp_path, "--family", "pooled_gru_heads", "--set", "head=roi", "--shape", shapes)
     assert result.exit_code == 0, result.output
     with StepLoop.open(tmp_path / "m.onnx") as loop:
         assert [spec.shape for spec in loop.contract.outputs] == [(1, 4, 6)]

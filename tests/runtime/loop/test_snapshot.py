@@ -145,6 +145,8 @@ def test_what_must_agree_and_what_need_not(denoiser_onnx: Path) -> None:
         replace(contract, states=(replace(learned, init=InitialValue.of(np.zeros((8, 1, 1), np.float32))),)),
     )
     assert len({own, *map(contract_hash, others)}) == 1 + len(others)
+    renamed = [replace(contract, family=name) for name in ("seed000_gru_heads", "pooled_gru_heads")]
+    assert len(set(map(contract_hash, renamed))) == 1, "a renamed family's snapshots stay valid"
 
 
 def test_another_model_is_refused(accumulator: Model, denoiser_onnx: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.e2vid.weights import (
+from stepcell.exporter.from_checkpoint.families.e2vid.state_dict import (
     Reader,
     block_type_of,
     count,
@@ -54,13 +54,10 @@ def _build(
     recurrent_block_type: BlockType = "convgru",
     skip_type: str | None = "no_skip",
     norm: str | None = None,
-    num_encoders: int | None = None,
-    use_upsample_conv: bool = True,
     event_window: str = EVENT_WINDOW,
 ) -> FireNet:
-    del num_encoders, use_upsample_conv  # the shared configuration has them, this network nothing to use them for
     if skip_type == "concat":
-        raise ValueError("skip_type: expected 'no_skip' or 'sum' (there is nothing to concatenate), got 'concat'")
+        raise ValueError("skip_type: expected 'no_skip' or 'sum' (there are no skip connections), got 'concat'")
     return FireNet(
         num_bins,
         base_num_channels,
@@ -76,7 +73,7 @@ def _build(
 
 
 def _convert(tensors: Tensors, arguments: Mapping[str, object]) -> dict[str, Tensor]:
-    model = _build(**arguments)  # type: ignore[arg-type]  # values of --set: `build` checked them
+    model = _build(**arguments)  # type: ignore[arg-type]  # `build` has checked the values of --set
     kind = arguments.get("recurrent_block_type", "convgru")
     read = Reader(tensors, "net.", arguments.get("norm"))
     found = {
@@ -106,13 +103,12 @@ FAMILY = Family(
         "num_bins": "channels of the event tensor",
         "base_num_channels": "channels of the features and states",
         "kernel_size": "of the head's convolution, odd",
-        "recurrent_blocks": 'residual blocks that a cell follows, as {"resblock": [0]}; -1 means all',
+        "recurrent_blocks": 'residual blocks followed by a cell, such as {"resblock": [0]}; -1 means all',
         "num_residual_blocks": "number of residual blocks",
         "recurrent_block_type": '"convgru" or "convlstm"',
-        "skip_type": 'no effect; "concat" is refused',
+        "skip_type": '"no_skip" or "sum", without effect',
         "norm": '"BN", "IN" or null',
-        "num_encoders": "no effect",
-        "use_upsample_conv": "no effect",
         "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
+    ignored=("num_encoders", "use_upsample_conv"),  # of the configuration shared with E2VID
 )

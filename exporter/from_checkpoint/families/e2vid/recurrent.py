@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.e2vid.weights import (
+from stepcell.exporter.from_checkpoint.families.e2vid.state_dict import (
     Reader,
     block_type_of,
     count,
@@ -51,11 +51,8 @@ def _build(
     skip_type: SkipType = "sum",
     norm: str | None = None,
     use_upsample_conv: bool = True,
-    kernel_size: int | None = None,
-    recurrent_blocks: object = None,
     event_window: str = EVENT_WINDOW,
 ) -> E2VIDRecurrent:
-    del kernel_size, recurrent_blocks  # the shared configuration has them; only FireNet reads them
     return E2VIDRecurrent(
         num_bins,
         base_num_channels,
@@ -70,7 +67,7 @@ def _build(
 
 
 def _convert(tensors: Tensors, arguments: Mapping[str, object]) -> dict[str, Tensor]:
-    model = _build(**arguments)  # type: ignore[arg-type]  # values of --set: `build` checked them
+    model = _build(**arguments)  # type: ignore[arg-type]  # `build` has checked the values of --set
     read = Reader(tensors, f"{_ROOT}.", arguments.get("norm"))
     kind = arguments.get("recurrent_block_type", "convlstm")
     found = {
@@ -103,11 +100,10 @@ FAMILY = Family(
         "base_num_channels": "channels of the head, doubled at every level",
         "num_residual_blocks": "residual blocks at the lowest level",
         "recurrent_block_type": '"convlstm" or "convgru"',
-        "skip_type": '"sum" or "concat"; "no_skip" is another word for "concat"',
+        "skip_type": '"sum" or "concat"; "no_skip" also concatenates',
         "norm": '"BN", "IN" or null',
         "use_upsample_conv": "bilinear resize and convolution, instead of a transposed convolution",
-        "kernel_size": "no effect",
-        "recurrent_blocks": "no effect",
         "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
+    ignored=("kernel_size", "recurrent_blocks"),  # of the configuration shared with FireNet
 )

@@ -1,4 +1,4 @@
-"""Conv2D-LSTM heads: 3x3 convolution, ReLU, pooling or a linear layer or both, torch.nn.LSTM."""
+"""Conv2D-LSTM heads: 3x3 convolution, ReLU, pooling and/or a linear layer, torch.nn.LSTM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FAMILY"]
 _GAP, _FCL, _HYBRID = "ConvLSTM_GAP", "ConvLSTM_FCL", "ConvLSTM_Hybrid"
 _LSTM = "lstm."
 _FC_UNITS = {_FCL: 128, _HYBRID: 64}
-_SPATIAL = (64, 64)  # what the published class writes in its linear layer
+_SPATIAL = (64, 64)  # map size of the published linear layer
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
@@ -25,11 +25,11 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     if conv is None or conv.dim() != 4 or tuple(conv.shape[2:]) != (3, 3):
         raise NotThisFamily("no tensor conv1.weight with a 3x3 kernel")
     lstm = LSTM.recognise(_part(tensors))
-    foreign = {name for name in tensors if not name.startswith(_LSTM)} - {
+    unexpected = {name for name in tensors if not name.startswith(_LSTM)} - {
         f"{layer}.{part}" for layer in ("conv1", "fc") for part in ("weight", "bias")
     }
-    if foreign:
-        raise NotThisFamily(f"has a tensor {sorted(foreign)[0]}")
+    if unexpected:
+        raise NotThisFamily(f"unexpected tensor {sorted(unexpected)[0]}")
     filters, fc = conv.shape[0], tensors.get("fc.weight")
     found: dict[str, object] = {
         "cls": _GAP if fc is None else _HYBRID if fc.shape[1] == filters else _FCL,
@@ -41,7 +41,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     if fc is not None:
         found["fc_units"] = fc.shape[0]
     if (filters if fc is None else fc.shape[0]) != lstm["input_size"]:
-        raise NotThisFamily(f"the LSTM reads {lstm['input_size']} features, which nothing before it gives")
+        raise NotThisFamily(f"the LSTM reads {lstm['input_size']} features, the layer before it has another number")
     return found
 
 
@@ -96,7 +96,7 @@ def _part(tensors: Tensors) -> dict[str, Tensor]:
 
 
 FAMILY = Family(
-    name="seed003_convlstm_heads",
+    name="conv2d_lstm_heads",
     summary="Conv2D-LSTM heads (GAP, FC, hybrid): convolution, reduction to a vector, torch.nn.LSTM",
     recognise=_recognise,
     build=_build,
@@ -107,8 +107,8 @@ FAMILY = Family(
         "input_channels": "channels of the input",
         "conv_filters": "channels of the feature map",
         "lstm_hidden_size": "features of the state",
-        "lstm_layers": "LSTM layers on top of each other",
+        "lstm_layers": "number of stacked LSTM layers",
         "fc_units": f"outputs of the linear layer, by default {_FC_UNITS[_FCL]} (FCL), {_FC_UNITS[_HYBRID]} (hybrid)",
-        "fc_spatial": f"{_FCL}: [height, width] of the map fc reads; that of --shape, or {list(_SPATIAL)}",
+        "fc_spatial": f"{_FCL}: [height, width] read by fc; by default that of --shape, or {list(_SPATIAL)}",
     },
 )

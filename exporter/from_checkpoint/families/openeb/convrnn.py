@@ -18,15 +18,15 @@ from stepcell.exporter.from_checkpoint.families.weights import (
     prefixed,
     under,
 )
+from stepcell.models.cell_model import CellModel
 from stepcell.models.cells import ConvGRUCell
 from stepcell.models.published.openeb import ConvRNNOptions, cell_model, conv_rnn
-from stepcell.models.separable import CellModel
 
 __all__ = ["FAMILY", "cell_kind", "convs", "fold_batch_norm", "recognise_rnn", "rnn_tensors"]
 
 
 def recognise_rnn(tensors: Tensors) -> dict[str, object]:
-    """Arguments of a ConvRNN that its tensors determine; names as in a ConvRNN saved alone."""
+    """Arguments of a ConvRNN that its tensors determine; tensors are named as in a ConvRNN saved alone."""
     separable = "conv_x2h.module.0.0.weight" in tensors
     first = "conv_x2h.module.0.0" if separable else "conv_x2h.module.0"
     lstm = any(name.startswith("timepool.conv_h2h.") for name in tensors)
@@ -40,7 +40,7 @@ def recognise_rnn(tensors: Tensors) -> dict[str, object]:
     if norm and not {"weight", "bias", "running_mean", "running_var"} <= set(norm):
         raise NotThisFamily("conv_x2h.module.1 lacks some tensors of a BatchNorm2d")
     inputs = weight.shape[1]
-    if separable:  # a gru's input convolution keeps the channels; an lstm's does not tell, so the multiplier is 1
+    if separable:  # a gru's input convolution keeps the channels; an lstm's does not determine the multiplier: 1
         inputs = weight.shape[0] if lstm else tensors["conv_x2h.module.0.1.weight"].shape[0]
     found: dict[str, object] = {
         "in_channels": inputs,
@@ -70,7 +70,7 @@ def rnn_tensors(tensors: Tensors, options: ConvRNNOptions) -> dict[str, Tensor]:
 
 
 def fold_batch_norm(conv: Gate, tensors: Tensors, norm: str | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the BatchNorm `norm` behind it, in eval mode."""
+    """Weight and bias of a convolution followed by the BatchNorm `norm`, in eval mode."""
     weight, bias = conv[0], _bias(*conv)
     if norm is None:
         return weight.clone(), bias.clone()
@@ -80,7 +80,7 @@ def fold_batch_norm(conv: Gate, tensors: Tensors, norm: str | None) -> tuple[Ten
 
 
 def convs(tensors: Tensors, source: str, target: str, norm: str | None = None) -> dict[str, Tensor]:
-    """A plain or separable convolution with BatchNorm folded into its last part."""
+    """A plain or separable convolution, with BatchNorm folded into its last part."""
     found = {}
     for part in (".0", ".1") if f"{source}.0.weight" in tensors else ("",):
         weight, bias = fold_batch_norm(gate(tensors, source + part), tensors, None if part == ".0" else norm)
@@ -136,13 +136,13 @@ def _convert(tensors: Tensors, arguments: Mapping[str, Any]) -> dict[str, Tensor
 
 def _options(kwargs: Mapping[str, Any]) -> ConvRNNOptions:
     known = {field.name for field in dataclasses.fields(ConvRNNOptions)}
-    if strangers := sorted(set(kwargs) - known):
-        raise ValueError(f"kwargs: ConvRNN takes no {', '.join(strangers)}")
+    if unknown := sorted(set(kwargs) - known):
+        raise ValueError(f"kwargs: ConvRNN takes no {', '.join(unknown)}")
     return ConvRNNOptions(**{**kwargs, "cell": cell_kind(kwargs.get("cell", "lstm"))})
 
 
 def cell_kind(cell: Any) -> Any:
-    """Upstream's argument `cell`, which may be "GRU" too; "LSTM" gets an input convolution of the wrong size there."""
+    """Upstream's argument `cell`, which may also be "GRU"; upstream itself fails with "LSTM"."""
     return "gru" if cell == "GRU" else cell
 
 
@@ -164,11 +164,11 @@ FAMILY = Family(
     convert=_convert,
     arguments={
         "target": "ConvRNN, ConvLSTMCell or ConvGRUCell",
-        "kwargs": 'its arguments, such as {"in_channels": 5, "out_channels": 8}; the keys below go before them',
+        "kwargs": 'its arguments, such as {"in_channels": 5, "out_channels": 8}; the keys below override them',
         "stride": f"{_RNN}: of the input convolution",
         "padding": f"{_RNN}: of the input convolution",
         "dilation": f"{_RNN}: of the input convolution",
         "norm": f'{_RNN}: "BatchNorm2d", "InstanceNorm2d" or "none"',
-        "hard": "of a cell alone: gates clamped to straight lines",
+        "hard": "of ConvLSTMCell and ConvGRUCell: hard gates (clamped lines)",
     },
 )

@@ -20,8 +20,8 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
         if name not in tensors:
             raise NotThisFamily(f"no tensor {name}")
     parts = {"head.0", "unet.encoders", "unet.decoders", "predictor.0", "flow.0"}
-    if foreign := sorted(name for name in tensors if ".".join(name.split(".")[:2]) not in parts):
-        raise NotThisFamily(f"has a tensor {foreign[0]}")
+    if unexpected := sorted(name for name in tensors if ".".join(name.split(".")[:2]) not in parts):
+        raise NotThisFamily(f"unexpected tensor {unexpected[0]}")
     base, in_channels = tensors["head.0.0.weight"].shape[:2]
     return {
         "in_channels": in_channels,
@@ -40,13 +40,10 @@ def _build(
     cell: str = "lstm",
     *,
     archi: str = "all_rnn",
-    separable: bool = False,
-    separable_hidden: bool = False,
     event_window: str = "30ms",
 ) -> EventToVideo:
     if archi != "all_rnn":
-        raise ValueError(f"archi: upstream has 'all_rnn' only, got {archi!r}")
-    del separable, separable_hidden  # upstream takes them and hands them to nothing
+        raise ValueError(f"archi: expected 'all_rnn', got {archi!r}")
     return EventToVideo(in_channels, out_channels, num_layers, base, cell_kind(cell), event_window)
 
 
@@ -59,7 +56,7 @@ def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
         for name in ("conv1", "conv2", "downsample"):
             if f"{source}.{name}.0.weight" in tensors:
                 found |= convs(tensors, f"{source}.{name}.0", f"middle.{block}.{name}", f"{source}.{name}.1")
-    for side, first in (("encoders", 0), ("decoders", 1)):  # decoder 0 is the middle
+    for side, first in (("encoders", 0), ("decoders", 1)):  # upstream's decoder 0 is `middle`
         layers = sorted({int(name.split(".")[2]) for name in tensors if name.startswith(f"unet.{side}.")})
         for layer in layers[first:]:
             own = under(tensors, f"unet.{side}.{layer}")
@@ -76,13 +73,12 @@ FAMILY = Family(
     convert=_convert,
     arguments={
         "in_channels": "channels of the event frame",
-        "out_channels": "channels of gray",
+        "out_channels": "channels of the output gray",
         "num_layers": "levels of the U-Net",
         "base": "channels of the head, doubled at each level",
         "cell": '"lstm" or "gru"',
         "archi": '"all_rnn"',
-        "separable": "without effect, as upstream",
-        "separable_hidden": "without effect, as upstream",
         "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },
+    ignored=("separable", "separable_hidden"),  # upstream does not use them either
 )

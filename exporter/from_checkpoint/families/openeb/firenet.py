@@ -25,8 +25,8 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
         if name not in tensors:
             raise NotThisFamily(f"no tensor {name}")
     parts = {*_BLOCKS, *_LAYERS, "pred"}
-    if foreign := sorted(name for name in tensors if name.split(".")[0] not in parts):
-        raise NotThisFamily(f"has a tensor {foreign[0]}")
+    if unexpected := sorted(name for name in tensors if name.split(".")[0] not in parts):
+        raise NotThisFamily(f"unexpected tensor {unexpected[0]}")
     base, cin = tensors["conv0.module.conv1.0.weight"].shape[:2]
     return {"cin": cin, "cout": tensors["pred.module.0.weight"].shape[0], "base": base}
 
@@ -55,7 +55,7 @@ FAMILY = Family(
     convert=_convert,
     arguments={
         "cin": "channels of the event frame",
-        "cout": "channels of the result",
+        "cout": "channels of the output",
         "base": "channels of the features, a multiple of 4",
         "event_window": 'events of one step: "30ms", "15000events" or "0.35events/pixel"',
     },

@@ -1,4 +1,4 @@
-"""The ConvGRU of RAFT-Stereo (Lipson et al. 2021, arXiv 2109.07547), with context maps in its gates."""
+"""ConvGRU of RAFT-Stereo (Lipson et al. 2021, arXiv 2109.07547), with context maps added in its gates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FAMILY"]
 def _recognise(tensors: Tensors) -> dict[str, object]:
     hidden, inputs, [(height, width)] = cell_sizes(tensors)
     if height != width:
-        raise NotThisFamily(f"the kernel is square, got {height}x{width}")
+        raise NotThisFamily(f"expected a square kernel, got {height}x{width}")
     return {"hidden_dim": hidden, "input_dim": inputs, "kernel_size": height}
 
 
@@ -60,6 +60,6 @@ FAMILY = Family(
         "hidden_dim": "channels of the hidden state and of each context map",
         "input_dim": "channels of all x together",
         "kernel_size": "odd size of every convolution",
-        "inputs": "channels of each x, such as [8, 6]; those of --shape, else x0 and x1 in any proportion",
+        "inputs": "channels of each x, such as [8, 6]; by default those of --shape, else x0 and x1 of any sizes",
     },
 )

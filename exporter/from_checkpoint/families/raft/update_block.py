@@ -1,4 +1,4 @@
-"""The update blocks of RAFT (Teed and Deng 2020, arXiv 2003.12039), one iteration a step."""
+"""Update blocks of RAFT (Teed and Deng 2020, arXiv 2003.12039): one iteration is one step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.from_checkpoint.families.raft.convgru import cell_tensors
-from stepcell.exporter.from_checkpoint.families.raft.sepconvgru import cells_tensors
+from stepcell.exporter.from_checkpoint.families.raft.convgru import cell_tensors, separable_tensors
 from stepcell.exporter.from_checkpoint.families.weights import prefixed
 from stepcell.models.published.raft import BasicUpdateBlock, SmallUpdateBlock
 
 __all__ = ["FAMILY"]
 
-# Upstream's convolution, and ours, for each block.
+# Name of a convolution upstream, and ours, for each block.
 _COMMON = {
     "encoder.convc1": "corr_convs.0",
     "encoder.convf1": "flow_convs.0",
@@ -42,9 +41,9 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     target = "BasicUpdateBlock" if "encoder.convc2.weight" in tensors else "SmallUpdateBlock"
     convs = [*_CONVS[target], *_GATES[target]]
     if differing := sorted(set(tensors) ^ {f"{conv}.{part}" for conv in convs for part in ("weight", "bias")}):
-        raise NotThisFamily(f"{'has a' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
     planes = tensors["encoder.convc1.weight"].shape[1]
-    # the tensors show levels * (2 radius + 1)^2 only; the largest radius that fits is the likely one
+    # The tensors only determine levels * (2 radius + 1)^2; the largest radius that divides it is assumed.
     radius = max(r for r in range(planes) if planes % (2 * r + 1) ** 2 == 0)
     return {
         "target": target,
@@ -55,16 +54,17 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
 
 
 def _build(
-    target: str, corr_levels: int, corr_radius: int, hidden_dim: int | None = None, input_dim: int = 128
+    target: str, corr_levels: int, corr_radius: int, hidden_dim: int | None = None
 ) -> BasicUpdateBlock | SmallUpdateBlock:
-    del input_dim  # upstream takes and ignores it
     planes = corr_levels * (2 * corr_radius + 1) ** 2
     if target == "SmallUpdateBlock":
         return SmallUpdateBlock(planes, 96 if hidden_dim is None else hidden_dim)
     if target != "BasicUpdateBlock":
-        raise ValueError(f"target: BasicUpdateBlock or SmallUpdateBlock, got {target}")
+        raise ValueError(f"target: expected BasicUpdateBlock or SmallUpdateBlock, got {target}")
     if hidden_dim not in (None, 128):
-        raise ValueError(f"hidden_dim: 128 in a BasicUpdateBlock, whose mask reads 128 channels, got {hidden_dim}")
+        raise ValueError(
+            f"hidden_dim: expected 128 in a BasicUpdateBlock (its mask reads 128 channels), got {hidden_dim}"
+        )
     return BasicUpdateBlock(planes, 128)
 
 
@@ -75,7 +75,7 @@ def _convert(tensors: Tensors, arguments: Mapping[str, object]) -> dict[str, Ten
         for theirs, ours in _CONVS[target].items()
         for part in ("weight", "bias")
     }
-    gru = cells_tensors(tensors, "gru.") if target == "BasicUpdateBlock" else cell_tensors(tensors, "gru.")
+    gru = separable_tensors(tensors, "gru.") if target == "BasicUpdateBlock" else cell_tensors(tensors, "gru.")
     return {**converted, **prefixed("cell", gru)}
 
 
@@ -90,6 +90,6 @@ FAMILY = Family(
         "hidden_dim": "channels of net; 128 in a BasicUpdateBlock",
         "corr_levels": "levels of the correlation pyramid",
         "corr_radius": "radius of the lookup in each level",
-        "input_dim": "ignored, as upstream does",
     },
+    ignored=("input_dim",),  # upstream does not use it either
 )

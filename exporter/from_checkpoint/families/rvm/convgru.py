@@ -1,4 +1,4 @@
-"""The ConvGRU of Robust Video Matting (Lin et al. 2021, arXiv 2108.11515)."""
+"""ConvGRU of Robust Video Matting (Lin et al. 2021, arXiv 2108.11515)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = {"ih.0.weight", "ih.0.bias", "hh.0.weight", "hh.0.bias"}
 
 
 def cell_tensors(tensors: Tensors, prefix: str = "") -> dict[str, Tensor]:
-    """The canonical cell's tensors; `ih` packs r, z, and x comes before h."""
+    """Tensors of the canonical cell; upstream packs r before z, and x comes before h."""
     r, z = blocks(gate(tensors, f"{prefix}ih.0"), 2)
     return gru_tensors(z, r, gate(tensors, f"{prefix}hh.0"))
 
@@ -27,7 +27,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
         raise NotThisFamily(f"expected the tensors {', '.join(sorted(_NAMES))} and no other")
     weight, channels = tensors["hh.0.weight"], tensors["hh.0.weight"].shape[0]
     if weight.dim() != 4 or weight.shape[1] != 2 * channels or len(tensors["ih.0.weight"]) != 2 * channels:
-        raise NotThisFamily("x and h of a cell have the same number of channels")
+        raise NotThisFamily("x and h do not have the same number of channels")
     height, width = weight.shape[2:]
     if height == width:
         return {"channels": channels, "kernel_size": height, "padding": height // 2}
@@ -37,7 +37,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
 def _build(channels: int, kernel_size: int | Sequence[int] = 3, padding: int | Sequence[int] = 1) -> CellStack:
     kernel, pad = _pair(kernel_size), _pair(padding)
     if pad != (kernel[0] // 2, kernel[1] // 2):
-        raise ValueError(f"padding: half the kernel size, so that the state keeps its size, got {padding}")
+        raise ValueError(f"padding: expected half the kernel size, which keeps the size of the state, got {padding}")
     return CellStack([ConvGRUCell(channels, channels, kernel)])
 
 

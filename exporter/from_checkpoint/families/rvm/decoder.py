@@ -1,4 +1,4 @@
-"""The recurrent decoder of Robust Video Matting (Lin et al. 2021, arXiv 2108.11515)."""
+"""Recurrent decoder of Robust Video Matting (Lin et al. 2021, arXiv 2108.11515)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RGB = 3
 
 
 def decoder_names() -> set[str]:
-    """Names of all tensors of a decoder."""
+    """Names of all tensors of upstream's decoder."""
     names = {f"decode{level}.gru.{name}" for level in (4, 3, 2, 1) for name in _GRU}
     for conv, norm in _convs():
         names |= {f"{conv}.weight", *(f"{norm}.{name}" for name in _NORM)}
@@ -51,7 +51,7 @@ def decoder_tensors(tensors: Tensors, prefix: str = "") -> dict[str, Tensor]:
 
 
 def folded(tensors: Tensors, conv: str, norm: str, target: str, eps: float = 1e-5) -> dict[str, Tensor]:
-    """A convolution and the BatchNorm after it, in eval mode, as one convolution."""
+    """A convolution and the BatchNorm that follows it, in eval mode, as one convolution."""
     weight, bias = fold_norm(gate(tensors, conv), under(tensors, norm), eps=eps)
     return {f"{target}.weight": weight, f"{target}.bias": bias}
 
@@ -63,7 +63,7 @@ def _convs() -> list[tuple[str, str]]:
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     if differing := sorted(set(tensors) ^ decoder_names()):
-        raise NotThisFamily(f"{'has a' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
     features, channels = decoder_channels(tensors)
     return {"feature_channels": features, "decoder_channels": channels}
 

@@ -16,12 +16,12 @@ __all__ = ["FAMILY"]
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _BACKBONE_EPS = 1e-3
 _REFINERS = ("deep_guided_filter", "fast_guided_filter")
-_SEGMENTATION = {"project_seg.conv.weight", "project_seg.conv.bias"}  # another output, never used by matting
+_SEGMENTATION = {"project_seg.conv.weight", "project_seg.conv.bias"}  # an output that matting does not use
 _REFINER_CONVS = {"refiner.conv.0": "slopes.0", "refiner.conv.3": "slopes.2"}
 
 
 def _backbone_convs() -> dict[str, tuple[str, str]]:
-    """Upstream's convolution and BatchNorm of each of ours."""
+    """Upstream's convolution and BatchNorm for each of our convolutions."""
     ends = {"stem": "backbone.features.0", "last": "backbone.features.16", "aspp1": "aspp.aspp1"}
     found = {ours: (f"{theirs}.0", f"{theirs}.1") for ours, theirs in ends.items()}
     for index, (inputs, _, wide, _, squeeze, *_) in enumerate(BLOCKS):
@@ -34,7 +34,7 @@ def _backbone_convs() -> dict[str, tuple[str, str]]:
 
 
 def _squeezes() -> dict[str, str]:
-    """Upstream's fully connected layers of each of ours."""
+    """Upstream's fully connected layer for each of ours."""
     found = {}
     for index, (inputs, _, wide, _, squeeze, *_) in enumerate(BLOCKS):
         if squeeze:
@@ -59,24 +59,22 @@ def _names(*, deep: bool) -> set[str]:
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     if "backbone.layer1.0.conv1.weight" in tensors:
-        raise NotThisFamily("a ResNet50 backbone; the MobileNetV3 variant is covered")
+        raise NotThisFamily("a ResNet50 backbone; only MobileNetV3 is supported")
     deep = "refiner.conv.0.weight" in tensors
     if differing := sorted(set(tensors) ^ _names(deep=deep)):
-        raise NotThisFamily(f"{'has a' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
     return {"variant": "mobilenetv3", "refiner": _REFINERS[0] if deep else _REFINERS[1]}
 
 
 def _build(
     variant: str = "mobilenetv3",
     refiner: str = "deep_guided_filter",
-    pretrained_backbone: bool = False,
     downsample_ratio: float = 1.0,
 ) -> MattingNetwork:
-    del pretrained_backbone  # the checkpoint holds the weights
     if variant != "mobilenetv3":
-        raise ValueError(f"variant: mobilenetv3, got {variant}")
+        raise ValueError(f"variant: expected mobilenetv3, got {variant}")
     if refiner not in _REFINERS:
-        raise ValueError(f"refiner: {' or '.join(_REFINERS)}, got {refiner}")
+        raise ValueError(f"refiner: expected {' or '.join(_REFINERS)}, got {refiner}")
     return MattingNetwork(refiner, downsample_ratio)  # type: ignore[arg-type]
 
 
@@ -87,7 +85,7 @@ def _convert(tensors: Tensors, arguments: Mapping[str, object]) -> dict[str, Ten
         converted.update(folded(tensors, conv, norm, f"backbone.{ours}", eps))
     plain = {f"backbone.{ours}": theirs for ours, theirs in _squeezes().items()} | {"project": "project_mat.conv"}
     converted["backbone.aspp2.weight"] = tensors["aspp.aspp2.1.weight"]
-    if arguments.get("downsample_ratio", 1) != 1:  # at the full size nothing is refined
+    if arguments.get("downsample_ratio", 1) != 1:  # the refiner is not used at full size
         weight = tensors["project_mat.conv.weight"]
         converted["refiner.box.weight"] = tensors.get("refiner.box_filter.weight", weight.new_full((4, 1, 3, 3), 1 / 9))
         if arguments.get("refiner", _REFINERS[0]) == _REFINERS[0]:
@@ -109,7 +107,7 @@ FAMILY = Family(
     arguments={
         "variant": "mobilenetv3",
         "refiner": "deep_guided_filter or fast_guided_filter",
-        "pretrained_backbone": "ignored: the checkpoint holds the weights",
-        "downsample_ratio": "size at which the network works, such as 0.25; 1 by default, without refiner",
+        "downsample_ratio": "scale at which the network works, such as 0.25; by default 1, without refiner",
     },
+    ignored=("pretrained_backbone",),  # the checkpoint holds the weights
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
-from stepcell.exporter.from_checkpoint.families.stacks.layers import Kernels, kernel_pairs
+from stepcell.exporter.from_checkpoint.families.stacks.layout import Kernels, kernel_pairs
 from stepcell.exporter.from_checkpoint.families.weights import prefixed
 from stepcell.models.cells import ConvGRUCell
 from stepcell.models.stack import CellStack
@@ -23,14 +23,14 @@ _CONVOLUTIONS = tuple(f"conv{name}.weight" for name in ("Wz", "Wr", "Wh", "Uz", 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     six = set(tensors) == set(_CONVOLUTIONS)
     if not six and set(tensors) != {"W", "U", "C"}:
-        raise NotThisFamily("its tensors are not W, U, C, nor convWz ... convUh")
+        raise NotThisFamily("tensors other than W, U, C or convWz ... convUh")
     w, u, c = _packed(tensors)
     hidden = c.shape[0]
     if c.dim() != 4 or tuple(w.shape) != (3 * hidden, w.shape[1], *c.shape[2:]):
         raise NotThisFamily(f"W {tuple(w.shape)} does not hold the three blocks of C {tuple(c.shape)}")
     if tuple(u.shape) != (2 * hidden, hidden, *c.shape[2:]) or c.shape[1] != hidden:
         raise NotThisFamily(f"U {tuple(u.shape)} does not hold the two blocks of C {tuple(c.shape)}")
-    # W, U and C alone do not tell the extension from its Python form; only 3x3 fits the extension.
+    # W, U and C do not distinguish the C++ extension from its Python form; the extension needs a 3x3 kernel.
     packed = _CPP if tuple(c.shape[2:]) == (3, 3) else _PACKED
     return {
         "impl": _SIX if six else packed,
@@ -50,7 +50,7 @@ def _build(
     if impl not in (_CPP, _PACKED, _SIX):
         raise ValueError(f"impl: expected {_CPP}, {_PACKED} or {_SIX}, got {impl!r}")
     if not batch_first:
-        raise ValueError("batch_first: upstream takes true only, got false")
+        raise ValueError("batch_first: expected true, got false")
     [(kh, kw)] = kernel_pairs("kernel_size", kernel_size, 1)
     if impl == _CPP and (kh, kw) != (3, 3):
         raise ValueError(f"kernel_size: {_CPP} pads 1 per side and keeps the size with [3, 3] only, got {kernel_size}")
@@ -72,7 +72,7 @@ def _packed(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _odd(weight: Tensor) -> Tensor:
-    # padding="same" puts the odd pixel of an even kernel behind: a zero in front makes it symmetric
+    # padding="same" adds the odd pixel of an even kernel at the end; a zero row in front makes it symmetric
     kh, kw = weight.shape[2:]
     return F.pad(weight, (1 - kw % 2, 0, 1 - kh % 2, 0))
 
@@ -88,6 +88,6 @@ FAMILY = Family(
         "in_channels": "channels of the input",
         "nb_kernels": "channels of the state",
         "kernel_size": "[height, width], or one number",
-        "batch_first": "axis order of upstream's sequences: true",
+        "batch_first": "true; upstream's sequences have no other axis order",
     },
 )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
-from stepcell.models.separable import CellModel, ModuleGRUCell
+from stepcell.models.cell_model import CellModel
+from stepcell.models.unfused_cells import ModuleGRUCell
 
 __all__ = ["FAMILY"]
 
@@ -21,7 +22,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     raw = f"cell.output_conv.{_RAW}.original" in tensors
     parts = ["bias", *([f"{_RAW}.{part}" for part in _RAW_PARTS] if raw else ["weight"])]
     if differing := sorted(set(tensors) ^ {f"cell.{name}.{part}" for name in _GATES for part in parts}):
-        raise NotThisFamily(f"{'has a' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
     weight = tensors[f"cell.output_conv.{_RAW}.original" if raw else "cell.output_conv.weight"]
     return {
         "input_channels": weight.shape[1],
@@ -31,16 +32,9 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     }
 
 
-def _build(
-    input_channels: int,
-    output_channels: int,
-    kernel_size: int = 3,
-    sn_eps: float = 1e-4,
-    weights: str = "raw",
-) -> CellModel:
-    del sn_eps, weights  # of the power iteration in training; convert sees which weights the file holds
+def _build(input_channels: int, output_channels: int, kernel_size: int = 3) -> CellModel:
     if kernel_size != 3:
-        raise ValueError(f"kernel_size: upstream pads by 1, so 3 keeps the size of the state, got {kernel_size}")
+        raise ValueError(f"kernel_size: expected 3 (upstream pads by 1), got {kernel_size}")
     cell = ModuleGRUCell(
         output_channels,
         nn.Conv2d(input_channels, 2 * output_channels, 3, padding=1),
@@ -53,7 +47,7 @@ def _build(
 
 def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
     (z, z_bias), (r, r_bias), (n, n_bias) = (_effective(tensors, f"cell.{name}") for name in _GATES)
-    # Upstream keeps the old state with its update gate: h' = u . h + (1 - u) . n, so z = 1 - u.
+    # Upstream computes h' = u . h + (1 - u) . n, so z = 1 - u.
     return {
         "cell.conv_zr.weight": torch.cat([-z, r]),
         "cell.conv_zr.bias": torch.cat([-z_bias, r_bias]),
@@ -63,7 +57,7 @@ def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def _effective(tensors: Tensors, name: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias; a spectrally normalised weight is divided by u^T W v with the stored u and v."""
+    """Weight and bias of a gate; a spectrally normalised weight is divided by u^T W v with the stored u and v."""
     if f"{name}.weight" in tensors:
         return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
     weight, u, v = (tensors[f"{name}.{_RAW}.{part}"] for part in _RAW_PARTS)
@@ -81,7 +75,6 @@ FAMILY = Family(
         "input_channels": "channels of x and h together",
         "output_channels": "channels of h",
         "kernel_size": "3",
-        "sn_eps": "without effect: of the power iteration in training",
-        "weights": '"raw" (as saved) or "effective" (parametrisation removed); the tensors show which',
     },
+    ignored=("sn_eps", "weights"),
 )

@@ -1,4 +1,4 @@
-"""stepcell's own models: the zoo's denoiser and stacks of canonical cells."""
+"""Families of stepcell's own models: the denoiser of the zoo and stacks of canonical cells."""
 
 from __future__ import annotations
 

@@ -8,18 +8,16 @@ from torch import Tensor, nn
 
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
 from stepcell.exporter.from_checkpoint.families.weights import blocks, gate, lstm_tensors, prefixed
+from stepcell.models.cell_model import CellModel
 from stepcell.models.cells import ConvLSTMCell
-from stepcell.models.separable import CellModel, ModuleLSTMCell, same_conv
+from stepcell.models.unfused_cells import ModuleLSTMCell, same_conv
 
 __all__ = ["FAMILY"]
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
-    if (
-        not {"conv1x1.weight"}
-        <= set(tensors)
-        <= {f"{name}.{kind}" for name in ("conv1x1", "conv3x3_dws") for kind in ("weight", "bias")}
-    ):
+    known = {f"{name}.{kind}" for name in ("conv1x1", "conv3x3_dws") for kind in ("weight", "bias")}
+    if not {"conv1x1.weight"} <= set(tensors) <= known:
         raise NotThisFamily("tensors other than conv1x1 and conv3x3_dws")
     shape = tuple(tensors["conv1x1.weight"].shape)
     dim = shape[0] // 4
@@ -41,9 +39,7 @@ def _build(
     dws_conv: bool = True,
     dws_conv_only_hidden: bool = True,
     dws_conv_kernel_size: int = 3,
-    cell_update_dropout: float = 0.0,
 ) -> CellModel:
-    del cell_update_dropout  # inactive in eval mode
     if not dws_conv:
         return CellModel(ConvLSTMCell(dim, dim, 1), dim)
     pointwise = nn.Conv2d(2 * dim, 4 * dim, 1)
@@ -80,8 +76,8 @@ FAMILY = Family(
     arguments={
         "dim": "channels of x and of the states",
         "dws_conv": "whether there is a depthwise convolution",
-        "dws_conv_only_hidden": "depthwise convolution of h alone, not of x and h",
+        "dws_conv_only_hidden": "whether it reads h only, not x and h",
         "dws_conv_kernel_size": "its kernel, odd",
-        "cell_update_dropout": "without effect: dropout acts in training only",
     },
+    ignored=("cell_update_dropout",),
 )

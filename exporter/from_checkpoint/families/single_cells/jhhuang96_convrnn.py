@@ -1,17 +1,18 @@
-"""CGRU_cell and CLSTM_cell (github.com/jhhuang96/ConvLSTM-PyTorch, ConvRNN.py): GroupNorm inside the gates."""
+"""CGRU_cell and CLSTM_cell of jhhuang96/ConvLSTM-PyTorch (ConvRNN.py): GroupNorm inside the gates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
-from stepcell.models.separable import CellModel, ModuleGRUCell, ModuleLSTMCell, WideGroupNorm, same_conv
+from stepcell.models.cell_model import CellModel
+from stepcell.models.unfused_cells import ModuleGRUCell, ModuleLSTMCell, WideGroupNorm, same_conv
 
 __all__ = ["FAMILY"]
 
-_CHANNELS_PER_GROUP = 32  # upstream divides by it, rounding down
+_CHANNELS_PER_GROUP = 32  # the number of groups is rounded down
 _RENAMED = {"conv1": "conv_zr", "conv2": "conv_n", "conv": "joint"}
 
 
@@ -41,9 +42,7 @@ def _build(
     input_channels: int,
     filter_size: int,
     num_features: int,
-    shape: Sequence[int] | None = None,
 ) -> CellModel:
-    del shape  # upstream makes its zeros with it; here the size of x or of the state says the same
     both, kernel = input_channels + num_features, (filter_size, filter_size)
     reason = "GroupNorm inside the gates"
 
@@ -64,7 +63,7 @@ def _build(
 
 
 def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
-    # The gates keep upstream's order: a group of channels must not be torn apart.
+    # The gates keep upstream's order: reordering channels would change the groups of GroupNorm.
     renamed = {}
     for name, tensor in tensors.items():
         module, rest = name.split(".", 1)
@@ -80,9 +79,9 @@ FAMILY = Family(
     convert=_convert,
     arguments={
         "target": "CGRU_cell or CLSTM_cell",
-        "shape": "height and width of upstream's zeros; the exported model takes any",
         "input_channels": "channels of x",
         "filter_size": "kernel, odd",
         "num_features": "channels of the states, a multiple of 32",
     },
+    ignored=("shape",),
 )

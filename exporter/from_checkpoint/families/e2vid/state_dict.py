@@ -1,4 +1,4 @@
-"""State_dicts of rpg_e2vid, the code base of E2VID and FireNet: layers, norms, recurrent blocks."""
+"""Reader of rpg_e2vid state_dicts (E2VID and FireNet): layers, norms, recurrent blocks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Reader", "block_type_of", "count", "has_frame_norm", "norm_of"]
 
 
 class Reader:
-    """Takes tensors out of an E2VID state_dict, converted; `finish` says what nobody took.
+    """Converts the tensors of an E2VID state_dict one module at a time; `finish` checks that none is left over.
 
     Args:
-        prefix: what every name starts with.
-        norm: upstream's argument of that name.
+        prefix: start of every name.
+        norm: upstream's argument `norm`.
     """
 
     def __init__(self, tensors: Tensors, prefix: str, norm: object) -> None:
-        # Counts of training batches: no part of the arithmetic.
+        # Counts of training batches are not used in eval mode.
         self._tensors = {name: t for name, t in tensors.items() if not name.endswith(".num_batches_tracked")}
         self._prefix = prefix
         self._norm = None if norm == "none" else norm
@@ -39,13 +39,13 @@ class Reader:
         return _named(weight, _bias(bias, weight.shape[0]))
 
     def layer(self, name: str, *, conv: str = "conv2d", outputs_axis: int = 0) -> dict[str, Tensor]:
-        """A convolution and its norm, whose recorded statistics are folded into it."""
+        """A convolution with the statistics of its norm folded in."""
         if self._norm is None:
             return self.conv(f"{name}.{conv}")
         return self._folded(f"{name}.{conv}", f"{name}.norm_layer", outputs_axis)
 
     def residual(self, name: str) -> dict[str, Tensor]:
-        """Both convolutions; "IN" stays in the graph here, since it records no statistics."""
+        """Both convolutions of a residual block. Its "IN" keeps no statistics and stays in the graph."""
         found = {}
         for index in (1, 2):
             conv = f"{name}.conv{index}"
@@ -54,21 +54,21 @@ class Reader:
         return found
 
     def cell(self, name: str, kind: object) -> dict[str, Tensor]:
-        """A recurrent block; x comes first, the LSTM packs i, f, o, g, and u weighs the candidate."""
+        """A recurrent block: x before h, the LSTM packs i, f, o, g, the GRU's update gate weighs the candidate."""
         if kind == "convlstm":
             return lstm_tensors(*blocks(self._gate(f"{name}.Gates"), 4))
         return gru_tensors(*(self._gate(f"{name}.{gate}") for gate in ("update_gate", "reset_gate", "out_gate")))
 
     def finish(self) -> None:
-        """Raise ValueError where tensors are left over."""
+        """Raise ValueError if a tensor has not been read."""
         if self._tensors:
-            raise ValueError(f"tensor {min(self._tensors)} has no place in a model with these arguments")
+            raise ValueError(f"tensor {min(self._tensors)} is not part of a model with these arguments")
 
     def _take(self, name: str) -> Tensor:
         try:
             return self._tensors.pop(self._prefix + name)
         except KeyError:
-            raise ValueError(f"no tensor {self._prefix}{name}, which these arguments ask for") from None
+            raise ValueError(f"no tensor {self._prefix}{name}, which a model with these arguments has") from None
 
     def _gate(self, name: str) -> Gate:
         return self._take(f"{name}.weight"), self._tensors.pop(f"{self._prefix}{name}.bias", None)
@@ -90,12 +90,12 @@ def _named(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
 
 
 def count(tensors: Tensors, prefix: str) -> int:
-    """How many numbered modules lie under `prefix.`."""
+    """Number of numbered modules under `prefix.`."""
     return len({name[len(prefix) + 1 :].split(".")[0] for name in tensors if name.startswith(prefix + ".")})
 
 
 def block_type_of(tensors: Tensors, name: str) -> BlockType:
-    """Kind of the recurrent block `name`."""
+    """Type of the recurrent block `name`, from its tensors."""
     if f"{name}.Gates.weight" in tensors:
         return "convlstm"
     if f"{name}.update_gate.weight" in tensors:
@@ -104,14 +104,14 @@ def block_type_of(tensors: Tensors, name: str) -> BlockType:
 
 
 def norm_of(tensors: Tensors, layer: str) -> str | None:
-    """Norm of a layer by the tensors it has: "IN" has statistics only."""
+    """Norm of a layer, from its tensors: "IN" has statistics but no weight."""
     if f"{layer}.norm_layer.running_mean" not in tensors:
         return None
     return "BN" if f"{layer}.norm_layer.weight" in tensors else "IN"
 
 
 def has_frame_norm(norm: str | None) -> bool:
-    """Whether residual blocks normalise by the frame at hand.
+    """Whether residual blocks normalise with the statistics of the current frame.
 
     Raises:
         ValueError: an unknown norm.

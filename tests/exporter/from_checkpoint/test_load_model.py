@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from stepcell.cli import main
 from stepcell.dims import resolve, symbols_of
 from stepcell.errors import CheckpointError, UsageError
-from stepcell.exporter import FAMILIES
-from stepcell.models import initial_states, load, run_sequence, save_checkpoint
+from stepcell.exporter import find_family, load_model
+from stepcell.models import initial_states, run_sequence, save_checkpoint
 from stepcell.runtime import StepLoop
 
-KEPT = Path(__file__).parent.parent / "data" / "golden"
+KEPT = Path(__file__).parents[2] / "data" / "golden"
 CASES = sorted(path.parent for path in KEPT.glob("*/*/case.json"))
 
 
 def loaded(case: Path) -> nn.Module:
     meta = json.loads((case / "case.json").read_text())
-    known = FAMILIES[case.parent.name].arguments
+    known = find_family(case.parent.name).settings
     settings = {**meta["constructor"], **{key: v for key, v in meta["run_options"].items() if key in known}}
-    return load(case / "checkpoint.pth", case.parent.name, **settings)
+    return load_model(case / "checkpoint.pth", case.parent.name, **settings)
 
 
 def frames(model: Any, steps: int) -> list[list[Tensor]]:
@@ -72,7 +72,7 @@ def test_a_published_checkpoint_is_trained_saved_and_exported_without_naming_it(
     assert losses[-1] < 0.9 * losses[0], f"nothing was learned: {losses[0]:.3f} to {losses[-1]:.3f}"
 
     save_checkpoint(model, tmp_path / "tuned.safetensors")
-    again = load(tmp_path / "tuned.safetensors")
+    again = load_model(tmp_path / "tuned.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     arguments = ["export", tmp_path / "tuned.safetensors", "-o", tmp_path / "tuned.onnx", "--precision", "float32"]
     arguments += ["--shape", f"x:1x{channels}x12x16"]
@@ -91,7 +91,7 @@ def test_a_published_checkpoint_is_trained_saved_and_exported_without_naming_it(
 def test_every_family_is_known_again_after_saving(case: Path, tmp_path: Path) -> None:
     model = loaded(case)
     save_checkpoint(model, tmp_path / "m.safetensors")
-    again = load(tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors")
     ours, theirs = model.state_dict(), again.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -100,9 +100,9 @@ def test_every_family_is_known_again_after_saving(case: Path, tmp_path: Path) ->
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     case = next(path for path in CASES if path.parent.name == "rvm_convgru")
     with pytest.raises(UsageError, match="no such argument"):
-        load(case / "checkpoint.pth", nonsense=1)
+        load_model(case / "checkpoint.pth", nonsense=1)
     with pytest.raises(CheckpointError, match="not a checkpoint of family"):
-        load(case / "checkpoint.pth", "rvm_full")
+        load_model(case / "checkpoint.pth", "rvm_full")
     save_checkpoint(nn.Linear(2, 2), tmp_path / "l.safetensors", family="rvm_convgru", arguments={"channels": 2})
     with pytest.raises(CheckpointError):
-        load(tmp_path / "l.safetensors")
+        load_model(tmp_path / "l.safetensors")

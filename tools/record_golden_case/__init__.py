@@ -1,0 +1,1 @@
+"""Golden-case recorder, run as `python -m tools.record_golden_case`."""
