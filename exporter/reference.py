@@ -31,9 +31,11 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
         CheckpointError: it is not the checkpoint of this file, or the contract does not say how it was loaded.
     """
     from stepcell.exporter.from_checkpoint.checkpoint import load_checkpoint
-    from stepcell.exporter.from_checkpoint.families import FAMILIES, load_strictly, step_model
+    from stepcell.exporter.from_checkpoint.families.registry import FAMILIES
+    from stepcell.exporter.from_checkpoint.step_model import load_strictly, step_model
     from stepcell.exporter.from_module import adopt
     from stepcell.exporter.from_module.factory import module_from_factory
+    from stepcell.family_names import current_name
     from stepcell.models.step import is_step_module
 
     source, arguments = contract.source, dict(contract.source.get("arguments") or {})
@@ -42,7 +44,8 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
     if factory is None:
         if content is None:
             raise CheckpointError("the contract names no module: the checkpoint is needed to compare with it")
-        if contract.family not in FAMILIES:
+        family = FAMILIES.get(current_name(contract.family))
+        if family is None:
             raise CheckpointError(
                 f"{checkpoint}: the contract's family is {contract.family!r}, which no checkpoint is loaded by",
                 hint="compare with the graph itself (no --against), or with another ONNX file",
@@ -52,8 +55,8 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
             for spec in contract.inputs
             if all(isinstance(dim, int) or dim in contract.example for dim in spec.shape)
         }
-        known = {key: value for key, value in arguments.items() if key in FAMILIES[contract.family].arguments}
-        model, _, _ = step_model(content, contract.family, known, shapes)
+        known = {key: value for key, value in arguments.items() if key in family.settings}
+        model, _, _ = step_model(content, family.name, known, shapes)
         return model
     model = module_from_factory(str(factory), arguments)
     if content is not None:
