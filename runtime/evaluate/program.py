@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Program"]
 
 _PLANS = 4  # input sizes whose plans are kept
-_TABLE = 1 << 12  # elements from which a function of one 16-bit float is looked up
 
 Values = dict[str, Any]
 
@@ -222,7 +221,7 @@ def _compute(node: Node, arguments: Sequence[Any], dtype: np.dtype[Any] | None =
         dtype = dtype or arguments[0].dtype
         if is_narrow(dtype):
             narrow = dtype
-            if operator.tabulated and arguments[0].size >= _TABLE:
+            if operator.tabulated:
                 return {node.outputs[0]: _looked_up(node, rounded(arguments[0], dtype))}
             arguments = [value if value is None else widened(value) for value in arguments]
     try:
@@ -242,7 +241,7 @@ def _compute(node: Node, arguments: Sequence[Any], dtype: np.dtype[Any] | None =
 def _looked_up(node: Node, x: Array) -> Array:
     attributes = tuple((key, value) for key, value in sorted(node.attributes.items()) if np.isscalar(value))
     table = _table(node.op, attributes, node.opset, node.widening, x.dtype)
-    return table.take(x.view(np.uint16))
+    return np.asarray(table.take(x.view(np.uint16)))
 
 
 @lru_cache(maxsize=64)

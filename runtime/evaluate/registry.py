@@ -98,7 +98,8 @@ class Operator:
         rounds: it computes. Inputs of 16 bits are widened to float32 before the kernel, and its
             float results are rounded once to the type of the first input. Otherwise the kernel
             gets the inputs as they are (it moves elements, or says itself which type it returns).
-        tabulated: a function of one element, which is looked up for floats of 16 bits.
+        tabulated: a function of one element. For floats of 16 bits it is looked up in a table that was
+            computed in float64, so it is rounded correctly.
         shaping: indices of the inputs whose values, not only shapes, decide the shape of a result.
         data_dependent: the shape of a result depends on values in general.
     """

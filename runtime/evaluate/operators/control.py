@@ -14,14 +14,14 @@ __all__: list[str] = []
 
 
 def _if_jvp(node: Node, inputs: Sequence[Any], outputs: Sequence[Any], tangents: Sequence[Any]) -> Any:
-    body = node.bodies["then_branch" if inputs[0] else "else_branch"]
+    body = node.bodies["then_branch" if inputs[0].item() else "else_branch"]
     _, changes = body.run_jvp(_named(node.captured, inputs[1:]), _named(node.captured, tangents[1:]))
     return tuple(changes[name] for name in body.outputs)
 
 
 @register("If", jvp=_if_jvp, rounds=False, data_dependent=True)
 def _if(node: Node, condition: Array, *captured: Any) -> Any:
-    body = node.bodies["then_branch" if condition else "else_branch"]
+    body = node.bodies["then_branch" if condition.item() else "else_branch"]
     results = body.run(_named(node.captured, captured))
     return tuple(results[name] for name in body.outputs)
 
@@ -50,14 +50,14 @@ def _iterate(node: Node, inputs: Sequence[Any], tangents: Sequence[Any] | None) 
     scans: list[list[Any]] = [[] for _ in body.outputs[1 + len(carried) :]]
     scans_moved: list[list[Any]] = [[] for _ in scans]
     changes: dict[str, Any] = {}
-    step, going = 0, condition is None or bool(condition)
-    while going and (limit is None or step < int(limit)):
+    step, going = 0, condition is None or bool(condition.item())
+    while going and (limit is None or step < limit.item()):
         feeds = {**outer, **_named(body.inputs, [np.array(step, np.int64), np.array(True), *carried])}  # noqa: FBT003
         if tangents is None:
             results = body.run(feeds)
         else:
             results, changes = body.run_jvp(feeds, {**outer_moved, **_named(body.inputs[2:], moved)})
-        going = bool(results[body.outputs[0]])
+        going = bool(results[body.outputs[0]].item())
         names = body.outputs[1 : 1 + len(carried)]
         carried, moved = [results[name] for name in names], [changes.get(name) for name in names]
         for place, name in enumerate(body.outputs[1 + len(carried) :]):
@@ -98,14 +98,14 @@ def _sequence_construct(node: Node, *parts: Array) -> list[Array]:
 
 @register("SequenceInsert", jvp=_sequence_jvp, rounds=False, data_dependent=True)
 def _sequence_insert(node: Node, sequence: list[Array], tensor: Array, position: Array | None = None) -> list[Array]:
-    place = len(sequence) if position is None else int(position)
+    place = len(sequence) if position is None else position.item()
     place = place + len(sequence) if place < 0 else place
     return [*sequence[:place], tensor, *sequence[place:]]
 
 
 @register("SequenceAt", jvp=_sequence_jvp, rounds=False, data_dependent=True)
 def _sequence_at(node: Node, sequence: list[Array], position: Array) -> Array:
-    return sequence[int(position)]
+    return sequence[position.item()]
 
 
 @register("SequenceLength", rounds=False, data_dependent=True)
@@ -121,7 +121,7 @@ def _split_to_sequence(node: Node, x: Array, split: Array | None = None) -> list
         parts = np.split(x, size, axis)
         return parts if node.get("keepdims", 1) else [part.squeeze(axis) for part in parts]
     if split.ndim == 0:
-        each = int(split)
+        each = split.item()
         return np.split(x, list(range(each, size, each)), axis)
     return np.split(x, np.cumsum(as_ints(split))[:-1].tolist(), axis)
 

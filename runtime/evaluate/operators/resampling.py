@@ -99,8 +99,9 @@ def _taps(node: Node, size: int, target: int, scale: float, mapping: str) -> tup
     places = base[None] + offsets[:, None]
     distance = np.abs(places - position[None]) / widening
     weights = _cubic(distance, node.get("cubic_coeff_a", -0.75)) if mode == "cubic" else np.maximum(1 - distance, 0)
-    if node.get("exclude_outside", 0) or widening > 1:
+    if node.get("exclude_outside", 0):
         weights = np.where((places < 0) | (places > size - 1), 0, weights)
+    if node.get("exclude_outside", 0) or widening > 1:
         weights = weights / weights.sum(axis=0)
     return np.clip(places, 0, size - 1).astype(np.int64), weights
 
