@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,18 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
 from stepcell.runtime.media.sink import output_errors
+from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.temporary_file import TemporaryFile
 
 __all__ = ["ArraySink", "ArraySource"]
 
 
-class ArraySource:
+class ArraySource(Source):
     """A .npy file of pixels (T, H, W, C) uint8, or of tensors (T, C, H, W) float in the range of the model.
 
     Raises:
         InputError: not a .npy file, or an array of another shape or dtype.
     """
-
-    fps: Fraction | None = None
-    live = False
-    seconds: float | None = None
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
@@ -48,7 +44,7 @@ class ArraySource:
             raise InputError(
                 f"{path}: expected 1 or 3 channels and at least one frame, got {array.shape} {array.dtype}"
             )
-        self.length: int | None = len(array)
+        self.length = len(array)
         self._path, self._shape, self._dtype, self._start = path, array.shape, array.dtype, array.offset
         # In Fortran order the values of one frame are not contiguous, so the whole file is loaded.
         self._array = None if array.flags.c_contiguous else np.array(array)
@@ -70,9 +66,6 @@ class ArraySource:
                     yield np.frombuffer(data, self._dtype).reshape(shape)
         except OSError as error:
             raise InputError(f"{self.name}: cannot be read ({error.strerror})") from error
-
-    def close(self) -> None:
-        pass
 
 
 class ArraySink:

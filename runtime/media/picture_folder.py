@@ -17,6 +17,7 @@ from stepcell.errors import InputError, OutputError
 from stepcell.files import temporary_path
 from stepcell.missing import require
 from stepcell.runtime.media.sink import output_errors
+from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.video_reader import VideoSource
 
 __all__ = ["FolderSink", "FolderSource", "natural_key"]
@@ -24,17 +25,13 @@ __all__ = ["FolderSink", "FolderSource", "natural_key"]
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
-class FolderSource:
+class FolderSource(Source):
     """The pictures of a folder in natural order: frame2.png before frame10.png.
 
     Raises:
         InputError: the folder cannot be read or holds no picture.
         MissingDependencyError: PyAV is not installed.
     """
-
-    fps: Fraction | None = None
-    live = False
-    seconds: float | None = None
 
     def __init__(self, folder: Path) -> None:
         require("av", extra="video", purpose="reading pictures")
@@ -46,7 +43,7 @@ class FolderSource:
         self._files = sorted(files, key=lambda path: natural_key(path.name))
         if not files:
             raise InputError(f"{folder}: holds no picture ({', '.join(_PICTURES)})")
-        self.length: int | None = len(files)
+        self.length = len(files)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         shape = None
@@ -56,9 +53,6 @@ class FolderSource:
             if pixels.shape != (shape := shape or pixels.shape):
                 raise InputError(f"{path}: is {pixels.shape}, the first picture {shape}")
             yield pixels
-
-    def close(self) -> None:
-        pass
 
 
 class FolderSink:

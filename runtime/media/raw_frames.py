@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.runtime.media.sink import output_errors
+from stepcell.runtime.media.source import Source
 
 __all__ = ["RawSink", "RawSource"]
 
 
-class RawSource:
+class RawSource(Source):
     """Frames in row-major order without padding: rgb24 or gray8.
 
     Args:
@@ -27,10 +27,7 @@ class RawSource:
         channels: 3 (rgb24) or 1 (gray8).
     """
 
-    fps: Fraction | None = None
-    length: int | None = None
     live = True
-    seconds: float | None = None  # time of arrival, by `time.monotonic`
 
     def __init__(self, stream: BinaryIO, size: tuple[int, int], channels: int) -> None:
         self.name = "stdin"
@@ -46,7 +43,7 @@ class RawSource:
                     f"stdin: ended inside frame {number}: {len(data)} of {size} bytes",
                     hint=f"the sender must use {self._shape[1]}x{self._shape[0]} and {self._shape[2]} bytes a pixel",
                 )
-            self.seconds = time.monotonic()
+            self.seconds = time.monotonic()  # time of arrival
             yield np.frombuffer(data, np.uint8).reshape(self._shape)
             number += 1
 
@@ -55,9 +52,6 @@ class RawSource:
             return self._stream.read(size)
         except OSError as error:
             raise InputError(f"stdin: cannot be read ({error.strerror})") from error
-
-    def close(self) -> None:
-        pass
 
 
 class RawSink:

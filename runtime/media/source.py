@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, Protocol
@@ -29,14 +30,17 @@ class Source(Protocol):
     """
 
     name: str
-    fps: Fraction | None
-    length: int | None
-    live: bool
-    seconds: float | None
+    fps: Fraction | None = None
+    length: int | None = None
+    live: bool = False
+    seconds: float | None = None
 
+    @abstractmethod
     def __iter__(self) -> Iterator[NDArray[Any]]: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the source; it is not read afterwards."""
+        return
 
 
 def display_name(text: str) -> str:

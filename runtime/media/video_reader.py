@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.missing import require
-from stepcell.runtime.media.source import FRAME_RATES, display_name
+from stepcell.runtime.media.source import FRAME_RATES, Source, display_name
 
 __all__ = ["BT709", "CAMERA", "VideoSource"]
 
@@ -26,7 +26,7 @@ CUT_OFF, CUT_OFF_SECONDS = 0.9, 0.5
 BROKEN_PACKETS = 100  # consecutive damaged packets that end a live stream; transmission errors are shorter
 
 
-class VideoSource:
+class VideoSource(Source):
     """A video file, a URL or `camera:N` (Video4Linux).
 
     Raises:
@@ -58,12 +58,11 @@ class VideoSource:
         self.live = bool(camera) or "://" in name
         # Frame threading delays the output by one frame per thread, and loses these frames with the connection.
         self._stream.thread_type = "SLICE" if self.live else "AUTO"
-        self.seconds: float | None = None
         self._broken = 0  # consecutive damaged packets
         rate = self._stream.average_rate or self._stream.guessed_rate
         # Fraction(): PyAV 19 has a type of its own. Outside this range FFmpeg writes files that it cannot read.
-        self.fps: Fraction | None = Fraction(rate) if rate and FRAME_RATES[0] <= rate <= FRAME_RATES[1] else None
-        self.length: int | None = None if self.live else self._stream.frames or None
+        self.fps = Fraction(rate) if rate and FRAME_RATES[0] <= rate <= FRAME_RATES[1] else None
+        self.length = None if self.live else self._stream.frames or None
         self._duration = None if self.live else self._declared_duration()
 
     def _declared_duration(self) -> float | None:

@@ -6,7 +6,7 @@ Only the two histograms are updated during the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,18 @@ __all__ = ["LOCALHOST", "Metrics"]
 LOCALHOST = "127.0.0.1"
 # Seconds: from a small model on a GPU to one that is too slow for any camera.
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.033, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+# Kind, name, description, attribute of StreamProgress, and the second label of an attribute with several values.
+_FAMILIES = (
+    ("counter", "frames", "Frames stepped.", "frames", None),
+    ("counter", "late_frames", "Late frames that were stepped.", "late", None),
+    ("counter", "non_finite", "Frames after which NaN or Inf was found.", "non_finite", None),
+    ("counter", "reconnects", "Times the input was lost and reopened.", "reconnects", None),
+    ("gauge", "stream_up", "1 while the stream runs.", "running", None),
+    ("counter", "dropped_frames", "Frames that were not stepped.", "dropped", "reason"),
+    ("counter", "resets", "Resets of the states.", "resets", "cause"),
+    ("gauge", "queued_frames", "Frames waiting in a queue.", "queued", "queue"),
+)
 
 
 class Metrics:
@@ -74,22 +86,15 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """The current counters; called by prometheus-client."""
-        streams = self._streams
-        yield self._family("counter", "frames", "Frames stepped.", ((s.name, s.frames) for s in streams))
-        late = ((s.name, s.late) for s in streams)
-        yield self._family("counter", "late_frames", "Late frames that were stepped.", late)
-        found = ((s.name, s.non_finite) for s in streams)
-        yield self._family("counter", "non_finite", "Frames after which NaN or Inf was found.", found)
-        back = ((s.name, s.reconnects) for s in streams)
-        yield self._family("counter", "reconnects", "Times the input was lost and reopened.", back)
-        up = ((s.name, int(s.running)) for s in streams)
-        yield self._family("gauge", "stream_up", "1 while the stream runs.", up)
-        dropped = [(s.name, s.dropped) for s in streams]
-        yield self._split("counter", "dropped_frames", "Frames that were not stepped.", "reason", dropped)
-        resets = [(s.name, s.resets) for s in streams]
-        yield self._split("counter", "resets", "Resets of the states.", "cause", resets)
-        queued = [(s.name, s.queued) for s in streams]
-        yield self._split("gauge", "queued_frames", "Frames waiting in a queue.", "queue", queued)
+        families = {"counter": self._core.CounterMetricFamily, "gauge": self._core.GaugeMetricFamily}
+        for kind, name, text, attribute, label in _FAMILIES:
+            labels = ["stream"] if label is None else ["stream", label]
+            family = families[kind](f"stepcell_{name}", text, labels=labels)
+            for stream in self._streams:
+                value = getattr(stream, attribute)
+                for key, count in ({None: value} if label is None else value).items():
+                    family.add_metric([stream.name] if key is None else [stream.name, key], int(count))
+            yield family
 
     def close(self) -> None:
         """Stop the server."""
@@ -104,21 +109,3 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _family(self, kind: str, name: str, text: str, values: Iterable[tuple[str, int]]) -> Any:
-        family = self._new(kind, name, text, ["stream"])
-        for stream, value in values:
-            family.add_metric([stream], value)
-        return family
-
-    def _split(self, kind: str, name: str, text: str, label: str, values: Iterable[tuple[str, Any]]) -> Any:
-        """A family with a second label."""
-        family = self._new(kind, name, text, ["stream", label])
-        for stream, counts in values:
-            for key, value in counts.items():
-                family.add_metric([stream, key], value)
-        return family
-
-    def _new(self, kind: str, name: str, text: str, labels: list[str]) -> Any:
-        families = {"counter": self._core.CounterMetricFamily, "gauge": self._core.GaugeMetricFamily}
-        return families[kind](f"stepcell_{name}", text, labels=labels)

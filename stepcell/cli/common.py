@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Helpers that several commands share: options, and the end of the process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs; a value that is JSON or a Python literal is taken as such, anything else as a string.
+    """Parse `key=value` pairs; a value that is JSON or a Python literal is parsed, any other is a string.
 
     Raises:
-        UsageError: no `=`, or a key twice.
+        UsageError: a pair without `=`, or a repeated key.
     """
     parsed: dict[str, Any] = {}
     for setting in settings:
@@ -40,12 +40,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Threads that the block leaves behind do not see Python being taken down when the process ends; nor does a log
-    that cannot be written change the exit code.
+    """At exit, end the process at once if threads that were started in the block still run.
 
-    A thread may be in FFmpeg or in the kernel for longer than anybody waits: a camera that is silent, a
-    disk that hangs. FFmpeg asks Python every 0.1 s whether to go on, and crashes where Python is half
-    gone. So the process ends at once then, when everything else has been closed and said.
+    A thread may be blocked in FFmpeg or in the kernel, such as by a silent camera or a disk that hangs. FFmpeg calls
+    Python every 0.1 s to ask whether to go on, and crashes while the interpreter is finalised. So after everything
+    else is closed, the process exits without finalising. A log that cannot be written does not change the exit code.
     """
     before, code = threading.enumerate(), 1
     try:
@@ -68,21 +67,21 @@ def leaving() -> Iterator[None]:
 def _end(threads: Sequence[threading.Thread], code: int) -> None:
     try:
         sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):  # nobody listens, for which Python has an exit code of its own
+    except (OSError, ValueError, AttributeError):  # Python would exit with another code then
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    running = sys._current_frames()  # unlike is_alive(), which says no after a ctrl-C in join() before Python 3.13
+    running = sys._current_frames()  # is_alive() is wrong after a ctrl-C in join() before Python 3.13
     if any(thread.ident in running for thread in threads):
         try:
             if sys.stdout is not None:
                 sys.stdout.flush()
-        except (OSError, ValueError):  # what was asked for is not there
+        except (OSError, ValueError):  # the result is lost
             code = code or 1
         os._exit(code)
 
 
 def _value(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):  # False and (3, 5) stand in upstream's Python
+    for read in (json.loads, ast.literal_eval):  # False and (3, 5) are Python
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             return read(text)
     return text

@@ -1,4 +1,4 @@
-"""`stepcell run` on several inputs, on cameras, and while it is watched."""
+"""`stepcell run` with several inputs, cameras, metrics and a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPCELL = (sys.executable, "-c", "from stepcell.cli import main; main()")
 
 @contextlib.contextmanager
 def running(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A run of its own, which is ended with the test."""
+    """A run in a process, which is killed at the end of the test."""
     command = [*STEPCELL, "run", *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         try:
@@ -40,7 +40,7 @@ def running(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[byt
 
 
 def finished(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    """Exit code, and what it said as one line."""
+    """Exit code, and stderr as one line."""
     assert process.stderr is not None
     said = process.stderr.read().decode()
     return process.wait(60), " ".join(said.split())
@@ -104,7 +104,7 @@ def test_the_same_input_twice(accumulator: Model, clips: list[Path], tmp_path: P
 def test_signal_finishes_three_outputs(
     accumulator: Model, camera: Any, clip_path: Path, tmp_path: Path, number: int, code: int
 ) -> None:
-    """A file that is at its end, a camera that goes on for ever and a pipe that stays open."""
+    """A file that has ended, a camera that does not end and a pipe that stays open."""
     outputs = [tmp_path / "file.mp4", tmp_path / "camera.npy", tmp_path / "pipe"]
     arguments = [accumulator(range=(0.0, 1.0)), *each("-i", [clip_path, camera.url, "-"]), *each("-o", outputs)]
     arguments += ["--size", "176x144", "--reconnect", "inf", "--report", tmp_path / "run.json"]
@@ -137,7 +137,7 @@ def scrape(url: str) -> dict[tuple[str, ...], float]:
     with urllib.request.urlopen(url, timeout=5) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         samples = [sample for family in families for sample in family.samples]
-    # The name, the stream if there is one, what else it is split by.
+    # Name, stream if there is one, second label.
     return {
         (sample.name, *(label for _, label in sorted(sample.labels.items(), key=lambda each: each[0] != "stream"))): (
             sample.value
@@ -238,7 +238,7 @@ def test_several_clips_are_resumed(accumulator: Model, clips: list[Path], tmp_pa
 
 
 def test_the_view_on_a_terminal(accumulator: Model, clip_path: Path) -> None:
-    """What a person sees while two clips run: a row for each with its percentiles."""
+    """The live table of two clips: a row each with its percentiles."""
     main_end, run_end = pty.openpty()
     command = [*STEPCELL, "run", str(accumulator()), "-i", str(clip_path), "-i", str(clip_path)]
     environment = {**os.environ, "COLUMNS": "150", "TERM": "xterm-256color"}

@@ -1,4 +1,4 @@
-"""`stepcell run` as a user calls it."""
+"""`stepcell run` with one input."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_reader_of_the_pipe_goes_away(accumulator: Model) -> None:
     process.stdin.flush()
     process.stdout.read(10)
     process.stdout.close()
-    with contextlib.suppress(BrokenPipeError):  # it may be gone before it has read everything
+    with contextlib.suppress(BrokenPipeError):  # it may exit before it has read everything
         process.stdin.write(bytes(64 * 64 * 3 * 30))
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
@@ -99,10 +99,10 @@ def test_signal_half_way_leaves_a_playable_file(accumulator: Model, tmp_path: Pa
     assert process.stdin is not None
     assert process.stderr is not None
     frame = bytes(64 * 48 * 3)
-    for _ in range(40):  # more than a pipe holds, so most of them have been read when this returns
+    for _ in range(40):  # more than a pipe buffers, so most have been read when this returns
         process.stdin.write(frame)
     process.stdin.flush()
-    process.send_signal(number)  # stdin stays open: the stream is cut off, it did not end
+    process.send_signal(number)  # stdin stays open, so the stream is interrupted
     errors = process.stderr.read().decode()
     process.stderr.close()
     assert process.wait(120) == code, errors
@@ -117,7 +117,7 @@ def test_signal_half_way_leaves_a_playable_file(accumulator: Model, tmp_path: Pa
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_an_uninterrupted_run(denoiser_onnx: Path, clip_path: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle of a real clip, every policy on; the numbers are compared bit by bit."""
+    """SIGKILL in the middle of a real clip, with all reset policies; results are compared bit by bit."""
     snapshot, report = tmp_path / "state.safetensors", tmp_path / "run.json"
     command = [*STEPCELL, "run", str(denoiser_onnx), "-i", str(clip_path), "--threads", "1", "--report", str(report)]
     command += ["--reset-every", "50", "--reset-on-cut", "--reset-gap", "1"]
@@ -140,7 +140,7 @@ def test_killed_and_resumed_equals_an_uninterrupted_run(denoiser_onnx: Path, cli
     np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), whole[start:])
     assert json.loads(report.read_text())["resets"]["every"] == len([n for n in (50, 100) if n >= start])
 
-    again = subprocess.run(command, check=True, capture_output=True, timeout=120)  # there is nothing left
+    again = subprocess.run(command, check=True, capture_output=True, timeout=120)  # no frame is left
     assert json.loads(report.read_text())["frames"] == 0
     assert b"going on at frame 120" in again.stderr
 
@@ -178,7 +178,7 @@ def test_cuts_of_a_real_clip_are_in_the_report(accumulator: Model) -> None:
 
 def test_sigusr1_forgets_the_past(accumulator: Model) -> None:
     command = [*STEPCELL, "run", str(accumulator()), "-i", "-", "--size", "64x64", "-o", "-"]
-    frame = b"\x01" * (64 * 64 * 3)  # more than stdout holds back
+    frame = b"\x01" * (64 * 64 * 3)  # more than stdout buffers
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""What the world does to `stepcell run`: full disks, odd names, closed pipes, silent cameras, impatient users."""
+"""`stepcell run` under adverse conditions: full disks, odd names, closed pipes, silent cameras, repeated signals."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.cli.command import run
 Model = Callable[..., Path]
 RUN = (sys.executable, "-c", "from stepcell.cli import main; main()", "run")
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
-ENOUGH = 60.0  # seconds; nothing here takes more than one on a machine that has nothing else to do
+ENOUGH = 60.0  # seconds; on an idle machine every test takes less than one
 
 
 def shell(text: str, *arguments: object) -> tuple[int, str]:
-    """Exit code, and what a run said; `{}` in the text is the run with these arguments."""
+    """Exit code and stderr of a shell command, in which `{}` is the run with these arguments."""
     command = shlex.join([*RUN, *map(str, arguments)])
     bash = ["bash", "-c", text.format(command)]
     done = subprocess.run(bash, stderr=subprocess.PIPE, timeout=ENOUGH, check=False, env=BUFFERED)
@@ -53,7 +53,7 @@ def clip(tmp_path: Path) -> Path:
 def test_a_full_disk_costs_the_last_frames_only(
     accumulator: Model, tmp_path: Path, name: str, most: int, older: bool
 ) -> None:
-    """The same as with a disk that is full: no byte more can be written. `most`: frames that are lost, at most."""
+    """A limit on the size of files acts like a full disk. `most`: largest number of frames lost."""
     np.save(tmp_path / "clip.npy", np.random.default_rng(0).integers(0, 256, (600, 32, 32, 3), np.uint8))
     model, output, report = accumulator(range=(0.0, 1.0)), tmp_path / "outputs" / name, tmp_path / "run.json"
     output.parent.mkdir()
@@ -183,7 +183,7 @@ def test_where_all_frames_are_late_that_is_said(accumulator: Model, tmp_path: Pa
 
 
 class Silent:
-    """A server that takes connections, says what it has to say, and then never a word."""
+    """A server that accepts connections, sends its words, and is silent from then on."""
 
     def __init__(self) -> None:
         self.words = b""
@@ -225,7 +225,7 @@ def until(true: Callable[[], object]) -> None:
 def test_cameras_that_do_not_answer_do_not_hold_up_a_stop(
     accumulator: Model, clip: Path, silent: Silent, tmp_path: Path
 ) -> None:
-    """Opening one takes ten seconds; both are being opened when the signal comes."""
+    """Opening a silent camera takes ten seconds; both are being opened when the signal arrives."""
     arguments = [accumulator(), "-i", silent.url, "-i", clip, "-i", silent.url, "--report", tmp_path / "r.json"]
     command = [*RUN, *map(str, arguments)]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
@@ -256,10 +256,10 @@ def test_a_usual_end_takes_python_down(accumulator: Model, clip: Path) -> None:
 def test_a_read_that_is_left_behind_does_not_crash_the_end(
     accumulator: Model, silent: Silent, camera: Any, tmp_path: Path, source: str, end: str | signal.Signals, code: int
 ) -> None:
-    """FFmpeg may crash when Python is taken down under it (one run in 25): so that must not happen."""
+    """FFmpeg may crash while the interpreter is finalised (one run in 25), so the process exits without finalising."""
     words, output, report = camera._data[: len(camera._data) // 2], tmp_path / "out.npy", tmp_path / "run.json"
     with av.open(io.BytesIO(words)) as container:
-        count = sum(1 for _ in container.decode(video=0)) - 3  # then all is read: as many wait to be stepped
+        count = sum(1 for _ in container.decode(video=0)) - 3  # so everything is read, and as many frames are queued
     name, silent.words = silent.url, words
     if source == "pipe":
         name = str(tmp_path / "pipe.ts")
@@ -273,7 +273,7 @@ def test_a_read_that_is_left_behind_does_not_crash_the_end(
         try:
             pipe = os.open(name, os.O_WRONLY) if source == "pipe" else None
             if pipe is not None:
-                os.write(pipe, words)  # and it stays open
+                os.write(pipe, words)  # stays open
             if isinstance(end, signal.Signals):
                 until(lambda: any(path.stat().st_size > count * 297 * 1024 for path in tmp_path.glob(".out*.npy")))
                 process.send_signal(end)
@@ -295,7 +295,7 @@ def test_a_read_that_is_left_behind_does_not_crash_the_end(
 def test_a_second_signal_waits_for_nothing(
     accumulator: Model, clip: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Whoever reads stdout has stopped reading, so the first signal waits for what is to be written."""
+    """The reader of stdout has stopped, so after the first signal the run waits for its output."""
     np.save(clip, np.zeros((60, 144, 176, 3), np.uint8))
     report = tmp_path / "run.json"
     command = [sys.executable, "-c", TELLING, "run", str(accumulator(range=(0.0, 1.0))), "-i", str(clip), "-o", "-"]
@@ -333,7 +333,7 @@ def test_a_demand_to_forget_that_comes_before_the_first_frame(accumulator: Model
 
 @pytest.mark.parametrize("where", ["2>/dev/full", "2>&1 >/dev/null | head -c 1", "2>&-"])
 def test_nobody_reads_what_is_said(where: str, accumulator: Model, clip: Path, tmp_path: Path) -> None:
-    """A log on a full disk, or whose reader is gone, does not end the run."""
+    """A log on a full disk or without a reader does not end the run."""
     code, _ = shell(f"set -o pipefail; {{}} {where}", accumulator(), "-i", clip, "-o", tmp_path / "out.npy")
     assert code == 0
     assert len(np.load(tmp_path / "out.npy")) == 200

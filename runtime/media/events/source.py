@@ -17,6 +17,7 @@ from stepcell.runtime.media.events.raw import RawReader
 from stepcell.runtime.media.events.reader import LARGEST, EventReader, validated
 from stepcell.runtime.media.events.tensor import event_tensor
 from stepcell.runtime.media.events.windows import split_windows
+from stepcell.runtime.media.source import Source
 
 __all__ = ["EVENT_FILES", "EventSource", "open_events"]
 
@@ -43,7 +44,7 @@ def open_events(path: Path) -> EventReader:
         raise
 
 
-class EventSource:
+class EventSource(Source):
     """The windows of an event file, each as a tensor (C, H, W) float32.
 
     `fps` is known if windows have a fixed time of 1 ms to 1000 s.
@@ -57,12 +58,8 @@ class EventSource:
         InputError: the file cannot be read, or the size of its sensor is unknown or differs from `size`.
     """
 
-    length: int | None = None
-    live = False
-
     def __init__(self, path: Path, spec: EventSpec, size: tuple[int, int] | None = None) -> None:
         self.name = str(path)
-        self.seconds: float | None = None
         self._spec = spec
         self._reader = open_events(path)
         own = self._reader.size
@@ -78,7 +75,7 @@ class EventSource:
             raise InputError(f"{path}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}")
         self.size = found
         by_time = spec.window.unit == "us" and SHORTEST <= spec.window.size <= LONGEST
-        self.fps: Fraction | None = Fraction(1_000_000, round(spec.window.size)) if by_time else None
+        self.fps = Fraction(1_000_000, round(spec.window.size)) if by_time else None
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         width, height = self.size

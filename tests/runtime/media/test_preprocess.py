@@ -1,4 +1,4 @@
-"""Pixels to tensors and back."""
+"""Preprocessing and output postprocessing."""
 
 from __future__ import annotations
 

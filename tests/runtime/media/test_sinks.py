@@ -1,4 +1,4 @@
-"""What is written can be read again, and nothing of the user's is lost."""
+"""Sinks: files that can be read again, and older files that stay."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused_at_once(tmp_path: Path, mon
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
 def test_a_video_that_is_not_finished_can_be_played(suffix: str, tmp_path: Path) -> None:
-    """As after SIGKILL or with the power gone: what is on the disk is in pieces of a second."""
+    """As after SIGKILL or a power failure: the file on the disk consists of fragments of a second."""
     frames = noise(300, 48, 64, 3)
     sink = VideoSink(tmp_path / f"out{suffix}", Fraction(25))
     for frame in frames:
@@ -183,7 +183,7 @@ def test_a_video_that_is_not_finished_can_be_played(suffix: str, tmp_path: Path)
     sink.close()
     found = VideoSource(str(copy))
     count = 0
-    with contextlib.suppress(InputError):  # its last piece may be cut off
+    with contextlib.suppress(InputError):  # the last fragment may be cut off
         for _ in found:
             count += 1
     found.close()
@@ -193,22 +193,22 @@ def test_a_video_that_is_not_finished_can_be_played(suffix: str, tmp_path: Path)
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov"])
 def test_a_finished_video_has_one_index_and_starts_at_zero(suffix: str, tmp_path: Path) -> None:
-    """However it was written: pieces would make players slow, and their B-frames shift every time."""
+    """Fragments in a finished file would slow down seeking, and B-frames would shift its timestamps."""
     write_all(VideoSink(tmp_path / f"out{suffix}", Fraction(25)), noise(100, 48, 64, 3))
     source = VideoSource(str(tmp_path / f"out{suffix}"))
     next(iter(source))
     assert (source.length, source.seconds) == (100, 0.0)
     data = (tmp_path / f"out{suffix}").read_bytes()
-    assert repair_video(tmp_path / f"out{suffix}") == 100, "nothing is cut off where nothing is missing"
+    assert repair_video(tmp_path / f"out{suffix}") == 100, "a complete file is not truncated"
     assert (tmp_path / f"out{suffix}").read_bytes() == data
 
 
 def test_an_array_that_does_not_fit_is_removed(tmp_path: Path) -> None:
-    """What is in the buffer cannot be written when the file is closed either."""
+    """Closing the file fails like the writes before."""
     path = tmp_path / "out.npy"
     sink = ArraySink(path)
     sink.write(np.zeros((1, 4, 4), np.float32))
-    # Closed behind its back: every write from now on fails.
+    # Close the descriptor, so that every further write fails.
     os.close(sink._file.fileno())
     sink.abandon()
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Frames from real files, and every kind of broken one."""
+"""Sources: frames of real files, and broken files of every kind."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_video_equals_plain_decoding(clip_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_last_frame_may_be_shown_for_long(count: int, tmp_path: Path) -> None:
-    """A file at one frame in five seconds is not cut off where its last frame begins."""
+    """A file of one frame per five seconds is complete, although its last timestamp is five seconds before its end."""
     path = tmp_path / "slow.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=Fraction(1, 5))
@@ -94,7 +94,7 @@ def test_a_title_in_another_encoding(tmp_path: Path) -> None:
         stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")))
         container.mux(stream.encode(None))
-    path.write_bytes(path.read_bytes().replace("caf\xe9".encode(), b"caf\xe9\xe9"))  # no UTF-8
+    path.write_bytes(path.read_bytes().replace("caf\xe9".encode(), b"caf\xe9\xe9"))  # invalid UTF-8
     assert len(list(open_source(str(path)))) == 1
 
 
@@ -345,7 +345,7 @@ def test_another_file_under_the_name_of_an_array(tmp_path: Path) -> None:
 
 
 class Failing(io.RawIOBase):
-    """A pipe whose device is gone."""
+    """A pipe whose reads fail."""
 
     def readable(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Deadline: which frames are late, and what becomes of them."""
+"""Deadline: which frames are late, and whether they are dropped or stepped."""
 
 from __future__ import annotations
 

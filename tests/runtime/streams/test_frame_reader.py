@@ -1,4 +1,4 @@
-"""Sources in threads: order, bounds, errors, and a camera that goes away and comes back."""
+"""Frame reader: order, bounded queue, errors, and reconnection."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stepcell.runtime.streams.reconnect import Reconnect
 
 
 class Counting:
-    """A source that knows how far it was read."""
+    """A source that counts the frames read."""
 
     name = "counting"
     fps: Fraction | None = None
@@ -90,7 +90,7 @@ def test_every_frame_of_a_clip_in_order() -> None:
 def test_a_source_waits_for_room() -> None:
     changed, source = threading.Condition(), Counting(1000)
     reader = FrameReader(source, changed)
-    until(changed, lambda: source.read == DEPTH + 1)  # one more is in the thread's hand
+    until(changed, lambda: source.read == DEPTH + 1)  # the thread holds one more
     for taken in range(1, 50):
         assert reader.take() is not None
         until(changed, lambda taken=taken: source.read == DEPTH + 1 + taken)  # type: ignore[misc]
@@ -181,7 +181,7 @@ def test_a_source_that_cannot_be_closed_ends_all_the_same() -> None:
 
 
 def test_no_frame_of_a_camera_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stops in the middle: what it has sent is there, however many threads decode."""
+    """If it stops, all frames it sent are there, however many threads decode."""
     if "libx264" not in av.codecs_available:
         pytest.skip("FFmpeg has no H.264 encoder here")
     buffer = io.BytesIO()
@@ -203,14 +203,14 @@ def test_no_frame_of_a_camera_is_held_back(monkeypatch: pytest.MonkeyPatch) -> N
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
         source = VideoSource(f"tcp://127.0.0.1:{server.getsockname()[1]}")
-        source._stream.codec_context.thread_count = 8  # of the machine this will run on
+        source._stream.codec_context.thread_count = 8  # as on a device with more cores
         frames = []
         with pytest.raises(InputError, match="no answer within 3 s"):
             frames.extend(source)
         gate.set()
         thread.join(10)
     source.close()
-    assert len(frames) >= 28, f"{len(frames)} of 30 frames"  # the last may wait for the begin of the next
+    assert len(frames) >= 28, f"{len(frames)} of 30 frames"  # the last one may wait for the start of the next
 
 
 def test_waits_grow_to_a_bound_and_differ() -> None:
@@ -242,7 +242,7 @@ def test_waits_begin_anew_after_a_frame(logged: pytest.LogCaptureFixture) -> Non
 
 
 def test_a_camera_comes_back(camera: Any, logged: pytest.LogCaptureFixture) -> None:
-    """It hangs up in the middle, is gone for a while, and sends from its first frame again."""
+    """It disconnects in the middle, is off for a while, and sends from its first frame again."""
     changed = threading.Condition()
     camera.cut = 0.5
     reconnect = Reconnect(lambda: open_source(camera.url), 60.0, first=0.05, most=0.1)
@@ -252,7 +252,7 @@ def test_a_camera_comes_back(camera: Any, logged: pytest.LogCaptureFixture) -> N
         until(changed, lambda: reader.queued > 0)
         before.append(reader.take())
     camera.switch_off()
-    while reader._attempts < 3:  # they are refused
+    while reader._attempts < 3:  # attempts that fail
         if reader.take() is None:
             time.sleep(0.01)
     camera.cut = 1.0
@@ -270,7 +270,7 @@ def test_a_camera_comes_back(camera: Any, logged: pytest.LogCaptureFixture) -> N
     reader.stop()
     reader.join()
     np.testing.assert_array_equal(after[0].array, before[0].array)  # type: ignore[union-attr]
-    # The clock of the source began anew; that of the frames goes on, and shows the gap.
+    # The clock of the source restarted; that of the frames continues, with the gap.
     times = [frame.seconds for frame in [*before, *after] if frame and frame.seconds is not None]
     assert len(times) == 70
     steps = np.diff(times)
@@ -311,7 +311,7 @@ def test_a_camera_that_is_not_there_yet(camera: Any) -> None:
 
 
 def damaged(data: bytes, every: int) -> bytes:
-    """A transport stream in which each so-many-th packet from the middle on says that it is damaged."""
+    """A transport stream in which every n-th packet of the second half is marked as damaged."""
     packets = bytearray(data)
     for start in range(len(data) // 376 * 188, len(data), 188 * every):
         packets[start + 1] |= 0x80  # transport_error_indicator, ISO/IEC 13818-1

@@ -1,4 +1,4 @@
-"""Sinks in threads: what is written, in which order, and how errors come back."""
+"""Frame writer: order, bounded queue, and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FRAMES = read_clip("carphone_pristine")[:30]
 
 
 class Gate:
-    """A sink that writes when it is let through, and fails when it is told to."""
+    """A sink that blocks until released, and fails on demand."""
 
     name = "gate"
     takes_pixels = replaces = False
@@ -68,8 +68,8 @@ def test_what_is_written_is_what_a_sink_alone_writes(name: str, tmp_path: Path) 
         a, b = (np.stack(list(open_source(str(tmp_path / each)))) for each in (name, f"alone-{name}"))
         assert len(a) == len(FRAMES)
         if name == "out.mp4":
-            # x264 reads memory that it never set (MALLOC_PERTURB_ changes its file): two files of the
-            # same frames need not be equal, but every frame is there, in its place.
+            # x264 reads uninitialised memory (MALLOC_PERTURB_ changes its file), so two files of the same frames may
+            # differ; but every frame is there, in order.
             away = [[float(np.square(frame.astype(float) - other).mean()) for other in FRAMES] for frame in a]
             np.testing.assert_array_equal(np.argmin(away, axis=1), np.arange(len(FRAMES)))
             assert np.diagonal(away).max() < 40
@@ -82,7 +82,7 @@ def test_what_is_written_is_what_a_sink_alone_writes(name: str, tmp_path: Path) 
 def test_the_queue_is_bounded_and_put_waits() -> None:
     gate, changed = Gate(), threading.Condition()
     writer = FrameWriter(gate, changed)
-    for number in range(DEPTH + 1):  # one is in the thread's hand
+    for number in range(DEPTH + 1):  # the thread holds one
         with changed:
             assert changed.wait_for(lambda: writer.has_room, 5)
         writer.put(np.array([number]))
@@ -108,7 +108,7 @@ def test_finish_returns_at_once_and_wait_waits() -> None:
     gate = Gate()
     writer = FrameWriter(gate, threading.Condition())
     writer.put(np.array([7]))
-    writer.finish()  # the gate is closed: it would wait for ever
+    writer.finish()  # the gate is closed, so waiting would not end
     assert gate.calls == []
     gate.open.release()
     writer.join()
@@ -178,7 +178,7 @@ def test_a_failure_in_closing_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sink of which not even a part can be kept, as on a disk that is gone."""
+    """A sink of which no part can be salvaged, as on a disk that was removed."""
     unexpected: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", unexpected.append)
 

@@ -1,4 +1,4 @@
-"""Metrics as Prometheus reads them."""
+"""Metrics: the text that Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics", timeout=5) as answer:
         text = answer.read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    # The name, the stream if there is one, what else it is split by.
+    # Name, stream if there is one, second label.
     return {
         (
             sample.name,
@@ -43,7 +43,7 @@ def scrape(metrics: Metrics) -> dict[tuple[str, ...], float]:
 
 
 def test_counters_are_those_of_the_streams_at_that_moment() -> None:
-    # A name is what the user wrote: quotes, backslashes and line ends among it.
+    # A name may contain quotes, backslashes and line breaks.
     a, b = Counts("camera:0"), Counts('b "quoted" \\ \n.mp4')
     with Metrics(0) as metrics:
         metrics.watch([a, b])

@@ -1,4 +1,4 @@
-"""A whole stream: what comes out, what is reported, and what is kept when it breaks."""
+"""run_streams with one stream: results, report, and output after a failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Model = Callable[..., Path]
 
 
 class Frames:
-    """A source of given frames; an exception among them is raised in its turn."""
+    """A source of given frames; an exception among them is raised."""
 
     name = "frames"
     fps: Fraction | None = None
@@ -241,7 +241,7 @@ def test_nan_output_is_an_error_in_pictures(accumulator: Model, tmp_path: Path) 
 
 
 def test_gaps_and_cuts_reset_and_are_counted(accumulator: Model, tmp_path: Path) -> None:
-    """Scene a, then b with a gap in its time; the sum of the ones since the last reset is what comes out."""
+    """Scene a, then b with a gap in time; the result is the sum of the frames since the last reset."""
     a, b = (np.random.default_rng(seed).integers(0, 2, (3, 32, 32)).astype(np.float32) for seed in (0, 1))
     source = Timed([a, a, a, b, b, b], [0.0, 0.04, 0.08, 0.12, 5.0, 5.04])
     with StepLoop.open(accumulator()) as loop:
@@ -251,7 +251,7 @@ def test_gaps_and_cuts_reset_and_are_counted(accumulator: Model, tmp_path: Path)
 
 
 class Timed(Frames):
-    """Frames with times."""
+    """Frames with timestamps."""
 
     def __init__(self, frames: list[Any], times: list[float]) -> None:
         super().__init__(frames)
@@ -277,7 +277,7 @@ def test_a_call_resets_before_the_next_frame(accumulator: Model, tmp_path: Path)
     assert report.resets["demand"] == 1
 
 
-BAD = np.full((3, 4, 4), 3e38, np.float32)  # finite, and twice of it is not
+BAD = np.full((3, 4, 4), 3e38, np.float32)  # finite, but its double is not
 
 
 def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
@@ -336,7 +336,7 @@ def test_a_snapshot_never_holds_nan(hidden: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def hidden(write_model: Model, tmp_path: Path) -> Path:
-    """y = x, h' = h + x: what the state does never shows."""
+    """y = x, h' = h + x: the state does not affect the output."""
     spec = TensorSpec(name="x", shape=("batch", 3, "height", "width"), layout="NCHW")
     contract = StepContract(
         inputs=(spec,),
@@ -349,7 +349,7 @@ def hidden(write_model: Model, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("start", [1, 56, 71, 100], ids=["1", "at a cut", "at a gap", "at the end"])
 def test_resumed_run_equals_an_uninterrupted_one(denoiser_onnx: Path, tmp_path: Path, start: int) -> None:
-    """With every policy that looks at frames, over the five scenes of a real clip."""
+    """With every reset policy that depends on frames, over the five scenes of a real clip."""
     frames = read_clip("bikes", shrink=4)[20:120]
     path = tmp_path / "state.safetensors"
 
@@ -407,7 +407,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
 
 
 def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Model, tmp_path: Path) -> None:
-    """The frame at hand may have stepped or not: a snapshot of it could not say which."""
+    """The states may be those before or after the interrupted frame, so no snapshot is written."""
     path, control = tmp_path / "state.safetensors", RunControl()
     with StepLoop.open(accumulator()) as loop:
         step, calls = loop.step, []

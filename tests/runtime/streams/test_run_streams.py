@@ -1,8 +1,10 @@
-"""`run_streams` as a Python program calls it, with a model and inputs by their names."""
+"""run_streams with the names of a model, inputs and outputs, as a Python program calls it."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable
@@ -36,15 +38,22 @@ def first_values(path: Path) -> list[float]:
     return values
 
 
-def test_one_input_by_its_name(accumulator: Model, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_input_by_its_name(accumulator: Model, tmp_path: Path) -> None:
     clip = save(tmp_path / "clip.npy", 5)
     report = run_streams(str(accumulator()), str(clip), str(tmp_path / "out.npy"), reset_every=3)
     (stream,) = report.streams
     assert (stream.frames, stream.stopped, stream.input) == (5, "end of input", str(clip))
     assert first_values(tmp_path / "out.npy") == [1, 2, 3, 1, 2]
     assert report.model == stream.model == str(accumulator())
-    captured = capfd.readouterr()
-    assert captured.out + captured.err == "", "the library prints nothing"
+
+
+def test_nothing_is_printed_and_torch_is_not_needed(accumulator: Model, tmp_path: Path) -> None:
+    clip = save(tmp_path / "clip.npy", 2)
+    program = "import sys; sys.modules['torch'] = None; from stepcell import run_streams; run_streams(*sys.argv[1:])"
+    command = [sys.executable, "-c", program, str(accumulator()), str(clip), str(tmp_path / "out.npy")]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    assert done.stdout + done.stderr == b""
+    assert first_values(tmp_path / "out.npy") == [1, 2]
 
 
 def test_several_inputs_of_every_form(accumulator: Model, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scene cuts on real clips: every one of them, and nothing else."""
+"""Scene cut detection on real clips: all cuts and no false alarm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stepcell.models.zoo.clips import read_clip
 from stepcell.runtime.streams.scene_cut import THRESHOLD, SceneCut
 
-# Seen by eye: the frames that begin another scene.
+# First frames of a scene, found by eye.
 CUTS = {"bikes": [30, 76, 137, 187, 242], "bigbuckbunny": [], "carphone_pristine": [], "carphone_distorted": []}
 
 
@@ -62,7 +62,7 @@ def test_brightness_and_a_model_s_range_do_not_matter(clips: dict[str, NDArray[n
     tensors = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(distances(tensors), distances(pixels), atol=1e-5)
     lit = pixels.astype(float)
-    lit[5:] = lit[5:] * 0.5 + 100  # a light goes on
+    lit[5:] = lit[5:] * 0.5 + 100  # a light is switched on
     assert distances(lit.astype(np.uint8)).max() < 0.02
 
 
@@ -92,7 +92,7 @@ def test_cost_does_not_grow_with_the_frame() -> None:
 
 
 def test_a_picture_of_another_size_is_unrelated() -> None:
-    """A camera that came back with another size: what refuses it comes after this."""
+    """A camera that reconnects with another size; the frame is refused later."""
     cut = SceneCut()
     cut.distance(np.random.default_rng(0).integers(0, 256, (144, 176, 3), np.uint8))
     assert cut.distance(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)) == 1.0

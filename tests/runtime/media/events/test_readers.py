@@ -1,4 +1,4 @@
-"""DAT, RAW and npz: what comes back, in parts of any length, and what is refused."""
+"""DAT, RAW and NPZ readers: events in parts of any length, and files that are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNKS = [f"stepcell.runtime.media.events.{name}.CHUNK" for name in ("dat", "raw
 
 
 def some_events(count: int = 5000, *, span: int = 40_000_000, seed: int = 0) -> Events:
-    """In order of time, many at the same time and in the same row, over two turns of EVT 3.0's clock."""
+    """In order of time, many of the same time and row; the counter of EVT 3.0 wraps twice."""
     rng = np.random.default_rng(seed)
     t = np.sort(rng.choice(rng.integers(0, span, count // 4), count))
     y = rng.integers(0, 12, count) * 40
@@ -49,7 +49,7 @@ def assert_same(got: Events, wanted: Events) -> None:
 
 
 def encode_evt2(events: Events) -> NDArray[np.uint32]:
-    """Word by word; a word for the time before each event that needs another one."""
+    """One word per event, and a time word whenever the time changes."""
     words, high = [], None
     for x, y, p, t in zip(*(getattr(events, name).tolist() for name in "xypt"), strict=True):
         if high != t >> 6:
@@ -60,7 +60,7 @@ def encode_evt2(events: Events) -> NDArray[np.uint32]:
 
 
 def encode_evt3(events: Events, *, vectors: bool = True) -> NDArray[np.uint16]:
-    """Word by word; events of one time, row and polarity with growing x become vectors."""
+    """Events of the same time, row and polarity with increasing x become vectors."""
     words: list[int] = []
     rows = list(zip(*(getattr(events, name).tolist() for name in "xypt"), strict=True))
     time: int | None = None
@@ -70,7 +70,7 @@ def encode_evt3(events: Events, *, vectors: bool = True) -> NDArray[np.uint16]:
         x, y, p, t = rows[at]
         if time is None or t >> 12 != time >> 12:
             words.append(8 << 12 | t >> 12 & 0xFFF)
-            time = t >> 12 << 12  # the lower half starts again at zero
+            time = t >> 12 << 12  # the lower half restarts at zero
         if t != time:
             words.append(6 << 12 | t & 0xFFF)
             time = t
@@ -114,7 +114,7 @@ def write_npz(path: Path, events: Events, **other: Any) -> Path:
 
 @pytest.fixture(params=[1 << 20, 7])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How much is read at once: all of it, or a few events."""
+    """Records read at a time: the whole file, or a few events."""
     for name in CHUNKS:
         monkeypatch.setattr(name, request.param)
     return int(request.param)
@@ -137,7 +137,7 @@ def test_dat_has_the_documented_bytes(tmp_path: Path) -> None:
 
 
 def test_dat_goes_on_after_its_clock_has_turned(tmp_path: Path, chunk: int) -> None:
-    events = some_events(span=9 << 31)  # more than four turns of 71 minutes
+    events = some_events(span=9 << 31)  # the counter wraps four times
     write_dat(tmp_path / "e.dat", [events], SIZE)
     assert_same(read(tmp_path / "e.dat"), events)
 
@@ -153,7 +153,7 @@ def test_evt2_comes_back(seed: int, tmp_path: Path) -> None:
 def test_evt2_by_hand() -> None:
     words = np.array(
         [
-            0 << 28 | 9 << 22 | 1 << 11 | 1,  # before the first time: passed over
+            0 << 28 | 9 << 22 | 1 << 11 | 1,  # before the first time word: skipped
             8 << 28 | 2,  # 2 * 64 us
             1 << 28 | 5 << 22 | 300 << 11 | 200,
             10 << 28 | 7,  # a trigger
@@ -190,7 +190,7 @@ def test_evt3_comes_back(seed: int, vectors: bool, tmp_path: Path) -> None:
 def test_evt3_by_hand() -> None:
     words = np.array(
         [
-            0x2805,  # an event before any time or row: passed over
+            0x2805,  # before the first time and row words: skipped
             0x8001,  # time, upper half 1: 4096 us
             0x6002,  # lower half 2
             0x0010,  # row 16
@@ -199,16 +199,16 @@ def test_evt3_by_hand() -> None:
             0x4801,  # 100 and 111; base 112
             0x5FC1,  # 112, 118, 119: the upper bits are unused; base 120
             0x5001,  # 120
-            0x8001,  # the same upper half again: the lower one stays
+            0x8001,  # the same upper half again: the lower half stays
             0x2006,
-            0x8002,  # the next: the lower one starts at zero
+            0x8002,  # increased: the lower half is zero
             0x2007,
-            0xE123,  # other words are passed over
+            0xE123,  # other words are skipped
             0xF456,
             0x8FFF,  # the last one
             0x6001,
             0x2008,
-            0x8000,  # the clock has turned
+            0x8000,  # the counter has wrapped
             0x2009,
         ],
         "<u2",
@@ -271,7 +271,7 @@ def test_what_is_no_events_is_refused(name: str, write: Callable[[Path], object]
 
 def test_a_time_that_goes_back_between_two_parts_is_seen(tmp_path: Path, chunk: int) -> None:
     t = EVENTS.t.copy()
-    t[49:] -= t[49] - t[48] + 1  # event 49 begins a part of seven
+    t[49:] -= t[49] - t[48] + 1  # event 49 is the first of a part of seven
     with pytest.raises(InputError, match="event 49 is 1 us earlier"):
         read(write_npz(tmp_path / "e.npz", EVENTS, t=t))
 
@@ -285,7 +285,7 @@ def test_a_cut_npz_is_refused(tmp_path: Path) -> None:
 
 
 def test_spoilt_bytes_never_crash(tmp_path: Path) -> None:
-    """Whatever the bytes are: events, or an error that names the file."""
+    """Damaged bytes give events, or an error that names the file."""
     rng = np.random.default_rng(0)
     write_dat(tmp_path / "e.dat", [EVENTS], SIZE)
     write_npz(tmp_path / "e.npz", EVENTS)

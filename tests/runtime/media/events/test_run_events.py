@@ -1,4 +1,4 @@
-"""`stepcell run` with a file of events, as a user calls it."""
+"""`stepcell run` with an event file."""
 
 from __future__ import annotations
 

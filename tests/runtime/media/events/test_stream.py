@@ -1,4 +1,4 @@
-"""A real clip as events, through a file and a FireNet, as `stepcell run` does it."""
+"""Simulated events of a real clip, through a file and an event model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def events_of(path: Path, window: str | None = None) -> EventSpec:
 
 
 def test_the_simulator_follows_the_brightness(clip: NDArray[np.uint8], events: Events) -> None:
-    """The sum of a pixel's events, times the threshold, is how far its logarithm has moved."""
+    """The sum of a pixel's events times the threshold is the change of its log intensity."""
     assert (np.diff(events.t) >= 0).all()
     assert 0 <= events.t[0] <= events.t[-1] <= (FRAMES - 1) * 1e6 / FPS
     moved = np.zeros((SIZE[1], SIZE[0]))
@@ -88,7 +88,7 @@ def test_a_ramp_gives_events_at_even_times() -> None:
 
 
 def test_from_clip_to_steps(events: Events, dat: Path, firenet_onnx: Path) -> None:
-    """Many steps from the file equal the same tensors fed by hand."""
+    """Steps from the file equal steps of tensors made in the test."""
     spec = events_of(firenet_onnx)
     count = int(0.35 * SIZE[0] * SIZE[1])
     source = open_source(str(dat), channels=5, events=spec)
@@ -110,7 +110,7 @@ def test_from_clip_to_steps(events: Events, dat: Path, firenet_onnx: Path) -> No
 
 
 def test_padded_and_cropped_to_a_video_by_time(dat: Path, e2vid_onnx: Path, tmp_path: Path) -> None:
-    """174x142 of the sensor are no multiples of four: zeros beside it, and the frame rate of the windows."""
+    """A sensor of 174x142 is padded with zeros to multiples of four; the frame rate is that of the windows."""
     source = open_source(str(dat), events=events_of(e2vid_onnx))
     assert source.fps == 20
     parts = list(source)
@@ -158,7 +158,7 @@ def test_a_window_of_its_own(dat: Path, firenet_onnx: Path) -> None:
         assert source.seconds == pytest.approx(start + number * 0.005)
     source.close()
     with contextlib.closing(EventSource(dat, events_of(firenet_onnx, "100us"))) as short:
-        assert short.fps is None  # a video has 1000 at most
+        assert short.fps is None  # a video has at most 1000 frames per second
 
 
 def test_what_does_not_fit_is_refused(dat: Path, firenet_onnx: Path, denoiser_onnx: Path, clip_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_the_contract_carries_it(firenet_onnx: Path, e2vid_onnx: Path, denoiser_
         "normalise": True,
     }
     with StepLoop.open(denoiser_onnx) as loop:
-        assert '"events"' not in loop.contract.to_json()  # a picture's contract is as it was
+        assert '"events"' not in loop.contract.to_json()  # the contract of a picture model does not change
     result = CliRunner().invoke(main, ["inspect", str(e2vid_onnx)])
     assert result.exit_code == 0
     assert "voxel_grid of 3 bins, signed, normalised, 50000 us a step" in " ".join(result.stdout.split())

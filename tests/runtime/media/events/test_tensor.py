@@ -1,4 +1,4 @@
-"""Event tensors against the formulas, one event and one voxel at a time, in exact fractions."""
+"""Event tensors compared with the formulas, evaluated per event and voxel in exact fractions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def some_events(count: int, height: int, width: int, *, seed: int = 0, span: int
 
 
 def weight(kind: str, place: int, time: Fraction, bins: int) -> Fraction:
-    """Of an event at time 0 to 1 in bin `place`, as the papers and OpenEB's code have it."""
+    """Weight of an event at time 0 to 1 in bin `place`, as in the papers and OpenEB's code."""
     if kind == "voxel_grid":
         return max(Fraction(0), 1 - abs(place - (bins - 1) * time))
     if kind == "histogram":
@@ -119,7 +119,7 @@ def test_one_event_alone_and_none() -> None:
     for kind in KINDS:
         tensor = event_tensor(one, spec(kind, normalise=True), 4, 4)
         assert np.isfinite(tensor).all()
-        assert abs(abs(float(tensor.sum())) - 1) < 1e-6  # values all alike are left as they are
+        assert abs(abs(float(tensor.sum())) - 1) < 1e-6  # equal values are not changed
         assert not event_tensor(one[:0], spec(kind, normalise=True), 4, 4).any()
 
 
@@ -139,7 +139,7 @@ def in_parts(events: Events, seed: int) -> Iterator[Events]:
 @pytest.mark.parametrize("seed", range(4))
 def test_windows_by_time(seed: int) -> None:
     events = some_events(2000, 4, 4, seed=seed)
-    t = events.t + np.where(np.arange(2000) < 900, 0, 10_000)  # nothing happens for a while
+    t = events.t + np.where(np.arange(2000) < 900, 0, 10_000)  # a pause without events
     events = Events(events.x, events.y, events.p, t)
     found = list(split_windows(in_parts(events, seed), EventWindow(size=1000, unit="us"), 16))
     for number, (part, end) in enumerate(found):

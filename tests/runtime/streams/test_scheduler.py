@@ -1,4 +1,4 @@
-"""Several streams in one loop: what each gets, when one is slow, lost or broken."""
+"""Scheduler: several streams in one loop, of which one is slow, lost or broken."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ONE = np.ones((3, 4, 4), np.float32)
 
 
 class Frames:
-    """A source of given frames, each after a pause; an exception among them is raised in its turn."""
+    """A source of given frames, each after a pause; an exception among them is raised."""
 
     fps: Fraction | None = None
     length: int | None = None
@@ -64,11 +64,11 @@ class Frames:
 
 
 class Watched:
-    """Is told of steps and frames, and can be slow."""
+    """Counts steps and frames, and can delay the steps."""
 
     def __init__(self, pause: float = 0.0) -> None:
         self.steps: list[int] = []  # frames in each
-        self.most = 0  # frames that waited at one moment
+        self.most = 0  # largest number of queued frames
         self._pause = pause
 
     def step(self, seconds: float) -> None:
@@ -92,7 +92,7 @@ def run(
 
 
 def alone(model: Path, frames: Sequence[Any], path: Path, reset: ResetPolicy | None = None) -> NDArray[Any]:
-    """What one stream gives in a loop of its own."""
+    """Results of one stream in a loop of its own."""
     with StepLoop.open(model, threads=1) as loop:
         run(loop, [Stream(Frames("alone", frames), ArraySink(path), reset=reset)])
     result: NDArray[Any] = np.load(path)
@@ -107,7 +107,7 @@ def together(
 
 
 def test_streams_together_equal_streams_alone(denoiser_onnx: Path, tmp_path: Path) -> None:
-    """Real clips of other lengths and rates, resets of their own; the numbers are compared bit by bit."""
+    """Real clips that differ in length, rate and resets; results are compared bit by bit."""
     clip, other = read_clip("carphone_pristine"), read_clip("bikes", shrink=1)
     other = other[:, : clip.shape[1], : clip.shape[2]]
     clips = [clip[:70], other[:33], clip[20:100:2]]
@@ -136,8 +136,8 @@ def test_streams_together_equal_streams_alone(denoiser_onnx: Path, tmp_path: Pat
     assert [report.resets["every"] for report in reports] == [0, 3, 2]
     assert all(report.stopped == "end of input" and report.error is None for report in reports)
     assert sum(watched.steps) == 143
-    assert watched.steps[0] == 3, "all begin together"
-    assert len(watched.steps) < 143, "frames that are there at the same time share a step"
+    assert watched.steps[0] == 3, "the first step has all streams"
+    assert len(watched.steps) < 143, "frames that are ready at the same time share a step"
 
 
 def test_one_that_breaks_does_not_stop_the_others(
@@ -214,7 +214,7 @@ def test_a_source_that_breaks_while_it_is_asked_is_no_end_of_input(accumulator: 
 
     def slowly() -> Frame | None:
         frame = take()
-        if frame is None:  # and now, before anybody looks again, it breaks
+        if frame is None:  # fails before the reader is asked again
             gate.set()
             thread.join()
         return frame
@@ -279,7 +279,7 @@ def test_a_device_that_fails_ends_every_stream(accumulator: Model, tmp_path: Pat
 
 
 def test_nan_in_one_stream_stays_there(accumulator: Model, tmp_path: Path) -> None:
-    bad = np.full_like(ONE, 3e38)  # finite, and twice of it is not
+    bad = np.full_like(ONE, 3e38)  # finite, but its double is not
     policies = ["ignore", "reset", "stop", "stop"]
     clips = [[bad] * 6, [ONE, bad, bad, ONE], [ONE, bad, bad, ONE], [ONE] * 6]
     streams = [
@@ -301,7 +301,7 @@ def test_nan_in_one_stream_stays_there(accumulator: Model, tmp_path: Path) -> No
 
 
 def test_late_frames_are_dropped_and_counted_exactly(accumulator: Model, tmp_path: Path) -> None:
-    """A live source at 500 frames/s against steps of 20 ms: what was not stepped is in the report."""
+    """A live source at 500 frames/s against steps of 20 ms: the report counts every frame that was not stepped."""
     count = 150
     frames = [np.full((3, 4, 4), number, np.float32) for number in range(count)]
     fast = Stream(
@@ -320,7 +320,7 @@ def test_late_frames_are_dropped_and_counted_exactly(accumulator: Model, tmp_pat
     assert dropped["late"] > 5
     assert dropped["queue full"] > 5
     assert reports[0].late == 0
-    # A file is read as fast as it is stepped: none of its frames is late.
+    # A file is read as fast as it is stepped, so none of its frames is late.
     assert (reports[1].frames, reports[1].dropped) == (9, {"late": 0, "queue full": 0})
 
 
@@ -377,7 +377,7 @@ def test_a_slow_output_holds_up_its_own_stream_only(accumulator: Model, tmp_path
     ]
     started = time.monotonic()
     reports = together(accumulator(), streams, watched=Opening())
-    assert time.monotonic() - started < 9, "the free one had to wait"
+    assert time.monotonic() - started < 9, "the free stream had to wait"
     assert [report.frames for report in reports] == [50, 50]
     for name in ("stuck", "free"):
         assert np.load(tmp_path / f"{name}.npy")[:, 0, 0, 0].tolist() == list(range(1, 51))
@@ -464,8 +464,8 @@ def test_a_stop_is_noticed_while_the_first_frames_are_waited_for(
 
     class Silent(Frames):
         def __iter__(self) -> Iterator[NDArray[Any]]:
-            time.sleep(0.5)  # the other one's frame has come by now, and waits for one of this
-            control.stop()  # wakes no thread
+            time.sleep(0.5)  # by now the frame of the other stream waits for one of this stream
+            control.stop()  # notifies no condition
             gate.wait(60)
             return iter(())
 
