@@ -173,8 +173,8 @@ def verify_recorded(
         precision(subject.contract, as_stored(subject, clip, found.states), layers),
         liveness(subject, clip, found.states),
         pairing(subject, _recorded_step(recorded, subject.contract), clip, found.states),
-        isolation(subject, with_rows(subject.contract, clip)),
-        reset(subject, with_rows(subject.contract, clip)),
+        isolation(subject, with_rows(subject.contract, clip, plan.rows)),
+        reset(subject, with_rows(subject.contract, clip, plan.rows)),
         resume(subject, clip, steps=max(2, min(plan.resumed, record.steps))),
     ]
     found.seconds = time.perf_counter() - started

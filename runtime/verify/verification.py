@@ -63,6 +63,7 @@ class Plan:
         window: steps from warm states.
         lyapunov: Jacobians for the bound.
         resumed: steps of the run that is interrupted at each of them.
+        rows: of a batch, to see that they are apart, where the model leaves their number open.
         tolerance: largest absolute difference of an output; None: derived.
     """
 
@@ -72,6 +73,7 @@ class Plan:
     window: int = WINDOW
     lyapunov: int = 48
     resumed: int = 64
+    rows: int = 3
     tolerance: float | None = None
 
 
@@ -158,7 +160,7 @@ def verify(
     verdicts.append(precision(subject.contract, stored, layers))
     verdicts.append(liveness(subject, clip, found.states))
     verdicts.append(pairing(subject, exact, clip, found.states))
-    rows = with_rows(subject.contract, clip)
+    rows = with_rows(subject.contract, clip, plan.rows)
     verdicts.append(isolation(subject, rows))
     verdicts.append(reset(subject, rows))
     verdicts.append(resume(subject, clip, steps=max(2, min(plan.resumed, plan.steps))))
@@ -232,8 +234,8 @@ def _worse(a: Verdict, b: Verdict) -> Verdict:
     return a if (a.value or 0.0) >= (b.value or 0.0) else b
 
 
-def with_rows(contract: StepContract, clip: Clip) -> Clip:
-    """The clip with three rows, where the batch is free."""
+def with_rows(contract: StepContract, clip: Clip, rows: int) -> Clip:
+    """The clip with so many rows, where the batch is free."""
     batch = {state.shape[state.batch_axis] for state in contract.states}
     free = bool(batch) and all(isinstance(dim, str) for dim in batch)
-    return clip.rows(contract, 3) if free else clip
+    return clip.rows(contract, rows) if free and rows > 1 else clip

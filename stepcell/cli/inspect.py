@@ -82,6 +82,7 @@ def _print_engine(sidecar: Sidecar) -> None:
         ["plan", f"SHA-256 {fingerprint.plan_sha256[:12]}..., as in the sidecar"],
         ["build", f"{sidecar.build_seconds:.1f} s by stepcell {sidecar.stepcell}"],
     ]
+    rows += [["verified", str(each)] for each in sidecar.verified] or [["verified", "never; `stepcell verify` does it"]]
     table("\nengine", ["", ""], rows, to_stdout=True)
     sizes = [
         [name, *("x".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max))]

@@ -14,6 +14,7 @@ import click
 from stepcell.cli.common import json_option, leaving
 from stepcell.cli.console import log, print_json
 from stepcell.cli.signals import signal_control
+from stepcell.cli.verified import check_verified
 from stepcell.cli.view import View
 from stepcell.errors import UsageError
 from stepcell.runtime.media.source import FRAME_RATES
@@ -137,6 +138,10 @@ Examples:
     "--metrics-port", "address_text", metavar="[ADDRESS:]PORT",
     help="Serve Prometheus metrics there.  [default address: 127.0.0.1]",
 )  # fmt: skip
+@click.option(
+    "--require-verified", is_flag=True,
+    help="Refuse an engine that `stepcell verify` has not passed on this device with this driver.",
+)  # fmt: skip
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this JSON file.")
 @json_option
 @leaving()
@@ -147,6 +152,7 @@ def command(
     fps_text: str | None,
     size_text: str | None,
     address_text: str | None,
+    require_verified: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -160,6 +166,7 @@ def command(
     options["size"] = parse_size(size_text) if size_text else None
     options["fps"] = parse_rate(fps_text) if fps_text else None
     address = parse_address(address_text) if address_text else None
+    check_verified(model, options["device"], required=require_verified)
     error: RunError | None = None
     with signal_control() as control, contextlib.ExitStack() as stack:
         if address is not None:

@@ -20,7 +20,7 @@ from stepcell.missing import require
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
-    from stepcell.runtime.engine.layers import EngineLayer
+    from stepcell.runtime.engine.sidecar import Sidecar
     from stepcell.runtime.verify.clips import Clip
     from stepcell.runtime.verify.recorded import RecordedRun
     from stepcell.runtime.verify.results import Report
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+ROWS = 3
 WRITTEN = "written"  # --device: no device at all, but NumPy, rounded where the file says so
 _ENGINES = (".engine", ".plan", ".trt")
 _MARKS = {True: "pass", False: "FAIL", None: "-"}
@@ -117,14 +118,17 @@ def command(
     from stepcell.runtime.verify.recorded import record_reference, verify_recorded, write_record
     from stepcell.runtime.verify.verification import Plan, verify
 
-    plan = Plan(steps=steps, still=warm_up, warm_seconds=warm_seconds, tolerance=tolerance)
     if plot_path is not None and plot_path.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot: expected a name that ends in .svg or .png, got {plot_path}")
     is_engine = model.suffix in _ENGINES
-    onnx, contract, layers = _opened(model)
+    onnx, contract, sidecar = _opened(model)
+    layers = () if sidecar is None else sidecar.layers
+    plan = Plan(
+        steps=steps, still=warm_up, warm_seconds=warm_seconds, tolerance=tolerance, rows=_most_rows(contract, sidecar)
+    )
     recorded = _recorded(against, contract)
     if recorded is None:
-        clip = _clip(contract, input_text, seed, shape)
+        clip = _clip(contract, sidecar, input_text, seed, shape)
     elif input_text != "random" or shape is not None or record_path is not None:
         raise UsageError(f"--against {against}: brings its own input; --input, --shape and --record do not fit")
     else:
@@ -159,20 +163,20 @@ def command(
         raise ParityError(f"{model}: failed: {', '.join(verdict.name for verdict in wrong)}: {wrong[0].says}")
 
 
-def _opened(model: Path) -> tuple[Path | None, StepContract, tuple[EngineLayer, ...]]:
-    """The ONNX file, where there is one, the contract, and the layers of an engine."""
+def _opened(model: Path) -> tuple[Path | None, StepContract, Sidecar | None]:
+    """The ONNX file, where there is one, the contract, and the sidecar of an engine."""
     from stepcell.onnx_model import read_onnx
     from stepcell.runtime.engine.check import read_engine
 
     if model.suffix == ".onnx":
-        return model, read_onnx(model).contract, ()
+        return model, read_onnx(model).contract, None
     if model.suffix not in _ENGINES:
         raise UsageError(f"{model}: expected an .onnx file or an engine ({', '.join(_ENGINES)})")
     _, sidecar = read_engine(model)
     beside = model.parent / sidecar.onnx
     if beside.is_file() and hashlib.sha256(read_bytes(beside)).hexdigest() != sidecar.fingerprint.onnx_sha256:
         raise InputError(f"{beside}: is not the file that {model.name} was built from: its SHA-256 differs")
-    return beside if beside.is_file() else None, sidecar.contract, sidecar.layers
+    return beside if beside.is_file() else None, sidecar.contract, sidecar
 
 
 def _recorded(against: Path | None, contract: StepContract) -> RecordedRun | None:
@@ -181,13 +185,24 @@ def _recorded(against: Path | None, contract: StepContract) -> RecordedRun | Non
     return read_record(against, contract) if against is not None and against.suffix == ".npz" else None
 
 
-def _clip(contract: StepContract, text: str, seed: int, shape: str | None) -> Clip:
+def _most_rows(contract: StepContract, sidecar: Sidecar | None) -> int:
+    """Rows of a batch to see that they are apart: three, or what an engine takes."""
+    if sidecar is None or not contract.states:
+        return ROWS
+    state = contract.states[0]
+    profile = sidecar.profiles.get(state.input)
+    return ROWS if profile is None else min(ROWS, profile.max[state.batch_axis])
+
+
+def _clip(contract: StepContract, sidecar: Sidecar | None, text: str, seed: int, shape: str | None) -> Clip:
     from stepcell.runtime.verify.clips import random_clip, sizes_for, source_clip
 
     if text == "random":
-        return random_clip(
-            contract, sizes_for(contract, parse_shapes(shape, option="--shape") if shape else None), seed=seed
-        )
+        tuned = {} if sidecar is None else sidecar.profiles
+        shapes = {spec.name: tuned[spec.name].opt for spec in contract.inputs if spec.name in tuned}
+        if shape:
+            shapes = parse_shapes(shape, option="--shape")
+        return random_clip(contract, sizes_for(contract, shapes), seed=seed)
     if shape is not None:
         raise UsageError("--shape: is for random input; a clip has its own size")
     return source_clip(contract, text)
@@ -210,12 +225,12 @@ def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[
 
 
 def _device_name(device: str) -> str:
-    from stepcell.runtime.cuda.devices import discover
+    from stepcell.runtime import cuda
 
     if device == "cpu":
         return "CPU"
     index = int(device.partition(":")[2] or 0)
-    return next((gpu.name for gpu in discover().devices if gpu.index == index), device)
+    return next((gpu.name for gpu in cuda.discover().devices if gpu.index == index), device)
 
 
 def _reference(
@@ -267,12 +282,12 @@ def _report(
 ) -> Report:
     import numpy as np
 
-    from stepcell.runtime.cuda.devices import discover
+    from stepcell.runtime import cuda
     from stepcell.runtime.verify.results import Report
     from stepcell.runtime.verify.verification import now
 
     versions = {"stepcell": __version__, "numpy": np.__version__}
-    driver = discover().driver
+    driver = cuda.discover().driver
     if driver is not None:
         versions["driver"] = driver
     return Report(
@@ -324,10 +339,10 @@ def _write(report: Report, page_path: Path | None, plot_path: Path | None) -> No
 
 
 def _remember(engine: Path, report: Report, where: str, device: str) -> None:
-    from stepcell.runtime.cuda.devices import discover
+    from stepcell.runtime import cuda
     from stepcell.runtime.engine.sidecar import Verification, read_sidecar, record_verification
 
-    found = discover()
+    found = cuda.discover()
     index = int(device.partition(":")[2] or 0)
     capability = next((gpu.compute_capability for gpu in found.devices if gpu.index == index), "")
     sidecar = read_sidecar(engine)

@@ -1,0 +1,50 @@
+"""What an engine's sidecar says of its verification, for `stepcell run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepcell.cli.console import log
+from stepcell.errors import StepcellError, UsageError
+
+__all__ = ["check_verified"]
+
+
+def check_verified(model: Path, device: str, *, required: bool) -> None:
+    """Log where an engine was verified, if it was.
+
+    Args:
+        device: the one that will run it.
+        required: refuse an engine that was not verified on this device with this driver.
+
+    Raises:
+        UsageError: required of an .onnx file, which keeps no such record.
+        ParityError: required, and there is no record of it, or it failed.
+    """
+    from stepcell.runtime import cuda
+    from stepcell.runtime.backends.base import Device
+    from stepcell.runtime.engine.sidecar import read_sidecar, require_verified
+    from stepcell.runtime.loop.open_backend import ENGINE_SUFFIXES
+
+    if model.suffix not in ENGINE_SUFFIXES:
+        if required:
+            raise UsageError(
+                f"--require-verified: {model} keeps no record; an engine's sidecar does",
+                hint="verify the file where it is used: `stepcell verify` ends with exit code 3 if it fails",
+            )
+        return
+    try:
+        sidecar = read_sidecar(model)
+    except StepcellError:  # said by whoever opens the engine
+        if required:
+            raise
+        return
+    found, index = cuda.discover(), Device.parse(device).index
+    name = next((gpu.name for gpu in found.devices if gpu.index == index), device)
+    if required:
+        log(f"verified: {require_verified(sidecar, model, device=name, driver=found.driver or '')}")
+    elif sidecar.verified:
+        here = [each for each in sidecar.verified if each.device == name]
+        log(f"verified: {(here or sidecar.verified)[-1]}")
+    else:
+        log(f"verified: never; `stepcell verify {model}` does it on this device")
