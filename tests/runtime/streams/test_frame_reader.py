@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
-from stepcell.models.zoo.clips import clip_path, read_clip
+from stepcell.models.zoo.clips import clip_path
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.raw_frames import RawSource
-from stepcell.runtime.media.video_reader import VideoSource
 from stepcell.runtime.streams.frame_reader import DEPTH, Frame, FrameReader
 from stepcell.runtime.streams.reconnect import Reconnect
 
@@ -180,39 +176,6 @@ def test_a_source_that_cannot_be_closed_ends_all_the_same() -> None:
         reader.take()
 
 
-def test_no_frame_of_a_camera_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it stops, all frames it sent are there, however many threads decode."""
-    if "libx264" not in av.codecs_available:
-        pytest.skip("FFmpeg has no H.264 encoder here")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mpegts") as container:
-        stream = container.add_stream("libx264", rate=25, options={"tune": "zerolatency"})
-        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
-        for frame in read_clip("carphone_pristine")[:30]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode(None))
-    monkeypatch.setattr("stepcell.runtime.media.video_reader.URL_TIMEOUT", (30.0, 3.0))
-    gate = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def send() -> None:
-            with server.accept()[0] as connection:
-                connection.sendall(buffer.getvalue())
-                gate.wait(30)
-
-        thread = threading.Thread(target=send, daemon=True)
-        thread.start()
-        source = VideoSource(f"tcp://127.0.0.1:{server.getsockname()[1]}")
-        source._stream.codec_context.thread_count = 8  # as on a device with more cores
-        frames = []
-        with pytest.raises(InputError, match="no answer within 3 s"):
-            frames.extend(source)
-        gate.set()
-        thread.join(10)
-    source.close()
-    assert len(frames) >= 28, f"{len(frames)} of 30 frames"  # the last one may wait for the start of the next
-
-
 def test_waits_grow_to_a_bound_and_differ() -> None:
     reconnect = Reconnect(lambda: Counting(1), 100.0, first=0.5, most=8.0)
     for attempt, most in enumerate([0.5, 1, 2, 4, 8, 8, 8]):
@@ -308,29 +271,3 @@ def test_a_camera_that_is_not_there_yet(camera: Any) -> None:
     until(changed, lambda: reader.queued > 0)
     reader.stop()
     reader.join()
-
-
-def damaged(data: bytes, every: int) -> bytes:
-    """A transport stream in which every n-th packet of the second half is marked as damaged."""
-    packets = bytearray(data)
-    for start in range(len(data) // 376 * 188, len(data), 188 * every):
-        packets[start + 1] |= 0x80  # transport_error_indicator, ISO/IEC 13818-1
-    return bytes(packets)
-
-
-def test_a_camera_goes_on_after_a_broken_packet(camera: Any) -> None:
-    camera._data = damaged(camera._data, 40)
-    source = VideoSource(camera.url)
-    frames = len(list(source))
-    source.close()
-    assert 40 <= frames < 60, f"{frames} of 60 frames"
-
-
-def test_a_camera_of_which_nothing_whole_comes_is_broken(camera: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    camera._data = damaged(camera._data, 1)
-    monkeypatch.setattr("stepcell.runtime.media.video_reader.BROKEN_PACKETS", 10)
-    source, frames = VideoSource(camera.url), []
-    with pytest.raises(InputError, match=r"tcp://127.0.0.1:\d+: broken or cut off at frame \d+"):
-        frames.extend(source)
-    source.close()
-    assert 20 < len(frames) < 40
