@@ -16,11 +16,11 @@ from torch import Tensor
 
 from stepcell.errors import StepcellError
 from stepcell.plugins.kernels.cell_config import CellConfig
+from stepcell.plugins.kernels.launcher import Launcher
 from stepcell.plugins.kernels.packing import pack
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.store import image_for
 from stepcell.plugins.kernels.tiles import COLUMNS, Tile, tiles
-from stepcell.plugins.launch import Launcher
 
 __all__ = ["Device", "Launch", "defaults", "fastest", "ours", "overlapping", "tile_times"]
 

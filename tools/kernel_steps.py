@@ -121,10 +121,8 @@ def reference_step(cell: CellConfig, weights: Mapping[str, torch.Tensor], x: tor
         identity[range(pre.shape[1]), range(pre.shape[1]), cell.kernel[0] // 2, cell.kernel[1] // 2] = 1
         w_x, x_channels = torch.cat([w_x, identity], 1), x
     if cell.op == "ConvGRU":
-        args = (w_x, w["b"], w["W_h"], w["W_n"], w.get("b_hn"), cell.gates)
-        return {"h": conv_gru(x_channels, states["h"], *args)}
-    args = (w_x, w["b"], w["W_h"], w.get("w_c"), cell.gates)
-    h, c = conv_lstm(x_channels, states["h"], states["c"], *args)
+        return {"h": conv_gru(x_channels, states["h"], w_x, w["b"], w["W_h"], w["W_n"], w.get("b_hn"), cell.gates)}
+    h, c = conv_lstm(x_channels, states["h"], states["c"], w_x, w["b"], w["W_h"], w.get("w_c"), cell.gates)
     return {"h": h, "c": c}
 
 

@@ -13,7 +13,17 @@ from stepcell.ops import CONV_LSTM, PEEPHOLES, OpVariant
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.tiles import Tile
 
-__all__ = ["PARAMETERS", "SOURCES", "Parameter", "constants", "kernels_of", "pointer_dtype", "workspace"]
+__all__ = [
+    "PARAMETERS",
+    "SOURCES",
+    "Parameter",
+    "constants",
+    "kernel_inputs",
+    "kernel_outputs",
+    "kernels_of",
+    "pointer_dtype",
+    "workspace",
+]
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,18 @@ def kernels_of(cell: CellConfig, *, fp16_mirror: bool) -> tuple[str, ...]:
     """
     step = _STEPS[cell.variant]
     return step if fp16_mirror or cell.state_dtype == "float16" else ("narrow_state", *step)
+
+
+def kernel_inputs(kernel: str, cell: CellConfig) -> tuple[Parameter, ...]:
+    """The pointers that a kernel of this cell reads."""
+    unused = {"pre", "partials", "arrivals"} | ({"peephole"} if cell.variant == "none" else set())
+    pointers = [each for each in PARAMETERS[kernel] if each.dtype != "int32" and each.name not in unused]
+    return tuple(each for each in pointers if not each.name.endswith("_out"))
+
+
+def kernel_outputs(kernel: str) -> tuple[Parameter, ...]:
+    """The pointers that a kernel writes."""
+    return tuple(each for each in PARAMETERS[kernel] if each.name.endswith("_out"))
 
 
 def pointer_dtype(parameter: Parameter, cell: CellConfig) -> str:

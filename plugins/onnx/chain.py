@@ -12,32 +12,16 @@ from typing import TYPE_CHECKING
 from stepcell.missing import require
 from stepcell.ops import DOMAIN
 from stepcell.plugins.kernels.cell_config import CellConfig
-from stepcell.plugins.kernels.signature import PARAMETERS, Parameter, kernels_of, workspace
+from stepcell.plugins.kernels.signature import kernel_inputs, kernel_outputs, kernels_of, workspace
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
+from stepcell.plugins.tensorrt.portable import node_name
 from stepcell.plugins.tensorrt.registry import CELL_ATTRIBUTE, FP16_MIRROR_ATTRIBUTE
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-__all__ = ["chained_model", "kernel_inputs", "kernel_outputs", "node_name"]
-
-
-def node_name(kernel: str, cell: CellConfig) -> str:
-    """Operator of a kernel's node: one name has one number of inputs."""
-    return f"{kernel}_peephole" if kernel == "lstm_step" and cell.variant != "none" else kernel
-
-
-def kernel_inputs(kernel: str, cell: CellConfig) -> tuple[Parameter, ...]:
-    """The pointers that a kernel of this cell reads."""
-    unused = {"pre", "partials", "arrivals"} | ({"peephole"} if cell.variant == "none" else set())
-    pointers = [each for each in PARAMETERS[kernel] if each.dtype != "int32" and each.name not in unused]
-    return tuple(each for each in pointers if not each.name.endswith("_out"))
-
-
-def kernel_outputs(kernel: str) -> tuple[Parameter, ...]:
-    """The pointers that a kernel writes."""
-    return tuple(each for each in PARAMETERS[kernel] if each.name.endswith("_out"))
+__all__ = ["chained_model"]
 
 
 def chained_model(model: ModelProto) -> ModelProto:

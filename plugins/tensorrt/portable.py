@@ -21,13 +21,12 @@ from stepcell.errors import BuildError
 from stepcell.ops import DOMAIN
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.compile import compile_ptx
-from stepcell.plugins.kernels.signature import PARAMETERS, pointer_dtype
+from stepcell.plugins.kernels.launcher import driver_ptx_version
+from stepcell.plugins.kernels.signature import PARAMETERS, kernel_inputs, kernel_outputs, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, tiles
-from stepcell.plugins.launch import driver_ptx_version
-from stepcell.plugins.onnx.chain import kernel_inputs, kernel_outputs, node_name
 from stepcell.plugins.tensorrt.registry import CELL_ATTRIBUTE
 
-__all__ = ["PortableKernel", "portable_kernels", "portable_ptx", "register_portable"]
+__all__ = ["PortableKernel", "node_name", "portable_kernels", "portable_ptx", "register_portable"]
 
 SHARED_LIMIT = 48 * 1024
 _STATE_LIKE = ("state", "h", "rh")  # inputs of the shape that every output has
@@ -88,6 +87,11 @@ def _fitting(kernel: str, cell: CellConfig, tile: Tile, capability: str, ptx_ver
                 shared_bytes=compiled.shared_bytes,
             )
     raise BuildError(f"{kernel} of {cell.label}, tile {tile.label}: needs more than 48 KB of shared memory")
+
+
+def node_name(kernel: str, cell: CellConfig) -> str:
+    """Operator of a kernel's node: one name has one number of inputs."""
+    return f"{kernel}_peephole" if kernel == "lstm_step" and cell.variant != "none" else kernel
 
 
 def portable_ptx(kernel: str, cell: CellConfig, ptx: str) -> str:

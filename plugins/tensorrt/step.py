@@ -12,8 +12,8 @@ from operator import itemgetter
 
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.image import KernelImage
+from stepcell.plugins.kernels.launcher import Launcher
 from stepcell.plugins.kernels.signature import kernels_of, workspace
-from stepcell.plugins.launch import Launcher
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
 __all__ = ["CellStep", "tactics", "workspace_size"]

@@ -36,6 +36,8 @@ _DTYPES = {
     "UINT8": "uint8",
     "BF16": "bfloat16",
 }
+# TensorRT's plugin registry goes on using a logger whose builder is long gone, and holds no reference to it.
+_loggers: list[Any] = []
 # Nodes of functions have the same names in every cell; nothing here looks one up by name.
 _UNQUERYABLE = "already exists, the output tensors of this new instance will not be queryable"
 
@@ -186,4 +188,6 @@ def make_logger(trt: Any, messages: Messages, *, verbose: bool = False) -> Any:
             if verbose:
                 logger.warning(f"[{severity.name.lower()}] {msg}")
 
-    return Logger()
+    made = Logger()
+    _loggers.append(made)
+    return made

@@ -1,8 +1,8 @@
-"""Every kernel with every tile in the emulator: `make kernels-emulate`, on two cores about fifteen minutes.
+"""Emulate every kernel with every tile: `make kernels-emulate`, about fifteen minutes on two cores.
 
-Writes benchmarks/results/emulated.json: per cell, compute capability and tiles the worst difference to
-float64 over the steps, relative to max(1, |value|), or why the emulator stopped it. The text for 8.0, 8.6 and
-8.9 is that for 8.7, and for 10.0 that for 11.0 (test_ptx.py). The tests run a few of these.
+Writes benchmarks/results/emulated.json: per cell, compute capability and combination of tiles the worst
+difference to float64 over the steps, relative to max(1, |value|), or the reason why the emulator stopped. The PTX
+for 8.0, 8.6 and 8.9 is the same as for 8.7, and for 10.0 the same as for 11.0 (tests/plugins/kernels/test_ptx.py).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton
-from tests.plugins.test_device import CELLS
-from tests.plugins.test_ptx import CAPABILITIES, TOLERANCE, Emulated
 
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.store import wanted
 from stepcell.plugins.kernels.tiles import Tile
-from tests.plugins.conftest import Steps
+from tools.kernel_steps import CELLS, TOLERANCE, Steps
 from tools.ptx_emulator.driver import EmulatedDriver
+from tools.ptx_emulator.launch import CAPABILITIES, Emulated
 from tools.ptx_emulator.program import Fault
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "emulated.json"
-SIZE, STEPS, PIXELS = (1, 5, 13), 3, 300  # 65 pixels: no tile divides them; tiles as if 300 were expected
+SIZE, STEPS = (1, 5, 13), 3  # 65 pixels, which no tile divides
+PIXELS = 300  # expected pixels that tiles are chosen for: few enough that long loops are split
 
 
 def emulate(label: str, capability: str) -> dict[str, float | str]:
-    """A cell with every tile of its kernels; the first of each together, then the second, and so on."""
+    """Run a cell with every tile of its kernels: the first of each kernel together, then the second, and so on."""
     cell = next(cell for cell, _ in CELLS if cell.label == label)
     all_tiles: dict[str, list[Tile]] = {}
     for kernel, tile in wanted(cell, capability, PIXELS):
@@ -52,7 +52,7 @@ def emulate(label: str, capability: str) -> dict[str, float | str]:
 
 
 def main() -> int:
-    """1: some choice of tiles is wrong."""
+    """Emulate everything and write the result; returns 1 if a combination of tiles is wrong."""
     torch.set_num_threads(1)
     work = [(cell.label, capability) for capability in CAPABILITIES for cell, _ in CELLS]
     worst: dict[str, dict[str, dict[str, float | str]]] = {}

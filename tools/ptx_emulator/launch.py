@@ -8,8 +8,8 @@ import torch
 
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import compile_kernel, compile_ptx
+from stepcell.plugins.kernels.launcher import Launcher
 from stepcell.plugins.kernels.tiles import Tile
-from stepcell.plugins.launch import Launcher
 from tools.ptx_emulator.driver import EmulatedDriver
 from tools.ptx_emulator.program import parse
 

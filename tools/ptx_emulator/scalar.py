@@ -49,11 +49,13 @@ def _shift_right(value: Array, amount: Array) -> Array:
 
 def _quotient(a: Array, b: Array) -> Array:
     """Rounded to zero; exact, since 32 bits fit a float64."""
-    return np.trunc(a.astype(np.float64) / b.astype(np.float64)).astype(a.dtype)
+    quotient: Array = np.trunc(a.astype(np.float64) / b.astype(np.float64)).astype(a.dtype)
+    return quotient
 
 
 def _remainder(a: Array, b: Array) -> Array:
-    return a - _quotient(a, b) * b
+    remainder: Array = a - _quotient(a, b) * b
+    return remainder
 
 
 def _multiply_add(a: Array, b: Array, c: Array) -> Array:

@@ -183,7 +183,7 @@ def main(
         }
         output.mkdir(parents=True, exist_ok=True)
         torch.save({name: tensor.clone() for name, tensor in model.state_dict().items()}, output / "checkpoint.pth")
-        np.savez_compressed(output / "io.npz", **arrays)
+        np.savez_compressed(output / "io.npz", **arrays)  # type: ignore[arg-type]  # numpy types every keyword as allow_pickle
         (output / "case.json").write_text(json.dumps(case, indent=1) + "\n")
     except StepcellError as error:
         raise click.ClickException(str(error)) from error

@@ -20,10 +20,10 @@ import torch
 
 from stepcell.errors import StepcellError
 from stepcell.plugins.kernels.cell_config import CellConfig
+from stepcell.plugins.kernels.launcher import Launcher
 from stepcell.plugins.kernels.signature import PARAMETERS
 from stepcell.plugins.kernels.store import images_for, wanted
 from stepcell.plugins.kernels.tiles import Tile
-from stepcell.plugins.launch import Launcher
 from tools.kernel_steps import CELLS, TOLERANCE
 
 

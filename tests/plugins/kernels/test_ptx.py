@@ -1,6 +1,6 @@
-"""Compiled kernels without a GPU: their PTX in the emulator (ptx/), launched through the real launcher.
+"""Compiled kernels without a GPU: their PTX runs in tools/ptx_emulator, launched through the real launcher.
 
-The last tests damage the code on purpose: what the emulator cannot see would show there.
+Some tests damage the PTX on purpose, to show that the emulator notices.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from stepcell.plugins.kernels import compile as compiling
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import compile_kernel, compile_ptx
 from stepcell.plugins.kernels.packing import pack
-from stepcell.plugins.kernels.signature import constants, kernels_of
+from stepcell.plugins.kernels.signature import constants, kernel_inputs, kernel_outputs, kernels_of
 from stepcell.plugins.kernels.tiles import Tile, tiles
-from stepcell.plugins.onnx.chain import kernel_inputs, kernel_outputs
 from stepcell.plugins.tensorrt.portable import portable_kernels
 from stepcell.plugins.tensorrt.step import CellStep, workspace_size
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of

@@ -19,12 +19,12 @@ from onnx import TensorProto, helper, numpy_helper
 from stepcell.errors import BuildError
 from stepcell.models.cells import conv_gru, conv_lstm
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
-from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of
+from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernel_inputs, kernel_outputs, kernels_of
 from stepcell.plugins.kernels.tiles import Tile
-from stepcell.plugins.onnx.chain import chained_model, kernel_inputs, kernel_outputs, node_name
+from stepcell.plugins.onnx.chain import chained_model
 from stepcell.plugins.onnx.rewrite import plugin_model
 from stepcell.plugins.tensorrt import portable
-from stepcell.plugins.tensorrt.portable import portable_ptx
+from stepcell.plugins.tensorrt.portable import node_name, portable_ptx
 from tests.fakes.interpreted_kernels import interpreted
 
 TILE = Tile(128, 32, 64, 1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,13 @@ def test_collection_is_paused_in_nested_blocks_and_decorated_functions() -> None
     assert gc.isenabled()
     assert not decorated()
     assert gc.isenabled()
+
+
+def test_a_logger_lives_as_long_as_the_process() -> None:
+    """TensorRT's plugin registry calls the logger of the first builder, also when both are gone: a crash."""
+    logger = weakref.ref(make_logger(tensorrt_rtx, Messages()))
+    gc.collect()
+    assert logger() is not None
 
 
 def test_a_missing_driver_is_not_the_explanation_of_another_error() -> None:

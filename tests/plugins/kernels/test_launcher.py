@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from stepcell.plugins import launch
 from stepcell.plugins.kernels.compile import arguments_of
 from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
+from stepcell.plugins.kernels.launcher import arguments_format, driver_ptx_version
 from stepcell.plugins.kernels.signature import PARAMETERS
-from stepcell.plugins.launch import arguments_format
 from tools.fake_driver import FakeDriver
 
 CUBIN = b"\x7fELF"
@@ -24,7 +23,7 @@ import sys
 from pathlib import Path
 from stepcell.errors import StepcellError
 from stepcell.plugins.kernels.image import read_image
-from stepcell.plugins.launch import Launcher
+from stepcell.plugins.kernels.launcher import Launcher
 
 launcher = Launcher(read_image(Path(sys.argv[1])), device=3)
 """
@@ -90,7 +89,7 @@ def recording_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("needs a C compiler")
     folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).parents[1] / "fakes" / "recording_driver.c"
+    source = Path(__file__).parents[2] / "fakes" / "recording_driver.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1", source], check=True)
     return folder
 
@@ -180,4 +179,4 @@ def test_the_newest_ptx_of_a_driver(cuda: int, ptx: int, monkeypatch: pytest.Mon
     driver = FakeDriver()
     driver.version = cuda
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    assert launch.driver_ptx_version() == ptx
+    assert driver_ptx_version() == ptx
