@@ -1,10 +1,18 @@
-"""Torch modules: canonical cells, stacks of them, the step-model protocol, sequence helpers."""
+"""Torch modules: canonical cells, stacks of them, the step-model protocol, sequence helpers.
 
-from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, conv_gru, conv_lstm
-from stepcell.models.checkpoint import save_checkpoint
-from stepcell.models.sequence import batch_to_time, seq_wise, time_to_batch
-from stepcell.models.stack import CellStack, DenseStack, GRUCell, LSTMCell, conv_gru_stack, conv_lstm_stack
-from stepcell.models.step import StepModule, initial_states, is_step_module, run_sequence
+Names load on first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from stepcell.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, conv_gru, conv_lstm
+    from stepcell.models.checkpoint import save_checkpoint
+    from stepcell.models.sequence import batch_to_time, seq_wise, time_to_batch
+    from stepcell.models.stack import CellStack, DenseStack, GRUCell, LSTMCell, conv_gru_stack, conv_lstm_stack
+    from stepcell.models.step import StepModule, initial_states, is_step_module, run_sequence
 
 __all__ = [
     "CellStack",
@@ -26,3 +34,12 @@ __all__ = [
     "seq_wise",
     "time_to_batch",
 ]
+
+_NAMES = {
+    "cells": "ConvGRUCell ConvLSTMCell conv_gru conv_lstm",
+    "checkpoint": "save_checkpoint",
+    "sequence": "batch_to_time seq_wise time_to_batch",
+    "stack": "CellStack DenseStack GRUCell LSTMCell conv_gru_stack conv_lstm_stack",
+    "step": "StepModule initial_states is_step_module run_sequence",
+}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -7,9 +7,10 @@ change without notice.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import TYPE_CHECKING
+
+from stepcell.lazy import lazy_names
 
 if TYPE_CHECKING:
     from stepcell.contract import StateSpec, StepContract, TensorSpec
@@ -55,8 +56,7 @@ __all__ = [
     "step_model",
 ]
 
-# The imports above, for __getattr__: module -> names. A test compares the two.
-_LAZY = {
+_NAMES = {
     "contract": "StateSpec StepContract TensorSpec",
     "errors": "StepcellError",
     "exporter.from_checkpoint.checkpoint": "Checkpoint load_checkpoint",
@@ -73,18 +73,6 @@ _LAZY = {
     "runtime.streams.run": "run_streams",
     "runtime.streams.run_control": "RunControl",
 }
-_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names.split()}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

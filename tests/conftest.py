@@ -1,71 +1,87 @@
-"""Models and clips that several tests share."""
+"""Models and clips that several tests share.
+
+Without torch, tests that need it are skipped: `make test-pythons` runs the others on every Python.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import helper
 
 from stepcell.contract import METADATA_KEY, Spec, StateSpec, StepContract, TensorSpec
-from stepcell.exporter import export_onnx
-from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
 from stepcell.models.zoo.clips import HELD_OUT, read_clip
 from stepcell.models.zoo.clips import clip_path as find_clip
-from stepcell.models.zoo.denoiser import Denoiser
+from tests import exported_models
 from tests.fakes.network_camera import Camera
+
+if TYPE_CHECKING:
+    from stepcell.models import CellStack
+    from stepcell.models.zoo.denoiser import Denoiser
+
+WITHOUT_TORCH = importlib.util.find_spec("torch") is None
+collect_ignore = ["exporter", "golden", "gpu", "models", "plugins"] if WITHOUT_TORCH else []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, Any]:
+    """A test file that imports torch is skipped where torch is not installed, instead of an error."""
+    report = yield
+    if WITHOUT_TORCH and report.failed and "No module named 'torch'" in str(report.longrepr):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, "Skipped: needs torch")
+    return report
 
 
 @pytest.fixture(scope="session")
 def denoiser() -> Denoiser:
     """A small denoiser with random weights: state h (batch, 8, height // 2, width // 2)."""
-    torch.manual_seed(0)
-    return Denoiser(hidden=8).eval()
+    pytest.importorskip("torch")
+    return exported_models.denoiser()
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of exported models, each exported once per test run."""
+    """Folder of exported models, each exported once per test run, or before it: see tests/exported_models.py."""
+    if "STEPCELL_TEST_MODELS" in os.environ:
+        return Path(os.environ["STEPCELL_TEST_MODELS"])
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder of a worker lies in the one of the run
+        folder = tmp_path_factory.getbasetemp().parent / "exported"
+        folder.mkdir(exist_ok=True)
+        return folder
     return tmp_path_factory.mktemp("exported")
 
 
 @pytest.fixture(scope="session")
-def denoiser_onnx(exported: Path, denoiser: Denoiser) -> Path:
+def denoiser_onnx(exported: Path) -> Path:
     """float16 compute, float32 state, dynamic batch, height and width."""
-    path = exported / "denoiser.onnx"
-    export_onnx(denoiser, path, family="denoiser")
-    return path
+    return exported_models.exported_model("denoiser", exported)
 
 
 @pytest.fixture(scope="session")
-def denoiser_onnx_float32(exported: Path, denoiser: Denoiser) -> Path:
+def denoiser_onnx_float32(exported: Path) -> Path:
     """float32, dynamic batch, height and width."""
-    path = exported / "denoiser32.onnx"
-    export_onnx(denoiser, path, precision="float32", family="denoiser")
-    return path
+    return exported_models.exported_model("denoiser32", exported)
 
 
 @pytest.fixture(scope="session")
-def denoiser_onnx_fixed(exported: Path, denoiser: Denoiser) -> Path:
+def denoiser_onnx_fixed(exported: Path) -> Path:
     """float16, fixed at 1x3x64x96."""
-    path = exported / "denoiser_fixed.onnx"
-    export_onnx(denoiser, path, shapes={"x": (1, 3, 64, 96)}, family="denoiser")
-    return path
+    return exported_models.exported_model("denoiser_fixed", exported)
 
 
 @pytest.fixture(scope="session")
 def stack_onnx(exported: Path) -> Path:
     """A ConvGRU below a ConvLSTM, float16: states h0, h1, c1; x (batch, 3, height, width)."""
-    torch.manual_seed(0)
-    path = exported / "stack.onnx"
-    export_onnx(CellStack([ConvGRUCell(3, 6), ConvLSTMCell(6, 4, (1, 5))]), path, family="stack")
-    return path
+    return exported_models.exported_model("stack", exported)
 
 
 @pytest.fixture(scope="session")
@@ -126,18 +142,14 @@ def accumulator(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def learned() -> CellStack:
     """A ConvGRU below a ConvLSTM whose states do not start at zero: h0 per channel, c1 one value for all."""
-    torch.manual_seed(0)
-    stack = CellStack([ConvGRUCell(3, 6), ConvLSTMCell(6, 4)])
-    stack.initial = {"h0": torch.linspace(-0.5, 0.5, 6).reshape(6, 1, 1), "c1": torch.full((1, 1, 1), 0.7)}
-    return stack
+    pytest.importorskip("torch")
+    return exported_models.learned()
 
 
 @pytest.fixture(scope="session")
-def learned_onnx(exported: Path, learned: CellStack) -> Path:
+def learned_onnx(exported: Path) -> Path:
     """The same as a float32 file."""
-    path = exported / "learned.onnx"
-    export_onnx(learned, path, precision="float32")
-    return path
+    return exported_models.exported_model("learned", exported)
 
 
 @pytest.fixture

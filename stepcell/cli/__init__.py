@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from stepcell import __version__
-from stepcell.cli.console import listen, log
+from stepcell.cli.console import log, logs_printed
 from stepcell.errors import StepcellError
 
 __all__ = ["main"]
@@ -43,9 +43,9 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        listen()
         try:
-            return super().invoke(ctx)
+            with logs_printed():
+                return super().invoke(ctx)
         except StepcellError as error:
             log(f"error: {error.message}")
             if error.hint:

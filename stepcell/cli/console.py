@@ -1,4 +1,4 @@
-"""What the command line says: progress and summaries to stderr, results to stdout."""
+"""Console output of the command line: progress and summaries to stderr, results to stdout."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rich.text import Text
 from stepcell.errors import OutputError
 from stepcell.files import human_size
 
-__all__ = ["console", "listen", "log", "print_json", "stage", "table", "working"]
+__all__ = ["console", "log", "logs_printed", "print_json", "stage", "table", "working"]
 
 HEARTBEAT_SECONDS = 10.0
 _FILE_WIDTH = 1000  # of a log, whose lines are searched and not looked at: a path stays whole
 
 
 class _Log(Console):
-    """Where nobody listens, or the disk of a log is full, the work goes on."""
+    """A console that ignores write errors: a closed pipe or a full disk does not end the work."""
 
     def on_broken_pipe(self) -> None:  # rich ends the process here
         self.quiet = True
@@ -52,12 +52,18 @@ class _Handler(logging.Handler):
             self.handleError(record)
 
 
-def listen() -> None:
-    """Print what the library logs; calling again changes nothing."""
-    logger = logging.getLogger("stepcell")
+@contextlib.contextmanager
+def logs_printed() -> Iterator[None]:
+    """Print what the library logs; loggers are as before afterwards."""
+    logger, handler = logging.getLogger("stepcell"), _Handler()
+    level = logger.level
     logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
-        logger.addHandler(_Handler())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def stage(verb: str, path: Path | str, seconds: float, detail: str = "") -> None:

@@ -46,6 +46,7 @@ def test_contract_of_a_model_as_a_table(denoiser_onnx: Path) -> None:
 
 
 def test_cells_of_ordinary_nodes_say_why(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     from stepcell.exporter import export_onnx
     from stepcell.models import CellStack, ConvGRUCell
 
