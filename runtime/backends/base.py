@@ -1,32 +1,61 @@
-"""What a step loop asks of the thing that runs the graph, and the names of devices."""
+"""Back ends: the protocol that every back end implements, the future that a step returns, and names of devices."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract
-from stepcell.errors import UsageError
-from stepcell.runtime.backends.step_future import Pending
+from stepcell.errors import StepcellError, UsageError
 from stepcell.runtime.cuda import DeviceArray
 
-__all__ = ["Backend", "Device"]
+__all__ = ["Backend", "Device", "StepFuture"]
+
+T = TypeVar("T")
+
+
+class StepFuture(Generic[T]):
+    """The outputs of a step that has started.
+
+    Args:
+        collect: waits for the outputs and returns them; called once.
+    """
+
+    def __init__(self, collect: Callable[[], T]) -> None:
+        self._collect: Callable[[], T] | None = collect
+        self._result: T | StepcellError
+
+    def result(self) -> T:
+        """Wait for the outputs and return them. Further calls return the same object.
+
+        Raises:
+            DeviceError: the device failed in this step; further calls raise it again.
+        """
+        if self._collect is not None:
+            collect, self._collect = self._collect, None
+            try:
+                self._result = collect()
+            except StepcellError as error:
+                self._result = error
+        if isinstance(self._result, StepcellError):
+            raise self._result
+        return self._result
 
 
 class Backend(Protocol):
-    """One loaded model with its states, on one device.
+    """A loaded model with its states, on one device.
 
-    `StepLoop` checks every argument before it gets here and never calls two methods at once.
+    `StepLoop` checks all arguments before it calls a back end, and never calls two methods at the same time.
 
     Attributes:
-        contract: dtypes as the back end really runs them (a float16 model in its float32 form
-            has a float32 contract).
-        device: what really runs: "cpu", "cuda:0".
-        description: the same for people: "ONNX Runtime 1.31.1, CPU".
+        contract: with the dtypes that the back end runs in (a float16 model that runs in float32 has a float32
+            contract).
+        device: the device that runs the model: "cpu", "cuda:0".
+        description: back end, version and device for display, for example "ONNX Runtime 1.31.1, CPU".
     """
 
     contract: StepContract
@@ -34,13 +63,16 @@ class Backend(Protocol):
     description: str
 
     def configure(self, symbols: Mapping[str, int]) -> None:
-        """Fix the sizes: allocate every buffer, states at their initial value.
+        """Fix the sizes, allocate all buffers and set the states to their initial values.
 
-        May be called again, with other sizes.
+        It may be called again with other sizes.
+
+        Args:
+            symbols: value of every symbol of the contract.
 
         Raises:
             DeviceError: the buffers do not fit in memory.
-            InputError: the model was built for other sizes (an engine's profile).
+            InputError: the model was built for other sizes (the profile of an engine).
         """
         ...
 
@@ -56,40 +88,40 @@ class Backend(Protocol):
     def step(
         self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
     ) -> dict[str, NDArray[Any]]:
-        """One step. Inputs have the contract's dtypes and the configured shapes, C-contiguous.
-
-        The returned arrays belong to the caller: no later step writes to them. A step that
-        fails leaves the states as they were before it.
+        """One step. A step that fails leaves the states as they were.
 
         Args:
-            idle: rows of the batch axis that take no part: their states stay as they were, bit by
-                bit, and their outputs mean nothing. Each costs a copy of its states on the device;
-                none is copied where all rows step.
+            inputs: C-contiguous, with the dtypes of the contract and the configured shapes.
+            idle: rows of the batch axis that do not take part: their states stay as they are, bit by bit, and their
+                outputs are undefined. Each costs a copy of its states on the device.
+
+        Returns:
+            The outputs by name. They belong to the caller: no later step writes to them.
         """
         ...
 
     def enqueue(
         self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
-    ) -> Pending[dict[str, NDArray[Any]]]:
-        """Begin a step: `step` in two halves. Arrays on the host have been read when this returns.
+    ) -> StepFuture[dict[str, NDArray[Any]]]:
+        """Start a step. Arrays on the host have been read when this returns.
 
-        Whatever is called next sees the states after this step. An error of the device comes out
-        of `wait`; it undoes the step where none was begun after it.
+        All later calls see the states after this step. An error of the device is raised by `result()`; it undoes the
+        step unless a later one has started.
         """
         ...
 
     def step_on_device(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, DeviceArray]:
-        """One step whose outputs stay on the device, good until the step after the next begins.
+        """Start a step whose outputs stay on the device. They are valid until the step after the next one starts.
 
-        It returns at once: who reads the arrays waits for them in stream order.
+        It returns at once: consumers of the arrays wait for them in stream order.
 
         Raises:
-            UsageError: this back end has its outputs on the host.
+            UsageError: this back end returns its outputs on the host.
         """
         ...
 
     def reset(self, slots: Sequence[bool] | None = None) -> None:
-        """States to their initial value: all of them, or the rows of the batch axis that are True."""
+        """Set the states to their initial values: all rows, or the rows of the batch axis that are True."""
         ...
 
     def read_state(self) -> dict[str, NDArray[Any]]:
@@ -97,27 +129,27 @@ class Backend(Protocol):
         ...
 
     def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Replace every state; names, dtypes and shapes are the contract's."""
+        """Replace every state. Names, dtypes and shapes are those of the contract."""
         ...
 
     def close(self) -> None:
-        """Free device memory. Calling it twice is allowed."""
+        """Free all memory. Calling it twice is allowed."""
         ...
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device by kind ("cpu" or "cuda") and number."""
+    """A device: kind ("cpu" or "cuda") and number."""
 
     kind: str
     index: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """`cpu`, `cuda` or `cuda:N`.
+        """From `cpu`, `cuda` or `cuda:N`.
 
         Raises:
-            UsageError: anything else.
+            UsageError: any other text.
         """
         match = re.fullmatch(r"(cpu)|cuda(?::(\d{1,3}))?", text)
         if match is None:

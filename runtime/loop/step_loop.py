@@ -13,8 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, StateError, StepcellError, UsageError
-from stepcell.runtime.backends.base import Backend, Device
-from stepcell.runtime.backends.step_future import Pending
+from stepcell.runtime.backends.base import Backend, Device, StepFuture
 from stepcell.runtime.cuda import DeviceArray, OnDevice, is_on_device, read_device_array
 from stepcell.runtime.loop.inputs import as_input, require_finite
 from stepcell.runtime.loop.latency import Latency
@@ -40,7 +39,7 @@ class StepLoop:
             runs here: a float16 model in its float32 form on a CPU says float32.
         name: the file, for messages.
         statistics: latency of steps, from the call to its outputs: for `step_async` until the end
-            of `wait`; `step_on_device`, which does not wait, is not counted.
+            of `result`; `step_on_device`, which does not wait, is not counted.
     """
 
     def __init__(
@@ -137,8 +136,8 @@ class StepLoop:
         self.statistics.add(time.perf_counter() - started)
         return outputs
 
-    def step_async(self, /, **inputs: ArrayLike | OnDevice) -> Pending[dict[str, NDArray[Any]]]:
-        """Begin a step: arguments and errors of `step`, whose outputs `wait()` of the result returns.
+    def step_async(self, /, **inputs: ArrayLike | OnDevice) -> StepFuture[dict[str, NDArray[Any]]]:
+        """Begin a step: arguments and errors of `step`, whose outputs `result()` of the future returns.
 
         With TensorRT the next frame is uploaded, and the last outputs are downloaded, while this
         step is computed. Two steps are under way at most: a third call first waits for the oldest
@@ -147,12 +146,12 @@ class StepLoop:
 
         Steps run in the order of the calls, whatever is waited for first, and `state`, `reset` and
         all other methods see the states after the last one that was begun. Arrays on the host may
-        be written to again when this returns, arrays on the GPU when `wait` does. An error of the
-        device comes out of `wait`; if no later step was begun, the states are those before the step.
+        be written to again when this returns, arrays on the GPU when `result` does. An error of the
+        device comes out of `result`; if no later step was begun, the states are those before the step.
         """
         started = time.perf_counter()
         running = self._backend.enqueue(self._checked(inputs))
-        return Pending(lambda: self._counted(running.wait(), started))
+        return StepFuture(lambda: self._counted(running.result(), started))
 
     def step_on_device(self, /, **inputs: ArrayLike | OnDevice) -> dict[str, DeviceArray]:
         """`step` with outputs that stay on the GPU, for what reads them there by DLPack or `__cuda_array_interface__`.
@@ -207,16 +206,16 @@ class StepLoop:
             UsageError: the loop has no slots.
             DeviceError: the device failed or ran out of memory.
         """
-        return self.step_slots_async(frames).wait()
+        return self.step_slots_async(frames).result()
 
     def step_slots_async(
         self, frames: Mapping[Slot, Mapping[str, ArrayLike]]
-    ) -> Pending[dict[Slot, dict[str, NDArray[Any]]]]:
+    ) -> StepFuture[dict[Slot, dict[str, NDArray[Any]]]]:
         """`step_slots` in two halves, as `step_async` is `step`."""
         table = self._table()
         table.require(frames)
         if not frames:
-            return Pending(dict)
+            return StepFuture(dict)
         started = time.perf_counter()
         arrays = {slot: self._slot_arrays(slot, inputs) for slot, inputs in frames.items()}
         batch = table.pack(arrays)
@@ -227,7 +226,7 @@ class StepLoop:
             self._fix_sizes(shapes)
         running = self._backend.enqueue(batch, table.idle(frames))
         slots = list(frames)
-        return Pending(lambda: table.unpack(self._counted(running.wait(), started), slots))
+        return StepFuture(lambda: table.unpack(self._counted(running.result(), started), slots))
 
     def reset(self, slots: Sequence[bool] | Collection[Slot] | None = None) -> None:
         """Forget: states to their initial value, assigned, so that NaN is cleared too.

@@ -77,7 +77,7 @@ def test_steps_begun_ahead_equal_steps_one_by_one(place: Place, loop: StepLoop, 
     with place.open(denoiser_onnx) as other:
         pending = [(loop.step_async(x=x), other.step(x=x)["y"]) for x in xs]
         for number, (each, y) in enumerate(pending):
-            np.testing.assert_array_equal(each.wait()["y"], y, err_msg=f"step {number}")
+            np.testing.assert_array_equal(each.result()["y"], y, err_msg=f"step {number}")
         np.testing.assert_array_equal(loop.state()["h"], other.state()["h"])
 
 

@@ -88,12 +88,12 @@ def test_graph_replay_equals_kernels_queued_one_by_one(
     xs = frames(200)
     with place.open(denoiser_onnx) as captured, place.open(denoiser_onnx) as plain:
         captured.step(x=xs[0])
-        if engine_of(captured)._turns[0].graph is None:
+        if engine_of(captured)._step_buffers[0].graph is None:
             pytest.skip("not run: this engine cannot be captured")
         with monkeypatch.context() as patch:
             patch.setattr(cuda.Graph, "capture", refuse)
             plain.step(x=xs[0])
-        assert engine_of(plain)._turns[0].graph is None
+        assert engine_of(plain)._step_buffers[0].graph is None
         for number, x in enumerate(xs[1:], 1):
             if number == 100:
                 captured.reset([True, False])
@@ -141,10 +141,10 @@ def test_copies_overlap_with_compute(
 
         def ahead() -> None:
             held.append(loop.step_async(x=x))
-            held.pop(0).wait()
+            held.pop(0).result()
 
         overlapped = _milliseconds(count, ahead)
-        held.pop().wait()
+        held.pop().result()
         description = loop.description
     middle = {name: float(np.median([stage[name] for stage in stages])) for name in stages[0]}
     figures["overlap"] = {

@@ -1,9 +1,8 @@
-"""The ONNX Runtime back end: states bound to two buffers each, swapped at every step.
+"""ONNX Runtime back end: runs an ONNX file on the CPU or with CUDA.
 
-Two IO bindings are made when the sizes are known. One reads the states from the first buffers
-and writes them to the second, the other the reverse; a step runs one of them and the next step
-the other. So a state is never copied, and on CUDA it never leaves the device. Only a row that
-takes no part in a step is copied, from the buffer that was read to the one that was written.
+Every state has two buffers, and two IO bindings are made once the sizes are known: one reads the first buffers and
+writes the second, the other the reverse. Steps use them alternately, so a state is never copied, and with CUDA it never
+leaves the device. Only idle rows are copied, from the buffer that was read to the one that was written.
 """
 
 from __future__ import annotations
@@ -21,33 +20,32 @@ from stepcell.dims import resolve
 from stepcell.errors import DeviceError, StepcellError, UsageError
 from stepcell.missing import require
 from stepcell.runtime import cuda
-from stepcell.runtime.backends.base import Device
+from stepcell.runtime.backends.base import Device, StepFuture
 from stepcell.runtime.backends.onnxruntime.session import captures_graphs, open_session
-from stepcell.runtime.backends.step_future import Pending
 from stepcell.runtime.cuda import DeviceArray
 
 __all__ = ["OrtBackend"]
 
-# Bytes of an output from which new memory is bound at each step, in the place of a copy: 3 us whatever
-# the size, against 3 us for 128 kB, 23 us for 0.9 MB and more where it is in no near cache.
-_LARGE = 1 << 19
-# Bytes of an input up to which a copy costs less than binding the array of this step.
-_SMALL = 1 << 15
+# From this size in bytes on, an output gets new memory at each step instead of a copy: binding takes 3 us for any size,
+# a copy 3 us for 128 kB and 23 us for 0.9 MB, or more if the data is not in the cache.
+_LARGE_OUTPUT = 1 << 19
+# Up to this size in bytes, copying an input takes less time than binding the array of the step.
+_SMALL_INPUT = 1 << 15
 
 
 class OrtBackend:
-    """A `Backend` that runs a model in ONNX Runtime.
+    """A `Backend` for ONNX files.
 
     Args:
         path: an ONNX file with a contract.
-        device: where to run it.
-        keep_float16: on the CPU, run a float16 model as it is instead of in its float32 form.
-        threads: threads for one step on the CPU; None: as many as there are cores.
+        device: CPU or GPU.
+        keep_float16: on the CPU, run a float16 model in float16 instead of float32.
+        threads: number of threads for one step on the CPU; None: one per core.
 
     Raises:
         InputError: the file cannot be read or is not an ONNX model.
-        ContractError: it has no contract, or another one than its graph.
-        DeviceError: CUDA was asked for and does not load.
+        ContractError: it has no contract, or one that does not fit its graph.
+        DeviceError: the CUDA provider was requested and does not load.
         MissingDependencyError: onnxruntime is not installed.
     """
 
@@ -55,9 +53,9 @@ class OrtBackend:
         self._path = path
         self._device = device
         self._ort: Any = require("onnxruntime", extra="ort", purpose="running a model")
-        session, contract, sized = open_session(path, device, keep_float16=keep_float16, threads=threads)
+        session, contract, specialized = open_session(path, device, keep_float16=keep_float16, threads=threads)
         self._session: Any = session
-        self._sized = sized
+        self._specialized = specialized
         self.contract: StepContract = contract
         self.device = str(device)
         kind = "CPU" if device.kind == "cpu" else f"CUDA device {device.index}"
@@ -68,24 +66,24 @@ class OrtBackend:
         self._ordered = [spec.name for spec in contract.outputs]
         self._large: dict[str, tuple[tuple[int, ...], str]] = {}
         self._bindings: tuple[Any, ...] = ()
-        self._bound: tuple[dict[str, NDArray[Any]], ...] = ()  # inputs on the host that each binding has
-        self._now = 0  # which buffer of each pair holds the present state
+        self._bound: tuple[dict[str, NDArray[Any]], ...] = ()  # host arrays that are bound as inputs, per binding
+        self._parity = 0  # index of the buffer that holds the current state
         self._stream: cuda.Stream | None = None  # for copies on CUDA
         self._captures = device.kind == "cuda" and captures_graphs(session)
-        self._graphs = 0  # CUDA graphs so far: each binding has one of its own
-        self._options: tuple[Any, ...] = (None, None)  # of a run, for each binding
+        self._graphs = 0  # number of CUDA graphs so far; each binding has its own
+        self._options: tuple[Any, ...] = (None, None)  # run options, per binding
 
     @property
     def input_stream(self) -> int | None:
-        """None on the CPU; on CUDA the stream on which arrays of the device are copied."""
-        return self._copies().handle if self._device.kind == "cuda" else None
+        """Handle of the CUDA stream that copies inputs from device memory; None on the CPU."""
+        return self._copy_stream().handle if self._device.kind == "cuda" else None
 
     def configure(self, symbols: Mapping[str, int]) -> None:
         contract = self.contract
         self._free()
         try:
-            if self._sized is not None:
-                self._session = self._sized.session(
+            if self._specialized is not None:
+                self._session = self._specialized.session(
                     {name: resolve(spec.shape, symbols) for name, spec in contract.graph_inputs.items()}
                 )
             inputs = [spec for spec in contract.inputs if self._has_buffer(spec, symbols)]
@@ -105,7 +103,7 @@ class OrtBackend:
     def step(
         self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
     ) -> dict[str, NDArray[Any]]:
-        binding = self._bindings[self._now]
+        binding = self._bindings[self._parity]
         try:
             if self._device.kind == "cuda":
                 outputs = self._run_on_device(binding, inputs)
@@ -117,54 +115,56 @@ class OrtBackend:
             raise
         except Exception as error:
             raise self._failure("the step failed", error) from error
-        self._now ^= 1
+        self._parity ^= 1
         return outputs
 
     def enqueue(
         self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
-    ) -> Pending[dict[str, NDArray[Any]]]:
-        """Runs the whole step at once: ONNX Runtime's bindings cannot be run in the background."""
+    ) -> StepFuture[dict[str, NDArray[Any]]]:
+        """Run the whole step in this call: ONNX Runtime cannot run an IO binding in the background."""
         outputs = self.step(inputs, idle)
-        return Pending(lambda: outputs)
+        return StepFuture(lambda: outputs)
 
     def step_on_device(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, DeviceArray]:
-        """Refused."""
+        """Not supported: raises UsageError."""
         raise UsageError(
-            f"{self._path}: ONNX Runtime hands its outputs out on the host",
+            f"{self._path}: ONNX Runtime returns its outputs on the host",
             hint="use step(), or build an engine: `stepcell build`",
         )
 
     def _run_on_host(self, binding: Any, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        bound = self._bound[self._now]
+        bound = self._bound[self._parity]
         for name, array in inputs.items():
             if (buffer := self._inputs.get(name)) is not None:
                 buffer.host[...] = array
-            elif bound.get(name) is not array:  # the frames of a stream are written to one array
+            elif bound.get(name) is not array:  # a stream reuses one array for its frames
                 binding.bind_cpu_input(name, array)
                 bound[name] = array
         outputs: dict[str, NDArray[Any]] = {}
         for name, (shape, dtype) in self._large.items():
             outputs[name] = np.empty(shape, dtype)
-            binding.bind_ortvalue_output(name, self._ort.OrtValue.ortvalue_from_numpy(outputs[name]))  # its memory
+            binding.bind_ortvalue_output(
+                name, self._ort.OrtValue.ortvalue_from_numpy(outputs[name])
+            )  # shares its memory
         self._session.run_with_iobinding(binding)
         for name, output in self._outputs.items():
             outputs[name] = output.host.copy()
         return outputs if len(self._ordered) == 1 else {name: outputs[name] for name in self._ordered}
 
     def _has_buffer(self, spec: Spec, symbols: Mapping[str, int]) -> bool:
-        """Whether an input is copied; on the CPU a large one is bound where the caller has it."""
+        """Whether an input is copied to a buffer. On the CPU, a large input is bound in the caller's memory instead."""
         nbytes = math.prod(resolve(spec.shape, symbols)) * np.dtype(spec.dtype).itemsize
-        return self._device.kind == "cuda" or nbytes <= _SMALL
+        return self._device.kind == "cuda" or nbytes <= _SMALL_INPUT
 
     def _large_outputs(self, symbols: Mapping[str, int]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of outputs on the host that are better bound anew at each step than copied."""
+        """Shape and dtype of the outputs that get new memory at each step instead of a copy."""
         if self._device.kind == "cuda":
             return {}
         shapes = {spec.name: (resolve(spec.shape, symbols), spec.dtype) for spec in self.contract.outputs}
         return {
             name: (shape, dtype)
             for name, (shape, dtype) in shapes.items()
-            if math.prod(shape) * np.dtype(dtype).itemsize >= _LARGE
+            if math.prod(shape) * np.dtype(dtype).itemsize >= _LARGE_OUTPUT
         }
 
     def _run_on_device(self, binding: Any, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, NDArray[Any]]:
@@ -175,24 +175,24 @@ class OrtBackend:
             else:
                 buffer.write(value)
         binding.synchronize_inputs()
-        self._session.run_with_iobinding(binding, self._options[self._now])
+        self._session.run_with_iobinding(binding, self._options[self._parity])
         binding.synchronize_outputs()
         return {name: buffer.read() for name, buffer in self._outputs.items()}
 
     def reset(self, slots: Sequence[bool] | None = None) -> None:
         rows = slice(None) if slots is None else np.flatnonzero(slots)
         for spec in self.contract.states:
-            # Assigned, not multiplied: 0 * NaN is NaN.
+            # Assign instead of multiplying by a mask: 0 * NaN is NaN.
             initial = spec.initial(self._states[spec.name][0].shape)
             index = (slice(None),) * spec.batch_axis + (rows,)
-            self._states[spec.name][self._now].assign(index, initial[index])
+            self._states[spec.name][self._parity].assign(index, initial[index])
 
     def read_state(self) -> dict[str, NDArray[Any]]:
-        return {name: pair[self._now].read() for name, pair in self._states.items()}
+        return {name: pair[self._parity].read() for name, pair in self._states.items()}
 
     def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         for name, pair in self._states.items():
-            pair[self._now].write(state[name])
+            pair[self._parity].write(state[name])
 
     def close(self) -> None:
         self._free()
@@ -202,26 +202,25 @@ class OrtBackend:
             self._stream = None
 
     def _copy_in(self, buffer: _Buffer, value: DeviceArray) -> None:
-        """Copy an array of the device into an input, and wait: ONNX Runtime has a stream of its own."""
-        stream = self._copies()
+        """Copy a device array into an input, and wait for the copy: ONNX Runtime computes on its own stream."""
+        stream = self._copy_stream()
         if value.stream is not None:
             event = cuda.Event()
             event.record_on(value.stream)
             stream.wait(event)
-            event.close()  # CUDA frees it once it is reached
+            event.close()  # CUDA keeps it until the stream has passed it
         cuda.copy_on_device(buffer.value.data_ptr(), value.address, buffer.nbytes, stream)
         stream.synchronize()
 
-    def _copies(self) -> cuda.Stream:
+    def _copy_stream(self) -> cuda.Stream:
         cuda.use_device(self._device.index)
         self._stream = self._stream or cuda.Stream()
         return self._stream
 
     def _run_options(self) -> Any:
-        """None, or the number of the CUDA graph that is captured in a binding's first run and launched in the others.
+        """Run options that give a binding a CUDA graph of its own, captured in its first run; None: no CUDA graphs.
 
-        The run that captures a graph repeats the step, which here is harmless: what a step reads
-        it does not write.
+        The run that captures a graph repeats the step, which is harmless: a step does not write what it reads.
         """
         if not self._captures:
             return None
@@ -231,12 +230,12 @@ class OrtBackend:
         return options
 
     def _keep(self, idle: Sequence[int]) -> None:
-        """Copy the states of idle rows from the buffers the step has read to those it has written."""
-        stream = self._copies() if self._device.kind == "cuda" else None
+        """Copy the states of idle rows from the buffers that the step has read to those that it has written."""
+        stream = self._copy_stream() if self._device.kind == "cuda" else None
         for spec in self.contract.states:
             pair = self._states[spec.name]
             for row in idle:
-                pair[1 - self._now].copy_row(pair[self._now], row, spec.batch_axis, stream)
+                pair[1 - self._parity].copy_row(pair[self._parity], row, spec.batch_axis, stream)
         if stream is not None:
             stream.synchronize()
 
@@ -247,15 +246,15 @@ class OrtBackend:
     def _buffer(self, spec: Spec, symbols: Mapping[str, int]) -> _Buffer:
         return _Buffer(self._ort, resolve(spec.shape, symbols), np.dtype(spec.dtype), self._device)
 
-    def _bind(self, now: int) -> Any:
+    def _bind(self, parity: int) -> Any:
         binding = self._session.io_binding()
         for name, buffer in self._inputs.items():
             binding.bind_ortvalue_input(name, buffer.value)
         for name, buffer in self._outputs.items():
             binding.bind_ortvalue_output(name, buffer.value)
         for spec in self.contract.states:
-            binding.bind_ortvalue_input(spec.input, self._states[spec.name][now].value)
-            binding.bind_ortvalue_output(spec.output, self._states[spec.name][1 - now].value)
+            binding.bind_ortvalue_input(spec.input, self._states[spec.name][parity].value)
+            binding.bind_ortvalue_output(spec.output, self._states[spec.name][1 - parity].value)
         return binding
 
     def _failure(self, what: str, error: Exception) -> StepcellError:
@@ -266,7 +265,7 @@ class OrtBackend:
 
 
 class _Buffer:
-    """A tensor at a fixed address: a numpy array that ONNX Runtime sees, or CUDA memory."""
+    """A tensor at a fixed address: a numpy array shared with ONNX Runtime, or CUDA memory."""
 
     def __init__(self, ort: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> None:
         self.shape = shape
@@ -291,7 +290,7 @@ class _Buffer:
             self.value.update_inplace(array)
 
     def assign(self, index: tuple[Any, ...], values: NDArray[Any]) -> None:
-        """Replace a part; on CUDA by way of the host, since it is rare there."""
+        """Replace a part. On CUDA this goes through the host, which is slow but rare."""
         if self._on_host:
             self.host[index] = values
         else:
@@ -300,7 +299,7 @@ class _Buffer:
             self.value.update_inplace(array)
 
     def copy_row(self, source: _Buffer, row: int, axis: int, stream: cuda.Stream | None) -> None:
-        """Take one index of one axis from a buffer of the same shape; on CUDA the copy is queued."""
+        """Copy one index of one axis from a buffer of the same shape. On CUDA the copy is queued."""
         if stream is None:
             index = (slice(None),) * axis + (row,)
             self.host[index] = source.host[index]

@@ -1,8 +1,7 @@
-"""The float32 form of a float16 model: the same weights, computed wide.
+"""Conversion of a float16 ONNX model to float32, for CPUs, which have no fast float16 arithmetic.
 
-CPUs have no fast float16 arithmetic, so a float16 model runs slower there than its float32 form.
-Every float16 tensor, type and cast in the graph, its subgraphs and its functions becomes float32;
-the weights keep the values they had in float16, so results differ by rounding only.
+Every float16 tensor, type and cast in the graph, its subgraphs and its functions becomes float32. The weights keep the
+values they have in float16, so results differ by rounding only.
 """
 
 from __future__ import annotations
@@ -22,16 +21,15 @@ __all__ = ["to_float32"]
 
 _Spec = TypeVar("_Spec", TensorSpec, StateSpec)
 
-# Integer attributes of standard operators that hold an element type. LayerNormalization's
-# `stash_type` is one as well.
+# Integer attributes of standard operators whose value is an element type.
 _DTYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
 
 
 def to_float32(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of `model` in which nothing is float16; its contract says float32 too.
+    """A copy of `model` without float16. Its contract says float32 too.
 
     Args:
-        model: a model with its weights in memory (`onnx.load` has read external data).
+        model: with its weights in memory (`onnx.load` reads external data).
     """
     require("onnx", extra="ort", purpose="running a float16 model in float32")
     from onnx import ModelProto
@@ -86,7 +84,7 @@ def _widen_attributes(attributes: Iterable[onnx.AttributeProto]) -> None:
             if attribute.name in _DTYPE_ATTRIBUTES and attribute.i == TensorProto.FLOAT16:
                 attribute.i = TensorProto.FLOAT
             continue
-        # Fields of the other kinds are empty, so there is no need to ask which kind it is.
+        # Fields of the other kinds are empty, so the kind need not be checked.
         for tensor in (attribute.t, *attribute.tensors, attribute.sparse_tensor.values):
             _widen_tensor(tensor)
         for sparse in attribute.sparse_tensors:

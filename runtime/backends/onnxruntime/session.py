@@ -1,4 +1,4 @@
-"""Opening an ONNX file in ONNX Runtime: on the device that was asked for, or not at all."""
+"""ONNX Runtime sessions: opening an ONNX file on the requested device, or raising an error."""
 
 from __future__ import annotations
 
@@ -20,40 +20,50 @@ from stepcell.onnx_model import read_model
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
-from stepcell.runtime.backends.onnxruntime.split_convolutions import convolve_apart
+from stepcell.runtime.backends.onnxruntime.split_convolutions import split_convolutions
 
-__all__ = ["SizedSessions", "captures_graphs", "open_session"]
+__all__ = ["SpecializedSessions", "captures_graphs", "open_session"]
 
 logger = logging.getLogger(__name__)
 
 _CAPTURE = "enable_cuda_graph"
-_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named alike
-# Bytes of weights from which a model is run as it is: its other form takes a temporary file, perhaps in memory.
-_LARGE = 1 << 28
+_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # other types have the same name in both
+# From this size of the weights in bytes on, a model is not specialised: that takes a temporary file of the same size.
+_LARGE_MODEL = 1 << 28
 
 
-class SizedSessions:
-    """A model on the CPU, of which a session in a quicker form is made once the sizes are known."""
+class SpecializedSessions:
+    """A model on the CPU, to be specialised for fixed sizes once they are known.
+
+    Args:
+        path: the file, for messages.
+        model: the model as bytes.
+        threads: as in `open_session`.
+        session: of the model as it is.
+    """
 
     def __init__(self, path: Path, model: bytes, threads: int | None, session: Any) -> None:
         self._path, self._model, self._threads = path, model, threads
-        # Numbers, or texts in their place such as "height" and "height // 2".
+        # Shape by input: numbers, or text such as "height" and "height // 2".
         self._inputs: dict[str, list[int | str | None]] = {tensor.name: tensor.shape for tensor in session.get_inputs()}
 
     def session(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-        """A session for inputs of these shapes."""
+        """A session specialised for inputs of these shapes, or of the model as it is if that fails."""
         ort = require("onnxruntime", extra="ort", purpose="running a model")
         cpu = Device("cpu", 0)
         try:
             model = self._simplified(ort, shapes)
-            convolve_apart(model)
+            split_convolutions(model)
             return _create(ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads))
-        except Exception as error:  # such as no space in the folder for temporary files
-            logger.warning(f"{self._path}: runs as it is, which is slower: {_reason(error)}")
+        except Exception as error:  # for example no space for temporary files
+            logger.warning(f"{self._path}: is not specialised for its sizes, which is slower: {_reason(error)}")
             return _create(ort, self._path, self._model, cpu, _options(ort, self._threads))
 
     def _simplified(self, ort: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-        """The model without functions, with sizes and folded constants. ONNX Runtime only writes that to a file."""
+        """The model with functions inlined, sizes filled in and constants folded.
+
+        ONNX Runtime can write such a model to a file only.
+        """
         onnx = require("onnx", extra="ort", purpose="running a model")
         options = _options(ort, 1, only_basic=True)
         for name, shape in shapes.items():
@@ -68,40 +78,44 @@ class SizedSessions:
 
 def open_session(
     path: Path, device: Device, *, keep_float16: bool, threads: int | None
-) -> tuple[Any, StepContract, SizedSessions | None]:
-    """An `onnxruntime.InferenceSession`, the contract of what it runs, and what makes quicker ones of known sizes.
+) -> tuple[Any, StepContract, SpecializedSessions | None]:
+    """Open an ONNX file.
 
-    On the CPU a float16 model is opened in its float32 form unless `keep_float16`; the contract
-    then says float32, and the log says so once. Errors: see `OrtBackend`.
+    On the CPU a float16 model is converted to float32 unless `keep_float16` is set; its contract then says float32,
+    and that is logged. Arguments and errors are those of `OrtBackend`.
+
+    Returns:
+        An `onnxruntime.InferenceSession`, the contract of the model as it runs, and on the CPU the model to be
+        specialised for fixed sizes; None: the session is used for all sizes.
     """
     ort = require("onnxruntime", extra="ort", purpose="running a model")
     if not path.is_file():
-        read_bytes(path)  # says why it cannot be read
+        read_bytes(path)  # raises an error that says why
     model = _for_cpu(path, keep_float16) if device.kind == "cpu" else None
     options = _options(ort, threads, only_basic=model is not None)
     session = _create(ort, path, model or str(path), device, options)
     contract = _contract(session, path)
     _check_graph(session, contract, path)
-    return session, contract, None if model is None else SizedSessions(path, model, threads, session)
+    return session, contract, None if model is None else SpecializedSessions(path, model, threads, session)
 
 
 def _for_cpu(path: Path, keep_float16: bool) -> bytes | None:
-    """The model with its weights, in float32, for `SizedSessions`; None where the file is run as it is."""
+    """The model with its weights, in float32, for `SpecializedSessions`; None: run the file as it is."""
     onnx = require("onnx", extra="ort", purpose="running a model")
     _, model = read_model(path)
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
     is_float16 = text is not None and StepContract.from_json(text, subject=str(path)).precision == "float16"
     if is_float16 and keep_float16:
         return None
-    if sum(4 * math.prod(tensor.dims) for tensor in model.graph.initializer) > _LARGE and not is_float16:
+    if sum(4 * math.prod(tensor.dims) for tensor in model.graph.initializer) > _LARGE_MODEL and not is_float16:
         return None
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:  # of many kinds: a missing file, a path outside the folder
-        raise InputError(f"{path}: its weights are in another file, which cannot be read ({error})") from error
+    except Exception as error:  # for example a missing file, or a path outside the folder
+        raise InputError(f"{path}: its external weights cannot be read ({error})") from error
     if is_float16:
         model = to_float32(model)
-        logger.info(f"{path}: float16 is slow on a CPU: running the same weights in float32")
+        logger.info(f"{path}: float16 is slow on a CPU: runs with the same weights in float32")
     return bytes(model.SerializeToString())
 
 
@@ -136,23 +150,23 @@ def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: A
 
 
 def _session(ort: Any, model: str | bytes, options: Any, device: Device) -> Any:
-    """On CUDA with CUDA graphs, or without them where the graph has parts that cannot be captured."""
+    """A session; on CUDA with CUDA graphs, or without them if parts of the model cannot be captured."""
     create = functools.partial(ort.InferenceSession, model, options, enable_fallback=0)
     if device.kind == "cpu":
         return create(providers=["CPUExecutionProvider"])
-    # The graph's dtypes say the precision: a float32 convolution is not computed in TF32.
+    # The dtypes of the graph determine the precision: float32 convolutions must not be computed in TF32.
     cuda_options = {"device_id": str(device.index), "use_tf32": "0"}
     captured = ("CUDAExecutionProvider", {**cuda_options, _CAPTURE: "1"})
     try:
         return create(providers=[captured, "CPUExecutionProvider"])
-    except Exception as error:  # control flow, or nodes that only the CPU has
+    except Exception as error:  # control flow, or nodes that only the CPU provider supports
         session = create(providers=[("CUDAExecutionProvider", cuda_options), "CPUExecutionProvider"])
         logger.warning(f"{device}: runs without a CUDA graph, which is slower: {_reason(error)}")
         return session
 
 
 def captures_graphs(session: Any) -> bool:
-    """Whether a session on CUDA captures its runs as CUDA graphs."""
+    """Whether a session on CUDA uses CUDA graphs."""
     found: str = session.get_provider_options().get("CUDAExecutionProvider", {}).get(_CAPTURE, "0")
     return found == "1"
 
@@ -162,11 +176,11 @@ def _reason(error: Exception) -> str:
 
 
 def _require_cuda(ort: Any, device: Device) -> None:
-    """Ask for CUDA only where it can work: the request itself prints errors where it cannot."""
+    """Raise an error if CUDA cannot work; ONNX Runtime would print errors of its own."""
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise DeviceError(
             f"{device}: this ONNX Runtime ({ort.__version__}) was built without CUDA",
-            hint="install onnxruntime-gpu in the place of onnxruntime, or use --device cpu",
+            hint="install onnxruntime-gpu instead of onnxruntime, or use --device cpu",
         )
     count = cuda.device_count()
     if device.index >= count:
@@ -174,7 +188,7 @@ def _require_cuda(ort: Any, device: Device) -> None:
             f"{device}: this machine has {count or 'no'} CUDA device{'' if count == 1 else 's'}",
             hint="use --device cpu; `stepcell doctor` shows what this machine can do",
         )
-    if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN from wheels, where they are installed
+    if hasattr(ort, "preload_dlls"):  # CUDA and cuDNN from wheels, if they are installed
         with contextlib.redirect_stdout(sys.stderr):
             ort.preload_dlls()
 
@@ -183,14 +197,14 @@ def _contract(session: Any, path: Path) -> StepContract:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
         raise ContractError(
-            f"{path}: has no state contract (metadata key {METADATA_KEY}), so its states cannot be wired",
+            f"{path}: has no state contract (metadata key {METADATA_KEY}), so its states are not known",
             hint="export the checkpoint with `stepcell export`, which writes one",
         )
     return StepContract.from_json(text, subject=str(path))
 
 
 def _check_graph(session: Any, contract: StepContract, path: Path) -> None:
-    """The contract must name every input and output of the graph, with its dtype."""
+    """Raise ContractError unless the contract names every input and output of the graph with its dtype."""
     sides = (
         ("inputs", session.get_inputs(), contract.graph_inputs),
         ("outputs", session.get_outputs(), contract.graph_outputs),

@@ -1,12 +1,14 @@
-"""The form of a model in which ONNX Runtime's CPU convolutions are quick, for sizes that are known.
+"""Splitting Conv(Concat(x, h)) into two convolutions, which ONNX Runtime's CPU provider computes faster.
 
-The ops' functions convolve the concatenation of x and h, which is best for TensorRT. On a CPU the convolution is
-computed part by part: conv(concat(x, h), concat(W_x, W_h)) = conv(x, W_x) + conv(h, W_h). So x and h are not
-copied together, and what several convolutions read is brought into their layout (blocks of channels) once. The sum
-costs nothing where ONNX Runtime makes it part of the second convolution, which it does if it knows that both results
-have the same size. Most is gained where the two together have no quick convolution: ONNX Runtime's is over blocks
-of 16 channels with AVX-512 (onnxruntime/core/optimizer/nchwc_transformer.cc), and 5 + 32 channels fill none, while
-32 do and 5 alone are few enough. Results differ by rounding only.
+The functions of the ops convolve the concatenation of x and h, which suits TensorRT. On a CPU
+
+    Conv(Concat(x, h), Concat(W_x, W_h)) = Conv(x, W_x) + Conv(h, W_h)
+
+saves the copy of x and h, and an input of several convolutions is brought into their blocked layout once. The sum is
+free: ONNX Runtime fuses it into the second convolution if it knows that both results have the same shape. The gain is
+largest where the concatenation has no fast convolution: ONNX Runtime's works on blocks of 16 channels with AVX-512
+(onnxruntime/core/optimizer/nchwc_transformer.cc), which 5 + 32 channels do not fill, while 32 do and 5 are few enough.
+Results differ by rounding only. The model must have fixed sizes.
 """
 
 from __future__ import annotations
@@ -23,23 +25,26 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["convolve_apart"]
+__all__ = ["split_convolutions"]
 
-_PREFIX = "stepcell.apart"
+_PREFIX = "stepcell.split"
 
 
-def convolve_apart(model: ModelProto) -> int:
-    """Change the convolutions of a model, in place, that are quicker part by part; how many of them.
+def split_convolutions(model: ModelProto) -> int:
+    """Split the convolutions of a model that are faster in two parts, in place.
 
     Args:
-        model: without functions; its inputs have sizes, its weights are initializers.
+        model: without functions, with fixed input sizes and weights as initializers.
+
+    Returns:
+        The number of convolutions that were split.
     """
     require("onnx", extra="ort", purpose="running a model")
     from onnx import numpy_helper
 
     graph = model.graph
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
-        return 0  # a branch or a loop's body, which reads values by their names
+        return 0  # the body of a branch or loop may read any value by name
     shapes = _shapes(model)
     weights = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 4}
     concatenated = {node.output[0]: node for node in graph.node if node.op_type == "Concat"}
@@ -49,37 +54,41 @@ def convolve_apart(model: ModelProto) -> int:
         concat = concatenated.get(node.input[0]) if node.op_type == "Conv" and node.domain == "" else None
         kernel = weights.get(node.input[1]) if concat is not None else None
         parts = [shapes.get(name, ()) for name in concat.input] if concat is not None else []
-        if concat is None or kernel is None or not _is_quicker(parts, tuple(kernel.dims)):
+        if concat is None or kernel is None or not _is_faster(parts, tuple(kernel.dims)):
             nodes.append(node)
             continue
         channels = [shape[1] for shape in parts]
-        apart = np.split(numpy_helper.to_array(kernel), np.cumsum(channels)[:-1], axis=1)
-        nodes.extend(_sum(node, concat.input, apart, f"{_PREFIX}.{changed}", graph))
+        parts_of_kernel = np.split(numpy_helper.to_array(kernel), np.cumsum(channels)[:-1], axis=1)
+        nodes.extend(_sum(node, concat.input, parts_of_kernel, f"{_PREFIX}.{changed}", graph))
         changed += 1
     if changed:
         _replace(graph, nodes)
     return changed
 
 
-def _is_quicker(parts: Sequence[tuple[int, ...]], kernel: tuple[int, ...]) -> bool:
-    """Whether two convolutions of these maps (batch, channels, height, width) and weights are quicker than one.
+def _is_faster(parts: Sequence[tuple[int, ...]], kernel: tuple[int, ...]) -> bool:
+    """Whether two convolutions are faster than one.
 
-    Measured on cells of 1 to 256 channels and 8x8 to 64x64 pixels: from as quick to 1.8 times. With a number of
-    hidden channels that is no multiple of 8, or 1x1 weights, some are slower. The batch must not decide, since
-    slots equal loops of their own.
+    Measured on cells of 1 to 256 channels and 8x8 to 64x64 pixels, the split takes between the same time and 1/1.8 of
+    it. Some cells are slower when the number of hidden channels is not a multiple of 8, or with 1x1 kernels. The batch
+    size must not matter: a slot has to give the same results as a loop of its own.
+
+    Args:
+        parts: shapes (batch, channels, height, width) that are concatenated.
+        kernel: shape of the weights.
     """
     if len(parts) != 2 or not all(len(shape) == 4 and all(shape) for shape in parts):
-        return False  # of a size that is not known
+        return False  # an unknown size
     x, hidden = (shape[1] for shape in parts)
     if kernel[1] != x + hidden:
-        return False  # concatenated along another axis, or convolved in groups
+        return False  # concatenated along another axis, or a grouped convolution
     return hidden % 8 == 0 and hidden >= 16 and kernel[0] % 8 == 0 and kernel[2:] != (1, 1)
 
 
 def _sum(
     node: NodeProto, maps: Sequence[str], weights: Sequence[NDArray[Any]], prefix: str, graph: GraphProto
 ) -> list[NodeProto]:
-    """The convolutions of two parts and their sum; the first has the bias."""
+    """Two convolutions and their sum; the first one has the bias."""
     from onnx import NodeProto, helper, numpy_helper
 
     convolutions: list[NodeProto] = []
@@ -97,7 +106,7 @@ def _sum(
 
 
 def _replace(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
-    """Put other nodes into a graph, without those and the weights that nothing reads any more."""
+    """Replace the nodes of a graph, and drop the nodes and weights that are no longer read."""
     used, live = {output.name for output in graph.output}, []
     for node in reversed(nodes):
         if used.intersection(node.output):
@@ -110,7 +119,7 @@ def _replace(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
 
 
 def _shapes(model: ModelProto) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of all values, as far as they are known; 0 is an unknown size."""
+    """The shape of every value whose shape is known; 0 is an unknown size."""
     from onnx import shape_inference
 
     graph = shape_inference.infer_shapes(model, data_prop=True).graph

@@ -1,13 +1,11 @@
-"""The TensorRT back end: states live on the GPU and never leave it unasked.
+"""TensorRT back end: runs an engine on a GPU, with the states in device memory.
 
-Each state has two buffers. A step reads one and writes the other, then they change places:
-TensorRT does not promise right results where an output lies over an input, and a step that fails
-leaves the state it started from. Inputs and outputs have two buffers as well, which the same parity
-chooses (`stepcell.runtime.backends.tensorrt.step_buffers`), so all addresses of a step are known by
-its parity: each parity is captured as a CUDA graph once, and a step is one launch. Within a step
-nothing is allocated, no state is copied but those of idle rows, and the host waits for nothing but
-the outputs. Where the engine takes the fp16 mirror of a state (its sidecar says so), that has two
-buffers beside the state's.
+Every state has two buffers. A step reads one and writes the other, and the next step swaps them: TensorRT does not
+guarantee results when an output overlaps an input, and a step that fails leaves the state it started from. Inputs and
+outputs have two sets of buffers as well, selected by the same parity (step_buffers.py), so all addresses of a step
+follow from its parity. The step of each parity is captured as a CUDA graph once, and then is one launch. A step
+allocates nothing, copies no state except those of idle rows, and the host waits for the outputs only. If the engine
+takes the fp16 mirror of a state (its sidecar says so), the mirror has two buffers too (state_buffers.py).
 """
 
 from __future__ import annotations
@@ -26,11 +24,10 @@ from stepcell.dims import resolve
 from stepcell.errors import DeviceError, EngineMismatchError, InputError, StepcellError
 from stepcell.plugins.fp16_mirrors import engine_tensors
 from stepcell.runtime import cuda
-from stepcell.runtime.backends.base import Device
-from stepcell.runtime.backends.step_future import Pending
+from stepcell.runtime.backends.base import Device, StepFuture
 from stepcell.runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from stepcell.runtime.backends.tensorrt.state_buffers import DeviceState
-from stepcell.runtime.backends.tensorrt.step_buffers import Data, Turn
+from stepcell.runtime.backends.tensorrt.state_buffers import StateBuffers
+from stepcell.runtime.backends.tensorrt.step_buffers import HostAndDevice, StepBuffers
 from stepcell.runtime.cuda import DeviceArray
 from stepcell.runtime.engine.check import CheckedEngine, check_engine, register_plugins
 from stepcell.runtime.engine.sidecar import rebuild_command
@@ -42,21 +39,21 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRTBackend:
-    """Runs an engine of either TensorRT flavour; see `stepcell.runtime.backends.base.Backend`.
+    """A `Backend` for engines of TensorRT and TensorRT-RTX.
 
     Args:
-        engine: a plan with its sidecar beside it.
+        engine: path of a TensorRT plan; its sidecar must be beside it.
         device: a GPU.
 
     Attributes:
         contract: from the sidecar.
-        device: "cuda:0".
-        description: "TensorRT-RTX 1.7.1.116, NVIDIA GeForce RTX 4090".
+        device: for example "cuda:0".
+        description: for example "TensorRT-RTX 1.7.1.116, NVIDIA GeForce RTX 4090".
 
     Raises:
         EngineMismatchError: the engine does not fit its sidecar, this TensorRT or this GPU.
         DeviceError: there is no such GPU, or it cannot load the engine.
-        MissingDependencyError: TensorRT or cuda-bindings is missing.
+        MissingDependencyError: TensorRT or cuda-bindings is not installed.
     """
 
     def __init__(self, engine: Path, device: Device) -> None:
@@ -72,10 +69,10 @@ class TensorRTBackend:
         self._trt: Any = checked.tensorrt.module
         self._messages = Messages()
         self._logger = make_logger(self._trt, self._messages)
-        self._turns: tuple[Turn, ...] = ()
-        self._states: dict[str, DeviceState] = {}
+        self._step_buffers: tuple[StepBuffers, ...] = ()  # by parity
+        self._states: dict[str, StateBuffers] = {}
         self._parity = 0  # of the next step
-        self._buffers = ExitStack()
+        self._resources = ExitStack()  # what `configure` allocates
         self._cache: RuntimeCache | None = None
         cuda.use_device(device.index)
         self._load(checked)
@@ -83,7 +80,7 @@ class TensorRTBackend:
 
     @property
     def input_stream(self) -> int:
-        """Handle of the stream on which a step reads its inputs."""
+        """Handle of the CUDA stream on which a step reads its inputs."""
         return self._uploads.handle
 
     @no_collection()
@@ -91,7 +88,7 @@ class TensorRTBackend:
         register_plugins(checked)
         self._runtime: Any = self._trt.Runtime(self._logger)
         if checked.sidecar.options.version_compatible:
-            # Such a plan carries code for the host; the sidecar has just shown it to be ours.
+            # Such a plan contains host code. The checksum in the sidecar has shown that stepcell built it.
             self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._runtime.deserialize_cuda_engine(checked.plan)
         if self._engine is None:
@@ -108,14 +105,14 @@ class TensorRTBackend:
         if not is_rtx:
             return self._engine.create_execution_context()
         config = self._engine.create_runtime_config()
-        # Kernels for the sizes of this loop before the first step: what is compiled later, in the
-        # background, would not be in a graph that is captured now.
+        # Compile the kernels for the sizes of this loop before the first step: kernels compiled later in the
+        # background would not be in the captured graph.
         config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._cache = RuntimeCache(self._path, config)
         return self._engine.create_execution_context(config)
 
     def _check_tensors(self) -> None:
-        """Every tensor of the engine against the contract and the fp16 mirrors: name, direction, dtype, format."""
+        """Compare name, direction, dtype and format of every engine tensor with the contract and the fp16 mirrors."""
         trt, engine = self._trt, self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs, outputs = self._inputs, self._outputs
@@ -134,7 +131,7 @@ class TensorRTBackend:
                     f"{self._path}: {name}: {'input' if is_input else 'output'} of {dtype} in the engine, "
                     f"{'input' if name in inputs else 'output'} of {expected} in its sidecar"
                 )
-        for name in (name for copy in self._sidecar.fp16_mirrors for name in (copy.input, copy.output)):
+        for name in (name for mirror in self._sidecar.fp16_mirrors for name in (mirror.input, mirror.output)):
             layout = engine.get_tensor_format(name)
             if layout != trt.TensorFormat.HWC8:
                 raise EngineMismatchError(
@@ -142,10 +139,10 @@ class TensorRTBackend:
                 )
 
     def configure(self, symbols: Mapping[str, int]) -> None:
-        """Fix the sizes and allocate every buffer; states start at their initial value.
+        """Fix the sizes, allocate all buffers, capture the step and reset the states; see `Backend.configure`.
 
         Raises:
-            InputError: sizes the engine was not built for.
+            InputError: the engine was not built for these sizes.
             DeviceError: the buffers do not fit in memory.
         """
         shapes = {name: resolve(spec.shape, symbols) for name, spec in self._inputs.items()}
@@ -166,8 +163,8 @@ class TensorRTBackend:
                 raise EngineMismatchError(f"{self._path}: {name}: {found} in the engine, {shape} in its sidecar")
         try:
             self._allocate(symbols)
-            for turn in self._turns:
-                self._prepare(turn)
+            for buffers in self._step_buffers:
+                self._warm_up_and_capture(buffers)
             self.reset()
         except StepcellError:
             self._free_buffers()
@@ -176,61 +173,59 @@ class TensorRTBackend:
             self._cache.save()
 
     def _allocate(self, symbols: Mapping[str, int]) -> None:
-        copies = {copy.state: copy for copy in self._sidecar.fp16_mirrors}
+        mirrors = {mirror.state: mirror for mirror in self._sidecar.fp16_mirrors}
         self._states = {
-            spec.name: DeviceState(spec, copies.get(spec.name), symbols, self._compute, self._own)
+            spec.name: StateBuffers(spec, mirrors.get(spec.name), symbols, self._compute, self._own)
             for spec in self.contract.states
         }
-        self._turns = tuple(Turn(parity, self.contract, symbols, self._own) for parity in range(2))
+        self._step_buffers = tuple(StepBuffers(parity, self.contract, symbols, self._own) for parity in range(2))
 
-    def _prepare(self, turn: Turn) -> None:
-        """Run a turn's step once, which TensorRT needs before a capture, and capture it.
+    def _warm_up_and_capture(self, buffers: StepBuffers) -> None:
+        """Run the step of one parity once, which TensorRT requires before a capture, and capture it as a CUDA graph.
 
-        This writes to the states, so it is done before they get their initial values.
+        This writes to the states, so it happens before they get their initial values.
         """
-        for data in turn.inputs.values():
+        for data in buffers.inputs.values():
             data.device.clear(self._compute)
         for state in self._states.values():
-            state.reset(turn.parity, None)
-        self._execute(turn)
+            state.reset(buffers.parity, None)
+        self._execute(buffers)
         self._compute.synchronize()
         try:
             if not getattr(self._context, "is_stream_capturable", lambda _: True)(self._compute.handle):
                 raise DeviceError("TensorRT says that this engine cannot be captured")
-            turn.graph = self._own(cuda.Graph.capture(self._compute, lambda: self._execute(turn)))
+            buffers.graph = self._own(cuda.Graph.capture(self._compute, lambda: self._execute(buffers)))
         except DeviceError as error:
-            if turn.parity == 0:  # the other one is refused alike
+            if buffers.parity == 0:  # the other parity fails for the same reason
                 logger.warning(f"{self._path}: runs without a CUDA graph, which is slower: {error.message}")
 
-    def _execute(self, turn: Turn) -> None:
-        """Queue a turn's step, kernel by kernel."""
-        for name, data in {**turn.inputs, **turn.outputs}.items():
+    def _execute(self, buffers: StepBuffers) -> None:
+        """Queue a step kernel by kernel."""
+        for name, data in {**buffers.inputs, **buffers.outputs}.items():
             self._bind(name, data.device)
         for state in self._states.values():
-            for name, buffer in state.bindings(turn.parity):
+            for name, buffer in state.bindings(buffers.parity):
                 self._bind(name, buffer)
         self._accept(self._context.execute_async_v3(self._compute.handle), "the step")
 
     def step(
         self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
     ) -> dict[str, NDArray[Any]]:
-        """`enqueue` and wait."""
-        return self.enqueue(inputs, idle).wait()
+        """One step; see `Backend.step`."""
+        return self.enqueue(inputs, idle).result()
 
     def enqueue(
         self, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int] = ()
-    ) -> Pending[dict[str, NDArray[Any]]]:
-        """Queue a step; see `Backend.enqueue`. Two can be under way; a third one first waits for the oldest.
+    ) -> StepFuture[dict[str, NDArray[Any]]]:
+        """Queue a step; see `Backend.enqueue`. At most two run at a time: a third call first waits for the oldest.
 
         Raises:
             DeviceError: TensorRT or CUDA failed; the states are those before the step.
         """
-        turn = self._begin()
-        self._queue(turn, inputs, idle)
-        turn.download(self._downloads)
-        turn.pending = Pending(lambda: self._collect(turn, turn.outputs))
-        self._parity = 1 - turn.parity
-        return turn.pending
+        buffers = self._next_buffers()
+        self._queue(buffers, inputs, idle)
+        buffers.download(self._downloads)
+        return self._started(buffers, buffers.outputs)
 
     def step_on_device(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, DeviceArray]:
         """Queue a step; see `Backend.step_on_device`.
@@ -238,11 +233,10 @@ class TensorRTBackend:
         Raises:
             DeviceError: as for `enqueue`.
         """
-        turn = self._begin()
-        self._queue(turn, inputs, ())
-        turn.finished.record(self._compute)
-        turn.pending = Pending(lambda: self._collect(turn, {}))
-        self._parity = 1 - turn.parity
+        buffers = self._next_buffers()
+        self._queue(buffers, inputs, ())
+        buffers.finished.record(self._compute)
+        self._started(buffers, {})
         return {
             name: DeviceArray(
                 data.device.address,
@@ -250,70 +244,80 @@ class TensorRTBackend:
                 data.host.array.dtype,
                 self._index,
                 stream=self._compute.handle,
-                ready=turn.computed,
+                ready=buffers.computed,
                 owner=self,
             )
-            for name, data in turn.outputs.items()
+            for name, data in buffers.outputs.items()
         }
 
-    def _begin(self) -> Turn:
-        """The next step's turn, once the step before the last, which nobody may have waited for, is done with it."""
+    def _next_buffers(self) -> StepBuffers:
+        """The buffers of the next step, after the step before the last, which used them, is done."""
         cuda.use_device(self._index)
-        turn = self._turns[self._parity]
-        if turn.pending is not None:
-            turn.pending.wait()
-        return turn
+        buffers = self._step_buffers[self._parity]
+        if buffers.running is not None:
+            buffers.running.result()
+        return buffers
 
-    def _queue(self, turn: Turn, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int]) -> None:
-        """Queue all of a step but its download. Where this fails half-way, what was queued only writes
-        what the next step writes again: the parity stays.
+    def _queue(
+        self, buffers: StepBuffers, inputs: Mapping[str, NDArray[Any] | DeviceArray], idle: Sequence[int]
+    ) -> None:
+        """Queue a step without its download.
+
+        If this fails half-way, the parity stays: what was queued writes only what the next step writes again.
         """
-        turn.upload(inputs, self._uploads)
-        self._compute.wait(turn.uploaded)
-        turn.began.record(self._compute)
-        if turn.graph is None:
-            self._execute(turn)
+        buffers.upload(inputs, self._uploads)
+        self._compute.wait(buffers.uploaded)
+        buffers.began.record(self._compute)
+        if buffers.graph is None:
+            self._execute(buffers)
         else:
-            turn.graph.launch(self._compute)
+            buffers.graph.launch(self._compute)
         if idle:
             for state in self._states.values():
-                state.keep(turn.parity, idle)
-        turn.computed.record(self._compute)
+                state.keep(buffers.parity, idle)
+        buffers.computed.record(self._compute)
 
-    def _collect(self, turn: Turn, outputs: Mapping[str, Data]) -> dict[str, NDArray[Any]]:
-        """Wait for a turn's step; copies of its outputs."""
+    def _started(
+        self, buffers: StepBuffers, outputs: Mapping[str, HostAndDevice]
+    ) -> StepFuture[dict[str, NDArray[Any]]]:
+        """The future of a step that is queued, which returns copies of these outputs."""
+        buffers.running = StepFuture(lambda: self._collect(buffers, outputs))
+        self._parity = 1 - buffers.parity
+        return buffers.running
+
+    def _collect(self, buffers: StepBuffers, outputs: Mapping[str, HostAndDevice]) -> dict[str, NDArray[Any]]:
         cuda.use_device(self._index)
-        turn.pending = None
+        buffers.running = None
         try:
-            turn.release()
+            buffers.wait()
         except DeviceError:
-            if self._parity != turn.parity:  # no later step has read what this one wrote
-                self._parity = turn.parity
+            if self._parity != buffers.parity:  # no later step has read what this one wrote: undo it
+                self._parity = buffers.parity
             raise
         return {name: data.host.array.copy() for name, data in outputs.items()}
 
     def step_milliseconds(self) -> dict[str, float]:
-        """Time on the GPU of the last step, which is done: "copy_in", "compute", "copy_out"."""
-        return self._turns[1 - self._parity].milliseconds()
+        """GPU time of the last step, which must be done, in ms: "copy_in", "compute" and "copy_out"."""
+        return self._step_buffers[1 - self._parity].milliseconds()
 
     def reset(self, slots: Sequence[bool] | None = None) -> None:
-        """All states to their initial value, or the rows of their batch axis that are True and no others."""
+        """Set the states to their initial values; see `Backend.reset`."""
         cuda.use_device(self._index)
         for state in self._states.values():
             state.reset(self._parity, slots)
 
     def read_state(self) -> dict[str, NDArray[Any]]:
-        """A copy of every state on the host, behind all steps that were begun."""
+        """A copy of every state on the host, after all steps that were queued."""
         cuda.use_device(self._index)
         arrays = {name: state.read(self._parity) for name, state in self._states.items()}
         self._compute.synchronize()
         return arrays
 
     def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Replace every state; names, dtypes and shapes are the contract's."""
+        """Replace every state; see `Backend.write_state`."""
         cuda.use_device(self._index)
-        for name, own in self._states.items():
-            own.write(self._parity, state[name])
+        for name, buffers in self._states.items():
+            buffers.write(self._parity, state[name])
 
     def close(self) -> None:
         """Free everything on the device. Calling it twice is allowed."""
@@ -321,21 +325,21 @@ class TensorRTBackend:
             return
         cuda.use_device(self._index)
         self._free_buffers()
-        self._context = self._cache = self._engine = self._runtime = None  # in this order: each needs the next
+        self._context = self._cache = self._engine = self._runtime = None  # in this order: each uses the next
         for stream in (self._uploads, self._compute, self._downloads):
             stream.close()
 
     def _own(self, resource: Any) -> Any:
-        self._buffers.callback(resource.close)
+        self._resources.callback(resource.close)
         return resource
 
     def _free_buffers(self) -> None:
-        for turn in self._turns:
-            if turn.pending is not None:
-                with contextlib.suppress(StepcellError):  # it is raised where the step is waited for
-                    turn.pending.wait()
-        self._turns, self._states, self._parity = (), {}, 0
-        self._buffers.close()
+        for buffers in self._step_buffers:
+            if buffers.running is not None:
+                with contextlib.suppress(StepcellError):  # raised again by the caller's `result()`
+                    buffers.running.result()
+        self._step_buffers, self._states, self._parity = (), {}, 0
+        self._resources.close()
 
     def _bind(self, name: str, buffer: cuda.DeviceBuffer) -> None:
         self._accept(self._context.set_tensor_address(name, buffer.address), f"{name}: its address")

@@ -1,4 +1,4 @@
-"""The states of a TensorRT engine: two buffers each on the device, which never leave it unasked."""
+"""State buffers: two buffers in device memory for every state, and for its fp16 mirror."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from stepcell.errors import StateError
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, half_map, half_shape
 from stepcell.runtime import cuda
 
-__all__ = ["DeviceState"]
+__all__ = ["Own", "StateBuffers"]
 
-Own = Callable[[Any], Any]  # registers something to be closed, and returns it
+Own = Callable[[Any], Any]  # registers a resource to be closed, and returns it
 
 
-class DeviceState:
-    """A state, and its fp16 mirror where the engine reads one: whatever is done to the state is done to both.
+class StateBuffers:
+    """The buffers of a state and, where the engine takes one, of its fp16 mirror, which always follows the state.
 
     Args:
         spec: from the contract.
-        copy: from the sidecar; None: the engine has none of this state.
-        symbols: its sizes.
-        stream: on which everything about it is queued.
-        own: for what must be closed.
+        mirror: from the sidecar; None: the engine takes no fp16 mirror of this state.
+        symbols: value of every symbol in the shape.
+        stream: on which all work on the buffers is queued.
+        own: registers a resource to be closed, and returns it.
     """
 
     def __init__(
-        self, spec: StateSpec, copy: Fp16Mirror | None, symbols: Mapping[str, int], stream: cuda.Stream, own: Own
+        self, spec: StateSpec, mirror: Fp16Mirror | None, symbols: Mapping[str, int], stream: cuda.Stream, own: Own
     ) -> None:
         self.spec = spec
         self.shape = resolve(spec.shape, symbols)
@@ -40,55 +40,57 @@ class DeviceState:
         self._stream = stream
         axis = spec.batch_axis
         initial = None if spec.init == "zeros" else spec.initial((*self.shape[:axis], 1, *self.shape[axis + 1 :]))
-        self._state = _Pair(spec.input, spec.output, self.shape, spec.dtype, axis, initial, stream, own)
-        self._copy: _Pair | None = None
-        if copy is not None:
+        self._state = _BufferPair(spec.input, spec.output, self.shape, spec.dtype, axis, initial, stream, own)
+        self._mirror: _BufferPair | None = None
+        if mirror is not None:
             row = None if initial is None else half_map(initial)
-            self._copy = _Pair(copy.input, copy.output, half_shape(self.shape), "float16", 0, row, stream, own)
-        self._pairs = [pair for pair in (self._state, self._copy) if pair is not None]
+            self._mirror = _BufferPair(
+                mirror.input, mirror.output, half_shape(self.shape), "float16", 0, row, stream, own
+            )
+        self._pairs = [pair for pair in (self._state, self._mirror) if pair is not None]
 
     def bindings(self, parity: int) -> Iterator[tuple[str, cuda.DeviceBuffer]]:
-        """Each of its tensors with the buffer that a step of this parity reads or writes."""
+        """Name of each engine tensor with the buffer that a step of this parity reads or writes."""
         for pair in self._pairs:
             yield pair.input, pair.buffers[parity]
             yield pair.output, pair.buffers[1 - parity]
 
     def reset(self, parity: int, slots: Sequence[bool] | None) -> None:
-        """Queue: the initial value, in all rows of the batch axis or those that are True."""
+        """Queue a write of the initial value to the rows of the batch axis that are True; None: to all rows."""
         if slots is not None and len(slots) != self._count:
             raise StateError(f"reset: expected {self._count} slots, got {len(slots)}")
         for pair in self._pairs:
             pair.reset(parity, None if slots is None else np.flatnonzero(slots).tolist())
 
     def keep(self, parity: int, idle: Sequence[int]) -> None:
-        """Queue copies of rows from the buffer that the step reads to the one it writes."""
+        """Queue copies of idle rows from the buffer that the step reads to the one that it writes."""
         for pair in self._pairs:
             pair.keep(parity, idle)
 
     def read(self, parity: int) -> NDArray[Any]:
-        """Queue a copy to the host; the array is filled once the stream is done."""
+        """Queue a copy to the host. The array is filled once the stream is done."""
         array = np.empty(self.shape, self.spec.dtype)
         cuda.copy_to_host(array, self._state.buffers[parity], self._stream)
         return array
 
     def write(self, parity: int, array: NDArray[Any]) -> None:
-        """Copy from the host, and wait for it."""
+        """Copy from the host, and wait for the copy."""
         state = np.ascontiguousarray(array)
         cuda.copy_to_device(self._state.buffers[parity], state, self._stream)
-        if self._copy is not None:
+        if self._mirror is not None:
             half = half_map(state)
-            cuda.copy_to_device(self._copy.buffers[parity], half, self._stream)
+            cuda.copy_to_device(self._mirror.buffers[parity], half, self._stream)
         self._stream.synchronize()  # the copies read the arrays
 
 
-class _Pair:
-    """An input and an output of the engine on two buffers: `buffers[parity]` is read by the next step, the other
-    one written.
+class _BufferPair:
+    """Two buffers for an input and an output of the engine: a step reads `buffers[parity]` and writes the other one.
 
     Args:
-        shape, dtype: in memory.
-        axis: which one of `shape` counts rows.
-        initial: one row before the first step; None: zeros.
+        input, output: names of the engine's tensors.
+        shape, dtype: as in memory.
+        axis: the batch axis.
+        initial: value of one row before the first step; None: zeros.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class _Pair:
             self._initial = cuda.Rows.of(buffer.address, row.shape, axis, self._itemsize)
 
     def reset(self, parity: int, indices: Sequence[int] | None) -> None:
-        """Queue: the initial value, in these rows; None: in all."""
+        """Queue a write of the initial value to these rows; None: to all rows."""
         if indices is None and self._initial is None:
             self.buffers[parity].clear(self._stream)
             return
@@ -127,7 +129,7 @@ class _Pair:
                 cuda.copy_row(rows, row, self._initial, 0, self._stream)
 
     def keep(self, parity: int, idle: Sequence[int]) -> None:
-        """Queue copies of rows from the buffer that the step reads to the one it writes."""
+        """Queue copies of idle rows from the buffer that the step reads to the one that it writes."""
         old, new = (self._rows(self.buffers[each]) for each in (parity, 1 - parity))
         for row in idle:
             cuda.copy_row(new, row, old, row, self._stream)

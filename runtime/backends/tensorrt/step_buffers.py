@@ -1,12 +1,12 @@
-"""What every second step uses of its own: buffers of inputs and outputs, events, and its CUDA graph.
+"""Step buffers: double-buffered I/O, events and the CUDA graph of the steps of one parity.
 
-With two of these a frame is uploaded while the frame before it is computed, and the outputs of the
-one before that are downloaded: three streams, ordered by events and never by waiting on the host.
+With two sets, the frame of one step is uploaded while the step before it runs and the outputs of the step before that
+are downloaded. The work is on three streams, ordered by events; the host does not wait in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,51 +16,52 @@ from numpy.typing import NDArray
 from stepcell.contract import Spec, StepContract
 from stepcell.dims import resolve
 from stepcell.runtime import cuda
-from stepcell.runtime.backends.step_future import Pending
+from stepcell.runtime.backends.base import StepFuture
+from stepcell.runtime.backends.tensorrt.state_buffers import Own
 from stepcell.runtime.cuda import DeviceArray
 
-__all__ = ["Data", "Turn"]
-
-Own = Callable[[Any], Any]  # registers something to be closed, and returns it
+__all__ = ["HostAndDevice", "StepBuffers"]
 
 
 @dataclass(frozen=True)
-class Data:
-    """A data input or output: page-locked host memory and its copy on the device."""
+class HostAndDevice:
+    """The buffers of a data input or output: page-locked host memory and device memory of the same size."""
 
     host: cuda.PinnedArray
     device: cuda.DeviceBuffer
 
 
-class Turn:
-    """Buffers, events and graph of the steps of one parity.
+class StepBuffers:
+    """Buffers, events and CUDA graph of the steps of one parity.
 
     Args:
-        parity: 0 or 1; the states' buffer of this number is read, the other one written.
-        contract, symbols: which inputs and outputs there are, and their sizes.
-        own: for what must be closed.
+        parity: 0 or 1; a step reads the state buffer of this number and writes the other one.
+        contract: data inputs and outputs.
+        symbols: value of every symbol in their shapes.
+        own: registers a resource to be closed, and returns it.
 
     Attributes:
-        graph: the step captured; None: not captured.
-        pending: the step that uses this turn, until it has been waited for.
-        started, uploaded, began, computed, finished: recorded along a step, in this order.
+        inputs, outputs: by name.
+        graph: the captured step; None: not captured.
+        running: the step that uses these buffers, until its outputs were collected.
+        started, uploaded, began, computed, finished: events recorded along a step, in this order.
     """
 
     def __init__(self, parity: int, contract: StepContract, symbols: Mapping[str, int], own: Own) -> None:
         self.parity = parity
-        self.inputs = {spec.name: _data(spec, symbols, own) for spec in contract.inputs}
-        self.outputs = {spec.name: _data(spec, symbols, own) for spec in contract.outputs}
+        self.inputs = {spec.name: _allocate(spec, symbols, own) for spec in contract.inputs}
+        self.outputs = {spec.name: _allocate(spec, symbols, own) for spec in contract.outputs}
         self.started, self.uploaded, self.began, self.computed, self.finished, self._ready = (
             own(cuda.Event()) for _ in range(6)
         )
         self.graph: cuda.Graph | None = None
-        self.pending: Pending[dict[str, NDArray[Any]]] | None = None
-        self._held: list[DeviceArray] = []
+        self.running: StepFuture[dict[str, NDArray[Any]]] | None = None
+        self._held: list[DeviceArray] = []  # the caller's memory that the step reads
 
     def upload(self, inputs: Mapping[str, NDArray[Any] | DeviceArray], stream: cuda.Stream) -> None:
-        """Queue copies of the inputs to the device; those that are there are copied there.
+        """Queue copies of the inputs into the device buffers, also of arrays that are on the device.
 
-        So a caller's memory may have any address, and a graph always reads the same one.
+        So the graph always reads the same addresses.
         """
         self.started.record(stream)
         for name, data in self.inputs.items():
@@ -77,19 +78,19 @@ class Turn:
         self.uploaded.record(stream)
 
     def download(self, stream: cuda.Stream) -> None:
-        """Queue copies of the outputs to the host, behind the step."""
+        """Queue copies of the outputs to the host, after the step."""
         stream.wait(self.computed)
         for data in self.outputs.values():
             cuda.copy_to_host(data.host.array, data.device, stream)
         self.finished.record(stream)
 
-    def release(self) -> None:
-        """Wait until nothing on the device uses this turn, nor the memory of a caller for it."""
+    def wait(self) -> None:
+        """Wait until the step is done with these buffers and with the caller's memory."""
         self.finished.synchronize()
         self._held.clear()
 
     def milliseconds(self) -> dict[str, float]:
-        """Time on the GPU of the last step, which is done."""
+        """GPU time of the last step, which must be done."""
         return {
             "copy_in": self.uploaded.milliseconds_since(self.started),
             "compute": self.computed.milliseconds_since(self.began),
@@ -97,6 +98,6 @@ class Turn:
         }
 
 
-def _data(spec: Spec, symbols: Mapping[str, int], own: Own) -> Data:
+def _allocate(spec: Spec, symbols: Mapping[str, int], own: Own) -> HostAndDevice:
     host = own(cuda.PinnedArray(resolve(spec.shape, symbols), spec.dtype))
-    return Data(host, own(cuda.DeviceBuffer(host.array.nbytes)))
+    return HostAndDevice(host, own(cuda.DeviceBuffer(host.array.nbytes)))

@@ -117,13 +117,13 @@ def test_steps_begun_ahead_run_at_once(accumulator: Model) -> None:
         x = np.ones((1, 3, 2, 2), np.float32)
         pending = [loop.step_async(x=x) for _ in range(5)]
         assert loop.state()["h"].max() == 5
-        assert [each.wait()["y"].max() for each in pending] == [1, 2, 3, 4, 5]
-        assert pending[2].wait() is pending[2].wait()
+        assert [each.result()["y"].max() for each in pending] == [1, 2, 3, 4, 5]
+        assert pending[2].result() is pending[2].result()
         assert loop.statistics.summary().count == 4
     with StepLoop.open(accumulator(), slots=2) as loop:
         a, b = loop.attach(), loop.attach()
         ys = [loop.step_slots_async({slot: {"x": x}}) for slot in (a, b, a)]
-        assert [y.wait()[slot]["y"].max() for y, slot in zip(ys, (a, b, a), strict=True)] == [1, 1, 2]
+        assert [y.result()[slot]["y"].max() for y, slot in zip(ys, (a, b, a), strict=True)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("refused", [False, True])

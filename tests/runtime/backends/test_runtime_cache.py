@@ -45,7 +45,7 @@ def test_a_damaged_cache_is_replaced(machine: Machine, logged: pytest.LogCapture
     path.write_bytes(data)
     assert start(machine).found == b""
     assert path.read_bytes() == b"kernels for this GPU"
-    assert logged.text.count("kernels are compiled anew") == bool(data)
+    assert logged.text.count("the kernels are compiled again") == bool(data)
 
 
 def test_a_cache_that_cannot_be_read_or_written_is_no_error(machine: Machine, logged: pytest.LogCaptureFixture) -> None:
@@ -53,5 +53,5 @@ def test_a_cache_that_cannot_be_read_or_written_is_no_error(machine: Machine, lo
     cache_path(machine.path).mkdir()
     start(machine)
     said = " ".join(logged.text.split())
-    assert "cannot be read (Is a directory): kernels are compiled anew" in said
+    assert "cannot be read (Is a directory): the kernels are compiled again" in said
     assert "is a folder, expected a file name: the next start compiles the kernels again" in said

@@ -1,4 +1,4 @@
-"""Convolutions that are computed apart on a CPU: which, and that nothing else changes."""
+"""Splitting Conv(Concat(x, h)) for the CPU: which convolutions are split, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
-from stepcell.runtime.backends.onnxruntime.split_convolutions import convolve_apart
+from stepcell.runtime.backends.onnxruntime.split_convolutions import split_convolutions
 
 STEPS = 64
 DYNAMIC = ("batch", "height", "width")
@@ -57,13 +57,13 @@ def frames_of(count: int, *shape: int) -> Array:
 def simplified(path: Path, *shape: int) -> onnx.ModelProto:
     """What a loop that is given frames of this shape makes its session of."""
     backend = OrtBackend(path, Device("cpu"), threads=1)
-    assert backend._sized is not None
+    assert backend._specialized is not None
     (x,) = backend.contract.inputs
     shapes = {"x": shape} | {
         state.input: backend.contract.state_shapes(backend.contract.bind({x.name: shape}))[state.name]
         for state in backend.contract.states
     }
-    return backend._sized._simplified(onnxruntime, shapes)
+    return backend._specialized._simplified(onnxruntime, shapes)
 
 
 def outputs(model: onnx.ModelProto, frames: Array) -> list[Array]:
@@ -95,13 +95,13 @@ CELLS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_a_cell_apart_computes_the_same(name: str, tmp_path: Path) -> None:
+def test_a_split_cell_computes_the_same(name: str, tmp_path: Path) -> None:
     cell = CELLS[name]()
     path = export(tmp_path / "cell.onnx", cell)
     frames = frames_of(STEPS, 2, cell.input_size, 7, 10)
     model = simplified(path, *frames[0].shape)
     convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
-    assert convolve_apart(model) == convolutions
+    assert split_convolutions(model) == convolutions
     onnx.checker.check_model(model, full_check=True)
     assert sum(node.op_type == "Conv" for node in model.graph.node) == 2 * convolutions
     assert all(node.op_type != "Concat" for node in model.graph.node)
@@ -111,7 +111,7 @@ def test_a_cell_apart_computes_the_same(name: str, tmp_path: Path) -> None:
         found = [loop.step(x=x)["y"] for x in frames]
     for step, by_hand in zip(found, outputs(model, frames), strict=True):
         np.testing.assert_array_equal(step, by_hand, err_msg="the loop does not run this form")
-    assert any((a != b).any() for a, b in zip(found, plain, strict=True)), "the forms cannot be told apart"
+    assert any((a != b).any() for a, b in zip(found, plain, strict=True)), "the split has no effect"
     worst, its = (float(np.abs(np.stack(ys) - expected.detach().numpy()).max()) for ys in (found, plain))
     assert worst < 5e-6, f"{name}: {worst:.1e} after {STEPS} steps, the file as it is {its:.1e}"
 
@@ -124,7 +124,7 @@ def test_the_zoo_denoiser(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).random((100, 1, 3, 34, 38), np.float32)
     with torch.inference_mode():
         expected, _ = run_sequence(module.double(), torch.from_numpy(frames).double())
-    assert convolve_apart(simplified(path, 1, 3, 34, 38)) == 3
+    assert split_convolutions(simplified(path, 1, 3, 34, 38)) == 3
     with StepLoop.open(path, threads=1) as loop:
         worst = max(float(np.abs(loop.step(x=x)["y"] - y).max()) for x, y in zip(frames, expected.numpy(), strict=True))
     assert worst < 5e-6, f"{worst:.1e}"
@@ -203,10 +203,10 @@ def model_of(
     ],
 )
 def test_a_convolution_with_nothing_to_gain_is_left(sizes: dict[str, Any]) -> None:
-    assert convolve_apart(model_of()) == 1
+    assert split_convolutions(model_of()) == 1
     model = model_of(**sizes)
     before = model.SerializeToString()
-    assert convolve_apart(model) == 0
+    assert split_convolutions(model) == 0
     assert model.SerializeToString() == before
 
 
@@ -214,7 +214,7 @@ def test_a_map_that_something_else_reads_is_still_concatenated() -> None:
     model = model_of()
     model.graph.node.add().CopyFrom(helper.make_node("Relu", ["xh"], ["z"]))
     model.graph.output.add().CopyFrom(helper.make_tensor_value_info("z", TensorProto.FLOAT, [None] * 4))
-    assert convolve_apart(model) == 1
+    assert split_convolutions(model) == 1
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Concat", "Conv", "Conv", "Add", "Relu"]
 
@@ -230,7 +230,7 @@ def test_what_a_branch_reads_is_left() -> None:
     model.graph.node.append(node)
     model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [None] * 4))
     before = model.SerializeToString()
-    assert convolve_apart(model) == 0
+    assert split_convolutions(model) == 0
     assert model.SerializeToString() == before
 
 
@@ -243,7 +243,7 @@ def test_without_a_folder_for_temporary_files_the_model_runs_as_it_is(
     with StepLoop.open(path, threads=1) as loop:
         for x, expected in zip(frames, outputs(onnx.load(path), frames), strict=True):
             np.testing.assert_array_equal(loop.step(x=x)["y"], expected)
-    assert "runs as it is, which is slower: [Errno 2] No such file or directory" in logged.text
+    assert "is not specialised for its sizes, which is slower: [Errno 2] No such file or directory" in logged.text
 
 
 def test_weights_beside_the_file(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_weights_beside_the_file(tmp_path: Path) -> None:
         for x in frames:
             np.testing.assert_array_equal(loop.step(x=x)["y"], other.step(x=x)["y"])
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(InputError, match=r"beside\.onnx: its weights are in another file, which cannot be read"):
+    with pytest.raises(InputError, match=r"beside\.onnx: its external weights cannot be read"):
         StepLoop.open(beside)
 
 

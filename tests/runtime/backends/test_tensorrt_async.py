@@ -93,11 +93,11 @@ def test_steps_begun_ahead_equal_plain_onnx_runtime(machine: Machine, loop: Step
         pending.append(loop.step_async(x=ours))
         ours[:] = 9  # a camera's buffer, written again at once
         if number % 4 == 3:
-            pending[-1].wait()  # the later one first
+            pending[-1].result()  # the later one first
     expected = expected_outputs(machine, clip)
     for number, (each, y) in enumerate(zip(pending, expected, strict=True)):
-        np.testing.assert_array_equal(each.wait()["y"], y, err_msg=f"step {number}")
-        assert each.wait() is each.wait()
+        np.testing.assert_array_equal(each.result()["y"], y, err_msg=f"step {number}")
+        assert each.result() is each.result()
     assert loop.statistics.summary().count == len(clip) - 1
 
 
@@ -126,8 +126,8 @@ def test_queueing_a_step_waits_for_nothing(machine: Machine, loop: StepLoop) -> 
     assert machine.counted.calls["cuEventSynchronize"] == 1
     assert len(machine.engine.runs) == 1, "the third waits for the first and for no other"
     expected = expected_outputs(machine, clip)
-    np.testing.assert_array_equal(first.wait()["y"], expected[1])
-    np.testing.assert_array_equal(second.wait()["y"], expected[2])
+    np.testing.assert_array_equal(first.result()["y"], expected[1])
+    np.testing.assert_array_equal(second.result()["y"], expected[2])
 
 
 def test_a_frame_is_uploaded_before_the_last_step_is_computed(machine: Machine, backend: TensorRTBackend) -> None:
@@ -138,9 +138,9 @@ def test_a_frame_is_uploaded_before_the_last_step_is_computed(machine: Machine, 
     first, second = (backend.enqueue({"x": frame}) for frame in clip[:2])
     machine.gpu.cuStreamSynchronize(backend.input_stream)
     assert not machine.engine.runs, "the uploads are done, no step has run"
-    first.wait()
+    first.result()
     assert len(machine.engine.runs) == 1, "the first output is there, the second step has not run"
-    second.wait()
+    second.result()
     assert len(machine.engine.runs) == 2
 
 
@@ -155,7 +155,7 @@ def test_the_states_after_steps_under_way(machine: Machine, loop: StepLoop) -> N
     after = loop.state()["h"]
     assert not after[0].any()
     np.testing.assert_array_equal(after[1], steps[2]["state_out.h"][1])
-    np.testing.assert_array_equal(held.wait()["y"], steps[2]["y"])
+    np.testing.assert_array_equal(held.result()["y"], steps[2]["y"])
 
 
 def test_outputs_outlive_other_sizes_and_the_loop(machine: Machine, loop: StepLoop) -> None:
@@ -165,8 +165,8 @@ def test_outputs_outlive_other_sizes_and_the_loop(machine: Machine, loop: StepLo
     last = loop.step_async(x=large[0])
     loop.close()
     for each, y in zip(kept, expected_outputs(machine, clip), strict=True):
-        np.testing.assert_array_equal(each.wait()["y"], y)
-    np.testing.assert_array_equal(last.wait()["y"], expected_outputs(machine, large)[0])
+        np.testing.assert_array_equal(each.result()["y"], y)
+    np.testing.assert_array_equal(last.result()["y"], expected_outputs(machine, large)[0])
 
 
 def test_warm_up_and_capture_leave_no_trace(machine: Machine, backend: TensorRTBackend) -> None:
@@ -200,7 +200,7 @@ def test_without_a_graph_it_runs_all_the_same_and_says_so_once(
     assert not machine.gpu.live
 
 
-def test_failed_kernel_comes_out_of_wait_and_undoes_the_step(machine: Machine, loop: StepLoop) -> None:
+def test_failed_kernel_comes_out_of_result_and_undoes_the_step(machine: Machine, loop: StepLoop) -> None:
     clip = frames(5)
     steps = reference(machine.onnx, machine.contract, clip)
     for frame in clip[:2]:
@@ -209,7 +209,7 @@ def test_failed_kernel_comes_out_of_wait_and_undoes_the_step(machine: Machine, l
     machine.gpu.failures = {"cuEventSynchronize": LAUNCH_FAILED}
     for _ in range(2):
         with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"):
-            failed.wait()
+            failed.result()
     machine.gpu.failures = {}
     np.testing.assert_array_equal(loop.state()["h"], steps[1]["state_out.h"])
     for frame, step in zip(clip[2:], steps[2:], strict=True):
@@ -225,7 +225,7 @@ def test_failed_copy_keeps_the_states_and_the_frame_after_it(machine: Machine, l
         loop.step_async(x=clip[3])
     machine.gpu.failures = {}
     expected = expected_outputs(machine, clip)
-    np.testing.assert_array_equal(held.wait()["y"], expected[1])
+    np.testing.assert_array_equal(held.result()["y"], expected[1])
     for frame, y in zip(clip[2:], expected[2:], strict=True):
         np.testing.assert_array_equal(loop.step(x=frame)["y"], y)
 
@@ -241,7 +241,7 @@ def test_arrays_on_the_device_are_read_there(
     machine.counted.clear()
     found = [loop.step_async(x=array) for array in given]  # type: ignore[arg-type]
     for number, (each, y) in enumerate(zip(found, expected_outputs(machine, clip)[1:], strict=True), 1):
-        np.testing.assert_array_equal(each.wait()["y"], y, err_msg=f"step {number}")
+        np.testing.assert_array_equal(each.result()["y"], y, err_msg=f"step {number}")
     assert machine.counted.bytes["up"] == 0, "nothing comes from the host"
     assert machine.counted.bytes["within"] == sum(frame.nbytes for frame in clip[1:])
     assert not machine.counted.calls.keys() & {*ALLOCATING, *CREATING, *WAITING}
@@ -259,7 +259,7 @@ def test_arrays_on_the_device_live_until_they_are_read(machine: Machine, loop: S
     del given
     gc.collect()
     assert alive() is not None, "it was let go before the step has read it"
-    pending.wait()
+    pending.result()
     gc.collect()
     assert alive() is None, "it is held after the step"
     machine.gpu.cuMemFree(address)
@@ -295,7 +295,7 @@ def test_a_cpu_loop_refuses_arrays_of_a_gpu(machine: Machine) -> None:
     with StepLoop.open(machine.onnx) as cpu:
         with pytest.raises(InputError, match="expected an array on the CPU, where the model runs"):
             cpu.step(x=array)
-        with pytest.raises(UsageError, match="hands its outputs out on the host"):
+        with pytest.raises(UsageError, match="returns its outputs on the host"):
             cpu.step_on_device(x=frames(1)[0])
     array.free()
 
@@ -340,9 +340,9 @@ def test_slots_begun_ahead_equal_the_cpu(machine: Machine) -> None:
         pending.append(gpu.step_slots_async({mine: {"x": frame} for mine, _ in due}))
         expected.append(list(cpu.step_slots({theirs: {"x": frame} for _, theirs in due}).values()))
     for number, (each, wanted) in enumerate(zip(pending, expected, strict=True)):
-        for got, want in zip(each.wait().values(), wanted, strict=True):
+        for got, want in zip(each.result().values(), wanted, strict=True):
             np.testing.assert_array_equal(got["y"], want["y"], err_msg=f"step {number}")
-    assert gpu.step_slots_async({}).wait() == {}
+    assert gpu.step_slots_async({}).result() == {}
     for loop in (gpu, cpu):
         loop.close()
 
