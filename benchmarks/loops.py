@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stepcell import StepLoop
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.step import initial_states
-from stepcell.runtime import StepLoop
 
 __all__ = ["BASELINE", "FLOOR", "LOOPS", "OURS", "UNCHECKED", "Frame", "Loop", "matrix_product", "reference"]
 

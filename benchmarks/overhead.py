@@ -31,9 +31,9 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell
-from stepcell.runtime import StepLoop
 
 BATCH, INPUT, HIDDEN, SIZE = 16, 5, 32, 8
 WARM_UP = 50

@@ -1,29 +1,132 @@
-"""What a caller gives to a step, as an array of the contract's dtype; or why it cannot be one."""
+"""Inputs of a step: conversion to the dtypes of the contract, and the checks that refuse what cannot be converted."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any, TypeGuard, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepcell.contract import DType, TensorSpec
 from stepcell.errors import InputError
+from stepcell.runtime.backends.base import Backend, Device
+from stepcell.runtime.cuda import DeviceArray, OnDevice, is_on_device, read_device_array
+from stepcell.runtime.loop.slots import Slot
 
-__all__ = ["as_input", "require_finite"]
+__all__ = ["StepInputs", "as_input", "require_finite"]
 
-# Elements up to which a sum of squares is quicker than a look at each of them. Above some 10,000 the
-# library behind it would use threads, which keep their cores busy between two steps.
-_FEW = 8192
+# Up to this number of elements, a sum of squares is faster than checking each of them. From some 10,000 elements on,
+# BLAS would use threads, which keep their cores busy between two steps.
+_MAX_DOT = 8192
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in get_args(DType)}
 
 
+class StepInputs:
+    """Converts and checks the inputs of a step.
+
+    Args:
+        backend: whose contract names the inputs, and whose stream reads arrays on a GPU.
+        check_finite: refuse NaN and Inf in arrays on the host.
+    """
+
+    def __init__(self, backend: Backend, *, check_finite: bool) -> None:
+        self._backend, self._check_finite = backend, check_finite
+        self._specs = {spec.name: spec for spec in backend.contract.inputs}
+        self._fixed: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = []  # for `are_converted`
+
+    def fix(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Remember the shapes of all further steps, which `are_converted` compares."""
+        self._fixed = [(name, shapes[name], _DTYPES[spec.dtype]) for name, spec in self._specs.items()]
+
+    def free(self) -> None:
+        """Forget the shapes; `are_converted` returns False until they are fixed again."""
+        self._fixed = []
+
+    def are_converted(self, inputs: Mapping[str, Any]) -> TypeGuard[Mapping[str, NDArray[Any]]]:
+        """Whether all inputs are numpy arrays of the fixed shapes and dtypes, so that they need no other check.
+
+        This is the case in nearly every step, and between two steps the code is not in the CPU's cache: a short path
+        is faster.
+
+        Raises:
+            InputError: they are, and one of them holds NaN or Inf.
+        """
+        if len(inputs) != len(self._fixed):
+            return False
+        for name, shape, dtype in self._fixed:
+            array = inputs.get(name)
+            if type(array) is not np.ndarray or array.shape != shape or array.dtype != dtype:
+                return False
+            if not array.flags.c_contiguous:
+                return False
+        if self._check_finite:
+            for name, array in inputs.items():
+                require_finite(name, array)
+        return bool(self._fixed)
+
+    def convert(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> dict[str, NDArray[Any] | DeviceArray]:
+        """The inputs of a whole batch, by name.
+
+        Raises:
+            InputError: a name, dtype or value that does not fit.
+        """
+        self._require_names(inputs)
+        arrays = {name: self._array(spec, inputs[name]) for name, spec in self._specs.items()}
+        if self._check_finite:
+            for name, array in arrays.items():
+                if not isinstance(array, DeviceArray):
+                    require_finite(name, array)
+        return arrays
+
+    def convert_slot(self, slot: Slot, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+        """The inputs of one slot, by name.
+
+        Raises:
+            InputError: as for `convert`, with the name of the slot.
+        """
+        try:
+            self._require_names(inputs)
+            return {name: as_input(spec, inputs[name]) for name, spec in self._specs.items()}
+        except InputError as error:
+            raise InputError(f"slot {slot.name}: {error.message}", hint=error.hint) from error
+
+    def require_finite_slots(
+        self, batch: Mapping[str, NDArray[Any]], frames: Mapping[Slot, Mapping[str, NDArray[Any]]]
+    ) -> None:
+        """Check the batch for NaN and Inf at once, and the slots one by one only to name the one that has them."""
+        if not self._check_finite:
+            return
+        try:
+            for name, array in batch.items():
+                require_finite(name, array)
+        except InputError:
+            for slot, arrays in frames.items():
+                for name, array in arrays.items():
+                    require_finite(f"slot {slot.name}: {name}", array)
+
+    def _array(self, spec: TensorSpec, value: Any) -> NDArray[Any] | DeviceArray:
+        if type(value) is np.ndarray or not is_on_device(value):
+            return as_input(spec, value)
+        stream = self._backend.input_stream
+        if stream is None:
+            raise InputError(
+                f"{spec.name}: expected an array on the CPU, where the model runs, got one on a GPU",
+                hint="x.cpu(), or open the model on the GPU: StepLoop.open(..., device='cuda')",
+            )
+        return read_device_array(spec, value, stream=stream, device=Device.parse(self._backend.device).index)
+
+    def _require_names(self, inputs: Mapping[str, Any]) -> None:
+        if inputs.keys() != self._specs.keys():
+            raise InputError(f"step: expected inputs {', '.join(self._specs)}, got {', '.join(inputs) or 'none'}")
+
+
 def as_input(spec: TensorSpec, value: ArrayLike) -> NDArray[Any]:
-    """`value` as a C-contiguous array of the contract's dtype; itself where it is one already.
+    """`value` as a C-contiguous array of the contract's dtype; the same object if it is one already.
 
     Raises:
-        InputError: not an array on the CPU, or of a dtype that cannot be cast by rule.
+        InputError: it is not an array on the CPU, or has a dtype that is not converted implicitly.
     """
     array = value if type(value) is np.ndarray else _as_array(spec, value)
     wanted = _DTYPES[spec.dtype]
@@ -31,7 +134,7 @@ def as_input(spec: TensorSpec, value: ArrayLike) -> NDArray[Any]:
         both_float = array.dtype.kind == wanted.kind == "f"
         if not both_float and not (wanted.kind != "f" and np.can_cast(array.dtype, wanted, "safe")):
             raise InputError(f"{spec.name}: expected {spec.dtype}, got {array.dtype}", hint=_hint(spec, array))
-        with np.errstate(over="ignore"):  # a float beyond float16 becomes Inf, which `require_finite` names
+        with np.errstate(over="ignore"):  # a value beyond float16 becomes Inf, which `require_finite` reports
             array = array.astype(wanted)
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
@@ -40,9 +143,8 @@ def require_finite(name: str, array: NDArray[Any]) -> None:
     """Raise InputError where a float array holds NaN or Inf."""
     if array.dtype.kind != "f":
         return
-    # Where the sum of squares is finite, each of them is; where it is not, it may only have overflowed.
-    # (A sum of float16 is slow.)
-    if array.size <= _FEW and array.itemsize > 2 and math.isfinite(np.vdot(array, array)):
+    # If the sum of squares is finite, so is every value; if not, the sum may have overflowed. A sum of float16 is slow.
+    if array.size <= _MAX_DOT and array.itemsize > 2 and math.isfinite(np.vdot(array, array)):
         return
     if not np.isfinite(array).all():
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))

@@ -1,8 +1,7 @@
-"""Latency figures of a run of any length in a few kilobytes.
+"""Latency statistics in constant memory, for runs of any length.
 
-A run goes on for weeks, so single times are not kept. They are counted in buckets whose width
-grows with the value: 128 per doubling, which places a percentile within 0.4% of the true one,
-from a microsecond to half an hour. Mean, smallest and largest are exact.
+Durations are counted in a logarithmic histogram with 128 buckets per factor of two, from a microsecond to half an hour.
+A percentile is within 0.4% of the exact one; mean, minimum and maximum are exact.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ PERCENTILES = (50, 90, 95, 99)
 _PER_DOUBLING = 128
 _DOUBLINGS = 31
 _SMALLEST = 1e-6  # seconds
-_TOGETHER = 256
+_GROUP = 256
 
 
 class LatencySummary(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in milliseconds; None where nothing was measured.
+    """Durations in milliseconds; None: nothing was measured.
 
-    `first_ms` is the first one alone (buffers are allocated and caches are cold); it is in none
-    of the other figures. `count` is how many the other figures are made of.
+    Attributes:
+        count: number of durations without the first.
+        first_ms: the first duration, in which buffers are allocated and caches are cold; in no other figure.
     """
 
     count: int
@@ -42,10 +42,14 @@ class LatencySummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Latency:
-    """Collects durations in seconds; the first one is kept apart."""
+    """Collects durations in seconds. The first one is recorded separately.
+
+    Attributes:
+        first: the first duration; None: nothing was measured.
+    """
 
     def __init__(self) -> None:
-        # Between two steps every instruction is cold: a duration is only kept, and counted with others.
+        # Between two steps the code is not in the CPU's cache: durations are stored, and counted in groups.
         self._recent: list[float] = []
         self._buckets = np.zeros(_PER_DOUBLING * _DOUBLINGS, np.int64)
         self._count = 0
@@ -55,16 +59,16 @@ class Latency:
         self.first: float | None = None
 
     def add(self, seconds: float) -> None:
-        """Count one duration."""
+        """Add one duration."""
         if self.first is None:
             self.first = seconds
             return
         self._recent.append(seconds)
-        if len(self._recent) == _TOGETHER:
+        if len(self._recent) == _GROUP:
             self._fold()
 
     def _fold(self) -> None:
-        """Count the recent durations."""
+        """Count the stored durations."""
         if not self._recent:
             return
         recent, self._recent = np.array(self._recent), []
@@ -76,12 +80,12 @@ class Latency:
 
     @property
     def mean(self) -> float | None:
-        """Mean in seconds without the first; the first where there is no other."""
+        """Mean in seconds without the first duration; the first if there is no other."""
         self._fold()
         return self._sum / self._count if self._count else self.first
 
     def percentile(self, q: float) -> float | None:
-        """The nearest-rank percentile in seconds: `q` percent of the times are not above it."""
+        """The nearest-rank percentile in seconds: `q` percent of the durations are not above it."""
         self._fold()
         if not self._count:
             return None
@@ -112,7 +116,7 @@ class Latency:
 
 
 class Stopwatch:
-    """`with Stopwatch(latency): ...` counts the time the block took, if it ended without an error."""
+    """Context manager that adds the duration of its block to a `Latency`, unless the block raises an error."""
 
     def __init__(self, latency: Latency) -> None:
         self._latency = latency

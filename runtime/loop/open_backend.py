@@ -1,4 +1,4 @@
-"""Which back end runs a file, by its suffix and the device that was asked for."""
+"""Opening a model file with the back end for its suffix and the requested device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 
 def open_backend(path: Path, device: str, *, allow_fallback: bool, keep_float16: bool, threads: int | None) -> Backend:
-    """A loaded model; arguments and errors are those of `StepLoop.open`."""
-    place = Device.parse(device)
+    """Load a model. Arguments and errors are those of `StepLoop.open`."""
+    parsed = Device.parse(device)
     if path.suffix in ENGINE_SUFFIXES:
-        return _open_engine(path, place)
+        return _open_engine(path, parsed)
     if path.suffix == ".onnx":
-        return _open_onnx(path, place, allow_fallback, keep_float16, threads)
+        return _open_onnx(path, parsed, allow_fallback, keep_float16, threads)
     kinds = ", ".join((".onnx", *ENGINE_SUFFIXES))
     raise UsageError(f"{path}: expected a model file ({kinds}), got suffix {path.suffix!r}")
 
@@ -34,14 +34,14 @@ def _open_onnx(path: Path, device: Device, allow_fallback: bool, keep_float16: b
     except DeviceError as error:
         if device.kind == "cpu" or not allow_fallback:
             raise
-        logger.warning(f"{error.message}: running on the CPU instead, as allowed")
+        logger.warning(f"{error.message}: runs on the CPU instead, as allowed")
     return OrtBackend(path, Device("cpu"), keep_float16=keep_float16, threads=threads)
 
 
 def _open_engine(path: Path, device: Device) -> Backend:
     if device.kind == "cpu":
         raise DeviceError(
-            f"{path}: a TensorRT engine runs on a GPU only, and the device asked for is the CPU",
+            f"{path}: a TensorRT engine runs on a GPU only, and the requested device is the CPU",
             hint="--device cuda, or run the .onnx file that the engine was built from",
         )
     from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend

@@ -1,7 +1,6 @@
-"""Slots: streams that come and go as rows of one batch.
+"""Slots: rows of one batch that are assigned to streams, and packing of their frames into the batch.
 
-What a slot is given and gives back has a batch of one, as with a loop of its own; here is where
-the rows of the batch are packed and taken apart.
+Inputs and outputs of a slot have batch size 1, as in a loop of its own.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One stream's place in the batch, from `StepLoop.attach` until `StepLoop.detach`.
+    """A row of the batch, assigned to a stream from `StepLoop.attach` until `StepLoop.detach`.
 
-    It is good for that time only: a stream that comes later gets a slot of its own, also in the
-    same row, so that what is left of an old one cannot write into its memory.
+    A later stream gets a new `Slot` even for the same row, so a stale `Slot` cannot change its states.
 
     Attributes:
         index: row of the batch.
-        name: for messages, reports and snapshots; unique among the attached ones.
+        name: for messages, reports and snapshots; unique among the attached slots.
     """
 
     index: int
@@ -39,15 +37,15 @@ class Slot:
 
 
 class SlotTable:
-    """Who has which row.
+    """Assignment of rows to slots.
 
     Args:
-        contract: of a model whose inputs, outputs and states all count streams on one axis.
-        count: rows of the batch.
+        contract: of a model whose inputs, outputs and states all have the batch axis.
+        count: number of rows of the batch.
 
     Raises:
-        UsageError: `count` is below one or not what a model of a fixed batch has, or something in
-            the model does not count streams.
+        UsageError: `count` is below one or differs from the fixed batch size of the model, or an input, output or
+            state has no batch axis.
     """
 
     def __init__(self, contract: StepContract, count: int) -> None:
@@ -63,21 +61,21 @@ class SlotTable:
         self._inputs = {spec.name: _axis(spec, dim) for spec in contract.inputs}
         self._outputs = {spec.name: _axis(spec, dim) for spec in contract.outputs}
         self._attached: dict[str, Slot] = {}
-        self._frame_shapes: dict[str, tuple[int, ...]] = {}  # what the staging arrays are made for
-        self._staging: dict[str, NDArray[Any]] = {}
-        self._rows: dict[str, list[NDArray[Any]]] = {}  # views of them
-        self._filled: set[int] = set()  # rows that are not zero
+        self._frame_shapes: dict[str, tuple[int, ...]] = {}  # that the batch is allocated for
+        self._staging: dict[str, NDArray[Any]] = {}  # the batch, by input
+        self._rows: dict[str, list[NDArray[Any]]] = {}  # views of the rows of the batch
+        self._filled: set[int] = set()  # rows that hold a frame
 
     @property
     def attached(self) -> dict[str, Slot]:
-        """The slots in use, by name."""
+        """The attached slots, by name."""
         return dict(self._attached)
 
     def attach(self, name: str | None = None) -> Slot:
-        """The lowest free row; its number is its name unless told otherwise.
+        """Assign the lowest free row; by default its number is its name.
 
         Raises:
-            StateError: none is free, or the name is taken.
+            StateError: no row is free, or the name is taken.
         """
         taken = {slot.index for slot in self._attached.values()}
         index = next((row for row in range(self.count) if row not in taken), None)
@@ -94,41 +92,41 @@ class SlotTable:
         return slot
 
     def detach(self, slot: Slot) -> None:
-        """Raises StateError where the slot is not attached."""
+        """Free the row of a slot; raises StateError if it is not attached."""
         self.require([slot])
         del self._attached[slot.name]
 
     def replace(self, rows: Mapping[str, int]) -> None:
-        """Attach exactly these, by name; a slot that is there in its row already stays as it is."""
+        """Attach exactly these rows, by name. A slot that is attached to its row already stays valid."""
         self._attached = {
             name: held if (held := self._attached.get(name)) and held.index == row else Slot(row, name)
             for name, row in rows.items()
         }
 
     def require(self, slots: Iterable[Slot]) -> None:
-        """Raise StateError where one of these is not attached."""
+        """Raise StateError unless all of these are attached."""
         for slot in slots:
             if not isinstance(slot, Slot) or self._attached.get(slot.name) is not slot:
                 name = slot.name if isinstance(slot, Slot) else slot
                 raise StateError(
                     f"slots: {name!r} is not attached; attached: {', '.join(self._attached) or 'none'}",
-                    hint="a slot is what attach() returns, and good until detach()",
+                    hint="a slot is what attach() returns, and valid until detach()",
                 )
 
     def mask(self, slots: Collection[Slot]) -> list[bool]:
-        """For each row whether it is one of these."""
+        """One boolean per row: whether it belongs to one of these slots."""
         rows = {slot.index for slot in slots}
         return [row in rows for row in range(self.count)]
 
     def idle(self, stepping: Collection[Slot]) -> list[int]:
-        """Rows in use that are none of these."""
+        """Rows of the attached slots that are not stepping."""
         return [slot.index for slot in self._attached.values() if slot not in stepping]
 
     def pack(self, frames: Mapping[Slot, Arrays]) -> dict[str, NDArray[Any]]:
-        """The batch: each frame in its slot's row, zeros in the others. Made once and written again.
+        """Pack frames into a batch, with zeros in the rows without one. The arrays are reused by the next call.
 
         Raises:
-            InputError: a frame is not of one stream, or two slots differ in size.
+            InputError: the batch size of a frame is not 1, or two slots differ in size.
         """
         first, arrays = next(iter(frames.items()))
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -155,16 +153,14 @@ class SlotTable:
         for name, array in arrays.items():
             axis = self._inputs[name]
             if array.ndim <= axis or array.shape[axis] != 1:
-                raise InputError(
-                    f"slot {slot.name}: {name}: expected one stream, of size 1 on axis {axis}, got {array.shape}"
-                )
+                raise InputError(f"slot {slot.name}: {name}: expected batch size 1 on axis {axis}, got {array.shape}")
             staging[name] = np.zeros((*array.shape[:axis], self.count, *array.shape[axis + 1 :]), array.dtype)
             rows[name] = [_row(staging[name], axis, row) for row in range(self.count)]
         self._staging, self._rows, self._filled = staging, rows, set()
         self._frame_shapes = {name: array.shape for name, array in arrays.items()}
 
     def unpack(self, outputs: Arrays, slots: Iterable[Slot]) -> dict[Slot, dict[str, NDArray[Any]]]:
-        """Each slot's outputs, with a batch of one; parts of `outputs`, not copies."""
+        """The outputs of each slot, with batch size 1, as views of `outputs`."""
         return {
             slot: {name: _row(outputs[name], axis, slot.index) for name, axis in self._outputs.items()}
             for slot in slots
@@ -172,19 +168,19 @@ class SlotTable:
 
 
 def _row(array: NDArray[Any], axis: int, row: int) -> NDArray[Any]:
-    """One row of an axis, as a view in which the axis has size 1."""
+    """A view of one row, in which the axis has size 1."""
     return array[(slice(None),) * axis + (slice(row, row + 1),)]
 
 
 def _batch_dim(contract: StepContract) -> Dim:
-    """What counts streams: a symbol, or a number where the batch is fixed."""
+    """The dimension of the batch axis: a symbol, or a number if the batch is fixed."""
     dims = {state.shape[state.batch_axis] for state in contract.states}
     dims = dims or {contract.inputs[0].shape[0]} if contract.inputs else dims
     dim = dims.pop() if len(dims) == 1 else None
     if dim is None or not (isinstance(dim, int) or dim.isidentifier()):
         names = ", ".join(f"{state.name} {state.shape}" for state in contract.states)
         raise UsageError(
-            f"slots: the states do not count streams alike on their batch axes: {names}",
+            f"slots: the states have different dimensions on their batch axes: {names}",
             hint="give each stream a loop of its own: StepLoop.open(...) without slots",
         )
     return dim
@@ -193,7 +189,7 @@ def _batch_dim(contract: StepContract) -> Dim:
 def _axis(spec: Spec, dim: Dim) -> int:
     if dim not in spec.shape:
         raise UsageError(
-            f"slots: {spec.name} {spec.shape} has no axis {dim!r} that counts streams",
+            f"slots: {spec.name} {spec.shape} has no batch axis {dim!r}",
             hint="give each stream a loop of its own: StepLoop.open(...) without slots",
         )
     return spec.shape.index(dim)

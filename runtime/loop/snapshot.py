@@ -1,9 +1,8 @@
-"""Snapshots: what a loop remembers, as a file that another process goes on from.
+"""Snapshots: the states of a loop in a file, from which another process can continue.
 
-A .safetensors file: the states by name, and in its metadata one JSON document (`Snapshot`) under
-the key `stepcell.snapshot`. It fits every back end and every engine of the same model, and no
-other model: what has to agree is in `identity`. A file is put in place whole or not at all, and
-its numbers are compared with a checksum when it is read.
+A snapshot is a .safetensors file with the states by name, and a JSON document (`Snapshot`) in its metadata under the
+key `stepcell.snapshot`. It can be loaded on every back end and engine of the same model, but not by another model:
+`identity` lists what has to agree. Files are written atomically, and a checksum of the states is verified on reading.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ States = Mapping[str, NDArray[Any]]
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What a snapshot says beside its states.
+    """Description of a snapshot.
 
     Attributes:
         schema: version `major.minor`; an unknown major version is refused.
-        contract_hash: of the model it belongs to.
-        checksum: SHA-256 of the states' bytes, in the order of their names.
-        frame: frames that had been stepped, as the one who saved it counted.
-        slots: row by name of the streams that were attached; None: a loop without slots.
-        rows: rows of the batch of a loop with slots.
-        metadata: the user's own.
+        contract_hash: `contract_hash` of the model.
+        checksum: SHA-256 of the bytes of the states, in the order of their names.
+        frame: number of frames that had been stepped, as given to `StepLoop.save`.
+        slots: row of each attached slot, by name; None: a loop without slots.
+        rows: batch size of a loop with slots.
+        metadata: of the user.
     """
 
     schema: str = SCHEMA
@@ -54,18 +53,18 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def identity(contract: StepContract) -> dict[str, Any]:
-    """What must agree for a state to mean the same: the weights, and what is remembered.
+    """The parts of a contract that must agree for a state to have the same meaning.
 
-    Not in it: sizes and dtypes, which the arrays are checked for (a float16 model runs on a CPU
-    in float32, an engine may be fixed at one size), parity and versions of tools, since a model
-    exported again from the same checkpoint remembers the same.
+    Sizes and dtypes are not among them: the arrays are checked instead (a float16 model runs in float32 on a CPU, and
+    an engine may have a fixed size). Nor are parity and tool versions, which do not matter for a model that is exported
+    again from the same checkpoint.
     """
     source = contract.source
     return {
         "family": first_name(contract.family),
         "module": source.get("module"),
         "arguments": source.get("arguments"),
-        # Of the checkpoint, or of the ONNX file that was adopted.
+        # of the checkpoint, or of the ONNX file that was fused
         "files": {key: value for key, value in source.items() if key.endswith("sha256")},
         "inputs": [spec.name for spec in contract.inputs],
         "states": [[state.name, len(state.shape), state.batch_axis, _initial(state)] for state in contract.states],
@@ -73,15 +72,15 @@ def identity(contract: StepContract) -> dict[str, Any]:
 
 
 def contract_hash(contract: StepContract) -> str:
-    """SHA-256 of the model's identity, in hexadecimal."""
+    """SHA-256 of the identity of a model, in hexadecimal."""
     return hashlib.sha256(msgspec.json.encode(identity(contract), order="deterministic")).hexdigest()
 
 
 def write_snapshot(path: Path, states: States, snapshot: Snapshot) -> None:
-    """Write a file; a reader sees the old one or the new one, also after a power cut.
+    """Write a snapshot atomically: also after a power failure the file is the old one or the new one.
 
     Args:
-        snapshot: `checksum` is filled in here.
+        snapshot: its `checksum` is computed here.
 
     Raises:
         OutputError: it cannot be written.
@@ -94,7 +93,7 @@ def write_snapshot(path: Path, states: States, snapshot: Snapshot) -> None:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     try:
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name itself is on the disk only after this
+        folder = os.open(path.parent, os.O_RDONLY)  # makes the rename durable
         try:
             os.fsync(folder)
         finally:
@@ -104,16 +103,16 @@ def write_snapshot(path: Path, states: States, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(path: Path, contract: StepContract) -> tuple[dict[str, NDArray[Any]], Snapshot]:
-    """States and description of a snapshot of this model.
+    """Read a snapshot of this model: its states and its description.
 
     Raises:
-        InputError: it cannot be read, is cut off or changed, or is no snapshot.
+        InputError: it cannot be read, is truncated or modified, or is not a snapshot.
         StateError: it belongs to another model.
     """
     states, snapshot = _parse(path)
     if snapshot.contract_hash != contract_hash(contract):
         raise StateError(
-            f"{path}: a snapshot of another model: its contract has the hash {snapshot.contract_hash[:12]}..., "
+            f"{path}: is a snapshot of another model: its contract has the hash {snapshot.contract_hash[:12]}..., "
             f"this one {contract_hash(contract)[:12]}...",
             hint="weights, arguments, states and initial values must be those it was taken with (docs/run.md)",
         )
@@ -127,13 +126,13 @@ def _parse(path: Path) -> tuple[dict[str, NDArray[Any]], Snapshot]:
     data = read_bytes(path)
     try:
         states = load(data)
-        # It has just been checked: eight bytes with the length of the header, then the header.
+        # `load` has checked the layout: the length of the header in eight bytes, then the header.
         header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = header.get("__metadata__", {}).get(METADATA_KEY)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a whole .safetensors file ({error})") from error
+        raise InputError(f"{path}: is not a complete .safetensors file ({error})") from error
     if text is None:
-        raise InputError(f"{path}: no snapshot: a .safetensors file without the metadata key {METADATA_KEY}")
+        raise InputError(f"{path}: is not a snapshot: its metadata has no key {METADATA_KEY}")
     try:
         snapshot = msgspec.json.decode(text, type=Snapshot)
     except msgspec.DecodeError as error:
@@ -144,7 +143,7 @@ def _parse(path: Path) -> tuple[dict[str, NDArray[Any]], Snapshot]:
     if len(set(rows)) < len(rows) or any(not 0 <= row < (snapshot.rows or 0) for row in rows):
         raise InputError(f"{path}: malformed snapshot: slots in rows {rows} of {snapshot.rows}")
     if snapshot.checksum != _checksum(states):
-        raise InputError(f"{path}: damaged: its numbers do not have the checksum that was written with them")
+        raise InputError(f"{path}: is damaged: the states do not match their checksum")
     return states, snapshot
 
 
@@ -157,6 +156,6 @@ def _checksum(states: States) -> str:
 
 def _initial(state: StateSpec) -> str:
     if isinstance(state.init, InitialValue):
-        with np.errstate(over="ignore"):  # as float16, which a model exported with float16 states has them in
+        with np.errstate(over="ignore"):  # as float16: a model exported with float16 states has no more precision
             return hashlib.sha256(state.init.array().astype("<f2").tobytes()).hexdigest()
     return state.init

@@ -1,4 +1,4 @@
-"""States that a caller gives to a loop, and which rows of them are meant."""
+"""States of a step loop: their sizes, a state loaded before the first step, and checks of what a caller loads."""
 
 from __future__ import annotations
 
@@ -10,18 +10,129 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepcell.contract import StepContract
 from stepcell.errors import InputError, StateError
+from stepcell.runtime.backends.base import Backend
 
-__all__ = ["as_flags", "as_states", "forget_rows", "require_shapes"]
+__all__ = ["LoopStates", "as_states"]
+
+
+class LoopStates:
+    """The states of one back end. Their sizes follow from the shapes of the first step's inputs.
+
+    Args:
+        backend: holds the states.
+        name: of the model, for messages.
+
+    Attributes:
+        input_shapes: shapes of the data inputs by name; None: not fixed yet.
+    """
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        self._backend, self._contract, self._name = backend, backend.contract, name
+        self.input_shapes: dict[str, tuple[int, ...]] | None = None
+        self._symbols: dict[str, int] | None = None  # the sizes that the back end is configured for
+        self._loaded: dict[str, NDArray[Any]] | None = None  # a state loaded before the first step
+
+    def fix_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Configure the back end for these input shapes, with the states at their initial or loaded values.
+
+        Raises:
+            InputError: other sizes are fixed already, or the model does not take these.
+            StateError: a loaded state has another size.
+            DeviceError: the buffers do not fit in memory.
+        """
+        if self.input_shapes is not None:
+            name = next(name for name in shapes if shapes[name] != self.input_shapes[name])
+            raise InputError(
+                f"{name}: expected shape {self.input_shapes[name]} as in the first step, got {shapes[name]}",
+                hint="reset() forgets the states and frees the sizes",
+            )
+        symbols = self._contract.bind(shapes)
+        if symbols == self._symbols:
+            self._backend.reset()
+        else:
+            self._symbols = None
+            self._backend.configure(symbols)
+            self._symbols = symbols
+        if self._loaded is not None:
+            self._write(self._loaded)
+            self._loaded = None
+        self.input_shapes = shapes
+
+    def forget(self) -> None:
+        """Drop the states and free the sizes."""
+        self.input_shapes = self._loaded = None
+
+    def reset_rows(self, rows: Sequence[bool]) -> None:
+        """Set the rows of the batch axis that are True to the initial values."""
+        if self.input_shapes is not None:
+            self._backend.reset(rows)
+        elif self._loaded is not None:  # without a loaded state, the first step starts from the initial values
+            for spec in self._contract.states:
+                array = self._loaded[spec.name]
+                index = (slice(None),) * spec.batch_axis + (np.flatnonzero(rows),)
+                array[index] = spec.initial(array.shape)[index]
+
+    def read(self) -> dict[str, NDArray[Any]]:
+        """A copy of every state, by name.
+
+        Raises:
+            StateError: no step has run yet.
+        """
+        self._require_sizes()
+        return self._backend.read_state()
+
+    def load(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Replace every state, now or in the first step.
+
+        Raises:
+            StateError: an array has another size.
+        """
+        if self.input_shapes is None:
+            self._loaded = arrays
+        else:
+            self._write(arrays)
+
+    def rows(self, flags: Any) -> list[bool]:
+        """Flags given by the caller, one boolean per row of the batch.
+
+        Raises:
+            InputError: something else.
+            StateError: no step has run yet.
+        """
+        self._require_sizes()
+        counts = {self._shapes()[spec.name][spec.batch_axis] for spec in self._contract.states}
+        array = np.asarray(flags)
+        if array.dtype != bool or array.ndim != 1 or (counts and {len(array)} != counts):
+            wanted = max(counts, default=1)
+            raise InputError(f"slots: expected {wanted} booleans, one per row of the batch, got {flags!r}")
+        rows: list[bool] = array.tolist()
+        return rows
+
+    def _write(self, arrays: dict[str, NDArray[Any]]) -> None:
+        for name, shape in self._shapes().items():
+            if arrays[name].shape != shape:
+                raise StateError(
+                    f"{name}: expected shape {shape} for these inputs, got {arrays[name].shape}",
+                    hint="a state belongs to one frame size; reset() forgets it",
+                )
+        self._backend.write_state(arrays)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._contract.state_shapes(self._symbols or {})
+
+    def _require_sizes(self) -> None:
+        if self.input_shapes is None:
+            raise StateError(f"{self._name}: no step has run yet, so the states have no size")
 
 
 def as_states(contract: StepContract, state: Mapping[str, ArrayLike], rows: int | None) -> dict[str, NDArray[Any]]:
-    """Copies in the contract's dtypes.
+    """Copies of states given by the caller, in the dtypes of the contract.
 
     Args:
-        rows: size of the batch axis, where that is known.
+        rows: size of the batch axis, if it is known.
 
     Raises:
-        StateError: a name is missing or unknown, or an array is of another kind, rank or batch.
+        StateError: a name is missing or unknown, or an array has another kind of dtype, rank or batch size.
     """
     names = [spec.name for spec in contract.states]
     if set(state) != set(names):
@@ -38,38 +149,6 @@ def as_states(contract: StepContract, state: Mapping[str, ArrayLike], rows: int 
             )
         if rows is not None and array.shape[spec.batch_axis] != rows:
             raise StateError(f"{spec.name}: expected {rows} slots on axis {spec.batch_axis}, got {array.shape}")
-        with np.errstate(over="ignore"):  # beyond float16 it becomes Inf, as it would in the model
+        with np.errstate(over="ignore"):  # a value beyond float16 becomes Inf, as it would in the model
             arrays[spec.name] = np.ascontiguousarray(array, spec.dtype)
     return arrays
-
-
-def require_shapes(arrays: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise StateError where a state has another shape."""
-    for name, shape in shapes.items():
-        if arrays[name].shape != shape:
-            raise StateError(
-                f"{name}: expected shape {shape} for these inputs, got {arrays[name].shape}",
-                hint="a state belongs to one frame size; reset() forgets it",
-            )
-
-
-def as_flags(slots: Any, contract: StepContract, shapes: Mapping[str, tuple[int, ...]]) -> list[bool]:
-    """One boolean per row of the batch.
-
-    Raises:
-        InputError: something else.
-    """
-    rows = {shapes[spec.name][spec.batch_axis] for spec in contract.states}
-    flags = np.asarray(slots)
-    if flags.dtype != bool or flags.ndim != 1 or (rows and {len(flags)} != rows):
-        raise InputError(f"slots: expected {max(rows, default=1)} booleans, one per row of the batch, got {slots!r}")
-    chosen: list[bool] = flags.tolist()
-    return chosen
-
-
-def forget_rows(contract: StepContract, arrays: Mapping[str, NDArray[Any]], rows: Sequence[bool]) -> None:
-    """Set the rows that are True to the initial values, in place."""
-    for spec in contract.states:
-        array = arrays[spec.name]
-        index = (slice(None),) * spec.batch_axis + (np.flatnonzero(rows),)
-        array[index] = spec.initial(array.shape)[index]

@@ -1,4 +1,4 @@
-"""StepLoop: frames in, outputs out; the states stay where they are."""
+"""StepLoop: steps a recurrent model frame by frame and keeps its states."""
 
 from __future__ import annotations
 
@@ -6,40 +6,39 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepcell.contract import StepContract, TensorSpec
-from stepcell.errors import InputError, StateError, StepcellError, UsageError
-from stepcell.runtime.backends.base import Backend, Device, StepFuture
-from stepcell.runtime.cuda import DeviceArray, OnDevice, is_on_device, read_device_array
-from stepcell.runtime.loop.inputs import as_input, require_finite
+from stepcell.contract import StepContract
+from stepcell.errors import StateError, StepcellError, UsageError
+from stepcell.runtime.backends.base import Backend, StepFuture
+from stepcell.runtime.cuda import DeviceArray, OnDevice
+from stepcell.runtime.loop.inputs import StepInputs
 from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.open_backend import open_backend
 from stepcell.runtime.loop.slots import Slot, SlotTable
 from stepcell.runtime.loop.snapshot import Snapshot, contract_hash, read_snapshot, write_snapshot
-from stepcell.runtime.loop.states import as_flags, as_states, forget_rows, require_shapes
+from stepcell.runtime.loop.states import LoopStates, as_states
 
 __all__ = ["StepLoop"]
 
 
 class StepLoop:
-    """Steps a recurrent model; made by `StepLoop.open`, best in a `with` statement.
+    """A recurrent model that is stepped frame by frame. Use `StepLoop.open`, preferably in a `with` statement.
 
-    Opened without `slots`, all rows of the batch step together: `step(x=batch)`. With `slots=N`
-    streams come and go as rows of one batch: `attach`, `step_slots`, `detach`.
+    Without `slots`, all rows of the batch step together: `step(x=batch)`. With `slots=N`, up to N streams share one
+    batch and come and go: `attach`, `step_slots`, `detach`.
 
-    The first step fixes the sizes (batch, height, width, ...); `reset()` frees them. A call that
-    raises leaves the states as they were. A loop serves one thread at a time.
+    The first step fixes the sizes (batch, height, width, ...), and `reset()` frees them. A call that raises an error
+    leaves the states as they were. A loop must not be used by two threads at the same time.
 
     Attributes:
-        contract: names, shapes and dtypes of what the model takes, returns and remembers, as it
-            runs here: a float16 model in its float32 form on a CPU says float32.
+        contract: names, shapes and dtypes of inputs, outputs and states as the model runs here: a float16 model that
+            runs in float32 on a CPU has a float32 contract.
         name: the file, for messages.
-        statistics: latency of steps, from the call to its outputs: for `step_async` until the end
-            of `result`; `step_on_device`, which does not wait, is not counted.
+        latency: durations of the steps, each from the call until its outputs are there; for `step_async` until
+            `result` returns. `step_on_device`, which does not wait, is not counted.
     """
 
     def __init__(
@@ -47,16 +46,12 @@ class StepLoop:
     ) -> None:
         self._backend = backend
         self.name = name
-        self._check_finite = check_finite
-        self._inputs = {spec.name: spec for spec in backend.contract.inputs}
+        self._inputs = StepInputs(backend, check_finite=check_finite)
+        self._states = LoopStates(backend, name)
         self._slots = None if slots is None else SlotTable(backend.contract, slots)
-        self._shapes: dict[str, tuple[int, ...]] | None = None  # of the inputs, once fixed
-        self._usual: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = []  # the same with dtypes, for `step`
-        self._symbols: dict[str, int] | None = None  # what the back end's buffers are made for
-        self._pending: dict[str, NDArray[Any]] | None = None  # a state loaded before the first step
         self._closed = False
         self.contract: StepContract = backend.contract
-        self.statistics = Latency()
+        self.latency = Latency()
 
     @classmethod
     def open(
@@ -74,18 +69,18 @@ class StepLoop:
 
         Args:
             path: `.onnx` runs in ONNX Runtime; `.engine`, `.plan` and `.trt` in TensorRT.
-            device: "cpu", "cuda" or "cuda:N". It is used, or the call fails.
-            slots: how many streams at most share the batch, each with a memory of its own.
-            allow_fallback: use the CPU where CUDA does not load, and log it (ONNX files only).
+            device: "cpu", "cuda" or "cuda:N". There is no silent fallback to another device.
+            slots: maximum number of streams that share the batch, each with states of its own.
+            allow_fallback: use the CPU if CUDA does not load, and log it (ONNX files only).
             keep_float16: run a float16 ONNX file in float16 on the CPU too, which is slower.
-            threads: for one step of an ONNX file on the CPU; None: one per core.
-            check_finite: refuse inputs with NaN or Inf, which a state would remember for ever.
+            threads: number of threads for one step of an ONNX file on the CPU; None: one per core.
+            check_finite: refuse inputs with NaN or Inf, which would stay in the states.
 
         Raises:
-            UsageError: an unknown device or kind of file, or a model whose batch cannot be slots.
+            UsageError: an unknown device or kind of file, or a model whose batch cannot be divided into slots.
             InputError: the file cannot be read or is not a model.
             ContractError: the file has no contract, or one that does not fit its graph.
-            DeviceError: the device is absent or does not load, or an engine was asked to run on the CPU.
+            DeviceError: the device is absent or does not load, or is the CPU for an engine.
             EngineMismatchError: the engine does not fit its sidecar, this TensorRT or this device.
             MissingDependencyError: ONNX Runtime or TensorRT is not installed.
         """
@@ -100,31 +95,30 @@ class StepLoop:
 
     @property
     def device(self) -> str:
-        """What really runs: "cpu" or "cuda:N"."""
+        """The device that runs the model: "cpu" or "cuda:N"."""
         return self._backend.device
 
     @property
     def description(self) -> str:
-        """Back end, version and device, for people."""
+        """Back end, version and device, for display."""
         return self._backend.description
 
     @property
     def slots(self) -> dict[str, Slot]:
-        """The attached slots by name; empty for a loop without slots."""
+        """The attached slots by name; empty if the loop has no slots."""
         return {} if self._slots is None else self._slots.attached
 
     def step(self, /, **inputs: ArrayLike | OnDevice) -> dict[str, NDArray[Any]]:
-        """One step of the whole batch: data inputs by name in, data outputs by name out.
+        """One step of the whole batch.
 
         Args:
-            inputs: numpy arrays, or anything numpy reads without a copy (`__array__`, DLPack on
-                the CPU). Floats are cast to the contract's dtype; integers are refused for a
-                float input, since nobody but the caller knows their scale. On a GPU also arrays
-                that are on it (DLPack, `__cuda_array_interface__`), of the contract's dtype: they
-                are never on the host, so they are not looked at for NaN.
+            inputs: data inputs by name: numpy arrays, or objects that numpy reads (`__array__`, DLPack on the CPU).
+                Floats are cast to the dtype of the contract; integers are refused for a float input, since their
+                scale is not known. A model on a GPU also takes arrays on that GPU (DLPack or
+                `__cuda_array_interface__`) with the dtype of the contract; these are not checked for NaN.
 
         Returns:
-            Arrays of the contract's dtypes. They are the caller's: no later step changes them.
+            Data outputs by name, with the dtypes of the contract. Later steps do not change them.
 
         Raises:
             InputError: a name, shape, dtype or value that does not fit.
@@ -132,57 +126,56 @@ class StepLoop:
             DeviceError: the device failed or ran out of memory.
         """
         started = time.perf_counter()
-        outputs = self._backend.step(self._checked(inputs))
-        self.statistics.add(time.perf_counter() - started)
+        outputs = self._backend.step(self._batch(inputs))
+        self.latency.add(time.perf_counter() - started)
         return outputs
 
     def step_async(self, /, **inputs: ArrayLike | OnDevice) -> StepFuture[dict[str, NDArray[Any]]]:
-        """Begin a step: arguments and errors of `step`, whose outputs `result()` of the future returns.
+        """Start a step of the whole batch. Arguments and errors are those of `step`.
 
-        With TensorRT the next frame is uploaded, and the last outputs are downloaded, while this
-        step is computed. Two steps are under way at most: a third call first waits for the oldest
-        one, whose outputs are kept for whoever waits for it later. In ONNX Runtime the whole step
-        runs in this call.
+        With TensorRT, the next frame is uploaded and the last outputs are downloaded while this step runs. At most
+        two steps run at a time: a third call first waits for the oldest, whose outputs are kept until its `result`
+        is called. In ONNX Runtime the whole step runs in this call.
 
-        Steps run in the order of the calls, whatever is waited for first, and `state`, `reset` and
-        all other methods see the states after the last one that was begun. Arrays on the host may
-        be written to again when this returns, arrays on the GPU when `result` does. An error of the
-        device comes out of `result`; if no later step was begun, the states are those before the step.
+        Steps run in the order of the calls, and all other methods see the states after the last step that was
+        started. Arrays on the host may be written to again when this returns, arrays on the GPU when `result` returns.
+
+        Returns:
+            A future whose `result()` returns the outputs, or raises the error of the device. If no later step was
+            started, the states are then those before the step.
         """
         started = time.perf_counter()
-        running = self._backend.enqueue(self._checked(inputs))
-        return StepFuture(lambda: self._counted(running.result(), started))
+        return self._timed(self._backend.enqueue(self._batch(inputs)), started)
 
     def step_on_device(self, /, **inputs: ArrayLike | OnDevice) -> dict[str, DeviceArray]:
-        """`step` with outputs that stay on the GPU, for what reads them there by DLPack or `__cuda_array_interface__`.
+        """Start a step whose outputs stay on the GPU, readable by DLPack or `__cuda_array_interface__`.
 
-        It returns at once, before they are computed; a reader that follows either protocol waits
-        on its own stream (`torch.from_dlpack` and `cupy.from_dlpack` do). They are good until the
-        step after the next begins, `reset()` or `close()`: by then all work that reads them must
-        be done.
+        It returns before they are computed; a consumer that follows either protocol waits on its own stream
+        (`torch.from_dlpack` and `cupy.from_dlpack` do). They are valid until the step after the next one starts, or
+        until `reset()` or `close()`: all work that reads them must be done by then.
 
         Raises:
             UsageError: the loop has slots, or runs in ONNX Runtime.
             InputError, DeviceError: as for `step`.
         """
-        return self._backend.step_on_device(self._checked(inputs))
+        return self._backend.step_on_device(self._batch(inputs))
 
     def attach(self, name: str | None = None) -> Slot:
-        """A free slot, its states at their initial value.
+        """Occupy a free slot, with its states at their initial values.
 
         Args:
-            name: of the stream, for messages, reports and snapshots; by default the row's number.
+            name: of the stream, for messages, reports and snapshots; None: the number of the row.
 
         Raises:
             StateError: all slots are in use, or the name is taken.
             UsageError: the loop has no slots.
         """
         slot = self._table().attach(name)
-        self._reset_rows(self._table().mask([slot]))
+        self._states.reset_rows(self._table().mask([slot]))
         return slot
 
     def detach(self, slot: Slot) -> None:
-        """Free a slot; from now on it is refused everywhere.
+        """Free a slot. All later calls refuse it.
 
         Raises:
             StateError: it is not attached.
@@ -190,18 +183,18 @@ class StepLoop:
         self._table().detach(slot)
 
     def step_slots(self, frames: Mapping[Slot, Mapping[str, ArrayLike]]) -> dict[Slot, dict[str, NDArray[Any]]]:
-        """One step of the slots that have a frame; the others keep their states, bit by bit.
+        """One step of the slots that have a frame. The other slots keep their states, bit by bit.
 
         The whole batch is computed, whatever the number of frames.
 
         Args:
-            frames: for each slot its inputs by name, as `step` takes them, with a batch of one.
+            frames: inputs by name for each slot, as `step` takes them, with batch size 1.
 
         Returns:
-            For each of them its outputs, with a batch of one; the caller's.
+            Outputs by name for each of these slots, with batch size 1.
 
         Raises:
-            InputError: as for `step`, with the slot's name; no slot has stepped then.
+            InputError: as for `step`, with the name of the slot; no slot has stepped then.
             StateError: a slot is not attached.
             UsageError: the loop has no slots.
             DeviceError: the device failed or ran out of memory.
@@ -211,81 +204,71 @@ class StepLoop:
     def step_slots_async(
         self, frames: Mapping[Slot, Mapping[str, ArrayLike]]
     ) -> StepFuture[dict[Slot, dict[str, NDArray[Any]]]]:
-        """`step_slots` in two halves, as `step_async` is `step`."""
+        """Start a step of the slots that have a frame, as `step_async` does for the whole batch."""
         table = self._table()
         table.require(frames)
         if not frames:
             return StepFuture(dict)
         started = time.perf_counter()
-        arrays = {slot: self._slot_arrays(slot, inputs) for slot, inputs in frames.items()}
+        arrays = {slot: self._inputs.convert_slot(slot, inputs) for slot, inputs in frames.items()}
         batch = table.pack(arrays)
-        if self._check_finite:
-            self._require_finite(batch, arrays)
-        shapes = {name: array.shape for name, array in batch.items()}
-        if shapes != self._shapes:
-            self._fix_sizes(shapes)
-        running = self._backend.enqueue(batch, table.idle(frames))
+        self._inputs.require_finite_slots(batch, arrays)
+        self._fix_sizes({name: array.shape for name, array in batch.items()})
+        running = self._timed(self._backend.enqueue(batch, table.idle(frames)), started)
         slots = list(frames)
-        return StepFuture(lambda: table.unpack(self._counted(running.result(), started), slots))
+        return StepFuture(lambda: table.unpack(running.result(), slots))
 
     def reset(self, slots: Sequence[bool] | Collection[Slot] | None = None) -> None:
-        """Forget: states to their initial value, assigned, so that NaN is cleared too.
+        """Set states to their initial values. They are assigned, so NaN is cleared too.
 
         Args:
-            slots: which; the others keep their states, bit by bit. A loop with slots takes `Slot`s,
-                one without a boolean for each row of the batch. None: all of them, and the sizes
-                are free again.
+            slots: the rows to reset; all others keep their states, bit by bit. A collection of `Slot` for a loop with
+                slots, otherwise one boolean for each row of the batch. None: all rows, and the sizes are freed.
 
         Raises:
             InputError: not one boolean per row of the batch.
-            StateError: booleans before the first step, when the sizes are not known; a slot that
-                is not attached.
+            StateError: booleans before the first step, when the sizes are not known; or a slot is not attached.
         """
         self._require_open()
         if slots is None:
-            self._shapes, self._pending, self._usual = None, None, []
+            self._states.forget()
+            self._inputs.free()
         elif self._slots is not None:
             chosen: list[Any] = list(slots)
             self._slots.require(chosen)
-            self._reset_rows(self._slots.mask(chosen))
+            self._states.reset_rows(self._slots.mask(chosen))
         else:
-            self._require_sizes()
-            self._reset_rows(as_flags(slots, self.contract, self._state_shapes()))
+            self._states.reset_rows(self._states.rows(slots))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """A copy of every state, by name.
 
         Raises:
-            StateError: before the first step, when the sizes are not known.
+            StateError: no step has run yet.
         """
         self._require_open()
-        self._require_sizes()
-        return self._backend.read_state()
+        return self._states.read()
 
     def load_state(self, state: Mapping[str, ArrayLike]) -> None:
-        """Replace every state, such as by what `state()` returned; also before the first step.
+        """Replace every state, for example by what `state()` returned. It may be called before the first step.
 
         Raises:
-            StateError: a name is missing or unknown, or an array has another shape or is not of
-                floats. Before the first step the sizes are not known: that step compares them.
+            StateError: a name is missing or unknown, or an array has another shape or is not of floats. Before the
+                first step the sizes are not known; they are compared in that step.
         """
         self._require_open()
-        arrays = as_states(self.contract, state, None if self._slots is None else self._slots.count)
-        if self._shapes is None:
-            self._pending = arrays
-        else:
-            self._write(arrays)
+        self._states.load(as_states(self.contract, state, None if self._slots is None else self._slots.count))
 
     def save(self, path: str | Path, *, frame: int = 0, metadata: Mapping[str, str] | None = None) -> None:
-        """Write all states and the slots' names to a file that `restore` goes on from.
+        """Write all states and the names of the slots to a snapshot file, for `restore`.
 
         Args:
-            path: a .safetensors file; it is replaced as a whole or not at all.
-            frame: frames stepped so far, or whatever number the caller goes on from.
-            metadata: the caller's own, to be found again in what `restore` returns.
+            path: a .safetensors file. It is replaced atomically.
+            frame: number of frames stepped so far, or any number that the caller continues from.
+            metadata: of the caller; returned by `restore`.
 
         Raises:
-            StateError: before the first step, when the states have no size.
+            StateError: no step has run yet.
             OutputError: the file cannot be written.
         """
         states = self.state()
@@ -299,31 +282,31 @@ class StepLoop:
         write_snapshot(Path(path), states, snapshot)
 
     def restore(self, path: str | Path) -> Snapshot:
-        """Go on from a snapshot of this model, taken on whatever back end; also before the first step.
+        """Load a snapshot of the same model, taken on any back end. It may be called before the first step.
 
-        The slots that were attached are attached again, and no others: `slots` has them by name. A
-        slot that is attached in the same row under the same name stays good.
+        Exactly the slots of the snapshot are attached afterwards; `slots` has them by name. A slot that is attached in
+        the same row under the same name stays valid.
 
         Raises:
-            InputError: the file cannot be read, is damaged or is no snapshot.
-            StateError: it belongs to another model, another number of slots or, as `load_state`
-                says, other sizes.
+            InputError: the file cannot be read, is damaged or is not a snapshot.
+            StateError: it belongs to another model, has another number of slots, or other sizes (see `load_state`).
         """
         self._require_open()
         states, snapshot = read_snapshot(Path(path), self.contract)
         rows = None if self._slots is None else self._slots.count
         if snapshot.rows != rows:
             wanted, got = (f"slots={count}" if count else "no slots" for count in (snapshot.rows, rows))
-            raise StateError(f"{path}: taken of a loop with {wanted}, this one has {got}")
+            raise StateError(f"{path}: was taken from a loop with {wanted}, this one has {got}")
         self.load_state(states)
         if self._slots is not None:
             self._slots.replace(snapshot.slots or {})
         return snapshot
 
     def close(self) -> None:
-        """Free the model; calling it twice is allowed."""
+        """Free the model. Calling it twice is allowed."""
         if not self._closed:
-            self._closed, self._usual = True, []
+            self._closed = True
+            self._inputs.free()
             self._backend.close()
 
     def __enter__(self) -> StepLoop:
@@ -335,122 +318,39 @@ class StepLoop:
     ) -> None:
         self.close()
 
+    def _batch(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> Mapping[str, NDArray[Any] | DeviceArray]:
+        """The inputs of a step of the whole batch, converted and checked; fixes the sizes."""
+        if self._inputs.are_converted(inputs):  # never true for a closed loop or one with slots
+            return inputs
+        self._require_open()
+        if self._slots is not None:
+            raise UsageError(f"{self.name}: opened with slots, which are stepped by step_slots({{slot: inputs}})")
+        arrays = self._inputs.convert(inputs)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        self._fix_sizes(shapes)
+        self._inputs.fix(shapes)
+        return arrays
+
+    def _fix_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if shapes != self._states.input_shapes:
+            self._states.fix_sizes(shapes)
+
+    def _timed(
+        self, running: StepFuture[dict[str, NDArray[Any]]], started: float
+    ) -> StepFuture[dict[str, NDArray[Any]]]:
+        def collect() -> dict[str, NDArray[Any]]:
+            outputs = running.result()
+            self.latency.add(time.perf_counter() - started)
+            return outputs
+
+        return StepFuture(collect)
+
     def _table(self) -> SlotTable:
         self._require_open()
         if self._slots is None:
             raise UsageError(f"{self.name}: opened without slots", hint="StepLoop.open(..., slots=N)")
         return self._slots
 
-    def _checked(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> Mapping[str, NDArray[Any] | DeviceArray]:
-        """The inputs of a step of the whole batch, which the sizes are fixed by."""
-        if self._are_usual(inputs):
-            if self._check_finite:
-                for name, usual in inputs.items():
-                    require_finite(name, usual)
-            return inputs
-        self._require_open()
-        if self._slots is not None:
-            raise UsageError(f"{self.name}: opened with slots, which are stepped by step_slots({{slot: inputs}})")
-        self._require_names(inputs)
-        arrays = {name: self._array(spec, inputs[name]) for name, spec in self._inputs.items()}
-        if self._check_finite:
-            for name, array in arrays.items():
-                if not isinstance(array, DeviceArray):
-                    require_finite(name, array)
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if shapes != self._shapes:
-            self._fix_sizes(shapes)
-        return arrays
-
-    def _are_usual(self, inputs: Mapping[str, Any]) -> TypeGuard[Mapping[str, NDArray[Any]]]:
-        """Whether these are arrays as the model takes them, of the sizes that are fixed: nearly always.
-
-        All other checks are passed then. Between two steps every instruction is cold, so fewer are quicker.
-        """
-        if len(inputs) != len(self._usual):
-            return False
-        for name, shape, dtype in self._usual:
-            array = inputs.get(name)
-            if type(array) is not np.ndarray or array.shape != shape or array.dtype != dtype:
-                return False
-            if not array.flags.c_contiguous:
-                return False
-        return bool(self._usual)
-
-    def _array(self, spec: TensorSpec, value: Any) -> NDArray[Any] | DeviceArray:
-        if type(value) is np.ndarray or not is_on_device(value):
-            return as_input(spec, value)
-        stream = self._backend.input_stream
-        if stream is None:
-            raise InputError(
-                f"{spec.name}: expected an array on the CPU, where the model runs, got one on a GPU",
-                hint="x.cpu(), or open the model on the GPU: StepLoop.open(..., device='cuda')",
-            )
-        return read_device_array(spec, value, stream=stream, device=Device.parse(self.device).index)
-
-    def _counted(self, outputs: dict[str, NDArray[Any]], started: float) -> dict[str, NDArray[Any]]:
-        self.statistics.add(time.perf_counter() - started)
-        return outputs
-
-    def _slot_arrays(self, slot: Slot, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
-        try:
-            self._require_names(inputs)
-            return {name: as_input(spec, inputs[name]) for name, spec in self._inputs.items()}
-        except InputError as error:
-            raise InputError(f"slot {slot.name}: {error.message}", hint=error.hint) from error
-
-    def _require_finite(self, batch: Mapping[str, NDArray[Any]], frames: Mapping[Slot, Any]) -> None:
-        """One look at the whole batch; only where that fails one at each slot, for its name."""
-        try:
-            for name, array in batch.items():
-                require_finite(name, array)
-        except InputError:
-            for slot, arrays in frames.items():
-                for name, array in arrays.items():
-                    require_finite(f"slot {slot.name}: {name}", array)
-
-    def _reset_rows(self, rows: Sequence[bool]) -> None:
-        if self._shapes is not None:
-            self._backend.reset(rows)
-        elif self._pending is not None:  # without either, the first step starts from the initial values
-            forget_rows(self.contract, self._pending, rows)
-
-    def _require_names(self, inputs: Mapping[str, Any]) -> None:
-        if inputs.keys() != self._inputs.keys():
-            raise InputError(f"step: expected inputs {', '.join(self._inputs)}, got {', '.join(inputs) or 'none'}")
-
-    def _fix_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        if self._shapes is not None:
-            name = next(name for name in shapes if shapes[name] != self._shapes[name])
-            raise InputError(
-                f"{name}: expected shape {self._shapes[name]} as in the first step, got {shapes[name]}",
-                hint="reset() forgets the states and frees the sizes",
-            )
-        symbols = self.contract.bind(shapes)
-        if symbols == self._symbols:
-            self._backend.reset()
-        else:
-            self._symbols = None
-            self._backend.configure(symbols)
-            self._symbols = symbols
-        if self._pending is not None:
-            self._write(self._pending)
-            self._pending = None
-        self._shapes = shapes
-        if self._slots is None:
-            self._usual = [(name, shapes[name], np.dtype(spec.dtype)) for name, spec in self._inputs.items()]
-
-    def _write(self, arrays: dict[str, NDArray[Any]]) -> None:
-        require_shapes(arrays, self._state_shapes())
-        self._backend.write_state(arrays)
-
-    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.contract.state_shapes(self._symbols or {})
-
     def _require_open(self) -> None:
         if self._closed:
             raise StepcellError(f"{self.name}: this loop is closed", hint="open the model again: StepLoop.open(...)")
-
-    def _require_sizes(self) -> None:
-        if self._shapes is None:
-            raise StateError(f"{self.name}: no step has run yet, so the states have no size")

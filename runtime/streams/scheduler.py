@@ -109,7 +109,7 @@ class Scheduler:
         return [stream.report(self._loop, self._snapshots) for stream in self._streams]
 
     def _run(self) -> None:
-        self._loop.statistics = Latency()
+        self._loop.latency = Latency()
         self._report_progress()
         self._spec = image_input(self._loop.contract, len(self._streams))
         self._prepare_states()
@@ -126,7 +126,7 @@ class Scheduler:
 
     def _report_progress(self) -> None:
         if self._progress is not None:
-            self._progress(RunProgress(self._streams, self._loop.statistics))
+            self._progress(RunProgress(self._streams, self._loop.latency))
 
     def _prepare_states(self) -> None:
         """Attach a slot for each of several streams; reset all states but those that are continued."""
@@ -232,7 +232,7 @@ class Scheduler:
         if self._shared:
             self._loop.reset([self._slots[stream]])
         else:
-            self._loop.reset([True] if self._loop.statistics.first is not None else None)
+            self._loop.reset([True] if self._loop.latency.first is not None else None)
         stream.count_reset(cause)
 
     def _step_finite(self, inputs: dict[Stream, Arrays]) -> dict[Stream, Arrays]:

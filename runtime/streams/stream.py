@@ -361,7 +361,7 @@ class Stream:
             seconds=round(seconds, 3),
             frames_per_second=round(self.frames / seconds, 2) if seconds else 0.0,
             latency=self.latency.summary(),
-            step=loop.statistics.summary(),
+            step=loop.latency.summary(),
             decode=self.decode.summary(),
             convert=self.convert.summary(),
             encode=(self.writer.encode if self.writer else Latency()).summary(),

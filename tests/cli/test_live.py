@@ -234,7 +234,7 @@ def test_several_clips_are_resumed(accumulator: Model, clips: list[Path], tmp_pa
         np.testing.assert_array_equal(np.concatenate(parts), np.load(tmp_path / f"whole{number}.npy"))
     result = run(model, "-i", clips[0], *options)
     assert result.exit_code == 1
-    assert "taken of a loop with slots=3" in " ".join(result.stderr.split())
+    assert "was taken from a loop with slots=3" in " ".join(result.stderr.split())
 
 
 def test_the_view_on_a_terminal(accumulator: Model, clip_path: Path) -> None:

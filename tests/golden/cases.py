@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from stepcell import StepLoop
 from stepcell.errors import StepcellError
 from stepcell.exporter import export_onnx, find_family, load_checkpoint, step_model
 from stepcell.family_names import current_name
-from stepcell.runtime import StepLoop
 
 __all__ = ["KEPT", "RECORDED", "ROOT", "Case", "find_cases", "worst_error"]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from stepcell import StepLoop
 from stepcell.models.cells import conv_gru, conv_lstm
 from stepcell.plugins.fp16_mirrors import half_map
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
@@ -26,7 +27,7 @@ from stepcell.plugins.onnx.rewrite import plugin_model
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
 from stepcell.plugins.tensorrt.registry import kernels_offered, register
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of, weights_of
-from stepcell.runtime import StepLoop, cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions

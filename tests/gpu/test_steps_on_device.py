@@ -20,9 +20,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.errors import DeviceError, MissingDependencyError
 from stepcell.files import write_atomic
-from stepcell.runtime import StepLoop, cuda
+from stepcell.runtime import cuda
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from stepcell.runtime.backends.tensorrt.runtime_cache import cache_path
 from stepcell.runtime.engine.build import build_engine
@@ -103,8 +104,8 @@ def test_graph_replay_equals_kernels_queued_one_by_one(
         figures["graph"] = {
             "shape": SHAPE,
             "tensorrt": captured.description,
-            "step_with_graph": msgspec.to_builtins(captured.statistics.summary()),
-            "step_without_graph": msgspec.to_builtins(plain.statistics.summary()),
+            "step_with_graph": msgspec.to_builtins(captured.latency.summary()),
+            "step_without_graph": msgspec.to_builtins(plain.latency.summary()),
         }
 
 
@@ -194,7 +195,7 @@ def test_latency_of_a_thousand_steps(place: Place, denoiser_onnx: Path, figures:
         ):
             for _ in range(1000):
                 loop.step(x=x)
-            taken[kind] = {"runs": loop.description, **msgspec.to_builtins(loop.statistics.summary())}
+            taken[kind] = {"runs": loop.description, **msgspec.to_builtins(loop.latency.summary())}
     assert "cuda-engine" in taken
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepcell import StepLoop
 from stepcell.errors import CheckpointError
 from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
 from stepcell.models import run_sequence
 from stepcell.models.unfused_cells import ACTIVATIONS
-from stepcell.runtime import StepLoop
 from tests.golden.cases import KEPT, Case, find_cases
 
 KEPT_CASES = find_cases(places=[KEPT])

@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
+from stepcell import StepLoop
 from stepcell.cli import main
 from stepcell.exporter import load_checkpoint, step_model
-from stepcell.runtime import StepLoop
 
 
 def export(folder: Path, *arguments: str) -> Result:

@@ -12,12 +12,12 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from stepcell import StepLoop
 from stepcell.cli import main
 from stepcell.dims import resolve, symbols_of
 from stepcell.errors import CheckpointError, UsageError
 from stepcell.exporter import find_family, load_model
 from stepcell.models import initial_states, run_sequence, save_checkpoint
-from stepcell.runtime import StepLoop
 
 KEPT = Path(__file__).parents[2] / "data" / "golden"
 CASES = sorted(path.parent for path in KEPT.glob("*/*/case.json"))

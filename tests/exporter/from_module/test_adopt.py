@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepcell import StepLoop
 from stepcell.errors import ExportError, ParityError, StepcellError, UsageError
 from stepcell.exporter import export_onnx
 from stepcell.exporter.from_module import adopt
-from stepcell.runtime import StepLoop
 
 C = 4
 

@@ -11,6 +11,7 @@ import onnx.parser
 import pytest
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.errors import ExportError, ParityError, UsageError
 from stepcell.exporter.from_onnx import fuse as fuse_module
 from stepcell.exporter.from_onnx.fit import Rule, rules
@@ -18,7 +19,6 @@ from stepcell.exporter.from_onnx.foreign import Run, read_foreign
 from stepcell.exporter.from_onnx.fuse import FuseReport, fuse_onnx
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import find_sizes
-from stepcell.runtime import StepLoop
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from tests.exporter.from_onnx.cases import RECORDED, Case, find_cases, is_replaced

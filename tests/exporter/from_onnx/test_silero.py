@@ -16,11 +16,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.exporter.from_onnx.foreign import Run, read_foreign
 from stepcell.exporter.from_onnx.fuse import FuseReport, fuse_onnx
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import find_sizes
-from stepcell.runtime import StepLoop
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 

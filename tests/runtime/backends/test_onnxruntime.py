@@ -14,9 +14,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from stepcell import StepLoop
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import DeviceError
-from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime import session as ort_session
 from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
@@ -119,7 +119,7 @@ def test_steps_begun_ahead_run_at_once(accumulator: Model) -> None:
         assert loop.state()["h"].max() == 5
         assert [each.result()["y"].max() for each in pending] == [1, 2, 3, 4, 5]
         assert pending[2].result() is pending[2].result()
-        assert loop.statistics.summary().count == 4
+        assert loop.latency.summary().count == 4
     with StepLoop.open(accumulator(), slots=2) as loop:
         a, b = loop.attach(), loop.attach()
         ys = [loop.step_slots_async({slot: {"x": x}}) for slot in (a, b, a)]
@@ -166,7 +166,7 @@ def test_absent_device_is_refused_or_replaced_as_allowed(accumulator: Model, log
     with StepLoop.open(path, "cuda:99", allow_fallback=True) as loop:
         assert loop.device == "cpu"
     said = " ".join(logged.text.split())
-    assert "running on the CPU instead" in said
+    assert "runs on the CPU instead" in said
     assert "[E:onnxruntime" not in said, "CUDA must not be asked for where it cannot work"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tensorrt_rtx
 
-from stepcell.runtime import StepLoop
+from stepcell import StepLoop
 from stepcell.runtime.backends.tensorrt.runtime_cache import cache_path
 from tests.fakes.fake_engine import FakeRuntimeConfig, Machine, frames
 

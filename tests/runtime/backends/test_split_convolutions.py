@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from stepcell import StepLoop
 from stepcell.errors import InputError
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell, run_sequence
 from stepcell.models.zoo.denoiser import Denoiser
-from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
@@ -261,7 +261,7 @@ def test_weights_beside_the_file(tmp_path: Path) -> None:
 
 def test_weights_too_large_for_one_file_run_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = export(tmp_path / "cell.onnx", ConvGRUCell(32, 32))
-    monkeypatch.setattr("stepcell.runtime.backends.onnxruntime.session._LARGE", 1000)
+    monkeypatch.setattr("stepcell.runtime.backends.onnxruntime.session._LARGE_MODEL", 1000)
     frames = frames_of(4, 1, 32, 16, 16)
     with StepLoop.open(path, threads=1) as loop:
         for x, expected in zip(frames, outputs(onnx.load(path), frames), strict=True):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.errors import DeviceError, InputError, StepcellError, UsageError
-from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from stepcell.runtime.cuda import DeviceArray
 from stepcell.runtime.cuda.dlpack import from_capsule, to_capsule
@@ -98,7 +98,7 @@ def test_steps_begun_ahead_equal_plain_onnx_runtime(machine: Machine, loop: Step
     for number, (each, y) in enumerate(zip(pending, expected, strict=True)):
         np.testing.assert_array_equal(each.result()["y"], y, err_msg=f"step {number}")
         assert each.result() is each.result()
-    assert loop.statistics.summary().count == len(clip) - 1
+    assert loop.latency.summary().count == len(clip) - 1
 
 
 def test_a_step_uploads_a_frame_downloads_an_output_and_does_nothing_else(machine: Machine, loop: StepLoop) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 
+from stepcell import StepLoop
 from stepcell.errors import DeviceError, EngineMismatchError, InputError, StateError
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, engine_tensors
-from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from tests.fakes.counting_driver import ALLOCATING, CREATING, WAITING
 from tests.fakes.fake_engine import SYMBOLS, Machine, frames, reference

@@ -9,9 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.contract import StepContract
 from stepcell.models import CellStack, run_sequence
-from stepcell.runtime import StepLoop
 
 
 def frames(count: int, batch: int = 1) -> NDArray[np.float32]:

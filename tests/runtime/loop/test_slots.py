@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
+from stepcell import StepLoop
 from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import InputError, StateError, UsageError
-from stepcell.runtime import StepLoop
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
 
@@ -152,7 +152,7 @@ def test_a_refused_frame_stops_no_other_slot_half_way(loop: StepLoop) -> None:
     ):
         with pytest.raises(InputError, match=message):
             loop.step_slots({a: {"x": ONE}, b: bad})
-    with pytest.raises(InputError, match="slot right: x: expected one stream, of size 1 on axis 0"):
+    with pytest.raises(InputError, match="slot right: x: expected batch size 1 on axis 0"):
         loop.step_slots({b: {"x": np.ones((2, 3, 2, 2), np.float32)}})
     with pytest.raises(InputError, match="as in the first step"):
         loop.step_slots({b: {"x": np.ones((1, 3, 4, 4), np.float32)}})
@@ -209,8 +209,8 @@ def make(write_model: Model, path: Path, **shapes: Any) -> Path:
     [
         (0, {"h": ("batch", 2)}, "slots: expected a number above zero, got 0"),
         (3, {"x": (2, 2), "h": (2, 2)}, "slots: expected 2, the batch this model is fixed at, got 3"),
-        (2, {"h": ("2 * batch", 2)}, "the states do not count streams alike"),
-        (2, {"x": ("batch", 2), "h": ("batch", 2), "y": (1, 2)}, "y .* has no axis 'batch' that counts streams"),
+        (2, {"h": ("2 * batch", 2)}, "the states have different dimensions on their batch axes"),
+        (2, {"x": ("batch", 2), "h": ("batch", 2), "y": (1, 2)}, "y .* has no batch axis 'batch'"),
     ],
     ids=["none", "fixed", "expression", "output"],
 )

@@ -27,10 +27,10 @@ from hypothesis.stateful import (
 )
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.errors import StateError
 from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell
-from stepcell.runtime import StepLoop
 from stepcell.runtime.loop.slots import Slot
 
 SLOTS = 3

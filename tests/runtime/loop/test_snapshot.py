@@ -18,9 +18,9 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.contract import METADATA_KEY, InitialValue, Parity, StepContract
 from stepcell.errors import InputError, OutputError, StateError
-from stepcell.runtime import StepLoop
 from stepcell.runtime.loop.snapshot import Snapshot, contract_hash, read_snapshot, write_snapshot
 
 Model = Callable[..., Path]
@@ -95,7 +95,7 @@ def test_another_number_of_slots_is_refused(
     with StepLoop.open(accumulator(), slots=opened) as loop, pytest.raises(StateError) as caught:
         loop.restore(path)
     said = [f"slots={count}" if count else "no slots" for count in (taken, opened)]
-    assert caught.value.message.endswith(f"taken of a loop with {said[0]}, this one has {said[1]}")
+    assert caught.value.message.endswith(f"was taken from a loop with {said[0]}, this one has {said[1]}")
 
 
 def test_another_size_is_refused_and_changes_nothing(accumulator: Model, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Pa
             read_snapshot(damaged, contract)
     for position in range(len(whole) - ONE.nbytes, len(whole)):
         damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(InputError, match="damaged: its numbers do not have the checksum"):
+        with pytest.raises(InputError, match="damaged: the states do not match their checksum"):
             read_snapshot(damaged, contract)
     for position in range(0, len(whole) - ONE.nbytes, 5):  # in the header: refused, or read as it was written
         damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
@@ -193,7 +193,7 @@ def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Pa
     ("content", "message"),
     [
         (None, "cannot be read"),
-        (b"text", "not a whole .safetensors file"),
+        (b"text", "not a complete .safetensors file"),
         ({}, "without the metadata key"),
         ({"stepcell.snapshot": "{}"}, "malformed snapshot"),
         ({"stepcell.snapshot": '{"schema": "2.0", "contract_hash": ""}'}, r"schema 2\.0 is not supported"),

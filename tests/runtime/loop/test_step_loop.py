@@ -13,8 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.errors import ContractError, DeviceError, InputError, StateError, StepcellError, UsageError
-from stepcell.runtime import StepLoop
 
 Model = Callable[..., Path]
 STEPS = 100
@@ -287,7 +287,7 @@ def test_statistics_keep_the_first_step_apart(accumulator: Model) -> None:
             loop.step(x=ONES)
         with pytest.raises(InputError):
             loop.step(x=ONES * np.nan)
-        summary = loop.statistics.summary()
+        summary = loop.latency.summary()
     assert summary.count == 10
     assert summary.first_ms is not None
     assert summary.p99_ms is not None

@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
+from stepcell import StepLoop
 from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import DeviceError, InputError, OutputError, StepcellError
 from stepcell.models.zoo.clips import read_clip
-from stepcell.runtime import StepLoop
 from stepcell.runtime.media.npy_file import ArraySink
 from stepcell.runtime.media.open_sink import open_sink
 from stepcell.runtime.media.open_source import open_source

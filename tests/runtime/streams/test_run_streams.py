@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepcell import StepLoop
 from stepcell.errors import InputError, OutputError, UsageError
-from stepcell.runtime import StepLoop
 from stepcell.runtime.media.npy_file import ArraySink
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.streams.metrics import Metrics

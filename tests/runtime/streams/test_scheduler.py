@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.errors import DeviceError, InputError, OutputError, StateError
 from stepcell.models.zoo.clips import read_clip
-from stepcell.runtime import StepLoop
 from stepcell.runtime.media.npy_file import ArraySink
 from stepcell.runtime.media.open_sink import open_sink
 from stepcell.runtime.media.open_source import open_source

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from stepcell import StepLoop
 from stepcell.cli import main
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import ContractError, InputError, UsageError
@@ -21,7 +22,6 @@ from stepcell.exporter import FAMILIES, export_onnx
 from stepcell.models.published.e2vid import E2VIDRecurrent, FireNet
 from stepcell.models.published.openeb_networks import EventToVideo
 from stepcell.models.published.openeb_networks import FireNet as CornerFireNet
-from stepcell.runtime import StepLoop
 from stepcell.runtime.media.events import Events, EventSource, event_tensor, simulate_events, write_dat
 from stepcell.runtime.media.open_sink import open_sink
 from stepcell.runtime.media.open_source import open_source
