@@ -1,13 +1,12 @@
-"""Time this step loop and the loops a user would write, side by side in one process on the CPU.
+"""Benchmark of the step loop on the CPU: StepLoop and the loops that a user would write, in one process.
 
     python benchmarks/loop.py --output benchmarks/results/loop.json --document docs/performance.md
     python benchmarks/loop.py --table benchmarks/results/loop.json
 
-All loops (benchmarks/loops.py) have the same weights and threads, and none is timed before all agree
-with float64 over 32 steps. In every round each of them makes a few steps, in an order drawn anew, so
-that what else the machine does falls on all of them alike; ratios are taken within a round. In the
-same rounds a matrix product of as many operations is timed, to show how far the processor can go. The
-result is a JSON file with every time, and a picture beside it.
+All loops (benchmarks/loops.py) have the same weights and number of threads, and must agree with float64 over 32 steps
+before they are timed. In every round each of them makes a few steps, in random order, so that other load on the machine
+affects all of them; ratios are taken within a round. A matrix product with as many operations is timed in the same
+rounds and shows the best rate of the processor. The result is a JSON file with all times, and a plot beside it.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ from stepcell.cli.console import log
 from stepcell.errors import InputError, ParityError, StepcellError, UsageError
 from stepcell.files import read_bytes, write_atomic
 
-CHECKED, TOLERANCE = 32, 1e-4  # steps before the timing, and how far an output may be from float64
-WARM_UP = 1  # steps that a loop begins each round with, not counted
-ROUND_SECONDS = 0.03  # of counted steps of the baseline
-SHAPE_SECONDS = 35  # after which a shape gets no further round, so that a busy machine comes to an end too
+CHECKED, TOLERANCE = 32, 1e-4  # steps compared before the timing, and largest difference to float64
+WARM_UP = 1  # steps of each loop at the start of a round that are not timed
+ROUND_SECONDS = 0.03  # of timed steps of the baseline
+SHAPE_SECONDS = 35  # no further round of a shape starts after this time, which matters on a busy machine
 SETTLE_SECONDS = 0.3  # at most
 
 
 def error_of(loop: Loop, frames: Frame, expected: Frame) -> float:
-    """Largest difference over the frames, from the initial state on; NaN where an output is NaN."""
+    """Largest difference over all frames, starting from the initial state; NaN if an output is NaN."""
     return float(np.max([np.abs(loop(x) - y).max() for x, y in zip(frames, expected, strict=True)]))
 
 
 def checked_loops(case: Case, *, without: tuple[str, ...]) -> tuple[dict[str, Loop], dict[str, dict[str, Any]]]:
-    """The loops that run here, and for each its largest error or why it does not run.
+    """The loops that run on this machine, and for each its largest error or the reason why it does not run.
 
     Raises:
         ParityError: a loop differs from float64 by more than the tolerance.
@@ -66,7 +65,7 @@ def checked_loops(case: Case, *, without: tuple[str, ...]) -> tuple[dict[str, Lo
         try:
             loop = make(case)
             error = error_of(loop, frames, expected)
-        except RuntimeError as problem:  # torch.compile where there is no C++ compiler
+        except RuntimeError as problem:  # torch.compile without a C++ compiler
             found[name] = {"not_run": str(problem).strip().splitlines()[0]}
             continue
         if not error <= TOLERANCE:
@@ -79,7 +78,7 @@ def checked_loops(case: Case, *, without: tuple[str, ...]) -> tuple[dict[str, Lo
 
 
 def settle() -> None:
-    """Wait until threads of the loop before have stopped spinning, so that they slow no other down."""
+    """Wait until the threads of the previous loop have stopped spinning."""
     deadline = time.perf_counter() + SETTLE_SECONDS
     while time.perf_counter() < deadline:
         wall, own = time.perf_counter(), time.process_time()
@@ -89,7 +88,7 @@ def settle() -> None:
 
 
 def milliseconds(loop: Loop, frames: list[Frame], steps: int) -> float:
-    """Per step, after steps that are not counted; every frame is an array of its own, as decoders give them."""
+    """Time per step, after warm-up steps. Every frame is an array of its own, as from a decoder."""
     clip = itertools.cycle(frames)
     for _ in range(WARM_UP):
         loop(next(clip))
@@ -156,14 +155,14 @@ def measure(shapes: list[Shape], rounds: int, threads: int, *, without: tuple[st
 
 
 def _cpu() -> str:
-    """The processor's name as Linux knows it, else what Python knows."""
+    """Name of the processor from /proc/cpuinfo, or from Python if there is none."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result written before.
+    """Read a result file.
 
     Raises:
         InputError: it cannot be read, or is something else.

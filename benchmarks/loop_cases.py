@@ -1,4 +1,4 @@
-"""The models and sizes that benchmarks/loop.py times, and their files."""
+"""Cases of benchmarks/loop.py: models, frame sizes and files."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["SHAPES", "Case", "Shape", "make_case"]
 
 @dataclass(frozen=True)
 class Case:
-    """One model at one size.
+    """A model with a frame size.
 
     Attributes:
-        module: a step model; its float32 weights are float16 numbers, so that the files have the same.
+        module: a step model whose float32 weights are exact in float16, so that both files have the same weights.
         exported: the file that `stepcell export` writes by default, in float16.
-        wide: its float32 form, which StepLoop makes of it on a CPU and other loops have to be given.
+        wide: the same in float32, as StepLoop runs it on a CPU; for the other loops.
         shape: of a frame (batch, channels, height, width).
-        threads: for one step.
+        threads: number of threads for one step.
     """
 
     module: Any
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and the frames it is given (batch, channels, height, width)."""
+    """A model and the shape of its frames (batch, channels, height, width)."""
 
     name: str
     model: str
@@ -49,7 +49,7 @@ class Shape:
 
 
 SHAPES = [
-    Shape("small cell", "ConvGRU 5 to 32", (16, 5, 8, 8)),  # what pytorch-convgru-cell is timed with
+    Shape("small cell", "ConvGRU 5 to 32", (16, 5, 8, 8)),  # the shape that pytorch-convgru-cell is timed with
     Shape("large cell", "ConvGRU 32 to 64", (1, 32, 64, 64)),
     Shape("denoiser 176x144", "denoiser", (1, 3, 144, 176)),
     Shape("denoiser 320x240", "denoiser", (1, 3, 240, 320)),
@@ -69,7 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_case(shape: Shape, folder: Path, threads: int) -> Case:
-    """The module with weights that are float16 numbers, its file, and the float32 form of that."""
+    """The module with weights that are exact in float16, and its float16 and float32 files."""
     torch.manual_seed(0)
     module = MODELS[shape.model]().half().float().eval()
     exported, wide = folder / f"{shape.model}.onnx", folder / f"{shape.model}.float32.onnx"

@@ -1,4 +1,4 @@
-"""What benchmarks/loop.py found, as a Markdown table and as a picture; ratios are taken within rounds."""
+"""Report of benchmarks/loop.py as a Markdown table and an SVG plot. Ratios are taken within rounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OTHER = "#a8a8a8"
 
 
 def table(result: dict[str, Any]) -> str:
-    """Milliseconds per step and the ratio to the baseline, the two targets, and the conditions."""
+    """Milliseconds per step and ratio to the baseline, speed-ups, and the conditions of the measurement."""
     shapes = result["shapes"]
     heads = [f"{shape['name']}<br>{'x'.join(map(str, shape['frame']))}" for shape in shapes]
     rule = "|---" * (len(heads) + 1) + "|"
@@ -43,27 +43,25 @@ def table(result: dict[str, Any]) -> str:
 
 
 def as_block(result: dict[str, Any], picture: str) -> str:
-    """What a document shows of the result: the picture, then the table."""
+    """The part of a document that shows the result: the plot, then the table."""
     return f"![time of one step by each loop, as a ratio to {BASELINE}]({picture})\n\n{table(result)}"
 
 
 def with_block(document: str, block: str) -> str:
-    """The document with `block` between its two marks.
+    """The document with `block` between its two markers.
 
     Raises:
-        InputError: the marks are not there.
+        InputError: the markers are missing.
     """
     pattern = f"{re.escape(_BEGIN)}.*?{re.escape(_END)}"
     new, count = re.subn(pattern, lambda _: f"{_BEGIN}\n{block}{_END}", document, flags=re.DOTALL)
     if count != 1:
-        raise InputError(
-            f"the document: expected one `{_BEGIN}` ... `{_END}`, got {count}", hint="put both marks in it"
-        )
+        raise InputError(f"the document: expected one `{_BEGIN}` ... `{_END}`, got {count}", hint="add both markers")
     return new
 
 
 def svg(result: dict[str, Any]) -> str:
-    """Bars of the median ratio to the baseline with its quartiles; a bar that is too long is cut."""
+    """Bar plot of the median ratio to the baseline with quartiles; long bars are cut off."""
     rows = [(shape, name) for shape in result["shapes"] for name in (None, *shape["loops"])]
     ratios = [_ratio(s["loops"], name) for s, name in rows if name and "milliseconds" in s["loops"][name]]
     longest = min(1.05 * max(float(np.percentile(ratio, 75)) for ratio in ratios), 8.0)
@@ -105,7 +103,7 @@ def _times(loops: dict[str, Any], name: str) -> NDArray[np.float64]:
 
 
 def _ratio(loops: dict[str, Any], name: str, to: str = BASELINE) -> NDArray[np.float64]:
-    """Of two loops' times, round by round."""
+    """Ratio of the times of two loops, round by round."""
     return _times(loops, name) / _times(loops, to)
 
 

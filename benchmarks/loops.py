@@ -1,7 +1,7 @@
-"""The loops that benchmarks/loop.py compares: each takes a frame and returns the output, and keeps the state.
+"""Loops that benchmarks/loop.py compares: functions that take a frame, return the output and keep the state.
 
-Frames and outputs are numpy arrays, as a decoder gives them and an encoder takes them. All loops
-compute with the same float32 weights and the same number of threads.
+Frames and outputs are numpy arrays, as from a decoder and for an encoder. All loops have the same float32 weights and
+the same number of threads.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ Loop: TypeAlias = Callable[[Frame], Frame]
 
 
 def step_loop(case: Case, *, check_finite: bool = True) -> Loop:
-    """What this package offers: the states stay in two buffers that change places.
+    """StepLoop: every state has two buffers, used alternately.
 
     Args:
-        check_finite: StepLoop's default; no other loop here looks for NaN.
+        check_finite: check frames for NaN, the default of StepLoop; no other loop does.
     """
     loop = StepLoop.open(case.exported, threads=case.threads, check_finite=check_finite)
     return lambda x: loop.step(x=x)["y"]
 
 
 def session_run(case: Case, *, spinning: bool = True) -> Loop:
-    """The loop everybody writes first: the state comes back as a numpy array and is fed again.
+    """The simplest loop: the state is returned as a numpy array and passed in again.
 
     Args:
-        spinning: ONNX Runtime's default; False lets idle threads sleep.
+        spinning: idle threads spin, the default of ONNX Runtime; False: they sleep.
     """
     session, state = _session(case, spinning=spinning), _zero_state(case)
 
@@ -57,11 +57,11 @@ def session_run(case: Case, *, spinning: bool = True) -> Loop:
 
 
 def io_binding(case: Case) -> Loop:
-    """The loop of RobustVideoMatting's documentation/inference.md: outputs bound to the device once,
-    the state handed on as an OrtValue.
+    """The loop in documentation/inference.md of RobustVideoMatting: outputs bound once, the state passed on
+    as an OrtValue.
 
-    From the second step on ONNX Runtime 1.31.1 writes the new state over the one it reads. That is
-    right only for a graph that writes the state after everything that reads it, as these here do.
+    From the second step on, ONNX Runtime 1.31.1 writes the new state over the state it reads. This is correct only for
+    a graph that writes the state after all nodes that read it, as the graphs here do.
     """
     session = _session(case)
     binding = session.io_binding()
@@ -81,21 +81,21 @@ def io_binding(case: Case) -> Loop:
 
 
 def eager(case: Case, *, memory_format: torch.memory_format = torch.contiguous_format) -> Loop:
-    """The module as it was trained, without gradients."""
+    """The torch module without gradients."""
     module = copy.deepcopy(case.module).to(memory_format=memory_format)
     return _torch_loop(case, module, memory_format)
 
 
 def compiled(case: Case) -> Loop:
-    """The module by torch.compile. The first step compiles it, which takes about half a minute."""
-    from torch._inductor import config  # takes a second
+    """The module with torch.compile. The first step compiles it, which takes about half a minute."""
+    from torch._inductor import config  # takes a second to import
 
-    config.compile_threads = 1  # starting workers takes longer than they save
+    config.compile_threads = 1  # starting workers takes longer than it saves
     return _torch_loop(case, torch.compile(copy.deepcopy(case.module), dynamic=False))
 
 
 def seed(case: Case, form: Callable[[ConvGRUCell], nn.Module]) -> Loop:
-    """The module with its cell computed as pytorch-convgru-cell computes it."""
+    """The module with its cell computed as in pytorch-convgru-cell."""
     if isinstance(case.module, CellStack):
         cell = case.module.cells[0]
         assert isinstance(cell, ConvGRUCell)
@@ -106,7 +106,7 @@ def seed(case: Case, form: Callable[[ConvGRUCell], nn.Module]) -> Loop:
 
 
 class SixConvolutions(nn.Module):
-    """One convolution for each weight, as in that package's reference layer (there without bias)."""
+    """One convolution per weight, as in the reference layer of pytorch-convgru-cell (which has no bias)."""
 
     def __init__(self, cell: ConvGRUCell) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class SixConvolutions(nn.Module):
 
 
 class ThreeConvolutions(nn.Module):
-    """Weights of the same operand in one convolution, as in that package's C++ extension."""
+    """Weights of the same operand in one convolution, as in the C++ extension of pytorch-convgru-cell."""
 
     def __init__(self, cell: ConvGRUCell) -> None:
         super().__init__()
@@ -139,15 +139,15 @@ class ThreeConvolutions(nn.Module):
 
 
 def reference(case: Case) -> Loop:
-    """The module in float64; its outputs are what all loops are compared with."""
+    """The module in float64, the reference for all loops."""
     return _torch_loop(case, copy.deepcopy(case.module).double(), dtype=torch.float64)
 
 
 def matrix_product(case: Case) -> Loop:
-    """No step at all: a matrix product by torch of as many multiplications as the module's convolutions have.
+    """Not a step: a matrix product in torch with as many multiplications as the convolutions of the module.
 
-    What a processor does at its best rate. Algorithms with fewer multiplications (Winograd's) could
-    be below it; a loop that convolves directly cannot be far below.
+    It runs at the best rate of the processor. A direct convolution cannot be much faster; algorithms with fewer
+    multiplications, such as Winograd's, could be.
     """
     states = initial_states(case.module, torch.zeros(case.shape))
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -164,7 +164,7 @@ def matrix_product(case: Case) -> Loop:
 
 OURS, UNCHECKED, BASELINE = "StepLoop", "StepLoop, check_finite=False", "session.run"
 FLOOR = "a matrix product of as many operations"
-WIDE = 512  # of its square factor: large enough for the best rate, small enough to stay in the cache
+WIDE = 512  # size of its square factor: large enough for the best rate, small enough for the cache
 LOOPS: dict[str, Callable[[Case], Loop]] = {
     OURS: step_loop,
     UNCHECKED: partial(step_loop, check_finite=False),

@@ -1,13 +1,11 @@
-"""What the step loop costs above the session's own run, in ONNX Runtime on the CPU.
+"""Benchmark of the overhead of StepLoop over the run of its session, in ONNX Runtime on the CPU.
 
-A ConvGRU of the shape below is stepped by `StepLoop.step`, and by `StepLoop.step_slots` with all
-slots, with one idle slot and with half of them idle. Each step is compared with a bare
-`run_with_iobinding` of the same session just before or after it, on bindings made once (states in
-two buffers that change places, input and output where they are), so that what else the machine
-does falls on both. Everything runs in one thread and its CPU time is taken, which does not count the
-time that other programs had the core. A shared cache still only ever adds, so the overhead is the
-difference of the 20th percentiles; the quartiles of the differences within the pairs show how quiet
-the machine was.
+A ConvGRU of the shape below is stepped by `StepLoop.step`, and by `StepLoop.step_slots` with all slots, with one idle
+slot and with half of them idle. Each step is compared with a bare `run_with_iobinding` of the same session just before
+or after it, on bindings made once (two buffers per state, input and output in place), so that other load on the machine
+affects both. Everything runs in one thread, and CPU time is measured, which leaves out the time of other programs.
+Interference through shared caches only adds time, so the overhead is the difference of the 20th percentiles; the
+quartiles of the differences within the pairs show how quiet the machine was.
 
     python benchmarks/overhead.py --output benchmarks/results/overhead.json
 """
@@ -41,11 +39,11 @@ QUIET = 20  # percentile
 
 
 class BareStep:
-    """The same session with bindings of its own, which nothing is done to between two runs."""
+    """The same session with bindings of its own, run without anything else."""
 
     def __init__(self, loop: StepLoop, x: NDArray[np.float32]) -> None:
         self._session = loop._backend._session  # type: ignore[attr-defined]
-        # Kept here: a binding has no more than their addresses.
+        # kept alive: a binding has only their addresses
         self._x, self._y = x, np.zeros((BATCH, HIDDEN, SIZE, SIZE), np.float32)
         self._states = [np.zeros_like(self._y) for _ in range(2)]
         self._bindings = [self._bind(now) for now in range(2)]
@@ -65,14 +63,14 @@ class BareStep:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """CPU time of one call in this thread."""
+    """CPU time of a call in this thread."""
     started = time.thread_time()
     call()
     return time.thread_time() - started
 
 
 def paired(loop: StepLoop, x: NDArray[np.float32], call: Callable[[], object], steps: int) -> dict[str, float]:
-    """The call and the bare run of the same session in turns, either first in every second turn."""
+    """Times of the call and of the bare run of the same session, alternating which one is first."""
     call()
     bare = BareStep(loop, x)
     pairs = []
@@ -86,7 +84,7 @@ def paired(loop: StepLoop, x: NDArray[np.float32], call: Callable[[], object], s
 
 
 def measure(steps: int) -> dict[str, object]:
-    """All ways to step, each with a session of its own."""
+    """Measure all ways to step, each with a session of its own."""
     x = np.random.default_rng(0).random((BATCH, INPUT, SIZE, SIZE), np.float32)
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +92,7 @@ def measure(steps: int) -> dict[str, object]:
         torch.manual_seed(0)
         export_onnx(CellStack([ConvGRUCell(INPUT, HIDDEN)]), path, precision="float32")
         with StepLoop.open(path, threads=1) as loop:
-            clip = itertools.cycle([x.copy() for _ in range(3)])  # every frame in an array of its own
+            clip = itertools.cycle([x.copy() for _ in range(3)])  # every frame is an array of its own
             results["step"] = paired(loop, x, lambda: loop.step(x=next(clip)), steps)
         for name, stride, first in (("all", 1, 0), ("one idle", 1, 1), ("half idle", 2, 0)):
             with StepLoop.open(path, slots=BATCH, threads=1) as loop:
@@ -106,7 +104,7 @@ def measure(steps: int) -> dict[str, object]:
 
 
 def summary(pairs: NDArray[np.float64]) -> dict[str, float]:
-    """Of pairs (bare, loop) in microseconds."""
+    """Statistics of pairs (bare, loop) in microseconds."""
     bare, loop = np.percentile(pairs, QUIET, axis=0)
     low, middle, high = np.percentile(pairs[:, 1] - pairs[:, 0], [25, 50, 75])
     figures = {
@@ -122,7 +120,7 @@ def summary(pairs: NDArray[np.float64]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and write the result."""
+    """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, help="JSON; stdout by default")

@@ -1,4 +1,4 @@
-"""What this machine can do: every answer comes from trying, not from a list of packages."""
+"""Diagnosis of a machine: which parts of stepcell work, found by using them rather than by listing packages."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Finding", "examine"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing a machine can have.
+    """The state of one part.
 
     Attributes:
-        what: such as "TensorRT-RTX".
+        what: for example "TensorRT-RTX".
         ok: whether it works.
         found: version and details, or why it does not work.
         costs: what cannot be done without it.
@@ -37,7 +37,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order of the way from checkpoint to device."""
+    """All findings, in the order from checkpoint to device."""
     gpus = cuda.discover()
     return [
         Finding(what="stepcell", ok=True, found=f"{__version__}, Python {platform.python_version()}, {_machine()}"),
@@ -84,9 +84,9 @@ def _onnxruntime() -> Finding:
 
 
 def _onnxruntime_cuda() -> Finding:
-    """Whether the CUDA provider really runs a model; asking for it prints noise where it cannot."""
+    """Whether the CUDA provider runs a model. Without a GPU it is not tried, since it would print errors."""
     what, costs = "ONNX Runtime CUDA", "an .onnx file runs on the CPU only"
-    remedy = "pip install 'stepcell[ort]' in the place of onnxruntime; CUDA and cuDNN libraries must be found"
+    remedy = "pip install 'stepcell[ort]' instead of onnxruntime; CUDA and cuDNN libraries must be found"
     try:
         import onnxruntime
     except (ImportError, OSError):
@@ -115,7 +115,7 @@ def _tensorrt(flavor: str) -> Finding:
         "tensorrt-rtx": "engines for RTX GPUs, built without one",
     }[flavor]
     remedy = {
-        "tensorrt": "JetPack brings it on a Jetson; elsewhere pip install 'stepcell[tensorrt]'",
+        "tensorrt": "on a Jetson it is part of JetPack; elsewhere pip install 'stepcell[tensorrt]'",
         "tensorrt-rtx": "pip install 'stepcell[rtx]'",
     }[flavor]
     try:
@@ -127,7 +127,7 @@ def _tensorrt(flavor: str) -> Finding:
 
 
 def _plugin() -> Finding:
-    """Running an engine with the plugin takes TensorRT and a driver door; building one takes Triton too."""
+    """Running an engine with the plugin needs TensorRT; building one needs Triton as well."""
     what, costs = "fused plugin", "engines run recurrent cells as TensorRT's own layers"
     try:
         module = load_tensorrt("tensorrt").module

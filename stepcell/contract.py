@@ -1,8 +1,7 @@
-"""The state contract: what a step model takes, returns and remembers.
+"""State contract: names, shapes and dtypes of the inputs, outputs and states of a step model.
 
-The exporter writes it as one JSON document into the ONNX file (metadata key `stepcell.contract`)
-and the builder into the engine's sidecar; the step loop wires states from it alone. Field by
-field: docs/contract.md.
+The exporter writes it as one JSON document into the ONNX file (metadata key `stepcell.contract`), and the builder into
+the sidecar of the engine. The step loop connects states by it alone. docs/contract.md describes every field.
 """
 
 from __future__ import annotations
@@ -38,27 +37,27 @@ __all__ = [
 
 SCHEMA = "1.0"
 METADATA_KEY = "stepcell.contract"
-# A prefix pair: inputs and outputs sort alike, so servers that pair states by sorted name
-# (Triton Inference Server) pair them right. Suffix pairs have swapped states in the field.
+# Prefixes, not suffixes: inputs and outputs then sort in the same order, and Triton Inference Server, which pairs
+# states by sorted name, pairs them correctly.
 STATE_IN = "state_in."
 STATE_OUT = "state_out."
 
 DType = Literal["float16", "float32", "float64", "int32", "int64", "bool", "uint8"]
-MAX_INITIAL_BYTES = 4 << 20  # of one state's initial value: a contract stays a document
+MAX_INITIAL_BYTES = 4 << 20  # of one initial value, which is part of the JSON document
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A data input or output.
 
     Attributes:
-        name: the model's own name for it.
+        name: in the model.
         shape: numbers, symbols or expressions of symbols (see `stepcell.dims`).
         dtype: element type.
-        layout: axes in order, such as "NCHW", or None where no axis has a name.
-        range: smallest and largest value the model was trained on, for images; None: unscaled.
+        layout: order of the axes, for example "NCHW"; None: the axes have no names.
+        range: smallest and largest pixel value that the model was trained on; None: pixels are not scaled.
         mean, std: per-channel normalisation applied after scaling to `range`, or None.
         pad_multiple: height and width are padded up to a multiple of this before the step.
-        events: how it is made of the events of an event camera, where it is.
+        events: how the tensor is computed from the events of an event camera; unset: it is not.
     """
 
     name: str
@@ -73,13 +72,12 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InitialValue(msgspec.Struct, frozen=True, kw_only=True):
-    """What a state holds before its first step, where that is not zero; the same for every stream.
+    """The value of a state before the first step, where it is not zero. It is the same for all streams.
 
     Attributes:
-        shape: the state's without its batch axis; 1 where all positions of an axis are alike, as
-            in (C, 1, 1).
-        dtype: of the numbers in `data`.
-        data: the numbers in C order, little-endian; base64 in JSON.
+        shape: of the state without its batch axis; 1 for an axis along which the value is constant, as in (C, 1, 1).
+        dtype: of `data`.
+        data: the values in C order, little-endian; base64 in JSON.
     """
 
     shape: tuple[int, ...]
@@ -94,7 +92,7 @@ class InitialValue(msgspec.Struct, frozen=True, kw_only=True):
         return cls(shape=np.shape(value), dtype=name, data=array.astype(array.dtype.newbyteorder("<")).tobytes())
 
     def array(self) -> NDArray[Any]:
-        """The numbers; `StepContract.check` has seen that they fill the shape."""
+        """The value as an array; `StepContract.check` verifies that the data fits the shape."""
         little: NDArray[Any] = np.frombuffer(self.data, np.dtype(self.dtype).newbyteorder("<"))
         return little.astype(self.dtype).reshape(self.shape)
 
@@ -103,15 +101,15 @@ class InitialValue(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A hidden state, carried from one step to the next.
+    """A recurrent state, which is passed from one step to the next.
 
     Attributes:
         name: `h`, `c`, `h0`, `c0`, `encoder.2.h`, ...
         shape: as in `TensorSpec`; every symbol also occurs in a data input.
-        dtype: how it is stored between steps (float32 unless asked otherwise).
-        batch_axis: the axis that counts streams.
-        init: its value before the first step: "zeros", or a learned one.
-        original_input, original_output: what the file that was adopted called the two ends.
+        dtype: in which the state is stored between steps (float32 by default).
+        batch_axis: number of the batch axis.
+        init: value before the first step: "zeros", or a learned one.
+        original_input, original_output: names of the two tensors in the file that was fused.
     """
 
     name: str
@@ -125,12 +123,12 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     original_output: str | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
-        # Written out in the JSON so that a reader needs no rule, derived so that they cannot differ.
+        # Stored in the JSON for readers that do not know the rule; derived here so that they always follow it.
         msgspec.structs.force_setattr(self, "input", STATE_IN + self.name)
         msgspec.structs.force_setattr(self, "output", STATE_OUT + self.name)
 
     def initial(self, shape: Sequence[int]) -> NDArray[Any]:
-        """The state before its first step, in its dtype, as a read-only view of `shape` (sizes, batch included)."""
+        """The value before the first step in the dtype of the state: a read-only array of `shape`, batch included."""
         value = np.zeros((), self.dtype)
         if isinstance(self.init, InitialValue):
             value = np.expand_dims(self.init.array().astype(self.dtype), self.batch_axis)
@@ -141,10 +139,10 @@ Spec = TensorSpec | StateSpec
 
 
 class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One recurrent cell of the graph.
+    """A recurrent cell of the graph.
 
     Attributes:
-        op: a stepcell op, or None: the cell is made of ordinary nodes, and `reason` says why.
+        op: a stepcell op; None: the cell consists of standard ONNX nodes, and `reason` says why.
     """
 
     name: str
@@ -158,9 +156,14 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
-    """What the check after export found: worst absolute difference over all steps.
+    """Result of the parity check after export: the largest absolute difference over all steps.
 
-    `amplified`: beyond the usual limit, as PyTorch in the same precision is; see docs/export.md.
+    Attributes:
+        steps: number of steps.
+        reference: what the model was compared with.
+        max_abs_error: by name of the output or state.
+        amplified: the difference exceeds the usual limit, and PyTorch in the same precision does so too; see
+            docs/export.md.
     """
 
     steps: int
@@ -170,18 +173,17 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepContract(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole document.
+    """The contract.
 
     Attributes:
         schema: version `major.minor`; an unknown major version is refused.
-        family: name of the model family; "module" for a user's own module, "adopted" for another
-            program's ONNX file.
+        family: name of the model family; "module" for a torch module, "adopted" for an ONNX file of another program.
         precision: compute dtype of the graph ("float16" or "float32").
         inputs, outputs, states: in the order of the ONNX graph.
-        cells: recurrent cells in the graph.
-        example: a value for every symbol, the sizes the model was exported with.
-        source: where the weights came from: checkpoint hash, arguments, tool versions, opset.
-        parity: result of the check after export; None before it ran.
+        cells: the recurrent cells of the graph.
+        example: value of every symbol in the export.
+        source: origin of the weights: hash of the checkpoint, arguments, versions of tools, opset.
+        parity: result of the parity check; None: not checked yet.
     """
 
     schema: str = SCHEMA
@@ -202,19 +204,19 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def graph_inputs(self) -> dict[str, Spec]:
-        """What the ONNX graph takes, by name: data inputs, then states."""
+        """Inputs of the ONNX graph by name: data inputs, then states."""
         return {**{spec.name: spec for spec in self.inputs}, **{state.input: state for state in self.states}}
 
     @property
     def graph_outputs(self) -> dict[str, Spec]:
-        """What the ONNX graph returns, by name: data outputs, then states."""
+        """Outputs of the ONNX graph by name: data outputs, then states."""
         return {**{spec.name: spec for spec in self.outputs}, **{state.output: state for state in self.states}}
 
     def bind(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Value of every symbol, from the shape of every data input.
 
         Raises:
-            InputError: an input is missing, unknown or of a shape that does not fit.
+            InputError: an input is missing or unknown, or its shape does not fit.
         """
         names = [spec.name for spec in self.inputs]
         if set(shapes) != set(names):
@@ -230,16 +232,19 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         return {state.name: resolve(state.shape, symbols) for state in self.states}
 
     def to_json(self) -> str:
-        """The document as indented JSON, fields in the order of this class."""
+        """Indented JSON with the fields in the order of this class."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes, *, subject: str = "contract") -> StepContract:
-        """Read and check a document.
+        """Read and check a contract.
+
+        Args:
+            subject: the file, for messages.
 
         Raises:
-            ContractError: not JSON, a field of the wrong type, an unknown major version, a
-                duplicate name, or a state whose size does not follow from the inputs.
+            ContractError: not JSON, a field of the wrong type, an unknown major version, a duplicate name, or a state
+                whose size does not follow from the inputs.
         """
         try:
             version = msgspec.json.decode(text, type=_Version).schema
@@ -255,11 +260,11 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         return contract
 
     def check(self, subject: str = "contract") -> None:
-        """Raise ContractError where names repeat, a size cannot be derived or an initial value does not fit."""
+        """Raise ContractError if names repeat, a size cannot be derived or an initial value does not fit."""
         names = [*(spec.name for spec in self.inputs), *(state.name for state in self.states)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ContractError(f"{subject}: each input and state needs a name of its own, got twice: {repeated}")
+            raise ContractError(f"{subject}: names of inputs and states must be unique, got twice: {repeated}")
         known = set(self.symbols)
         for spec in self.graph_outputs.values():
             unknown = set(symbols_of(spec.shape)) - known
@@ -284,12 +289,12 @@ def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:
         if axis in "HW" and size % spec.pad_multiple:
             raise InputError(
                 f"{spec.name}: height and width must be multiples of {spec.pad_multiple}, got {tuple(shape)}",
-                hint="take the next multiple up; `stepcell run` pads frames to it and crops the results by itself",
+                hint="use the next larger multiple; `stepcell run` pads frames to it and crops the results",
             )
 
 
 def _check_events(spec: TensorSpec, subject: str) -> None:
-    """A tensor of events has a channel for each bin, and a window that holds something."""
+    """Check that the shape of an event tensor fits its bins, and that its window is not empty."""
     events = spec.events
     if isinstance(events, msgspec.UnsetType):
         return
@@ -307,18 +312,18 @@ def _check_events(spec: TensorSpec, subject: str) -> None:
 
 
 def _check_initial(state: StateSpec, subject: str) -> None:
-    """An initial value must fit the state at every size it may have."""
+    """Check that an initial value fits the state at every size."""
     if not isinstance(state.init, InitialValue):
         return
     name, init = f"{subject}: {state.name}: initial value", state.init
     if not state.dtype.startswith("float"):
-        raise ContractError(f"{name}: only states of floats have one, this one is {state.dtype}")
+        raise ContractError(f"{name}: only floating-point states can have one, this one is {state.dtype}")
     if not 0 <= state.batch_axis < len(state.shape):
-        raise ContractError(f"{name}: batch_axis {state.batch_axis} is no axis of {state.shape}")
+        raise ContractError(f"{name}: batch_axis {state.batch_axis} is not an axis of {state.shape}")
     dims = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
     if len(init.shape) != len(dims) or any(size not in (1, dim) for size, dim in zip(init.shape, dims, strict=True)):
         raise ContractError(
-            f"{name}: expected shape {dims} or 1 in the place of an axis, got {init.shape}",
+            f"{name}: expected shape {dims}, or 1 for an axis, got {init.shape}",
             hint="a value per position needs a fixed height and width: export with --shape",
         )
     size = math.prod(init.shape) * np.dtype(init.dtype).itemsize
@@ -334,8 +339,8 @@ def state_names(cells: Sequence[Sequence[str]], *, numbered: bool = False) -> li
     """Names for a stack of cells: `h`; `h0`, `c0`, `h1`, ...; zero-padded above ten cells.
 
     Args:
-        cells: for each cell the names of its own states, such as `("h",)` or `("h", "c")`.
-        numbered: number them also where there is one cell.
+        cells: names of the states of each cell, for example `("h",)` or `("h", "c")`.
+        numbered: also number the states of a single cell.
     """
     if len(cells) == 1 and not numbered:
         return list(cells[0])

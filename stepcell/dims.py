@@ -1,8 +1,8 @@
-"""Dimensions as numbers or expressions of symbols: `3`, `"height"`, `"height // 4"`.
+"""Symbolic dimensions: numbers or expressions of symbols, such as `3`, `"height"` and `"height // 4"`.
 
-A state's size follows from the input's, so a contract writes it as an expression and a runtime
-sizes every state from the input alone. Expressions come from files: they are parsed to a syntax
-tree of which only integers, names and + - * // are accepted, and never passed to `eval`.
+The size of a state follows from the sizes of the inputs, so a contract gives it as an expression. Expressions come from
+files: they are parsed into a syntax tree in which only integers, names and + - * // are accepted, and never evaluated
+by Python.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
-_MAX_EXPRESSION = 100  # characters; a longer one is not a dimension
+_MAX_EXPRESSION = 100  # characters
 
 
 def _parse(expression: str) -> ast.expr:
@@ -73,24 +73,24 @@ def symbols_of(dims: Iterable[Dim]) -> list[str]:
 
 
 def substitute(shape: Sequence[Dim], symbols: Mapping[str, int]) -> tuple[Dim, ...]:
-    """Replace each dimension whose symbols all have a value by its number; keep the others."""
+    """Replace each dimension whose symbols all have a value by its number, and keep the others."""
     return tuple(evaluate(d, symbols) if set(symbols_of([d])) <= set(symbols) else d for d in shape)
 
 
 def bind(name: str, shape: Sequence[Dim], actual: Sequence[int], symbols: Mapping[str, int]) -> dict[str, int]:
-    """Values of the symbols in `shape` that make it equal to `actual`.
+    """Values of the symbols in `shape` for which it equals `actual`.
 
     Args:
-        name: whose shape this is, for the message.
-        shape: declared shape; a dimension that is one bare symbol binds it.
-        actual: the shape that was given.
-        symbols: values bound before, by other inputs.
+        name: of the tensor, for messages.
+        shape: declared shape; a dimension that is a single symbol gets its value from `actual`.
+        actual: shape of the array.
+        symbols: values that are known already, from other inputs.
 
     Returns:
-        `symbols` with the new bindings.
+        `symbols` with the new values.
 
     Raises:
-        InputError: rank, a fixed dimension or an expression does not fit.
+        InputError: the rank, a fixed dimension or an expression does not fit.
     """
     expected = "(" + ", ".join(str(dim) for dim in shape) + ")"
     wrong = InputError(

@@ -1,6 +1,6 @@
-"""One exception hierarchy. Every error says: subject, rule, what was got; `hint` says what to do.
+"""Exceptions. A message names the subject, the rule and the value that breaks it; `hint` says what to do.
 
-The class decides the exit code of the command line:
+The class determines the exit code of the command line:
 0 ok, 1 failure, 2 usage, 3 verification mismatch, 4 incompatible engine,
 5 missing dependency or plugin, 6 device or memory.
 """
@@ -27,11 +27,11 @@ __all__ = [
 
 
 class StepcellError(Exception):
-    """Base of everything stepcell raises on purpose.
+    """Base class of all errors that stepcell raises.
 
     Args:
-        message: subject, rule and what was got, in one or two sentences.
-        hint: what the user can do about it, or None.
+        message: subject, rule and value, in one or two sentences.
+        hint: what the user can do, or None.
     """
 
     exit_code = 1
@@ -46,13 +46,13 @@ class StepcellError(Exception):
 
 
 class UsageError(StepcellError):
-    """An argument has a wrong form or two arguments contradict each other."""
+    """An argument is malformed, or two arguments contradict each other."""
 
     exit_code = 2
 
 
 class ContractError(StepcellError):
-    """A state contract is missing, malformed, of an unknown version or broken by its model."""
+    """A state contract is missing, malformed, of an unknown version, or does not fit its model."""
 
 
 class EvaluationError(StepcellError):
@@ -60,7 +60,7 @@ class EvaluationError(StepcellError):
 
 
 class CheckpointError(StepcellError):
-    """A checkpoint cannot be read safely or does not hold what its family needs."""
+    """A checkpoint cannot be read safely, or lacks what its family needs."""
 
 
 class ExportError(StepcellError):
@@ -68,7 +68,7 @@ class ExportError(StepcellError):
 
 
 class BuildError(StepcellError):
-    """TensorRT refused a model or built no engine."""
+    """TensorRT refused a model, or built no engine."""
 
 
 class InputError(StepcellError):
@@ -80,7 +80,7 @@ class StateError(StepcellError):
 
 
 class OutputError(StepcellError):
-    """A result cannot be written where it was asked for."""
+    """A result cannot be written to the requested path."""
 
 
 class ParityError(StepcellError):
@@ -102,12 +102,12 @@ class MissingDependencyError(StepcellError):
 
 
 class PluginError(StepcellError):
-    """The fused TensorRT plugin was asked for where it cannot be had."""
+    """The fused TensorRT plugin was requested and is not available."""
 
     exit_code = 5
 
 
 class DeviceError(StepcellError):
-    """The device that was asked for is absent, failed or ran out of memory."""
+    """The requested device is absent, failed or ran out of memory."""
 
     exit_code = 6

@@ -1,6 +1,6 @@
-"""How the events of an event camera become the input tensor of a model.
+"""Event tensors in the contract: how the events of an event camera become the input of a model (`TensorSpec.events`).
 
-Part of the contract: `TensorSpec.events`. docs/events.md has the formulas.
+docs/events.md has the formulas.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MICROSECONDS = {"us": 1, "ms": 1000, "s": 1_000_000}
 
 
 class EventWindow(msgspec.Struct, frozen=True, kw_only=True):
-    """How many events go into one step.
+    """The events of one step.
 
     Attributes:
         size: in `unit`, above zero.
-        unit: "us": a fixed time in microseconds; "events": a fixed number; "events/pixel": a fixed
-            number per pixel of the sensor.
+        unit: "us": a fixed time in microseconds; "events": a fixed number of events; "events/pixel": a fixed number per
+            pixel of the sensor.
     """
 
     size: float
@@ -35,7 +35,7 @@ class EventWindow(msgspec.Struct, frozen=True, kw_only=True):
         """From `5000us`, `30ms`, `15000events` or `0.35events/pixel`.
 
         Raises:
-            UsageError: another form, or less than one event or microsecond.
+            UsageError: any other text, or less than one event or microsecond.
         """
         match = _TEXT.fullmatch(text)
         if match is not None:
@@ -43,14 +43,14 @@ class EventWindow(msgspec.Struct, frozen=True, kw_only=True):
             if unit in _MICROSECONDS:
                 size, unit = float(round(size * _MICROSECONDS[unit])), "us"
             if size > 0 and (unit == "events/pixel" or size == int(size)):
-                return cls(size=size, unit=unit)  # type: ignore[arg-type]  # the pattern has no other
+                return cls(size=size, unit=unit)  # type: ignore[arg-type]  # the pattern allows no other
         raise UsageError(
             f"{subject}: expected a time or a number of events, got {text!r}",
             hint="such as 5000us, 30ms, 15000events or 0.35events/pixel",
         )
 
     def count(self, pixels: int) -> int | None:
-        """Events of one window on a sensor of so many pixels; None where it is by time."""
+        """Number of events in a window, for a sensor with this number of pixels; None: the window is a time."""
         if self.unit == "us":
             return None
         return max(1, int(self.size * pixels if self.unit == "events/pixel" else self.size))
@@ -60,16 +60,16 @@ class EventWindow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EventSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What each channel of an event tensor holds.
+    """The channels of an event tensor.
 
     Attributes:
-        representation: "voxel_grid", "event_volume" or "histogram": how an event is shared out
-            among the time bins (`stepcell.runtime.media.events.tensor`).
+        representation: "voxel_grid", "event_volume" or "histogram": how an event is distributed over the
+            time bins (`stepcell.runtime.media.events.tensor`).
         bins: time bins from the first event of a window to its last.
-        polarity: "signed": one channel a bin, where a falling event counts as -1; "split": first
-            the bins of the falling events, then those of the rising ones, all counted as +1.
+        polarity: "signed": one channel per bin, where a falling event counts as -1; "split": the bins of the falling
+            events, then those of the rising events, each counted as +1.
         window: the events of one step.
-        normalise: the non-zero values are shifted and scaled to mean 0 and standard deviation 1.
+        normalise: shift and scale the non-zero values to mean 0 and standard deviation 1.
     """
 
     representation: Literal["voxel_grid", "event_volume", "histogram"]
@@ -80,7 +80,7 @@ class EventSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def channels(self) -> int:
-        """Channels of the tensor."""
+        """Number of channels of the tensor."""
         return self.bins * (2 if self.polarity == "split" else 1)
 
     def __str__(self) -> str:

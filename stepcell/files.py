@@ -35,7 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         if path.is_dir():
             raise OutputError(f"{path}: is a folder, expected a file name")
-        if path.exists() and not path.is_file():  # such as /dev/null, which a file would replace
+        if path.exists() and not path.is_file():  # for example /dev/null, which must not be replaced by a file
             raise OutputError(f"{path}: is a device or a pipe, expected the name of a file")
         temporary = temporary_path(path)
         temporary.touch(exist_ok=False)
@@ -49,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        with contextlib.suppress(OSError):  # of a folder that nobody may write to any more
+        with contextlib.suppress(OSError):  # the folder is no longer writable
             temporary.unlink()
 
 
@@ -77,7 +77,7 @@ def sha256_file(path: Path) -> str:
 
 
 def human_size(size: int) -> str:
-    """`1.2 MB` for 1 234 567 bytes."""
+    """A size for display, for example `1.2 MB` for 1 234 567 bytes."""
     amount = float(size)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:

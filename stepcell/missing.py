@@ -1,4 +1,4 @@
-"""Import an optional package, or say which extra brings it."""
+"""Optional packages: importing one, or an error that names the extra which installs it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
     Args:
         extra: the extra of stepcell that installs it.
-        purpose: what needs it, for the message: "reading video files".
+        purpose: what needs it, for the message, for example "reading video files".
 
     Raises:
-        MissingDependencyError: it is not installed, or is installed and does not load.
+        MissingDependencyError: it is not installed or does not load.
     """
     try:
         return importlib.import_module(module)

@@ -38,7 +38,7 @@ class OnnxFile:
 
 
 def read_model(path: Path) -> tuple[bytes, ModelProto]:
-    """The bytes of a file and the model in them; weights beside the file are not read.
+    """The bytes of a file and the model in them. External weights are not read.
 
     Raises:
         InputError: it cannot be read or is not an ONNX model.
@@ -49,10 +49,10 @@ def read_model(path: Path) -> tuple[bytes, ModelProto]:
     model: ModelProto = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-    except Exception as error:  # protobuf's DecodeError, which has a different home in each implementation
+    except Exception as error:  # DecodeError of protobuf, whose module depends on the implementation
         raise InputError(f"{path}: is not an ONNX model ({error})") from error
     if not model.graph.node:
-        raise InputError(f"{path}: is not an ONNX model, or one with an empty graph")
+        raise InputError(f"{path}: is not an ONNX model, or has an empty graph")
     return data, model
 
 

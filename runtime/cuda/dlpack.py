@@ -1,7 +1,7 @@
-"""DLPack's C structures, read from and written to capsules of Python.
+"""DLPack capsules: reading and writing the C structures of dlpack.h.
 
-The layout is that of dlpack.h (https://dmlc.github.io/dlpack/latest/c_api.html) before version 1,
-which every library still reads and writes where nothing newer is asked for.
+The layout is the one before version 1.0 (https://dmlc.github.io/dlpack/latest/c_api.html), which every library uses
+unless the consumer asks for a newer one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["CUDA_DEVICES", "from_capsule", "to_capsule"]
 
 CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _NAME = b"dltensor"
-_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode by numpy's kind
+_KINDS = {"i": 0, "u": 1, "f": 2, "b": 6}  # DLDataTypeCode by the kind of a numpy dtype
 
 
 class _Tensor(ctypes.Structure):
@@ -43,22 +43,22 @@ _new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, cty
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
-# A capsule that is being destroyed has no references left, so it is passed by its address.
+# A capsule that is being destroyed has no references, so it is passed by address.
 _is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
 _pointer_at = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
 
-_lent: dict[int, Any] = {}  # by the structure's address: all that must live until its reader lets go
+_exported: dict[int, Any] = {}  # objects that exported capsules refer to, by address of the structure
 
 
 def from_capsule(
     capsule: Any,
 ) -> tuple[int, tuple[int, ...], np.dtype[Any], tuple[int, ...] | None, tuple[int, int]]:
-    """Address, shape, dtype, strides in bytes (None: C order) and device of a capsule, which stays unused.
+    """Address, shape, dtype, strides in bytes (None: C order) and device of a capsule, which is not consumed.
 
     Raises:
-        ValueError: it is no capsule of a tensor, or of elements that numpy has no dtype for.
+        ValueError: it is not the capsule of a tensor, or numpy has no dtype for the elements.
     """
     tensor = _ManagedTensor.from_address(_pointer(capsule, _NAME)).tensor
     kind = next((kind for kind, code in _KINDS.items() if code == tensor.code), None)
@@ -72,7 +72,7 @@ def from_capsule(
 
 
 def to_capsule(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: tuple[int, int], owner: Any) -> Any:
-    """A capsule of C-contiguous memory; `owner` lives until its reader has let go of it."""
+    """A capsule of C-contiguous memory; keeps `owner` alive until the consumer has deleted it."""
     managed, sizes = _ManagedTensor(), (ctypes.c_int64 * len(shape))(*shape)
     tensor = managed.tensor
     tensor.data, (tensor.device_type, tensor.device_id) = address, device
@@ -80,20 +80,20 @@ def to_capsule(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], devic
     tensor.code, tensor.bits, tensor.lanes = _KINDS[dtype.kind], 8 * dtype.itemsize, 1
     managed.deleter = ctypes.cast(_delete, ctypes.c_void_p).value
     key = ctypes.addressof(managed)
-    _lent[key] = (managed, sizes, owner)
+    _exported[key] = (managed, sizes, owner)
     return _new(key, _NAME, ctypes.cast(_destroy, ctypes.c_void_p).value)
 
 
-def _forget(managed: int) -> None:
-    """What a reader calls when it is done."""
-    _lent.pop(managed, None)
+def _delete_tensor(managed: int) -> None:
+    """Deleter of the structure: called by the consumer."""
+    _exported.pop(managed, None)
 
 
-def _forget_unread(capsule: int) -> None:
-    """What Python calls for a capsule; one that was read has another name by then."""
+def _destroy_capsule(capsule: int) -> None:
+    """Destructor of the capsule: called by Python. A consumed capsule has been renamed by then."""
     if _is_valid(capsule, _NAME):
-        _lent.pop(_pointer_at(capsule, _NAME), None)
+        _exported.pop(_pointer_at(capsule, _NAME), None)
 
 
 _callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_delete, _destroy = _callback(_forget), _callback(_forget_unread)
+_delete, _destroy = _callback(_delete_tensor), _callback(_destroy_capsule)

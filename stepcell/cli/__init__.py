@@ -1,4 +1,4 @@
-"""The command line: thin commands, one file each, loaded only when called."""
+"""Command line: one module per command, imported when the command is called."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COMMANDS = {
     "build": "Build a float16 TensorRT engine from an exported model.",
     "run": "Run the step loop over a clip, a folder of frames, an array or a camera.",
     "verify": "Prove a model over many steps, states fed back, against its reference.",
-    "inspect": "Print what a model or engine takes, returns and remembers.",
-    "kernels": "Compile the fused gate kernels for GPUs that need not be here.",
-    "doctor": "Say what this machine can do and what each missing piece costs.",
+    "inspect": "Print the inputs, outputs and states of a model or engine.",
+    "kernels": "Compile the fused gate kernels for any GPU, without one.",
+    "doctor": "List what works on this machine, and how to add what is missing.",
 }
 
 
 class _LazyGroup(click.Group):
-    """Imports a command's module when it is called, so that `run` never waits for torch."""
+    """A group that imports the module of a command when it is called, so that `run` does not import torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -52,7 +52,7 @@ class _LazyGroup(click.Group):
                 log(f"hint:  {error.hint}")
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            ctx.exit(130)  # as shells say it; click would say 1
+            ctx.exit(130)  # the exit code of shells; click would use 1
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -22,13 +22,13 @@ from stepcell.files import human_size
 __all__ = ["console", "log", "logs_printed", "print_json", "stage", "table", "working"]
 
 HEARTBEAT_SECONDS = 10.0
-_FILE_WIDTH = 1000  # of a log, whose lines are searched and not looked at: a path stays whole
+_FILE_WIDTH = 1000  # columns of a table that goes to a file: paths are not wrapped
 
 
 class _Log(Console):
     """A console that ignores write errors: a closed pipe or a full disk does not end the work."""
 
-    def on_broken_pipe(self) -> None:  # rich ends the process here
+    def on_broken_pipe(self) -> None:  # rich would end the process
         self.quiet = True
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -36,11 +36,11 @@ class _Log(Console):
             super().print(*objects, **options)
 
 
-console = _Log(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x:` in a path is no emoji
+console = _Log(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x:` may be part of a path
 
 
 def log(message: str) -> None:
-    """One line to stderr, for a person."""
+    """Print a line to stderr."""
     console.print(message, markup=False)
 
 
@@ -48,7 +48,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             log(record.getMessage())
-        except Exception:  # as logging asks of a handler
+        except Exception:  # required by logging
             self.handleError(record)
 
 
@@ -67,13 +67,13 @@ def logs_printed() -> Iterator[None]:
 
 
 def stage(verb: str, path: Path | str, seconds: float, detail: str = "") -> None:
-    """The summary line that ends a stage: what was done, to which file, size, time."""
+    """Print the summary of a stage: verb, path, size of the file, duration."""
     size = human_size(Path(path).stat().st_size) if Path(path).is_file() else ""
     log(f"{verb:<8} {path!s:<28} {size:>9}  {seconds:6.1f} s  {detail}".rstrip())
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: bool = False) -> None:
-    """A table for a person; results that were asked for go to stdout."""
+    """Print a table to stderr, or to stdout if it is the result of the command."""
     grid = Table(
         title=title or None,
         title_justify="left",
@@ -85,7 +85,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: b
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*map(Text, row))  # as it is: `stepcell[rtx]` is no markup
+        grid.add_row(*map(Text, row))  # `stepcell[rtx]` is not markup
     output = (Console if to_stdout else _Log)(highlight=False, stderr=not to_stdout)
     if not output.is_terminal:
         output.width = _FILE_WIDTH
@@ -93,7 +93,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: b
 
 
 def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
-    """A result for a machine, to stdout."""
+    """Print a result as JSON to stdout."""
     if sys.stdout is None:
         raise OutputError("stdout: is closed")
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=1).decode() + "\n")
@@ -101,8 +101,8 @@ def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show that a long call is alive: a spinner with the elapsed time, or a line every ten
-    seconds where stderr is not a terminal. TensorRT reports no usable progress of its own.
+    """Context manager that shows the elapsed time of a long call: a spinner in a terminal, otherwise a line every ten
+    seconds. TensorRT reports no usable progress.
     """
     started = time.monotonic()
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""`stepcell doctor`."""
+"""The command `stepcell doctor`: prints what works on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Examples:
 )
 @json_option
 def command(as_json: bool) -> None:
-    """Say what this machine can do, what each missing piece costs and the command that adds it."""
+    """List what works on this machine, what cannot be done without the rest, and how to add it."""
     from stepcell.runtime.doctor import examine
 
     findings = examine()

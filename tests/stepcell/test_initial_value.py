@@ -58,7 +58,7 @@ def test_for_people_it_is_short() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shape": [4, 1]}, r"expected shape \(4, 'height', 'width'\) or 1"),
+        ({"shape": [4, 1]}, r"expected shape \(4, 'height', 'width'\), or 1"),
         ({"shape": [4, 2, 1]}, "expected shape"),
         ({"shape": [3, 1, 1]}, "expected shape"),
         ({"shape": [-4, 1, 1]}, "expected shape"),
@@ -79,8 +79,8 @@ def test_damaged_values(change: dict[str, object], message: str) -> None:
 
 def test_values_that_do_not_belong_in_a_contract() -> None:
     for made, message in (
-        (contract(VALUE, dtype="int32"), "only states of floats"),
-        (contract(VALUE, batch_axis=9), "batch_axis 9 is no axis"),
+        (contract(VALUE, dtype="int32"), "only floating-point states"),
+        (contract(VALUE, batch_axis=9), "batch_axis 9 is not an axis"),
         (contract(np.zeros((4, 1024, 1024)), shape=("batch", 4, 1024, 1024)), "at most 4194304"),
     ):
         with pytest.raises(ContractError, match=message):

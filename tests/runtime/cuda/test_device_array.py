@@ -1,4 +1,4 @@
-"""Arrays by DLPack: our capsules read by others, and others' read by us."""
+"""Arrays by DLPack: our capsules read by numpy and torch, and theirs by us."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_numpy_and_torch_read_our_capsules_in_place(dtype: str) -> None:
     np.testing.assert_array_equal(read, array)
     assert (read.dtype, read.ctypes.data) == (array.dtype, array.ctypes.data)
     assert tensor.data_ptr() == array.ctypes.data
-    assert len(dlpack._lent) == 2, "both are lent out"
+    assert len(dlpack._exported) == 2, "both are exported"
     assert from_capsule(tensor.__dlpack__())[:3] == (array.ctypes.data, array.shape, array.dtype)
     del read, tensor
     gc.collect()
-    assert not dlpack._lent, "both have been given back"
+    assert not dlpack._exported, "both have been deleted"
 
 
-def test_a_capsule_that_nobody_reads_is_given_back() -> None:
+def test_a_capsule_that_is_not_consumed_is_deleted() -> None:
     capsule = Ours(np.zeros(3)).__dlpack__()
-    assert len(dlpack._lent) == 1
+    assert len(dlpack._exported) == 1
     del capsule
-    assert not dlpack._lent
+    assert not dlpack._exported
 
 
 def test_strides_and_offsets_of_others() -> None:

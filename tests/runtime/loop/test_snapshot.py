@@ -174,7 +174,7 @@ def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Pa
     np.testing.assert_array_equal(states["h"], ONE)
     for length in range(0, len(whole), 7):
         damaged.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=r"damaged\.safetensors: not a whole"):
+        with pytest.raises(InputError, match=r"damaged\.safetensors: is not a complete"):
             read_snapshot(damaged, contract)
     for position in range(len(whole) - ONE.nbytes, len(whole)):
         damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
@@ -194,7 +194,7 @@ def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Pa
     [
         (None, "cannot be read"),
         (b"text", "not a complete .safetensors file"),
-        ({}, "without the metadata key"),
+        ({}, "its metadata has no key"),
         ({"stepcell.snapshot": "{}"}, "malformed snapshot"),
         ({"stepcell.snapshot": '{"schema": "2.0", "contract_hash": ""}'}, r"schema 2\.0 is not supported"),
         ({"stepcell.snapshot": '{"contract_hash": "", "frame": -1}'}, "malformed snapshot"),
