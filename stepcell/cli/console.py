@@ -1,4 +1,4 @@
-"""Console output of the command line: progress and summaries to stderr, results to stdout."""
+"""Console output of the command line: progress and summaries to stderr, results to stdout. Only this module uses rich."""
 
 from __future__ import annotations
 
