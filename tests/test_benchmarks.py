@@ -21,7 +21,7 @@ from stepcell.models import CellStack, ConvGRUCell
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "loop.json"
-MODULES = ("loop", "loops", "loop_cases", "loop_report", "overhead")
+MODULES = ("loop", "loops", "loop_cases", "loop_report", "overhead", "evaluator")
 
 
 @pytest.fixture
@@ -201,3 +201,20 @@ def test_overhead_quick(script: Callable[..., ModuleType], tmp_path: Path) -> No
     for name, figures in found["results"].items():
         assert figures["bare_us"] > 0, name
         assert figures["loop_us"] - figures["bare_us"] == pytest.approx(figures["overhead_us"], abs=0.2), name
+
+
+@pytest.mark.slow
+def test_evaluator_quick(script: Callable[..., ModuleType], tmp_path: Path) -> None:
+    evaluator = script("evaluator", "--quick", "--steps", 2, "--output", tmp_path / "evaluator.json")
+    evaluator.main()
+    found = json.loads((tmp_path / "evaluator.json").read_text())
+    both = found["against_onnx_reference"]
+    assert both["times_as_fast"][1] > 1
+    assert both["max_difference_of_y"] < 5e-3
+    assert set(found["alone"]) == {
+        "size",
+        "as_written_s_per_1000",
+        "float32_s_per_1000",
+        "float64_s_per_1000",
+        "jvp_s_per_1000",
+    }
