@@ -115,11 +115,11 @@ def command(
     place, apart from other rows, reset and resumed exactly. Exit code 3 where a verdict fails. An engine's sidecar
     keeps the result: `stepcell inspect` shows it, `stepcell run --require-verified` asks for it.
     """
+    from stepcell.cli.plots import check_plot
     from stepcell.runtime.verify.recorded import record_reference, verify_recorded, write_record
     from stepcell.runtime.verify.verification import Plan, verify
 
-    if plot_path is not None and plot_path.suffix not in (".svg", ".png"):
-        raise UsageError(f"--plot: expected a name that ends in .svg or .png, got {plot_path}")
+    check_plot(plot_path)
     is_engine = model.suffix in _ENGINES
     onnx, contract, sidecar = _opened(model)
     layers = () if sidecar is None else sidecar.layers
@@ -322,19 +322,16 @@ def _show(report: Report) -> None:
 
 
 def _write(report: Report, page_path: Path | None, plot_path: Path | None) -> None:
-    from stepcell.runtime.verify.report.page import growth_plot, page
+    from stepcell.runtime.verify.report.page import page
 
     if page_path is not None:
         write_atomic(page_path, page(report))
         log(f"report:  {page_path}")
     if plot_path is None:
         return
-    if plot_path.suffix == ".svg":
-        write_atomic(plot_path, growth_plot(report.growth))
-    else:
-        from stepcell.cli.png import growth_png
+    from stepcell.cli.plots import write_growth
 
-        write_atomic(plot_path, growth_png(report.growth))
+    write_growth(plot_path, report.growth)
     log(f"plot:    {plot_path}")
 
 

@@ -1,0 +1,67 @@
+"""`stepcell compare`: two outputs, frame by frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stepcell.cli.common import json_option
+from stepcell.cli.console import log, print_json, table
+from stepcell.errors import ParityError
+
+__all__ = ["command"]
+
+_FILE = click.Path(exists=True, path_type=Path)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  stepcell compare engine.npy onnx.npy
+  stepcell compare engine.npy onnx.npy --tolerance 0.02 --plot growth.svg
+  stepcell compare out.mp4 expected.mp4 --json
+"""
+)
+@click.argument("a", type=_FILE)
+@click.argument("b", type=_FILE)
+@click.option(
+    "--tolerance", type=click.FloatRange(0), metavar="T", help="Exit with 3 if an absolute difference is larger."
+)
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.svg",
+    help="Write the error growth as a picture: .svg, or .png where matplotlib is installed.",
+)  # fmt: skip
+@json_option
+def command(a: Path, b: Path, tolerance: float | None, plot_path: Path | None, as_json: bool) -> None:
+    """Compare the outputs A and B, such as of an engine and of the file it was built from.
+
+    Each is a .npy with time first, as `stepcell run --output out.npy` writes it, a video, or a folder of pictures.
+    Errors are shown at frames 1, 2, 4, ... as `stepcell verify` shows them.
+    """
+    from stepcell.cli.plots import check_plot, write_growth
+    from stepcell.runtime.verify.compare import compare_outputs
+
+    check_plot(plot_path)
+    found = compare_outputs(a, b, tolerance=tolerance)
+    growth = found.growth
+    table("difference at frame", ["", *map(str, growth.steps)], [
+        ["largest", *(f"{error:.1e}" for error in growth.max_abs)],
+        ["rms", *(f"{error:.1e}" for error in growth.rms)],
+    ])  # fmt: skip
+    if plot_path is not None:
+        write_growth(plot_path, [growth])
+        log(f"plot:    {plot_path}")
+    if found.lengths[0] != found.lengths[1]:
+        log(f"note:    {a} has {found.lengths[0]} frames, {b} {found.lengths[1]}; the rest is not compared")
+    quality = f", PSNR {found.psnr:.1f} dB" if found.psnr is not None else ""
+    log(
+        f"compared {found.frames} frames: largest difference {found.worst:.3g} in frame {found.worst_frame} of values "
+        f"up to {growth.scale:.3g}, mean rms {found.mean_rms:.3g}, cosine {found.cosine:.6f}{quality}"
+    )
+    if as_json:
+        print_json(found)
+    if tolerance is not None and found.beyond is not None:
+        raise ParityError(
+            f"{a}: differs from {b} by up to {found.worst:.3g}, beyond {tolerance:g} from frame {found.beyond} on"
+        )
