@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, InputError
 from stepcell.files import read_bytes
-from stepcell.missing import require
+from stepcell.optional_imports import require
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from stepcell.errors import BuildError, UsageError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.image import SCHEMA, Argument, ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, SOURCES, constants, pointer_dtype

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stepcell.missing import require
 from stepcell.ops import DOMAIN
+from stepcell.optional_imports import require
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.signature import kernel_inputs, kernel_outputs, kernels_of, workspace
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION

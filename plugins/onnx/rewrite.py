@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepcell.contract import StateSpec
 from stepcell.errors import PluginError, UsageError
-from stepcell.missing import require
 from stepcell.ops import DOMAIN, OPS, same_pads
+from stepcell.optional_imports import require
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.packing import pack

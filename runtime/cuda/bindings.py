@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepcell.errors import DeviceError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 
 __all__ = ["check", "driver", "initialised_driver"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stepcell.contract import Spec
 from stepcell.dims import Dim, evaluate
 from stepcell.errors import BuildError, ContractError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.plugins.prepare import PreparedModel
 from stepcell.runtime.engine.tensorrt_module import dtype_name
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from stepcell.errors import MissingDependencyError, UsageError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 
 __all__ = ["FLAVORS", "Flavor", "Messages", "TensorRT", "dtype_name", "load_tensorrt", "make_logger", "no_collection"]
 

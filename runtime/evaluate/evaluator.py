@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 
 from stepcell.contract import METADATA_KEY, Spec, StepContract
 from stepcell.errors import ContractError, InputError, StateError, UsageError
-from stepcell.missing import require
 from stepcell.onnx_model import read_model
+from stepcell.optional_imports import require
 from stepcell.runtime.evaluate.arithmetic import Arithmetic, Array, Widening, is_float
 from stepcell.runtime.evaluate.program import Program
 

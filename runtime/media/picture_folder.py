@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
 from stepcell.files import temporary_path
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.video_reader import VideoSource

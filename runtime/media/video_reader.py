@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.runtime.media.source import FRAME_RATES, Source, display_name
 
 __all__ = ["BT709", "CAMERA", "VideoSource"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stepcell.missing import require
+from stepcell.optional_imports import require
 
 __all__ = ["repair_video"]
 

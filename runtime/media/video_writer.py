@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import OutputError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.temporary_file import TemporaryFile
 from stepcell.runtime.media.video_reader import BT709

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from stepcell.errors import OutputError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.runtime.streams.progress import StreamProgress
 
 __all__ = ["LOCALHOST", "Metrics"]

@@ -1,4 +1,4 @@
-"""Console output of the command line: progress and summaries to stderr, results to stdout. Only this module uses rich."""
+"""Console output of the command line, the only user of rich: progress and summaries to stderr, results to stdout."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from stepcell.errors import OutputError
 from stepcell.files import human_size
 
-__all__ = ["console", "log", "logs_printed", "print_json", "stage", "table", "working"]
+__all__ = ["LiveTable", "console", "log", "logs_printed", "print_json", "stage", "table", "working"]
 
 HEARTBEAT_SECONDS = 10.0
 _FILE_WIDTH = 1000  # columns of a table that goes to a file: paths are not wrapped
@@ -90,6 +91,29 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: b
     if not output.is_terminal:
         output.width = _FILE_WIDTH
     output.print(grid)
+
+
+class LiveTable:
+    """A table on a terminal that is redrawn in place. All columns but the first are aligned to the right."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns = columns
+        self._live = Live(console=console, auto_refresh=False)
+
+    def update(self, rows: Sequence[Sequence[str]]) -> None:
+        """Draw the table with these rows."""
+        grid = Table(box=None, pad_edge=False)
+        grid.add_column(self._columns[0], overflow="ellipsis", no_wrap=True, max_width=40)
+        for column in self._columns[1:]:
+            grid.add_column(column, justify="right", no_wrap=True)
+        for row in rows:
+            grid.add_row(*map(Text, row))
+        self._live.start()
+        self._live.update(grid, refresh=True)
+
+    def stop(self) -> None:
+        """Leave the table as it was drawn last."""
+        self._live.stop()
 
 
 def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:

@@ -12,7 +12,7 @@ import click
 from stepcell.cli.common import json_option, parse_settings
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.errors import UsageError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:

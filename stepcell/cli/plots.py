@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.runtime.verify.report.page import growth_plot
 from stepcell.runtime.verify.results import Growth
 

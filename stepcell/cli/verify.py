@@ -16,7 +16,7 @@ from stepcell.cli.console import log, print_json, table, working
 from stepcell.contract import StepContract
 from stepcell.errors import InputError, ParityError, UsageError
 from stepcell.files import read_bytes, write_atomic
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:

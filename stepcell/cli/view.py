@@ -7,11 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
-from stepcell.cli.console import console, log, stage, table
+from stepcell.cli.console import LiveTable, console, log, stage, table
 from stepcell.runtime.loop.latency import Latency, LatencySummary
 from stepcell.runtime.streams.progress import RunProgress, StreamProgress
 from stepcell.runtime.streams.report import RunReport
@@ -32,7 +28,7 @@ class View:
     def __init__(self) -> None:
         self._progress = RunProgress((), Latency())
         self._started = self._shown = time.monotonic()
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._live = LiveTable(COLUMNS) if console.is_terminal else None
 
     def __enter__(self) -> View:
         return self
@@ -40,16 +36,15 @@ class View:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None and self._live.is_started:
-            self._live.update(self._table(), refresh=True)
+        if self._live is not None:
+            if self._progress.streams:
+                self._live.update(self._rows())
             self._live.stop()
 
     def __call__(self, progress: RunProgress) -> None:
         now = time.monotonic()
         if not self._progress.streams:  # the first call: the streams are open now
             self._started = self._shown = now
-            if self._live is not None:
-                self._live.start()
         self._progress = progress
         if now - self._shown < (PLAIN_SECONDS if self._live is None else LIVE_SECONDS):
             return
@@ -57,7 +52,7 @@ class View:
         if self._live is None:
             log(self._line(now))
         else:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(self._rows())
 
     def summarise(self, report: RunReport) -> None:
         """Print the summary of a run that has ended."""
@@ -89,14 +84,8 @@ class View:
         rate = sum(stream.frames for stream in streams) / (now - self._started)
         return f"{', '.join(done)}, {rate:.1f} frames/s, {(self._progress.step.mean or 0) * 1e3:.2f} ms/step"
 
-    def _table(self) -> Table:
-        grid = Table(box=None, pad_edge=False)
-        grid.add_column(COLUMNS[0], overflow="ellipsis", no_wrap=True, max_width=40)
-        for column in COLUMNS[1:]:
-            grid.add_column(column, justify="right", no_wrap=True)
-        for stream in self._progress.streams:
-            grid.add_row(*map(Text, _row(stream)))
-        return grid
+    def _rows(self) -> list[list[str]]:
+        return [_row(stream) for stream in self._progress.streams]
 
 
 def _row(stream: StreamProgress) -> list[str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from stepcell.contract import Spec, StepContract
 from stepcell.dims import resolve
 from stepcell.errors import DeviceError, StepcellError, UsageError
-from stepcell.missing import require
+from stepcell.optional_imports import require
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device, StepFuture
 from stepcell.runtime.backends.onnxruntime.session import captures_graphs, open_session

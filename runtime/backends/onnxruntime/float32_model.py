@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from stepcell.contract import METADATA_KEY, StateSpec, StepContract, TensorSpec
-from stepcell.missing import require
+from stepcell.optional_imports import require
 
 if TYPE_CHECKING:
     import onnx

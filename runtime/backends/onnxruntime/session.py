@@ -15,8 +15,8 @@ from typing import Any
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, DeviceError, InputError
 from stepcell.files import read_bytes
-from stepcell.missing import require
 from stepcell.onnx_model import read_model
+from stepcell.optional_imports import require
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepcell.missing import require
+from stepcell.optional_imports import require
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
