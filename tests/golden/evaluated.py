@@ -26,7 +26,7 @@ def differences_in_float64(case: Case, path: Path) -> tuple[float, float]:
     Args:
         path: the case's checkpoint, exported in float32.
     """
-    model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), case.system, case.settings)
+    model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), case.family, case.settings)
     model = copy.deepcopy(model).double().eval()
     evaluator = GraphEvaluator(path, "float64")
     contract, rng = evaluator.contract, np.random.default_rng(0)
