@@ -62,7 +62,7 @@ class ArraySource(Source):
                 for number in range(count):
                     data = file.read(size)
                     if len(data) < size:
-                        raise InputError(f"{self.name}: cut off at frame {number} of {count}")
+                        raise InputError(f"{self.name}: truncated at frame {number} of {count}")
                     yield np.frombuffer(data, self._dtype).reshape(shape)
         except OSError as error:
             raise InputError(f"{self.name}: cannot be read ({error.strerror})") from error

@@ -42,7 +42,7 @@ def open_source(
     if (events is not None) != (Path(text).suffix in EVENT_FILES):
         wanted = "events" if events is not None else "pictures"
         files = ", ".join(EVENT_FILES) if events is not None else "a video, pictures or .npy"
-        raise InputError(f"{text}: the model takes {wanted}", hint=f"give it {files}")
+        raise InputError(f"{text}: the model takes {wanted}", hint=f"expected {files}")
     if events is not None:
         return EventSource(Path(text), events, size)
     if (text == STDIN) != (size is not None):

@@ -29,7 +29,7 @@ class FolderSource(Source):
     """The pictures of a folder in natural order: frame2.png before frame10.png.
 
     Raises:
-        InputError: the folder cannot be read or holds no picture.
+        InputError: the folder cannot be read or contains no picture.
         MissingDependencyError: PyAV is not installed.
     """
 
@@ -42,7 +42,7 @@ class FolderSource(Source):
             raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
         self._files = sorted(files, key=lambda path: natural_key(path.name))
         if not files:
-            raise InputError(f"{folder}: holds no picture ({', '.join(_PICTURES)})")
+            raise InputError(f"{folder}: contains no picture ({', '.join(_PICTURES)})")
         self.length = len(files)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:

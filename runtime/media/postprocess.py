@@ -96,7 +96,7 @@ def to_pixels(spec: TensorSpec, tensor: NDArray[Any]) -> NDArray[np.uint8]:
     if not np.isfinite(tensor).all():
         raise StepcellError(
             f"{spec.name}: the model returned NaN or Inf",
-            hint="its state may be spoilt: --reset-every N clears it; float16 models overflow beyond 65504",
+            hint="its states may be corrupted: --reset-every N clears them; float16 models overflow beyond 65504",
         )
     gain, offset = gain_and_offset(spec, channels)
     values = np.subtract(tensor, offset, dtype=np.float32)

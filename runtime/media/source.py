@@ -26,7 +26,7 @@ class Source(Protocol):
         fps: frames per second; None: not known.
         length: number of frames; None: not known.
         live: reopening it continues at the current time instead of at the first frame, as for a camera.
-        seconds: timestamp of the last frame on the clock of the source; None: its frames have none.
+        seconds: timestamp of the last frame on the clock of the source; None: its input has shape have none.
     """
 
     name: str

@@ -94,14 +94,14 @@ class VideoSource(Source):
         if self._duration is not None and last - first < CUT_OFF * self._duration - CUT_OFF_SECONDS:
             # FFmpeg ends some formats (Matroska) without an error where the file was cut off.
             raise InputError(
-                f"{self.name}: cut off: its header says {self._duration:.1f} s, {last - first:.1f} s are there"
+                f"{self.name}: truncated: its header says {self._duration:.1f} s, it ends after {last - first:.1f} s"
             )
 
     def _decode(self, packet: Any, number: int) -> Sequence[Any]:
         """The frames of a packet; a live stream skips damaged packets until too many are consecutive."""
         try:
             if packet.is_corrupt:
-                raise InputError(f"{self.name}: broken or cut off at frame {number}")
+                raise InputError(f"{self.name}: broken or truncated at frame {number}")
             frames: Sequence[Any] = packet.decode()
         except (InputError, self._error):
             self._broken += 1

@@ -133,7 +133,7 @@ class FrameReader:
                 if source is not None:
                     if not self._attempts:  # logged once per loss, even if reopened sources give no frame
                         reason = broke.message if broke else "the stream ended"
-                        logger.warning(f"{self.name}: lost ({reason}); opening it again")
+                        logger.warning(f"{self.name}: lost ({reason}); reconnecting")
                     source.close()
                     source = None
                 source = self._reopen(self._reconnect, broke)
@@ -169,7 +169,7 @@ class FrameReader:
         if self._attempts:
             self._attempts = 0
             self.reconnects += 1
-            logger.info(f"{self.name}: back after {arrived - last_arrived:.1f} s")
+            logger.info(f"{self.name}: reconnected after {arrived - last_arrived:.1f} s")
             if seconds is not None and last_seconds is not None:
                 self._offset = last_seconds + arrived - last_arrived - seconds
         if seconds is not None:
@@ -195,7 +195,7 @@ class FrameReader:
             lost = time.monotonic() - self._last[0]
             if lost > reconnect.timeout:
                 reason = f" ({error.message})" if error else ""
-                raise InputError(f"{self.name}: lost, and not back within {reconnect.timeout:g} s{reason}")
+                raise InputError(f"{self.name}: lost and not reconnected within {reconnect.timeout:g} s{reason}")
             delay = reconnect.delay(self._attempts)
             self._attempts += 1
             if self._stopping.wait(min(delay, max(0.0, reconnect.timeout - lost) + 0.01)):

@@ -99,7 +99,7 @@ def check_names(
         for other, user in taken.items():
             # Unlike Path.resolve, realpath accepts a loop of symbolic links.
             if os.path.realpath(name) == os.path.realpath(other):
-                raise UsageError(f"{option} {name}: is {user} as well", hint="choose another name")
+                raise UsageError(f"{option} {name}: also used as {user}", hint="choose another name")
         taken[name] = option
         if option in files and not os.access(Path(name).absolute().parent, os.W_OK | os.X_OK):
             # Checked now, because these files are written after the run.
@@ -217,5 +217,5 @@ def _open_source(
     except InputError as error:
         if not _may_reconnect(each, options):
             raise
-        logger.warning(f"{error.message}: trying again")
+        logger.warning(f"{error.message}: reconnecting")
         return None

@@ -114,7 +114,7 @@ class RunError(StepcellError):
         lines = "".join(f"\n  {with_name(name, error)}" for name, error in failures.items())
         hints = {error.hint for error in failures.values()}
         cause = StepcellError(
-            f"{len(failures)} of {len(report.streams)} streams broke:{lines}",
+            f"{len(failures)} of {len(report.streams)} streams failed:{lines}",
             hint=hints.pop() if len(hints) == 1 else None,
         )
         codes = {error.exit_code for error in failures.values()}

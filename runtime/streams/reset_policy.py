@@ -91,8 +91,8 @@ class ResetMonitor:
             return False
         if seconds is None:
             raise InputError(
-                f"frame {number}: has no time, so a gap between frames cannot be seen",
-                hint="pictures and arrays have none; leave --reset-gap out",
+                f"frame {number}: has no timestamp, so gaps cannot be detected",
+                hint="pictures and arrays have no timestamps: omit --reset-gap",
             )
         last, self._seconds = self._seconds, seconds
         return last is not None and not 0 <= seconds - last <= self.policy.gap

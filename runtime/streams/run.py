@@ -29,16 +29,14 @@ from stepcell.runtime.streams.progress import RunProgress
 from stepcell.runtime.streams.report import RunError, RunReport
 from stepcell.runtime.streams.reset_policy import ResetPolicy
 from stepcell.runtime.streams.run_control import RunControl
-from stepcell.runtime.streams.run_snapshots import SnapshotWriter, resume_streams
+from stepcell.runtime.streams.run_snapshots import SNAPSHOT_EVERY, SnapshotWriter, resume_streams
 from stepcell.runtime.streams.scheduler import Scheduler
 
-__all__ = ["SNAPSHOT_EVERY", "run_streams"]
+__all__ = ["run_streams"]
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-SNAPSHOT_EVERY = 250  # frames: ten seconds of a camera
 
 
 def run_streams(

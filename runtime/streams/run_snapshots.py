@@ -13,10 +13,11 @@ from stepcell.errors import InputError, OutputError
 from stepcell.runtime.loop.snapshot import Snapshot
 from stepcell.runtime.loop.step_loop import StepLoop
 
-__all__ = ["SnapshotWriter", "resume_streams"]
+__all__ = ["SNAPSHOT_EVERY", "SnapshotWriter", "resume_streams"]
 
 logger = logging.getLogger(__name__)
 
+SNAPSHOT_EVERY = 250  # default number of frames between snapshots: ten seconds of a camera
 _FRAMES = "frames"  # metadata key of the frames of each stream, if there are several
 
 
@@ -60,7 +61,7 @@ class SnapshotWriter:
                 metadata[_FRAMES] = msgspec.json.encode(streams).decode()
             loop.save(self._path, frame=frames, metadata=metadata)
         except OutputError as error:
-            logger.warning(f"frame {frames}: no snapshot: {error.message}")
+            logger.warning(f"frame {frames}: snapshot not written: {error.message}")
             self.failed += 1
         else:
             self._saved = frames
@@ -79,18 +80,18 @@ def resume_streams(loop: StepLoop, path: Path, names: Sequence[str]) -> dict[str
     try:
         path.stat()
     except FileNotFoundError:
-        logger.info(f"{path}: no snapshot yet: starting from the beginning")
+        logger.info(f"{path}: does not exist yet: starting from the beginning")
         return {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     snapshot = loop.restore(path)
     if len(names) == 1:
         source = snapshot.metadata.get("input", "an unnamed input")
-        logger.info(f"{path}: going on at frame {snapshot.frame} of {source}")
+        logger.info(f"{path}: resuming at frame {snapshot.frame} of {source}")
         return {names[0]: snapshot.frame}
     frames = _frames_by_stream(snapshot)
     positions = ", ".join(f"frame {number} of {name}" for name, number in frames.items())
-    logger.info(f"{path}: going on at {positions}")
+    logger.info(f"{path}: resuming at {positions}")
     return frames
 
 
@@ -100,4 +101,4 @@ def _frames_by_stream(snapshot: Snapshot) -> dict[str, int]:
             snapshot.metadata.get(_FRAMES, ""), type=dict[str, Annotated[int, msgspec.Meta(ge=0)]]
         )
     except msgspec.DecodeError as error:
-        raise InputError("snapshot: does not say how many frames of each stream were stepped") from error
+        raise InputError("snapshot: does not state how many frames of each stream were stepped") from error

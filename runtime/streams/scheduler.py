@@ -212,8 +212,8 @@ class Scheduler:
         self._shape = self._shape or tensor.shape
         if tensor.shape != self._shape:
             raise InputError(
-                f"{stream.name}: its frames become {tensor.shape}, those of the first stream {self._shape}",
-                hint="streams that run together have one size; run this one alone",
+                f"{stream.name}: its input has shape {tensor.shape}, that of the first stream {self._shape}",
+                hint="all streams of a run need frames of one size; run this one alone",
             )
         require_finite(f"{stream.name}: {self._spec.name}", tensor)
 
@@ -246,7 +246,7 @@ class Scheduler:
                     outputs.pop(stream, None)
                     raise StepcellError(
                         f"{stream.prefix}frame {stream.number}: {name}: the model returned NaN or Inf",
-                        hint="--on-nonfinite reset goes on from the initial state; "
+                        hint="--on-nonfinite reset continues from the initial states; "
                         "float16 models overflow beyond 65504",
                     )
                 stream.log(f"{name}: the model returned NaN or Inf")
@@ -256,7 +256,7 @@ class Scheduler:
         if again:
             repeated = self._step_loop(again)
             for stream, name in self._non_finite(repeated, again).items():
-                stream.log(f"{name}: NaN or Inf from the initial state too")
+                stream.log(f"{name}: NaN or Inf from the initial states too")
                 self._reset(stream, "non-finite")
             outputs.update(repeated)
         return outputs

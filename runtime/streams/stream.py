@@ -212,14 +212,14 @@ class Stream:
     def _end_of_input(self) -> None:
         if self._to_skip:
             raise InputError(
-                f"{self.input}: ends at frame {self.start - self._to_skip}, before frame {self.start} to go on from",
+                f"{self.input}: ends at frame {self.start - self._to_skip}, before frame {self.start} to resume at",
                 hint="was the snapshot taken of another input?",
             )
         if self.number == 0:
             dropped = sum(self.dropped.values())
             raise InputError(
                 f"{self.input}: " + (f"all its {dropped} frames were dropped" if dropped else "holds no frame"),
-                hint="--deadline-ms allows more, or --on-late block steps late frames too" if dropped else None,
+                hint="increase --deadline-ms, or step late frames too with --on-late block" if dropped else None,
             )
         self.end("end of input")
 

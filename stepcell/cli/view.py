@@ -71,7 +71,7 @@ class View:
             if not result.frames:
                 continue
             width, height = result.frame_size or (0, 0)
-            ending = {"interrupted": ", stopped by a signal", "error": ", broken off"}.get(result.stopped, "")
+            ending = {"interrupted": ", stopped by a signal", "error": ", failed"}.get(result.stopped, "")
             rate = f"{result.frames} frames of {width}x{height}, {result.frames_per_second:.1f} frames/s"
             stage("run", result.output or "no output", result.seconds, rate + ending)
 

@@ -136,13 +136,13 @@ def test_killed_and_resumed_equals_an_uninterrupted_run(denoiser_onnx: Path, cli
     start = json.loads(report.read_text())["first_frame"]
     assert start % 7 == 0
     assert 7 <= start < len(whole), "killed before its end"
-    assert f"going on at frame {start} of {clip_path}" in " ".join(done.stderr.decode().split())
+    assert f"resuming at frame {start} of {clip_path}" in " ".join(done.stderr.decode().split())
     np.testing.assert_array_equal(np.load(tmp_path / "rest.npy"), whole[start:])
     assert json.loads(report.read_text())["resets"]["every"] == len([n for n in (50, 100) if n >= start])
 
     again = subprocess.run(command, check=True, capture_output=True, timeout=120)  # no frame is left
     assert json.loads(report.read_text())["frames"] == 0
-    assert b"going on at frame 120" in again.stderr
+    assert b"resuming at frame 120" in again.stderr
 
 
 def test_limit_and_resume_go_through_a_clip_piece_by_piece(
@@ -216,22 +216,22 @@ def test_broken_clip_keeps_what_was_written(accumulator: Model, tmp_path: Path) 
         (["-i", "-"], 2, "--size"),
         (["-i", "-", "--size", "huge"], 2, "--size: expected WIDTHxHEIGHT"),
         (["-i", "CLIP", "--size", "4x4"], 2, "--size"),
-        (["-i", "CLIP", "-o", "CLIP"], 2, "is --input as well"),
-        (["-i", "CLIP", "-o", "FOLDER/../clip.npy"], 2, "is --input as well"),
-        (["-i", "CLIP", "--report", "CLIP"], 2, "is --input as well"),
-        (["-i", "CLIP", "--report", "MODEL"], 2, "is the model as well"),
-        (["-i", "CLIP", "-o", "o.npy", "--report", "o.npy"], 2, "is --output as well"),
+        (["-i", "CLIP", "-o", "CLIP"], 2, "also used as --input"),
+        (["-i", "CLIP", "-o", "FOLDER/../clip.npy"], 2, "also used as --input"),
+        (["-i", "CLIP", "--report", "CLIP"], 2, "also used as --input"),
+        (["-i", "CLIP", "--report", "MODEL"], 2, "also used as the model"),
+        (["-i", "CLIP", "-o", "o.npy", "--report", "o.npy"], 2, "also used as --output"),
         (["-i", "CLIP", "--report", "none/run.json"], 1, "its folder does not exist"),
         (["-i", "CLIP", "-o", "none/out.mp4"], 1, "none/out.mp4: cannot be written"),
         (["-i", "CLIP", "-o", "out.gif"], 2, "--output: expected"),
         (["-i", "CLIP", "-o", "-", "--json"], 2, "both write to stdout"),
-        (["-i", "CLIP", "--reset-gap", "1"], 1, "frame 0: has no time"),
+        (["-i", "CLIP", "--reset-gap", "1"], 1, "frame 0: has no timestamp"),
         (["-i", "CLIP", "--reset-gap", "0"], 2, "--reset-gap"),
         (["-i", "CLIP", "--resume"], 2, "need --snapshot FILE"),
         (["-i", "CLIP", "--snapshot-every", "3"], 2, "need --snapshot FILE"),
-        (["-i", "CLIP", "--snapshot", "CLIP"], 2, "is --input as well"),
+        (["-i", "CLIP", "--snapshot", "CLIP"], 2, "also used as --input"),
         (["-i", "CLIP", "--snapshot", "none/s.safetensors"], 1, "its folder does not exist"),
-        (["-i", "CLIP", "--snapshot", "CLIP", "--resume"], 2, "is --input as well"),
+        (["-i", "CLIP", "--snapshot", "CLIP", "--resume"], 2, "also used as --input"),
         (["-i", "CLIP", "--on-nonfinite", "panic"], 2, "--on-nonfinite"),
         (["-i", "CLIP", "--fps", "0"], 2, "--fps: expected"),
         (["-i", "CLIP", "--fps", "fast"], 2, "--fps: expected"),

@@ -76,7 +76,7 @@ def write_dat(path: Path, parts: Iterable[Events], size: tuple[int, int]) -> int
         file.write(header.encode() + bytes([_TYPES[1], _RECORD.itemsize]))
         for events in parts:
             if len(events) and events.t[0] < 0:
-                raise OutputError(f"{path}: DAT has no time below zero, got {events.t[0]} us")
+                raise OutputError(f"{path}: DAT cannot store a negative time, got {events.t[0]} us")
             records = np.empty(len(events), _RECORD)
             records["t"] = events.t % _PERIOD
             records["xyp"] = events.x | events.y.astype(np.uint32) << 14 | events.p.astype(np.uint32) << 28

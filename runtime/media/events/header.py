@@ -60,6 +60,6 @@ def read_records(file: BinaryIO, name: str, dtype: np.dtype[Any], count: int) ->
         if whole:
             yield np.frombuffer(data, dtype, whole)
         if rest := len(data) % dtype.itemsize:
-            raise InputError(f"{name}: cut off: ends {rest} bytes into a record of {dtype.itemsize}")
+            raise InputError(f"{name}: truncated: ends {rest} bytes into a record of {dtype.itemsize}")
         if whole < count:
             return

@@ -62,7 +62,7 @@ class NpzReader:
             try:
                 x, y, p, t = (self._columns[name].read(count) for name in _COLUMNS)
             except _BROKEN as error:
-                raise InputError(f"{self.name}: broken or cut off ({error})") from error
+                raise InputError(f"{self.name}: broken or truncated ({error})") from error
             self._left -= count
             self._check(x, y, p, t)
             if t.dtype.kind == "f":

@@ -43,7 +43,7 @@ def validated(reader: EventReader, size: tuple[int, int]) -> Iterator[Events]:
         size: (width, height) of the sensor in pixels.
 
     Raises:
-        InputError: the file holds no event, a timestamp decreases, or a pixel lies outside the sensor.
+        InputError: the file contains no event, a timestamp decreases, or a pixel lies outside the sensor.
     """
     number, last = 0, None
     for events in reader:
@@ -61,7 +61,7 @@ def validated(reader: EventReader, size: tuple[int, int]) -> Iterator[Events]:
         yield events
         number, last = number + len(events), int(events.t[-1])
     if number == 0:
-        raise InputError(f"{reader.name}: holds no event")
+        raise InputError(f"{reader.name}: contains no event")
 
 
 def _require_order(name: str, t: NDArray[np.int64], number: int, last: int | None) -> None:
@@ -70,7 +70,7 @@ def _require_order(name: str, t: NDArray[np.int64], number: int, last: int | Non
         row = int((steps < 0).argmax())
         raise InputError(
             f"{name}: event {number + row} is {-int(steps[row])} us earlier than the one before it",
-            hint="events have to be in order of time: sort them, or the file is broken",
+            hint="events must be sorted by time; otherwise the file is broken",
         )
 
 

@@ -69,7 +69,7 @@ class EventSource(Source):
         found = own or size
         if found is None or 0 in found:
             self.close()
-            raise InputError(f"{path}: does not say how large its sensor is", hint="give the size: --size WIDTHxHEIGHT")
+            raise InputError(f"{path}: does not state the size of its sensor", hint="add --size WIDTHxHEIGHT")
         if max(found) > LARGEST:
             self.close()
             raise InputError(f"{path}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}")

@@ -66,7 +66,7 @@ def test_an_array_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
     frames = iter(open_source(str(path)))
     assert next(frames).all()
     os.truncate(path, path.stat().st_size // 4)
-    with pytest.raises(InputError, match=r"cut off at frame 2[0-9] of 100"):
+    with pytest.raises(InputError, match=r"truncated at frame 2[0-9] of 100"):
         list(frames)
 
 

@@ -48,7 +48,7 @@ def test_folder_of_grey_and_transparent_pictures(tmp_path: Path) -> None:
 
 
 def test_folder_without_pictures(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no picture"):
+    with pytest.raises(InputError, match="contains no picture"):
         open_source(str(tmp_path))
 
 

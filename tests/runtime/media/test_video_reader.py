@@ -173,7 +173,7 @@ def test_matroska_that_was_cut_off_gives_its_frames_and_then_says_so(clip_path: 
     assert sum(1 for _ in VideoSource(str(tmp_path / "whole.mkv"))) == 120
     (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
     frames: list[NDArray[Any]] = []
-    with pytest.raises(InputError, match=r"cut off: its header says 4\.0 s, |broken"):
+    with pytest.raises(InputError, match=r"truncated: its header says 4\.0 s, |broken"):
         frames.extend(VideoSource(str(tmp_path / "cut.mkv")))
     assert 20 < len(frames) < 100
 
@@ -231,7 +231,7 @@ def test_a_camera_of_which_nothing_whole_comes_is_broken(camera: Any, monkeypatc
     camera._data = damaged(camera._data, 1)
     monkeypatch.setattr("stepcell.runtime.media.video_reader.BROKEN_PACKETS", 10)
     source, frames = VideoSource(camera.url), []
-    with pytest.raises(InputError, match=r"tcp://127.0.0.1:\d+: broken or cut off at frame \d+"):
+    with pytest.raises(InputError, match=r"tcp://127.0.0.1:\d+: broken or truncated at frame \d+"):
         frames.extend(source)
     source.close()
     assert 20 < len(frames) < 40

@@ -30,7 +30,7 @@ def test_a_gap_in_time_or_a_step_back() -> None:
 
 def test_a_gap_needs_times() -> None:
     monitor = ResetMonitor(ResetPolicy(gap=1.0))
-    with pytest.raises(InputError, match="frame 7: has no time"):
+    with pytest.raises(InputError, match="frame 7: has no timestamp"):
         monitor.due(7, GREY, None)
 
 

@@ -403,7 +403,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
         report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), **options)
     assert (report.snapshots, report.failed_snapshots) == (0, 3)
     assert len(np.load(tmp_path / "out.npy")) == 5
-    assert "frame 2: no snapshot" in logged.text
+    assert "frame 2: snapshot not written" in logged.text
 
 
 def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Model, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_one_that_breaks_does_not_stop_the_others(
         "broken at frame 3",
         "c: x: 48 of 48 values are NaN",
         "d: frame 2 is (3, 8, 8), the first one (3, 4, 4)",
-        "e: its frames",
+        "e: its input has shape",
         "f: holds no",
     ]
     for report, words in zip(reports, errors, strict=True):
@@ -432,7 +432,7 @@ def test_a_camera_that_came_back_starts_afresh_unless_the_gap_is_short(
     expected = [1, 2, 3, 4, *([1, 2, 3, 4, 5] if resets else [5, 6, 7, 8, 9])]
     assert np.load(tmp_path / "cam.npy")[:, 0, 0, 0].tolist() == expected
     assert (reports[0].reconnects, reports[0].resets["gap"]) == (1, resets)
-    assert "lost, and not back within 1 s (gone for good)" in (reports[0].error or "")
+    assert "lost and not reconnected within 1 s (gone for good)" in (reports[0].error or "")
     assert np.load(tmp_path / "file.npy")[:, 0, 0, 0].tolist() == list(range(1, 11))
 
 

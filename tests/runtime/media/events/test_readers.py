@@ -247,11 +247,11 @@ HEADER = b"% Data file containing CD events\n% Version 2\n% Width 640\n% Height 
         ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y[1:]), "same length"),
         ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y[:, None]), "one number per event"),
         ("e.npz", lambda path: write_npz(path, EVENTS, y=np.array([{}] * 100)), "one number per event"),
-        ("e.npz", lambda path: write_npz(path, EVENTS[:0]), "holds no event"),
+        ("e.npz", lambda path: write_npz(path, EVENTS[:0]), "contains no event"),
         ("e.npz", lambda path: np.savez(path, x=EVENTS.x, t=EVENTS.t), "missing y, p"),
         ("e.npz", lambda path: path.write_bytes(b"PK nothing"), "not a readable .npz"),
-        ("e.dat", lambda path: path.write_bytes(HEADER), "holds no event"),
-        ("e.dat", lambda path: path.write_bytes(HEADER + bytes(11)), "cut off: ends 3 bytes into a record of 8"),
+        ("e.dat", lambda path: path.write_bytes(HEADER), "contains no event"),
+        ("e.dat", lambda path: path.write_bytes(HEADER + bytes(11)), "truncated: ends 3 bytes into a record of 8"),
         ("e.dat", lambda path: path.write_bytes(HEADER[:-1] + b"\x07"), "not a DAT file"),
         ("e.dat", lambda path: path.write_bytes(b"\x00" * 100), "not a DAT file"),
         ("e.dat", lambda path: path.write_bytes(b""), "not a DAT file"),
@@ -259,7 +259,7 @@ HEADER = b"% Data file containing CD events\n% Version 2\n% Width 640\n% Height 
         ("e.raw", lambda path: write_raw(path, encode_evt3(EVENTS), "evt 2.1"), "encoding 2.1: only EVT 2.0"),
         ("e.raw", lambda path: path.write_bytes(b"\x00" * 100), "encoding none"),
         ("e.raw", lambda path: write_raw(path, np.zeros(9, np.uint8), "evt 3.0"), "ends 1 bytes into a record of 2"),
-        ("e.raw", lambda path: write_raw(path, np.zeros(9, np.uint16), "evt 3.0"), "holds no event"),
+        ("e.raw", lambda path: write_raw(path, np.zeros(9, np.uint16), "evt 3.0"), "contains no event"),
         ("missing.raw", lambda path: path.exists(), "No such file"),
     ],
 )
@@ -325,7 +325,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_dat_is_not_left_half_written(tmp_path: Path) -> None:
     early = Events.of(EVENTS.x, EVENTS.y, EVENTS.p, EVENTS.t - 10**9)
-    with pytest.raises(OutputError, match="no time below zero"):
+    with pytest.raises(OutputError, match="cannot store a negative time"):
         write_dat(tmp_path / "e.dat", [EVENTS, early], SIZE)
     assert list(tmp_path.iterdir()) == []
 

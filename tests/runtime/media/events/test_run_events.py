@@ -67,7 +67,7 @@ def test_a_broken_file_keeps_what_was_made_of_it(firenet_onnx: Path, recording: 
     recording.write_bytes(recording.read_bytes()[:-3])
     result = run(firenet_onnx, "--input", recording, "--event-window", "10ms", "--output", tmp_path / "out.npy")
     assert result.exit_code == 1
-    assert "cut off: ends 5 bytes into a record of 8" in " ".join(result.stderr.split())
+    assert "truncated: ends 5 bytes into a record of 8" in " ".join(result.stderr.split())
     assert len(np.load(tmp_path / "out.npy")) == 24
 
 
