@@ -33,8 +33,8 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
     from stepcell.exporter.from_checkpoint.checkpoint import load_checkpoint
     from stepcell.exporter.from_checkpoint.families.registry import FAMILIES
     from stepcell.exporter.from_checkpoint.step_model import load_strictly, step_model
-    from stepcell.exporter.from_module import adopt
     from stepcell.exporter.from_module.factory import module_from_factory
+    from stepcell.exporter.from_module.lift import lift_states
     from stepcell.family_names import current_name
     from stepcell.models.step import is_step_module
 
@@ -66,7 +66,7 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
             spec.name: tuple(dim if isinstance(dim, int) else contract.example[dim] for dim in spec.shape)
             for spec in contract.inputs
         }
-        model = adopt(model, example)
+        model = lift_states(model, example)
     return model.float().eval()
 
 

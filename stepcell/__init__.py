@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from stepcell.errors import StepcellError
     from stepcell.exporter.from_checkpoint.checkpoint import Checkpoint, load_checkpoint
     from stepcell.exporter.from_checkpoint.step_model import load_model, step_model
-    from stepcell.exporter.from_module.registry import register_cell
-    from stepcell.exporter.from_onnx.fuse import FuseReport, fuse_onnx
+    from stepcell.exporter.from_module.lift import lift_states
+    from stepcell.exporter.from_module.replacements import register_cell
+    from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
     from stepcell.exporter.step_onnx.export import export_onnx
     from stepcell.runtime.engine.build import EngineInfo, build_engine
     from stepcell.runtime.engine.options import BuildOptions
@@ -46,7 +47,8 @@ __all__ = [
     "TensorSpec",
     "build_engine",
     "export_onnx",
-    "fuse_onnx",
+    "fuse",
+    "lift_states",
     "load_checkpoint",
     "load_model",
     "open_sink",
@@ -61,8 +63,9 @@ _NAMES = {
     "errors": "StepcellError",
     "exporter.from_checkpoint.checkpoint": "Checkpoint load_checkpoint",
     "exporter.from_checkpoint.step_model": "load_model step_model",
-    "exporter.from_module.registry": "register_cell",
-    "exporter.from_onnx.fuse": "FuseReport fuse_onnx",
+    "exporter.from_module.lift": "lift_states",
+    "exporter.from_module.replacements": "register_cell",
+    "exporter.from_onnx.fuse": "FuseReport fuse",
     "exporter.step_onnx.export": "export_onnx",
     "runtime.engine.build": "EngineInfo build_engine",
     "runtime.engine.options": "BuildOptions",

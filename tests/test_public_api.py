@@ -21,8 +21,8 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PUBLIC = {
     "stepcell": """
         BuildOptions Checkpoint EngineInfo FuseReport RunControl RunError RunReport StateSpec StepContract StepLoop
-        StepcellError TensorSpec build_engine export_onnx fuse_onnx load_checkpoint load_model open_sink open_source
-        register_cell run_streams step_model
+        StepcellError TensorSpec build_engine export_onnx fuse lift_states load_checkpoint load_model open_sink
+        open_source register_cell run_streams step_model
     """,
     "stepcell.models": """
         CellStack ConvGRUCell ConvLSTMCell DenseStack GRUCell LSTMCell StepModule batch_to_time conv_gru

@@ -26,7 +26,8 @@ class Cell:
     """A recurrent cell that an op computes exactly.
 
     Attributes:
-        name: path of its module where the names of its nodes hold one ("encoder.gru"), else "cell0".
+        name: its path ("encoder.gru"), numbered where two cells have one path; "cell0" without a path.
+        path: of its module, where the names of its nodes hold one; else "".
         kernel: height and width of the op's kernel.
         states: (before, after) of h, then of c; values of the graph, not necessarily its inputs.
         x: values that make up the op's x, along the channels: [N, C_i, H, W], or [N, C_i] of a dense cell.
@@ -38,6 +39,7 @@ class Cell:
     """
 
     name: str
+    path: str
     op: OpName
     hidden: int
     kernel: tuple[int, int]

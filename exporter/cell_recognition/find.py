@@ -7,6 +7,7 @@ exactly the same; otherwise it is a near miss with the reason.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from onnxscript import ir
@@ -17,10 +18,10 @@ from stepcell.exporter.cell_recognition.cell import Cell, GateWeights, NearMiss,
 from stepcell.exporter.cell_recognition.convolution import diagonal_of
 from stepcell.exporter.cell_recognition.gating import Gru, Lstm, gru_at, lstm_at
 from stepcell.exporter.cell_recognition.graph_walk import (
-    cell_name,
     descendants,
     first_kernel,
     is_made_inside,
+    module_path,
     obstacle,
 )
 from stepcell.exporter.cell_recognition.hidden_state import hidden_state
@@ -47,8 +48,7 @@ def find_cells(model: ir.Model) -> tuple[list[Cell], list[NearMiss]]:
         found = gru_at(value, algebra) or lstm_at(value, algebra)
         if found is None or (isinstance(found, Gru) and not _is_recurrent(found)):
             continue
-        taken = [*(cell.name for cell in cells), *(miss.name for miss in misses)]
-        name = cell_name(found.after, taken, len(taken))
+        name = _unused_name(module_path(found.after), [*(cell.name for cell in cells), *(miss.name for miss in misses)])
         try:
             if isinstance(found, Gru):
                 cells.append(_conv_gru(name, found, algebra))
@@ -61,6 +61,12 @@ def find_cells(model: ir.Model) -> tuple[list[Cell], list[NearMiss]]:
             algebra.make_atom(found.c_after)
             outputs[found.c_after] = found.after
     return cells, misses
+
+
+def _unused_name(path: str, taken: Sequence[str]) -> str:
+    name = path or f"cell{len(taken)}"
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(each for each in numbered if each not in taken)
 
 
 def _is_recurrent(found: Gru) -> bool:
@@ -260,6 +266,7 @@ def _cell(
     dtype = x[0].dtype.numpy()
     return Cell(
         name=name,
+        path=module_path(after),
         op="ConvGRU" if reset else "ConvLSTM",
         hidden=hidden,
         kernel=packed.kernel,

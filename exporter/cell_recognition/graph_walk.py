@@ -1,4 +1,4 @@
-"""Graph traversal for the recogniser: ancestors and descendants of values, obstacles, cell names."""
+"""Graph traversal for the recogniser: ancestors and descendants of values, obstacles, module paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from onnxscript import ir
 
-__all__ = ["ancestors", "cell_name", "descendants", "first_kernel", "is_made_inside", "obstacle"]
+__all__ = ["ancestors", "descendants", "first_kernel", "is_made_inside", "module_path", "obstacle"]
 
 _NORMALISATION = {
     "InstanceNormalization",
@@ -81,27 +81,20 @@ def first_kernel(values: Iterable[ir.Value]) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def cell_name(value: ir.Value, taken: Iterable[str], number: int) -> str:
-    """The path of the module that computes a value, from the names that exporters leave, else "cell" and a number."""
+def module_path(value: ir.Value) -> str:
+    """The path of the module that computes a value, from the names that exporters leave; "" without any."""
     node = value.producer()
-    name = ""
+    path = ""
     if node is not None:
         try:
             scopes = json.loads(node.metadata_props.get(_SCOPES, "[]").replace("'", '"'))
         except ValueError:
             scopes = []
         if len(scopes) > 1:
-            name = str(scopes[-2])
+            path = str(scopes[-2])
         elif "/" in (node.name or ""):
-            name = str(node.name).strip("/").rpartition("/")[0]
-    name = re.sub(r"[^0-9A-Za-z_.]+", ".", name).strip(".") or f"cell{number}"
-    used = set(taken)
-    unique = name
-    copy = 1
-    while unique in used:
-        copy += 1
-        unique = f"{name}_{copy}"
-    return unique
+            path = str(node.name).strip("/").rpartition("/")[0]
+    return re.sub(r"[^0-9A-Za-z_.]+", ".", path).strip(".")
 
 
 def _until_convolution(value: ir.Value) -> Iterator[ir.Value]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.errors import ExportError
-from stepcell.exporter.from_module.randomness import check_deterministic
-from stepcell.exporter.from_module.slots import Inputs, Slot, Starts, is_state, same, snapshot
+from stepcell.exporter.from_module.attributes import Inputs, Starts, StateAttribute, is_state, same, snapshot
+from stepcell.exporter.from_module.determinism import check_deterministic
 from stepcell.exporter.from_module.trees import flatten, map_leaves
 
 __all__ = ["Argument", "Interface", "find_interface", "outputs_of"]
@@ -48,22 +48,22 @@ class Interface:
 
     Attributes:
         arguments: state arguments.
-        slots: attributes that hold states.
+        attributes: attributes that hold states.
         scratch: attributes that a call changes and no later one reads.
         timed, time_axis: inputs that the module takes as sequences, here of one frame, and their axis of time.
         output_axes: the axis of time of each output, None where it has none.
     """
 
     arguments: tuple[Argument, ...] = ()
-    slots: tuple[Slot, ...] = ()
-    scratch: tuple[Slot, ...] = ()
+    attributes: tuple[StateAttribute, ...] = ()
+    scratch: tuple[StateAttribute, ...] = ()
     timed: tuple[str, ...] = ()
     time_axis: int = 0
     output_axes: tuple[int | None, ...] = ()
 
     @property
-    def places(self) -> tuple[Argument | Slot, ...]:
-        return (*self.arguments, *self.slots)
+    def places(self) -> tuple[Argument | StateAttribute, ...]:
+        return (*self.arguments, *self.attributes)
 
     def first(self, module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[Any, list[Any]]:
         """The first call, on a fresh module: state arguments from `starts`, or left out.
@@ -76,8 +76,8 @@ class Interface:
     def step(self, module: nn.Module, inputs: Inputs, memory: Sequence[Any]) -> tuple[Any, list[Any]]:
         """A later call: every place is given its value first."""
         count = len(self.arguments)
-        for slot, value in zip(self.slots, memory[count:], strict=True):
-            slot.set(module, value)
+        for attribute, value in zip(self.attributes, memory[count:], strict=True):
+            attribute.set(module, value)
         given = {argument.name: value for argument, value in zip(self.arguments, memory[:count], strict=True)}
         return self._call(module, inputs, given)
 
@@ -91,7 +91,7 @@ class Interface:
         frames = {name: x.unsqueeze(self.time_axis) if name in self.timed else x for name, x in inputs.items()}
         result = module(**frames, **states)
         values = [argument.pick(result) for argument in self.arguments]
-        return result, [*values, *(slot.get(module) for slot in self.slots)]
+        return result, [*values, *(attribute.get(module) for attribute in self.attributes)]
 
 
 def outputs_of(result: Any, arguments: Sequence[Argument]) -> Any:
@@ -132,7 +132,7 @@ def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int
             f"forward needs {min(foreign)}, which is no state: nothing that comes back can be given for it",
             hint="give its shape in --shape",
         )
-    interface = _find_slots(module, inputs, Interface(arguments), starts)
+    interface = _find_attributes(module, inputs, Interface(arguments), starts)
     if not interface.places:
         raise ExportError(
             f"{type(module).__name__}: no state: no argument takes what an earlier call returned, and no attribute "
@@ -183,7 +183,7 @@ def _refusal(module: nn.Module, inputs: Inputs, arguments: tuple[Argument, ...],
     return "it changes nothing" if same(fed, shifted) else None
 
 
-def _find_slots(module: nn.Module, inputs: Inputs, interface: Interface, starts: Starts) -> Interface:
+def _find_attributes(module: nn.Module, inputs: Inputs, interface: Interface, starts: Starts) -> Interface:
     own = copy.deepcopy(module)
     rng = torch.Generator().manual_seed(1)
     frames = [
@@ -201,25 +201,27 @@ def _find_slots(module: nn.Module, inputs: Inputs, interface: Interface, starts:
         result, memory = interface.step(own, frame, memory)
         snapshots.append(snapshot(own))
     changed = [s for s in snapshots[-1] if any(not same(snapshots[0].get(s), each[s]) for each in snapshots[1:])]
-    slots, scratch = [], []
-    for slot in changed:
-        if not any(map(is_state, flatten(snapshots[-1][slot])[0])):
-            scratch.append(slot)
+    attributes, scratch = [], []
+    for attribute in changed:
+        if not any(map(is_state, flatten(snapshots[-1][attribute])[0])):
+            scratch.append(attribute)
             continue
-        shapes = [[_shape(leaf) for leaf in flatten(each.get(slot))[0]] for each in snapshots[1:]]
+        shapes = [[_shape(leaf) for leaf in flatten(each.get(attribute))[0]] for each in snapshots[1:]]
         steady = shapes[0] == shapes[1]
         other = copy.deepcopy(before)
-        slot.set(other, map_leaves(_shifted, slot.get(other)))
+        attribute.set(other, map_leaves(_shifted, attribute.get(other)))
         shifted, _ = interface.step(other, frames[2], previous)
         left = snapshot(other)
-        watched = [s for s in changed if steady or s != slot]
+        watched = [s for s in changed if steady or s != attribute]
         if same(result, shifted) and all(same(left[s], snapshots[-1][s]) for s in watched):
-            scratch.append(slot)
+            scratch.append(attribute)
         elif steady:
-            slots.append(slot)
+            attributes.append(attribute)
         else:
-            raise ExportError(f"{slot}: a state whose shape changes from call to call: {shapes[0]}, then {shapes[1]}")
-    return replace(interface, slots=tuple(slots), scratch=tuple(scratch))
+            raise ExportError(
+                f"{attribute}: a state whose shape changes from call to call: {shapes[0]}, then {shapes[1]}"
+            )
+    return replace(interface, attributes=tuple(attributes), scratch=tuple(scratch))
 
 
 def _shifted(leaf: Any) -> Any:

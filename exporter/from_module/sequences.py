@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import nn
 
 from stepcell.errors import ExportError
+from stepcell.exporter.from_module.attributes import Inputs, Starts, random, state_leaves
 from stepcell.exporter.from_module.interface import Interface
-from stepcell.exporter.from_module.slots import Inputs, Starts, random, state_leaves
 
 __all__ = ["take_time"]
 

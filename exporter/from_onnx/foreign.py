@@ -1,9 +1,9 @@
-"""Reading somebody else's ONNX file, and running it as it is."""
+"""Reader of ONNX files that have no contract yet."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,12 @@ import onnx
 from numpy.typing import NDArray
 
 from stepcell.contract import METADATA_KEY
-from stepcell.errors import ExportError, UsageError
+from stepcell.errors import UsageError
 from stepcell.exporter.from_onnx.external import take_in
 from stepcell.exporter.from_onnx.ports import Port, ports_of
 from stepcell.onnx_model import read_model
 
-__all__ = ["Foreign", "Run", "read_foreign", "run_session", "tensors_of"]
+__all__ = ["Foreign", "read_foreign", "tensors_of"]
 
 Array = NDArray[Any]
 
@@ -90,47 +90,3 @@ def _in_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
             yield from (attribute.t, *attribute.tensors)
             for inner in (attribute.g, *attribute.graphs):
                 yield from _in_graph(inner)
-
-
-class Run:
-    """A model in ONNX Runtime on the CPU: arrays by name in, arrays by name out."""
-
-    def __init__(self, data: bytes, subject: str) -> None:
-        """Load it.
-
-        Raises:
-            ExportError: ONNX Runtime does not.
-        """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has a class per failure and no common base
-            raise ExportError(f"{subject}: ONNX Runtime does not load it: {_first_line(error)}") from error
-        self._subject = subject
-        self._names = [output.name for output in self._session.get_outputs()]
-
-    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """One step.
-
-        Raises:
-            ExportError: it fails with these inputs.
-        """
-        try:
-            return dict(zip(self._names, self._session.run(None, dict(feeds)), strict=True))
-        except Exception as error:
-            raise ExportError(f"{self._subject}: the step fails in ONNX Runtime: {_first_line(error)}") from error
-
-
-def run_session(run: Run, feeds: Mapping[str, Array]) -> dict[str, Array] | None:
-    """`run`, or None where it fails: some sizes are no sizes of a model."""
-    try:
-        return run(feeds)
-    except ExportError:
-        return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

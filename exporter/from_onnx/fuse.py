@@ -20,16 +20,17 @@ from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
+from stepcell.exporter.cell_recognition.state_pairs import CARRYING, states_of_cells
 from stepcell.exporter.from_onnx.adopt import contract_of, rename, write_contract
-from stepcell.exporter.from_onnx.compare import compare
-from stepcell.exporter.from_onnx.evidence import pairs_by_cell
-from stepcell.exporter.from_onnx.foreign import Foreign, Run, read_foreign
+from stepcell.exporter.from_onnx.check import check_fused
+from stepcell.exporter.from_onnx.foreign import Foreign, read_foreign
 from stepcell.exporter.from_onnx.pairs import find_pairs
 from stepcell.exporter.from_onnx.sizes import find_sizes
+from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.step_onnx.graph import attach_functions
 from stepcell.files import atomic_path
 
-__all__ = ["FuseReport", "fuse_onnx"]
+__all__ = ["FuseReport", "fuse"]
 
 OPSET = 18  # the first with the Split of the op functions
 
@@ -57,7 +58,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(cell for cell in self.contract.cells if cell.op is not None)
 
 
-def fuse_onnx(
+def fuse(
     source: Path,
     target: Path,
     *,
@@ -91,7 +92,7 @@ def fuse_onnx(
 def _fuse(
     file: Foreign, states: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[FuseReport, onnx.ModelProto]:
-    original = Run(file.data, str(file.path))
+    original = OnnxSession(file.data, str(file.path))
     found = _find(file)
     model, cells = found.model, found.cells
     pairing = find_pairs(file.inputs, file.outputs, found.evidence, states)
@@ -117,8 +118,8 @@ def _fuse(
         proto.ir_version = max(proto.ir_version, 8)  # the first with functions
         contract = attach_functions(proto, contract)
     write_contract(proto, contract)
-    adopted = Run(proto.SerializeToString(), f"{file.path}, adopted")
-    contract = msgspec.structs.replace(contract, parity=compare(original, adopted, contract, sizes.samples))
+    fused = OnnxSession(proto.SerializeToString(), f"{file.path}, fused")
+    contract = msgspec.structs.replace(contract, parity=check_fused(original, fused, contract, sizes.samples))
     write_contract(proto, contract)
     report = FuseReport(
         contract=contract,
@@ -148,7 +149,7 @@ def _find(file: Foreign) -> _Found:
     if file.opset < OPSET:
         try:
             model = onnx.version_converter.convert_version(file.model, OPSET)
-            Run(model.SerializeToString(), f"{file.path}, in opset {OPSET}")
+            OnnxSession(model.SerializeToString(), f"{file.path}, in opset {OPSET}")
         except (RuntimeError, ValueError, ExportError) as error:
             model = file.model
             notes.append(
@@ -162,7 +163,10 @@ def _find(file: Foreign) -> _Found:
     except Exception as error:  # somebody else's optimizer on somebody else's graph
         notes.append(f"the graph could not be searched for cells: {_text(error)}")
         return _Found(ir.from_proto(file.model), [], [], {}, notes)
-    evidence = pairs_by_cell(graph, cells)
+    evidence: dict[str, list[str]] = {}
+    for state in states_of_cells(graph, cells, CARRYING):
+        targets = evidence.setdefault(state.input, [])
+        targets += [state.output] if state.output not in targets else []
     if cells and not notes:
         return _Found(graph, cells, near_misses, evidence, [])
     notes = [f"{len(cells)} cell(s) stay as they are: {note}" for note in notes] if cells else []

@@ -14,8 +14,10 @@ import onnx
 
 from stepcell.contract import TensorSpec
 from stepcell.dims import Dim, resolve
-from stepcell.exporter.from_onnx.foreign import Array, Foreign, Run, run_session, tensors_of
+from stepcell.errors import ExportError
+from stepcell.exporter.from_onnx.foreign import Array, Foreign, tensors_of
 from stepcell.exporter.from_onnx.pairs import Pair
+from stepcell.exporter.onnx_session import OnnxSession
 
 __all__ = ["Partial", "Prober", "Sample"]
 
@@ -56,7 +58,7 @@ class Prober:
     """
 
     file: Foreign
-    run: Run
+    run: OnnxSession
     data: Sequence[TensorSpec]
     states: Partial
     pairs: Sequence[Pair]
@@ -148,7 +150,7 @@ def _compared_with(model: onnx.ModelProto, name: str) -> list[int]:
 
 def _run_at(
     file: Foreign,
-    run: Run,
+    run: OnnxSession,
     feeds: dict[str, Array],
     states: Partial,
     pairs: Sequence[Pair],
@@ -163,8 +165,9 @@ def _run_at(
         shapes = _guess(file.model, data, known, pairs, default)
         for _ in range(_ROUNDS):
             zeros = {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
-            results = run_session(run, {**feeds, **zeros})
-            if results is None:
+            try:
+                results = run({**feeds, **zeros})
+            except ExportError:  # these are no sizes of the model
                 break
             new = {pair.input: results[pair.output].shape for pair in pairs}
             if new == shapes:

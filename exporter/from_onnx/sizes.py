@@ -9,11 +9,12 @@ from stepcell.contract import TensorSpec
 from stepcell.dims import Dim, evaluate, symbols_of
 from stepcell.errors import ContractError, ExportError
 from stepcell.exporter.from_onnx.fit import Rule, rules, telling_size
-from stepcell.exporter.from_onnx.foreign import Foreign, Run
+from stepcell.exporter.from_onnx.foreign import Foreign
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.ports import Port
 from stepcell.exporter.from_onnx.probe import Partial, Prober, Sample
 from stepcell.exporter.from_onnx.symbols import checked_shapes, name_sizes
+from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.shapes import format_shapes
 
 __all__ = ["Sizes", "find_sizes"]
@@ -40,7 +41,7 @@ class Sizes:
     example: dict[str, int]
 
 
-def find_sizes(file: Foreign, run: Run, pairs: Sequence[Pair], given: Mapping[str, Sequence[int]]) -> Sizes:
+def find_sizes(file: Foreign, run: OnnxSession, pairs: Sequence[Pair], given: Mapping[str, Sequence[int]]) -> Sizes:
     """Name the dynamic sizes of the data inputs and derive all others from them.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 import onnx
@@ -15,8 +15,8 @@ from torch import nn
 from stepcell import __version__
 from stepcell.contract import StepContract
 from stepcell.errors import ExportError, UsageError
+from stepcell.exporter.step_onnx.check import check_export
 from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
-from stepcell.exporter.step_onnx.parity import check_parity
 from stepcell.exporter.step_onnx.plan import contract_for
 from stepcell.exporter.step_onnx.trace import onnx_from_module
 from stepcell.files import atomic_path
@@ -26,6 +26,13 @@ __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)  # 18 is the first with the Split of the op functions
+
+
+@runtime_checkable
+class RewritesGraph(Protocol):
+    """A step model that changes its traced graph before it is written, such as a lifted one (`from_module`)."""
+
+    def rewrite_graph(self, model: onnx.ModelProto, contract: StepContract) -> tuple[onnx.ModelProto, StepContract]: ...
 
 
 def export_onnx(
@@ -88,11 +95,13 @@ def _onnx_and_contract(
 ) -> tuple[onnx.ModelProto, StepContract]:
     contract = msgspec.structs.replace(contract, family=family, source=source)
     proto = onnx_from_module(_in_precision(model, contract.precision), contract, opset)
+    if isinstance(model, RewritesGraph):
+        proto, contract = model.rewrite_graph(proto, contract)
     tidy(proto, contract)
     contract = attach_functions(proto, contract)
     embed_contract(proto, contract)
     _check_valid(proto)
-    parity = check_parity(model, proto.SerializeToString(), contract)
+    parity = check_export(model, proto.SerializeToString(), contract)
     contract = msgspec.structs.replace(contract, parity=parity)
     embed_contract(proto, contract)
     return proto, contract

@@ -84,12 +84,13 @@ def _values(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
 def _name_nodes(graph: onnx.GraphProto) -> None:
     used: Counter[str] = Counter()
     for node in graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), None)
         try:
-            path = [str(scope) for scope in ast.literal_eval(scopes)][:-1]
+            path = [str(scope) for scope in ast.literal_eval(scopes or "[]")][:-1]
         except (ValueError, SyntaxError):
             path = []
-        scope = path[-1].replace(".", "/") if path else ""
+        # a node that replaced a cell has no scopes, but a name
+        scope = node.name.rpartition("/")[0] if scopes is None else path[-1].replace(".", "/") if path else ""
         name = f"{scope}/{node.op_type}" if scope else node.op_type
         used[name] += 1
         node.name = name if used[name] == 1 else f"{name}_{used[name]}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stepcell.contract import Parity
+    from stepcell.exporter.from_module.model import LiftedModel
 
 
 def _list_families(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -109,19 +110,20 @@ def command(
     started = time.monotonic()
     with working(f"exporting {output}"):
         model, name, source = _load(checkpoint, family, module, arguments, shapes)
-        if not is_step_module(model):
-            model, shapes = _adopt(model, module, shapes, symbols, positions, precision)
+        lifted = None if is_step_module(model) else _lift_states(model, module, shapes, symbols, positions)
         contract = export_onnx(
-            model,
+            lifted or model,
             output,
             precision=precision,
             state_dtype=state_dtype,
-            shapes=shapes,
+            shapes=lifted.example_shapes if lifted else shapes,
             dynamic=symbols,
             opset=opset,
             family=name,
             source=source,
         )
+    for line in lifted.describe(contract) if lifted else ():
+        log(line)
     if state_dtype == "float16":
         log("note: a float16 state loses every update smaller than its last bit: at z = 0.001 it stalls at 76 %")
     assert contract.parity is not None
@@ -158,15 +160,10 @@ def _load(
     return model, "module", source
 
 
-def _adopt(
-    model: nn.Module,
-    module: str | None,
-    shapes: dict[str, Any],
-    dynamic: list[str],
-    positions: dict[str, int],
-    precision: str,
-) -> tuple[nn.Module, dict[str, Any]]:
-    from stepcell.exporter.from_module import adopt
+def _lift_states(
+    model: nn.Module, module: str | None, shapes: dict[str, Any], dynamic: list[str], positions: dict[str, int]
+) -> LiftedModel:
+    from stepcell.exporter import lift_states
 
     if not shapes:
         raise UsageError(
@@ -174,15 +171,7 @@ def _adopt(
             "needs --shape with the shape of each data input",
             hint="such as --shape x:1x3x64x64; see docs/own-module.md",
         )
-    adopted = adopt(model, shapes, dynamic=dynamic, returned=positions)
-    for note in adopted.notes:
-        log(note)
-    if precision == "float16" and adopted.narrow_states:
-        names = ", ".join(adopted.narrow_states)
-        log(
-            f"note: {names}: computed by the module's own code, in float16; try --precision float32 if it is too narrow"
-        )
-    return adopted, dict(adopted.example_shapes)
+    return lift_states(model, shapes, dynamic=dynamic, returned=positions)
 
 
 def _positions(returned: Sequence[str]) -> dict[str, int]:

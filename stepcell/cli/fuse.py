@@ -49,11 +49,11 @@ def command(model: Path, output: Path, states: Sequence[str], shape: str | None,
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="`stepcell fuse`")
-    from stepcell.exporter.from_onnx.fuse import fuse_onnx
+    from stepcell.exporter.from_onnx.fuse import fuse
 
     started = time.monotonic()
     with working(f"fusing {model}"):
-        report = fuse_onnx(model, output, states=pairs, shapes=shapes)
+        report = fuse(model, output, states=pairs, shapes=shapes)
     _print_report(report)
     parity = report.contract.parity
     assert parity is not None

@@ -1,17 +1,23 @@
-"""Cells written in other people's conventions: found by their numbers, or left with a reason."""
+"""Cells in the conventions of public code, through both doors: a module that is exported, a file that is fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from stepcell.exporter.from_module import AdoptedModel, adopt
+from stepcell.contract import CellSpec, StepContract
+from stepcell.exporter import export_onnx, fuse, lift_states
+from stepcell.exporter.from_module.model import LiftedModel
+from stepcell.exporter.onnx_session import OnnxSession
 
 CX, C = 3, 5
 
@@ -234,68 +240,6 @@ class AroundKeeper(nn.Module):
         return self.head(self.cell(torch.relu(self.stem(x))))  # type: ignore[no-any-return]
 
 
-KNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "separate": (lambda: Around(Separate()), "stepcell::ConvGRU"),
-    "separate, kernel 1x5": (lambda: Around(Separate((1, 5))), "stepcell::ConvGRU"),
-    "separate, spectral norm": (lambda: Around(Separate(wrap=spectral_norm)), "stepcell::ConvGRU"),
-    "packed r u, keeps": (lambda: Around(Packed()), "stepcell::ConvGRU"),
-    "h before x": (lambda: Around(StateFirstNone()), "stepcell::ConvGRU"),
-    "six convolutions, two kernels": (lambda: Around(Sums()), "stepcell::ConvGRU"),
-    "raw parameters": (lambda: Around(RawParameters()), "stepcell::ConvGRU"),
-    "reset after": (lambda: Around(ResetAfter()), "stepcell::ConvGRU"),
-    "reset after, joint gates": (lambda: Around(ResetAfterJoint()), "stepcell::ConvGRU"),
-    "hard gates": (lambda: Around(HardGates()), "stepcell::ConvGRU"),
-    "lstm ifog": (lambda: Around(PackedLSTM("ifog")), "stepcell::ConvLSTM"),
-    "lstm fiog": (lambda: Around(PackedLSTM("fiog")), "stepcell::ConvLSTM"),
-    "lstm ifgo": (lambda: Around(PackedLSTM("ifgo")), "stepcell::ConvLSTM"),
-    "lstm gofi": (lambda: Around(PackedLSTM("gofi")), "stepcell::ConvLSTM"),
-    "peephole per channel": (lambda: Around(Peephole((1, 1))), "stepcell::ConvLSTM"),
-    "peephole per pixel": (lambda: Around(Peephole((8, 9))), "stepcell::ConvLSTM"),
-    "hidden buffers": (AroundKeeper, "stepcell::ConvLSTM"),
-    "dense": (lambda: Around(Dense(), dense=True), "stepcell::ConvGRU"),
-    "torch.nn.GRUCell": (lambda: Around(TorchCell(nn.GRUCell), dense=True), "stepcell::ConvGRU"),
-    "torch.nn.LSTMCell": (lambda: Around(TorchCell(nn.LSTMCell), dense=True), "stepcell::ConvLSTM"),
-}
-
-
-def adopted(net: nn.Module) -> AdoptedModel:
-    dense = isinstance(net.stem, nn.Linear)
-    return adopt(net, {"x": (2, 2) if dense else (2, 2, 8, 9)})
-
-
-def worst_difference(net: nn.Module, model: AdoptedModel, steps: int = 40) -> float:
-    """Of the output, each side with its own state; independent of what adoption compares itself."""
-    net, model = net.double().eval(), model.double()
-    states = [torch.zeros(*spec.shape, dtype=torch.float64) for spec in model.states]
-    rng, state, worst = torch.Generator().manual_seed(7), None, 0.0
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # the cells make their first state with torch.zeros
-    try:
-        for _ in range(steps):
-            x = torch.randn(*model.inputs[0].shape, generator=rng, dtype=torch.float64)
-            with torch.no_grad():
-                expected, state = (net(x), None) if isinstance(net, AroundKeeper) else net(x, state)
-                y, *states = model(x, *states)
-            worst = max(worst, float((y - expected).abs().max()))
-    finally:
-        torch.set_default_dtype(before)
-    return worst
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_a_cell_of_any_convention_becomes_the_op(name: str) -> None:
-    make, op = KNOWN[name]
-    torch.manual_seed(3)
-    net = make()
-    model = adopted(net)
-    assert [cell.spec.op for cell in model.cells] == [op], model.notes
-    assert all(state.cell is not None for state in model.layout), "its state passes the rest of the module by"
-    worst = worst_difference(net, model)
-    print(f"{name}: {worst:.1e}")
-    # weights that are computed, such as sums of two biases, are rounded to float32 once
-    assert worst < 1e-7, f"{name}: off by {worst:.1e}"
-
-
 class Normed(Separate):
     def __init__(self) -> None:
         super().__init__()
@@ -314,6 +258,14 @@ class Relu(Separate):
         both = torch.cat([x, h], dim=1)
         u, r = torch.sigmoid(self.update(both)), torch.sigmoid(self.reset(both))
         return h * (1 - u) + torch.relu(0.3 * self.out(torch.cat([x, h * r], dim=1))) * u
+
+
+class HalfHard(Separate):
+    def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
+        h = x.new_zeros(x.shape[0], C, *x.shape[2:]) if h is None else h
+        both = torch.cat([x, h], dim=1)
+        u, r = F.hardsigmoid(self.update(both)), F.hardsigmoid(self.reset(both))
+        return h * (1 - u) + torch.tanh(self.out(torch.cat([x, h * r], dim=1))) * u
 
 
 class TwoPassGRU(nn.Module):
@@ -335,32 +287,152 @@ def separable(_: nn.Module) -> nn.Module:
     return nn.Sequential(conv(CX + C, CX + C, groups=CX + C), conv(CX + C, C, 1))
 
 
+class SoftenedGates(Separate):
+    """Hard sigmoids of slope 1 / 6, as torch has them, beside a clamped candidate."""
+
+    def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
+        h = x.new_zeros(x.shape[0], C, *x.shape[2:]) if h is None else h
+        both = torch.cat([x, h], dim=1)
+        u, r = F.hardsigmoid(self.update(both)), F.relu6(self.reset(both) + 3) / 6
+        return h * (1 - u) + self.out(torch.cat([x, h * r], dim=1)).clamp(-1, 1) * u
+
+
+class HardLSTM(PackedLSTM):
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, c = state or (x.new_zeros(x.shape[0], C, *x.shape[2:]),) * 2
+        i, f, o, g = self.conv(torch.cat([x, h], dim=1)).chunk(4, dim=1)
+        i, f, o = ((0.5 * gate + 0.5).clamp(0, 1) for gate in (i, f, o))
+        c = f * c + i * F.hardtanh(g)
+        h = o * F.hardtanh(c)
+        return h, (h, c)
+
+
+class Layers(nn.Module):
+    """A recurrent layer of torch, stepped with sequences of one frame."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.rnn = kind(CX, C, **options)
+        self.time = 1 if self.rnn.batch_first else 0
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.rnn(x.unsqueeze(self.time), state)
+        return y.squeeze(self.time), state
+
+
+GRU = {"op": "stepcell::ConvGRU", "kernel": (3, 3), "reset": "before"}
+LSTM = {"op": "stepcell::ConvLSTM", "kernel": (3, 3), "reset": None}
+DENSE = {"kernel": (1, 1)}
+KNOWN: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Any]]]] = {
+    "separate": (lambda: Around(Separate()), [GRU]),
+    "separate, kernel 1x5": (lambda: Around(Separate((1, 5))), [{**GRU, "kernel": (1, 5)}]),
+    "separate, spectral norm": (lambda: Around(Separate(wrap=spectral_norm)), [GRU]),
+    "separate, weight norm": (lambda: Around(Separate(wrap=weight_norm)), [GRU]),
+    "packed r u, keeps": (lambda: Around(Packed()), [GRU]),
+    "h before x": (lambda: Around(StateFirstNone()), [GRU]),
+    "six convolutions, two kernels": (lambda: Around(Sums()), [GRU]),
+    "raw parameters": (lambda: Around(RawParameters()), [GRU]),
+    "dilated": (lambda: Around(Separate(wrap=dilated)), [{**GRU, "kernel": (5, 5)}]),
+    "separable": (lambda: Around(Separate(wrap=separable)), [GRU]),
+    "two passes on one state": (lambda: Around(TwoPassGRU()), [{**GRU, "kernel": k} for k in ((1, 3), (3, 1))]),
+    "reset after": (lambda: Around(ResetAfter()), [{**GRU, "reset": "after"}]),
+    "reset after, joint gates": (lambda: Around(ResetAfterJoint()), [{**GRU, "reset": "after"}]),
+    "hard gates": (lambda: Around(HardGates()), [{**GRU, "gates": "hard"}]),
+    "hard gates of another slope": (lambda: Around(SoftenedGates()), [{**GRU, "gates": "hard"}]),
+    "hard lstm": (lambda: Around(HardLSTM("ifog")), [{**LSTM, "kernel": (1, 5), "gates": "hard"}]),
+    "lstm ifog": (lambda: Around(PackedLSTM("ifog")), [{**LSTM, "kernel": (1, 5)}]),
+    "lstm gofi": (lambda: Around(PackedLSTM("gofi")), [{**LSTM, "kernel": (1, 5)}]),
+    "peephole per channel": (lambda: Around(Peephole((1, 1))), [{**LSTM, "peephole": True}]),
+    "peephole per pixel": (lambda: Around(Peephole((8, 9))), [{**LSTM, "peephole": True}]),
+    "hidden buffers": (AroundKeeper, [LSTM]),
+    "dense": (lambda: Around(Dense(), dense=True), [{**GRU, **DENSE}]),
+    "torch.nn.GRUCell": (lambda: Around(TorchCell(nn.GRUCell), dense=True), [{**GRU, **DENSE, "reset": "after"}]),
+    "torch.nn.LSTMCell": (lambda: Around(TorchCell(nn.LSTMCell), dense=True), [{**LSTM, **DENSE}]),
+    "torch.nn.GRU": (
+        lambda: Around(Layers(nn.GRU, num_layers=2), dense=True),
+        [{**GRU, **DENSE, "reset": "after"}] * 2,
+    ),
+    "torch.nn.LSTM": (lambda: Around(Layers(nn.LSTM, batch_first=True), dense=True), [{**LSTM, **DENSE}]),
+}
+
+
+def lifted(net: nn.Module) -> LiftedModel:
+    dense = isinstance(net.stem, nn.Linear)
+    return lift_states(net, {"x": (2, 2) if dense else (2, 2, 8, 9)})
+
+
+def facts(cells: Sequence[CellSpec]) -> list[dict[str, Any]]:
+    return [{"op": c.op, "kernel": c.kernel, "reset": c.reset, "gates": c.gates, "peephole": c.peephole} for c in cells]
+
+
+def worst_difference(net: nn.Module, path: Path, contract: StepContract, steps: int = 40) -> float:
+    """Of the output, the module and the file each with its own state; independent of what export compares itself."""
+    session, net = OnnxSession(path.read_bytes(), str(path)), net.eval()
+    states = {s.name: s.initial(contract.state_shapes({})[s.name]) for s in contract.states}
+    rng, state, worst = torch.Generator().manual_seed(7), None, 0.0
+    for _ in range(steps):
+        x = torch.randn(contract.inputs[0].shape, generator=rng)  # type: ignore[arg-type]
+        with torch.no_grad():
+            expected, state = (net(x), None) if isinstance(net, AroundKeeper) else net(x, state)
+        results = session({"x": x.numpy(), **{s.input: states[s.name] for s in contract.states}})
+        states = {s.name: results[s.output] for s in contract.states}
+        worst = max(worst, float(np.abs(results["y"] - expected.numpy()).max()))
+    return worst
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_cell_of_any_convention_becomes_the_op_through_both_doors(name: str, tmp_path: Path) -> None:
+    make, expected = KNOWN[name]
+    torch.manual_seed(3)
+    net = make()
+    model = lifted(net)
+    contract = export_onnx(model, tmp_path / "m.onnx", precision="float32", shapes=model.example_shapes)
+    assert facts(contract.cells) == [{"gates": "soft", "peephole": False, **each} for each in expected], contract.cells
+    assert all(cell.name.startswith("cell") and cell.hidden == C for cell in contract.cells)
+    worst = worst_difference(net, tmp_path / "m.onnx", contract)
+    print(f"{name}: {worst:.1e}")
+    assert worst < 1e-5, f"{name}: off by {worst:.1e}"
+    write_onnx(model, tmp_path / "plain.onnx", dynamo=name.startswith(("torch.nn", "dilated")))
+    fused = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").contract
+    assert facts(fused.cells) == facts(contract.cells), fused.cells
+    assert [cell.name.removeprefix("module.") for cell in fused.cells] == [cell.name for cell in contract.cells]
+
+
+def write_onnx(model: LiftedModel, path: Path, *, dynamo: bool) -> None:
+    """The lifted module as another program writes it: no ops, no contract."""
+    tensors = [torch.zeros(tuple(spec.shape)) for spec in (*model.inputs, *model.states)]  # type: ignore[arg-type]
+    names = [f"{'hc'[index % 2]}{index // 2}" if len(model.states) > 1 else "h" for index in range(len(model.states))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            tuple(tensors),
+            str(path),
+            dynamo=dynamo,
+            opset_version=18,
+            input_names=["x", *names],
+            output_names=["y", *(f"{name}_next" for name in names)],
+            external_data=False,
+            verbose=False,
+        )
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "norm in a gate": (Normed, "fit no known order, update rule or reset placement"),
-    "relu candidate": (Relu, "fit no known order, update rule or reset placement"),
-    "dilated": (lambda: Separate(wrap=dilated), "dilation"),
-    "separable": (lambda: Separate(wrap=separable), "groups"),
+    "norm in a gate": (Normed, "normalisation (InstanceNormalization) between the convolution and the gate"),
+    "relu candidate": (Relu, "takes Relu, and not tanh"),
+    "soft and hard": (HalfHard, "hard gates beside soft ones"),
 }
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_another_cell_is_left_with_the_reason_and_is_right_all_the_same(name: str) -> None:
+def test_another_cell_is_left_with_the_reason_and_is_right_all_the_same(name: str, tmp_path: Path) -> None:
     make, reason = LEFT[name]
     torch.manual_seed(4)
-    cell = type("OwnGRU", (nn.Module,), {"forward": lambda self, x, h: self.inner(x, h)})()
-    cell.inner = make()
-    net = Around(cell)
-    model = adopted(net)
-    (found,) = model.cells
-    assert found.spec.op is None
-    assert reason in (found.spec.reason or ""), found.spec
-    assert found.spec.hidden == C
-    assert worst_difference(net, model) < 1e-12
-
-
-def test_cells_inside_a_cell_are_found() -> None:
-    torch.manual_seed(5)
-    net = Around(TwoPassGRU())
-    model = adopted(net)
-    assert [(cell.path, cell.spec.kernel) for cell in model.cells] == [("cell.across", (1, 3)), ("cell.down", (3, 1))]
-    assert worst_difference(net, model) < 1e-12
+    net = Around(make())
+    model = lifted(net)
+    contract = export_onnx(model, tmp_path / "m.onnx", precision="float32", shapes=model.example_shapes)
+    (found,) = contract.cells
+    assert (found.name, found.op, found.hidden) == ("cell", None, C)
+    assert reason in (found.reason or ""), found
+    assert f"left:    cell: {found.reason}" in model.describe(contract)
+    assert worst_difference(net, tmp_path / "m.onnx", contract) < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from numpy.typing import NDArray
 
 from stepcell import StepLoop
 from stepcell.errors import ExportError, ParityError, UsageError
-from stepcell.exporter.from_onnx import fuse as fuse_module
 from stepcell.exporter.from_onnx.fit import Rule, rules
-from stepcell.exporter.from_onnx.foreign import Run, read_foreign
-from stepcell.exporter.from_onnx.fuse import FuseReport, fuse_onnx
+from stepcell.exporter.from_onnx.foreign import read_foreign
+from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import find_sizes
+from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from tests.exporter.from_onnx.cases import RECORDED, Case, find_cases, is_replaced
@@ -34,9 +35,9 @@ def test_case(case: Case, tmp_path: Path) -> None:
     truth, shapes = case.meta, {}
     if case.name in NEEDS_SHAPE:
         with pytest.raises(ExportError, match="at none of the sizes that were tried"):
-            fuse_onnx(case.path / "model.onnx", tmp_path / "fused.onnx")
+            fuse(case.path / "model.onnx", tmp_path / "fused.onnx")
         shapes = {each["name"]: each["shape"] for each in truth["data_inputs"]}
-    report = fuse_onnx(case.path / "model.onnx", tmp_path / "fused.onnx", shapes=shapes)
+    report = fuse(case.path / "model.onnx", tmp_path / "fused.onnx", shapes=shapes)
     contract = report.contract
     assert {state.original_input: state.original_output for state in contract.states} == case.pairs
     data = {each["name"] for each in truth["data_inputs"]}
@@ -118,7 +119,7 @@ def shape_of(report: FuseReport) -> tuple[int | str, ...]:
 
 
 def test_a_cell_becomes_one_node_and_the_contract_says_all(tmp_path: Path) -> None:
-    report = fuse_onnx(gru(tmp_path / "a.onnx"), tmp_path / "b.onnx")
+    report = fuse(gru(tmp_path / "a.onnx"), tmp_path / "b.onnx")
     assert (report.nodes_before, report.nodes_after) == (13, 1)
     contract = report.contract
     assert contract.family == "adopted"
@@ -132,7 +133,7 @@ def test_a_cell_becomes_one_node_and_the_contract_says_all(tmp_path: Path) -> No
 
 
 def test_an_old_opset_is_converted_for_a_cell_and_else_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = fuse_onnx(gru(tmp_path / "a.onnx", opset=11), tmp_path / "b.onnx")
+    report = fuse(gru(tmp_path / "a.onnx", opset=11), tmp_path / "b.onnx")
     assert (report.contract.source["original_opset"], report.contract.source["opset"]) == (11, 18)
     assert len(report.fused) == 1
 
@@ -140,7 +141,7 @@ def test_an_old_opset_is_converted_for_a_cell_and_else_kept(tmp_path: Path, monk
         raise RuntimeError("No adapter for Conv")
 
     monkeypatch.setattr(onnx.version_converter, "convert_version", fail)
-    report = fuse_onnx(tmp_path / "a.onnx", tmp_path / "c.onnx")
+    report = fuse(tmp_path / "a.onnx", tmp_path / "c.onnx")
     assert not report.fused
     assert report.contract.source["opset"] == 11
     assert "1 cell(s) stay as they are: the ops need opset 18, the file has 11" in report.notes[0]
@@ -153,7 +154,7 @@ def test_metadata_and_weights_listed_as_inputs(tmp_path: Path) -> None:
     for tensor in model.graph.initializer:
         model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     onnx.save(model, tmp_path / "a.onnx")
-    report = fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    report = fuse(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert [spec.name for spec in report.contract.inputs] == ["x"]
     assert {entry.key for entry in onnx.load(tmp_path / "b.onnx").metadata_props} == {"author", "stepcell.contract"}
 
@@ -169,7 +170,7 @@ def test_a_result_under_two_names_and_a_state_that_passes_through(tmp_path: Path
     model.graph.node.append(onnx.helper.make_node("Sub", ["x", "prev_x"], ["motion"]))
     model.graph.output.append(onnx.helper.make_tensor_value_info("motion", 1, ["batch", 3, "height", "width"]))
     onnx.save(model, tmp_path / "a.onnx")
-    report = fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", states={"prev_x": "last_x"})
+    report = fuse(tmp_path / "a.onnx", tmp_path / "b.onnx", states={"prev_x": "last_x"})
     assert [state.name for state in report.contract.states] == ["h", "prev_x"]
     frames = np.random.default_rng(0).uniform(-1, 1, (3, 1, 3, 5, 6)).astype(np.float32)
     with StepLoop.open(tmp_path / "b.onnx") as loop:
@@ -193,12 +194,12 @@ def test_sizes_are_named_and_derived(
     tmp_path: Path, sizes_x: str, sizes_h: str, expected: tuple[int | str, ...]
 ) -> None:
     source = gru(tmp_path / "a.onnx", sizes_x=sizes_x, sizes_h=sizes_h)
-    assert shape_of(fuse_onnx(source, tmp_path / "b.onnx")) == expected
+    assert shape_of(fuse(source, tmp_path / "b.onnx")) == expected
 
 
 def test_given_sizes_are_fixed(tmp_path: Path) -> None:
     source = gru(tmp_path / "a.onnx")
-    report = fuse_onnx(source, tmp_path / "b.onnx", shapes={"x": (2, 3, 5, 6)})
+    report = fuse(source, tmp_path / "b.onnx", shapes={"x": (2, 3, 5, 6)})
     assert shape_of(report) == (2, 4, 5, 6)
     assert report.contract.example == {}
     for shapes, message in (
@@ -207,7 +208,7 @@ def test_given_sizes_are_fixed(tmp_path: Path) -> None:
         ({"x": (1, 3, 5)}, "--shape x: expected"),
     ):
         with pytest.raises(UsageError, match=message):
-            fuse_onnx(source, tmp_path / "b.onnx", shapes=shapes)
+            fuse(source, tmp_path / "b.onnx", shapes=shapes)
 
 
 def test_names_of_sizes_that_are_no_symbols(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_names_of_sizes_that_are_no_symbols(tmp_path: Path) -> None:
         for axis, name in ((0, "batch size"), (2, "2*h"), (3, "class")):
             value.type.tensor_type.shape.dim[axis].dim_param = name
     onnx.save(model, tmp_path / "a.onnx")
-    assert shape_of(fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")) == ("batch", 4, "height", "width")
+    assert shape_of(fuse(tmp_path / "a.onnx", tmp_path / "b.onnx")) == ("batch", 4, "height", "width")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_states_of_matting_follow_from_the_frame() -> None:
     if not path.is_file():
         pytest.skip(f"needs {path}")
     file = read_foreign(path)
-    run, pairs = Run(file.data, str(path)), [Pair(f"r{n}i", f"r{n}o", f"r{n}") for n in range(1, 5)]
+    run, pairs = OnnxSession(file.data, str(path)), [Pair(f"r{n}i", f"r{n}o", f"r{n}") for n in range(1, 5)]
     # Halved, then halved by one or more convolutions of stride 2 that round up.
     shapes = find_sizes(file, run, pairs, {}).shapes
     assert [shapes[f"r{n}i"][1:3] for n in range(1, 5)] == [
@@ -263,6 +264,7 @@ def test_states_of_matting_follow_from_the_frame() -> None:
 def test_a_wrong_cell_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = gru(tmp_path / "a.onnx"), tmp_path / "b.onnx"
     target.write_text("what was there")
+    fuse_module = importlib.import_module("stepcell.exporter.from_onnx.fuse")
     right = fuse_module.replace_cells
 
     def wrong(model: Any, cells: Any) -> None:
@@ -273,7 +275,7 @@ def test_a_wrong_cell_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fuse_module, "replace_cells", wrong)
     with pytest.raises(ParityError, match="differs from the original file"):
-        fuse_onnx(source, target)
+        fuse(source, target)
     assert target.read_text() == "what was there"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
 
@@ -286,9 +288,9 @@ def test_a_state_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     model.graph.output.append(onnx.helper.make_tensor_value_info("c_next", 1, [1]))
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(ExportError, match="c: taken for a state, and changes no output") as caught:
-        fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+        fuse(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert caught.value.hint == "if it is none: --state c="
-    assert len(fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", states={"c": ""}).contract.states) == 1
+    assert len(fuse(tmp_path / "a.onnx", tmp_path / "b.onnx", states={"c": ""}).contract.states) == 1
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,7 @@ def test_tensorrt_builds_it(case: str, shapes: dict[str, tuple[int, ...]], tmp_p
     source = RECORDED / case / "model.onnx"
     if not source.is_file():
         pytest.skip(f"needs {source}")
-    fuse_onnx(source, tmp_path / "b.onnx")
+    fuse(source, tmp_path / "b.onnx")
     build_engine(tmp_path / "b.onnx", tmp_path / "b.engine", BuildOptions(opt_shapes=shapes))
     assert (tmp_path / "b.engine").stat().st_size > 1000
 
@@ -329,8 +331,8 @@ def test_integers_booleans_and_a_state_that_sleeps_at_first(tmp_path: Path) -> N
     states = {"count": "count_next", "seen": "seen_next", "prev_x": "next_x"}
     onnx.save(onnx.parser.parse_model(text.replace("int64[1]", "int64")), tmp_path / "scalar.onnx")
     with pytest.raises(ExportError, match="count: a state needs an axis that counts streams"):
-        fuse_onnx(tmp_path / "scalar.onnx", tmp_path / "b.onnx", states=states)
-    contract = fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", states=states).contract
+        fuse(tmp_path / "scalar.onnx", tmp_path / "b.onnx", states=states)
+    contract = fuse(tmp_path / "a.onnx", tmp_path / "b.onnx", states=states).contract
     assert [(s.original_input, s.dtype, s.shape) for s in contract.states] == [
         ("count", "int64", (1,)),
         ("prev_x", "float32", (1, 3)),
@@ -350,7 +352,7 @@ def test_streams_on_another_axis(tmp_path: Path) -> None:
       y, hn, cn = LSTM <hidden_size = 4> (x, W, R, , , h0, c0)
     }}"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
-    contract = fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx").contract
+    contract = fuse(tmp_path / "a.onnx", tmp_path / "b.onnx").contract
     assert [(s.name, s.original_output, s.batch_axis) for s in contract.states] == [("h", "hn", 1), ("c", "cn", 1)]
     with StepLoop.open(tmp_path / "b.onnx") as loop:
         loop.step(x=np.ones((1, 3, 4), np.float32))
@@ -371,6 +373,6 @@ def test_both_branches_of_a_flag_are_compared(tmp_path: Path) -> None:
     }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
     file = read_foreign(tmp_path / "a.onnx")
-    samples = find_sizes(file, Run(file.data, "a"), [Pair("h", "h_next", "h")], {}).samples
+    samples = find_sizes(file, OnnxSession(file.data, "a"), [Pair("h", "h_next", "h")], {}).samples
     assert [[bool(scalars["add"]) for scalars in sample.scalars] for sample in samples] == [[True, False]] * 2
-    assert shape_of(fuse_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")) == ("N", 3)
+    assert shape_of(fuse(tmp_path / "a.onnx", tmp_path / "b.onnx")) == ("N", 3)

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from stepcell import StepLoop
-from stepcell.exporter.from_onnx.foreign import Run, read_foreign
-from stepcell.exporter.from_onnx.fuse import FuseReport, fuse_onnx
+from stepcell.exporter.from_onnx.foreign import read_foreign
+from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import find_sizes
+from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 
@@ -43,7 +44,7 @@ def speech() -> NDArray[np.float32]:
 def adopted(tmp_path_factory: pytest.TempPathFactory) -> tuple[FuseReport, Path]:
     with resources.as_file(resources.files("silero_vad.data") / "silero_vad.onnx") as source:
         target = tmp_path_factory.mktemp("silero") / "vad.onnx"
-        return fuse_onnx(source, target), target
+        return fuse(source, target), target
 
 
 def test_contract(adopted: tuple[FuseReport, Path]) -> None:
@@ -62,7 +63,7 @@ def test_contract(adopted: tuple[FuseReport, Path]) -> None:
 def test_it_is_compared_at_the_rate_that_its_graph_knows() -> None:
     with resources.as_file(resources.files("silero_vad.data") / "silero_vad.onnx") as source:
         file = read_foreign(source)
-    samples = find_sizes(file, Run(file.data, "vad"), [Pair("state", "stateN", "state")], {}).samples
+    samples = find_sizes(file, OnnxSession(file.data, "vad"), [Pair("state", "stateN", "state")], {}).samples
     assert all(RATE in {int(scalars["sr"]) for scalars in sample.scalars} for sample in samples[:2])
 
 
@@ -113,7 +114,7 @@ def test_two_streams_of_which_one_is_reset(adopted: tuple[FuseReport, Path], spe
 )
 def test_its_other_files(name: str, shape: tuple[int | str, ...], tmp_path: Path) -> None:
     with resources.as_file(resources.files("silero_vad.data") / f"{name}.onnx") as source:
-        report = fuse_onnx(source, tmp_path / "vad.onnx")
+        report = fuse(source, tmp_path / "vad.onnx")
     assert [state.shape for state in report.contract.states] == [shape]
 
 
@@ -124,6 +125,6 @@ def test_its_other_files(name: str, shape: tuple[int | str, ...], tmp_path: Path
 )
 def test_tensorrt_builds_it(name: str, shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     with resources.as_file(resources.files("silero_vad.data") / f"{name}.onnx") as source:
-        fuse_onnx(source, tmp_path / "vad.onnx")
+        fuse(source, tmp_path / "vad.onnx")
     build_engine(tmp_path / "vad.onnx", tmp_path / "vad.engine", BuildOptions(opt_shapes=shapes))
     assert (tmp_path / "vad.engine").stat().st_size > 1000

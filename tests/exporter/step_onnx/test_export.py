@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from stepcell.contract import METADATA_KEY, StateSpec, StepContract, TensorSpec
 from stepcell.errors import ExportError, OutputError, ParityError, UsageError
-from stepcell.exporter import export_onnx
-from stepcell.exporter.step_onnx import parity
+from stepcell.exporter import export_onnx, parity
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell, DenseStack, GRUCell, LSTMCell, run_sequence
 from stepcell.models.zoo.denoiser import Denoiser
 
@@ -258,7 +257,7 @@ def test_unwritable_output(denoiser: Denoiser, tmp_path: Path) -> None:
 
 def test_parity_frames_differ_in_kind() -> None:
     spec, rng = TensorSpec(name="x", shape=("batch", 3, "height", "width"), range=(0.0, 1.0)), np.random.default_rng(0)
-    smooth = [parity.frames_smooth(spec, (1, 3, 16, 16), rng, t) for t in (0, 1)]
-    rough = [parity.frames_random(spec, (1, 3, 16, 16), rng, t) for t in (0, 1)]
+    smooth = [parity._smooth_frame(spec, (1, 3, 16, 16), rng, t) for t in (0, 1)]
+    rough = [parity._random_frame(spec, (1, 3, 16, 16), rng, t) for t in (0, 1)]
     assert np.abs(smooth[1] - smooth[0]).max() < 0.05 < np.abs(rough[1] - rough[0]).max()
     assert 0 <= min(a.min() for a in smooth + rough) <= max(a.max() for a in smooth + rough) <= 1

@@ -14,7 +14,7 @@ import torch
 from stepcell.contract import InitialValue
 from stepcell.errors import ContractError, ExportError
 from stepcell.exporter import export_onnx
-from stepcell.exporter.step_onnx import parity
+from stepcell.exporter.step_onnx import check
 from stepcell.exporter.step_onnx.plan import contract_for
 from stepcell.models import CellStack, ConvGRUCell, initial_states
 
@@ -41,8 +41,8 @@ def test_parity_starts_there_on_both_sides(tmp_path: Path, monkeypatch: pytest.M
     path, value = tmp_path / "model.onnx", torch.tensor([1.0, -2.0, 0.5, 3.0]).reshape(4, 1, 1)
     contract = export_onnx(stack(h=value), path, precision="float32")
     starts: list[np.ndarray] = []
-    for name in ("_torch_step", "stepper"):
-        make = getattr(parity, name)
+    for name in ("_torch_step", "_file_step"):
+        make = getattr(check, name)
 
         def recording(*arguments: Any, make: Any = make, **options: Any) -> Any:
             step, first = make(*arguments, **options), [True]
@@ -54,8 +54,8 @@ def test_parity_starts_there_on_both_sides(tmp_path: Path, monkeypatch: pytest.M
 
             return recorded
 
-        monkeypatch.setattr(parity, name, recording)
-    parity.check_parity(stack(h=value).eval(), path.read_bytes(), contract, steps=2)
+        monkeypatch.setattr(check, name, recording)
+    check.check_export(stack(h=value).eval(), path.read_bytes(), contract, steps=2)
     assert len(starts) == 2
     for found in starts:
         np.testing.assert_array_equal(found, [-2.0, 0.5, 1.0, 3.0])

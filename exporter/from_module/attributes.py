@@ -1,4 +1,4 @@
-"""Attributes in which a module keeps values between calls."""
+"""Attributes in which a module keeps values between calls, and containers of states."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stepcell.exporter.from_module.trees import flatten
 
 __all__ = [
     "Inputs",
-    "Slot",
     "Starts",
+    "StateAttribute",
     "demote_buffers",
     "is_state",
     "random",
@@ -31,7 +31,7 @@ _INTERNALS = set(vars(nn.Module()))
 
 
 @dataclass(frozen=True, order=True)
-class Slot:
+class StateAttribute:
     """The attribute `name` of the submodule at `path` ("" is the module itself)."""
 
     path: str
@@ -56,8 +56,8 @@ class Slot:
         setattr(module.get_submodule(self.path), self.name, value)
 
 
-def snapshot(module: nn.Module) -> dict[Slot, Any]:
-    """Every buffer and every other attribute, in-place changes afterwards not included.
+def snapshot(module: nn.Module) -> dict[StateAttribute, Any]:
+    """Copies of every buffer and every other attribute of a module and its submodules.
 
     Parameters are left out, since a forward pass does not change them.
     """
@@ -67,7 +67,7 @@ def snapshot(module: nn.Module) -> dict[Slot, Any]:
         for name, value in itertools.chain(plain.items(), child._buffers.items()):
             leaves, spec = flatten(value)
             copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            found[Slot(path, name)] = spec.unflatten(copies)
+            found[StateAttribute(path, name)] = spec.unflatten(copies)
     return found
 
 
@@ -82,7 +82,7 @@ def state_leaves(value: Any) -> list[Tensor]:
 
 
 def random(shape: Sequence[int], seed: int) -> Tensor:
-    """Uniform numbers in -1 to 1, float64, the same for the same seed."""
+    """Uniform numbers in -1 to 1, float64, reproducible by their seed."""
     return 2 * torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
 
 
@@ -92,14 +92,14 @@ def same(one: Any, other: Any) -> bool:
     return spec_a == spec_b and all(_same_leaf(x, y) for x, y in zip(a, b, strict=True))
 
 
-def demote_buffers(module: nn.Module, slots: Iterable[Slot]) -> None:
+def demote_buffers(module: nn.Module, attributes: Iterable[StateAttribute]) -> None:
     """Make buffers plain attributes, so that a step may assign tensors of any kind to them."""
-    for slot in slots:
-        owner = module.get_submodule(slot.path)
-        if slot.name in owner._buffers:
-            value = owner._buffers.pop(slot.name)
-            owner._non_persistent_buffers_set.discard(slot.name)
-            owner.__dict__[slot.name] = value
+    for attribute in attributes:
+        owner = module.get_submodule(attribute.path)
+        if attribute.name in owner._buffers:
+            value = owner._buffers.pop(attribute.name)
+            owner._non_persistent_buffers_set.discard(attribute.name)
+            owner.__dict__[attribute.name] = value
 
 
 def _same_leaf(one: Any, other: Any) -> bool:
@@ -107,4 +107,4 @@ def _same_leaf(one: Any, other: Any) -> bool:
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, (bool, int, float, str, type(None))):
         return type(one) is type(other) and one == other
-    return type(one) is type(other)  # other objects are the module's own affair
+    return type(one) is type(other)  # objects of other classes are not compared

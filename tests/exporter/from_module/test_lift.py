@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from stepcell import StepLoop
 from stepcell.errors import ExportError, ParityError, StepcellError, UsageError
-from stepcell.exporter import export_onnx
-from stepcell.exporter.from_module import adopt
+from stepcell.exporter import export_onnx, lift_states
 
 C = 4
 
@@ -109,7 +108,7 @@ class Named(Base):
 
 
 class Shared(Base):
-    """One cell under two names, so each has its weights and neither owns a state."""
+    """One cell under two names: called twice, with a state for each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,12 +262,12 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], list[str
     "buffer in place": (Buffer, SHAPE, {}, ["h", "mean"], ["y"], 1),
     "list passed": (Passed, SHAPE, {}, ["h0", "h1"], ["y"], 2),
     "named arguments": (Named, SHAPE, {}, ["r1", "r2"], ["y0", "y1"], 2),
-    "shared cell": (Shared, SHAPE, {}, ["states0", "states1"], ["y"], 1),
+    "shared cell": (Shared, SHAPE, {}, ["h0", "h1"], ["y"], 2),
     "mask left out": (Masked, SHAPE, {}, ["h"], ["y"], 1),
     "mask given": (Masked, {**SHAPE, "mask": (1, 1, *MAP)}, {}, ["h"], ["y"], 1),
     "no default": (NoDefault, SHAPE, {}, ["h"], ["y"], 1),
     "no cell": (Average, SHAPE, {}, ["mean"], ["y"], 0),
-    "events": (Events, {"x": (1, 2, *FRAME[1:])}, {}, ["timepool.prev_h", "timepool.prev_c"], ["y"], 0),
+    "events": (Events, {"x": (1, 2, *FRAME[1:])}, {}, ["timepool.h", "timepool.c"], ["y"], 1),
     "events, gru": (GRUEvents, {"x": (1, 2, *FRAME[1:])}, {}, ["timepool.h"], ["y"], 1),
     "in a dict": (InADict, SHAPE, {}, ["h"], ["heat"], 1),
     "state first": (
@@ -321,10 +320,10 @@ def test_the_exported_step_equals_the_users_own_loop(name: str, tmp_path: Path) 
     make, shapes, positions, states, outputs, ops = CASES[name]
     torch.manual_seed(1)
     net = make()
-    model = adopt(net, shapes, returned=positions)
-    assert [state.name for state in model.states] == states, model.notes
+    model = lift_states(net, shapes, returned=positions)
     assert [output.name for output in model.outputs] == outputs
     contract = export_onnx(model, tmp_path / "m.onnx", precision="float32", shapes=model.example_shapes)
+    assert [state.name for state in contract.states] == states, model.describe(contract)
     assert sum(cell.op is not None for cell in contract.cells) == ops
     rng = torch.Generator().manual_seed(2)
     frames = [{k: torch.randn(s, generator=rng) for k, s in model.example_shapes.items()} for _ in range(40)]
@@ -343,7 +342,7 @@ def test_sizes_stay_dynamic_on_request(name: str, tmp_path: Path) -> None:
     make, shapes, *_ = CASES[name]
     torch.manual_seed(1)
     free = ["batch", "height", "width"]
-    model = adopt(make(), shapes, dynamic=free)
+    model = lift_states(make(), shapes, dynamic=free)
     contract = export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes, dynamic=free)
     assert contract.inputs[0].shape == ("batch", 3, "height", "width")
     expected = (2, "batch", 6) if name == "torch.nn.LSTM" else ("batch", C, "(height + 1) // 2", "(width + 1) // 2")
@@ -356,7 +355,7 @@ def test_sizes_stay_dynamic_on_request(name: str, tmp_path: Path) -> None:
 def test_clips_of_one_stream_stay_dynamic(tmp_path: Path) -> None:
     """With a batch of 1 nothing but other sizes tells time from batch."""
     torch.manual_seed(1)
-    model = adopt(GRUEvents(), {"x": (1, 1, *FRAME[1:])}, dynamic=["batch"])
+    model = lift_states(GRUEvents(), {"x": (1, 1, *FRAME[1:])}, dynamic=["batch"])
     contract = export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes, dynamic=["batch"])
     assert contract.inputs[0].shape == ("batch", *FRAME[1:])
     assert contract.states[0].shape == ("batch", C, *MAP)
@@ -371,7 +370,7 @@ def test_a_state_stays_wide_in_float16_although_the_module_hands_it_on(tmp_path:
             parameter.zero_()
         net.cell.gates.bias[C:] = 8.0  # u = 0.99966: a slow memory
         net.cell.new.bias[:] = 3.0
-    model = adopt(net, SHAPE)
+    model = lift_states(net, SHAPE)
     export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes)
     with StepLoop.open(tmp_path / "m.onnx", keep_float16=True) as loop:
         for _ in range(4000):
@@ -466,7 +465,7 @@ def test_what_cannot_be_adopted_says_where_and_why(name: str) -> None:
     make, shapes, positions, error, message = REFUSED[name]
     torch.manual_seed(1)
     with pytest.raises(error) as caught:
-        adopt(make(), shapes, returned=positions)
+        lift_states(make(), shapes, returned=positions)
     assert message in str(caught.value), str(caught.value)
 
 
@@ -481,16 +480,16 @@ def test_a_module_that_does_something_else_at_other_sizes_is_compared_there() ->
             h = self.cell(self.features(x), h)
             return self.head(h) * (self.frames if x.shape[2] == 35 else 1), h
 
-    adopt(Grows(), SHAPE)
+    lift_states(Grows(), SHAPE)
     with pytest.raises(ParityError, match="differs from the original"):
-        adopt(Grows(), SHAPE, dynamic=["height"])
+        lift_states(Grows(), SHAPE, dynamic=["height"])
 
 
 def test_dynamic_that_does_not_hold_is_refused() -> None:
     net = Kept()
     net.head = nn.Sequential(nn.Flatten(), nn.Linear(C * 16 * 12, 2))
     with pytest.raises(ExportError, match="--dynamic height: the module does not run at other sizes"):
-        adopt(net, SHAPE, dynamic=["height"])
+        lift_states(net, SHAPE, dynamic=["height"])
 
 
 def test_data_dependent_control_flow_is_refused(tmp_path: Path) -> None:
@@ -501,7 +500,7 @@ def test_data_dependent_control_flow_is_refused(tmp_path: Path) -> None:
             assert h is not None
             return self.head(h), h
 
-    model = adopt(Skips(), SHAPE)
+    model = lift_states(Skips(), SHAPE)
     with pytest.raises(ExportError, match="tracing failed"):
         export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes)
     assert not (tmp_path / "m.onnx").exists()
@@ -510,7 +509,7 @@ def test_data_dependent_control_flow_is_refused(tmp_path: Path) -> None:
 def test_the_module_is_left_as_it_is() -> None:
     net = Kept()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    adopt(net, SHAPE)
+    lift_states(net, SHAPE)
     assert net.training
     assert net.hidden is None
     assert net.seen == 0
@@ -525,5 +524,5 @@ def test_outputs_in_a_dict_beside_the_state_keep_their_keys() -> None:
             state = self.cell(self.features(x), state)
             return {"mask": self.head(state), "heat": state}, state
 
-    adopted = adopt(Named().eval(), {"x": (1, 3, 8, 8)})
-    assert [spec.name for spec in adopted.outputs] == ["mask", "heat"]
+    lifted = lift_states(Named().eval(), {"x": (1, 3, 8, 8)})
+    assert [spec.name for spec in lifted.outputs] == ["mask", "heat"]

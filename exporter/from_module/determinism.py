@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.errors import ExportError
-from stepcell.exporter.from_module.slots import Inputs, Starts, same
+from stepcell.exporter.from_module.attributes import Inputs, Starts, same
 from stepcell.exporter.from_module.trees import map_leaves
 
 __all__ = ["check_deterministic"]

@@ -1,0 +1,100 @@
+"""Check of an exported file against its module: the module in float64, the file in ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from stepcell.contract import Parity, StepContract
+from stepcell.dims import resolve
+from stepcell.errors import ExportError
+from stepcell.exporter.onnx_session import OnnxSession
+from stepcell.exporter.parity import (
+    OWN_RUNS,
+    Arrays,
+    Model,
+    Step,
+    check_equal,
+    dead_states,
+    fed_back,
+    nudged,
+    random_clip,
+    smooth_clip,
+    tolerance_of,
+)
+from stepcell.exporter.step_onnx.plan import sizes_for_check
+
+__all__ = ["STEPS", "check_export"]
+
+STEPS = 32
+
+
+def check_export(model: nn.Module, data: bytes, contract: StepContract, steps: int = STEPS) -> Parity:
+    """Compare over random and smooth frames, at two sizes where sizes are dynamic; every state must matter.
+
+    Args:
+        model: the module in float32, weights as in the checkpoint.
+        data: the file.
+
+    Returns:
+        Worst absolute difference per output and state.
+
+    Raises:
+        ParityError: the file differs by more than `parity.TOLERANCE` and by more than the module in
+            the file's precision.
+        ExportError: ONNX Runtime does not load the file, or a state changes nothing.
+    """
+    reference = _torch_step(copy.deepcopy(model).double(), contract, wide=True)
+    exported = _file_step(data, contract)
+
+    def own_runs() -> Sequence[Model]:
+        narrow = copy.deepcopy(model).half() if contract.precision == "float16" else model
+        step = _torch_step(narrow, contract, wide=False)
+        return [nudged(fed_back(step), contract.precision, run) for run in range(OWN_RUNS)]
+
+    clips = []
+    for sizes in sizes_for_check(contract):
+        shapes = {spec.name: resolve(spec.shape, sizes) for spec in contract.inputs} | contract.state_shapes(sizes)
+        clips += [make(contract, f"sizes {dict(sizes)}", shapes, steps) for make in (random_clip, smooth_clip)]
+    parity = check_equal(
+        fed_back(reference),
+        fed_back(exported),
+        clips,
+        tolerance_of(contract.precision, contract.states),
+        own_runs=own_runs,
+        subject="torch float64",
+        hint="try --precision float32; if it passes there, the model needs more than float16 has"
+        if contract.precision == "float16"
+        else None,
+    )
+    for state in dead_states(exported, clips[-2], contract.states):
+        raise ExportError(f"state {state.name}: changes no output and no state; is it wired in forward?")
+    return parity
+
+
+def _file_step(data: bytes, contract: StepContract) -> Step:
+    session = OnnxSession(data, "the exported file")
+
+    def step(inputs: Arrays, states: Arrays) -> Arrays:
+        results = session({**inputs, **{state.input: states[state.name] for state in contract.states}})
+        outputs = {spec.name: results[spec.name] for spec in contract.outputs}
+        return {**outputs, **{state.name: results[state.output] for state in contract.states}}
+
+    return step
+
+
+def _torch_step(model: nn.Module, contract: StepContract, *, wide: bool) -> Step:
+    """The module as a step: in float64, or in the contract's dtypes."""
+    names = [*(spec.name for spec in contract.outputs), *(state.name for state in contract.states)]
+
+    def step(inputs: Arrays, states: Arrays) -> Arrays:
+        arrays = [inputs[spec.name] for spec in contract.inputs] + [states[state.name] for state in contract.states]
+        tensors = [torch.from_numpy(array) for array in arrays]
+        with torch.no_grad():
+            results = model(*(t.double() if wide and t.is_floating_point() else t for t in tensors))
+        return {name: result.numpy() for name, result in zip(names, results, strict=True)}
+
+    return step
