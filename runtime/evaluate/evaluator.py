@@ -110,7 +110,8 @@ class GraphEvaluator:
         Raises:
             InputError, StateError: a name is missing or unknown, or an array is of another shape.
         """
-        return self._split(self._program.run(self._feeds(inputs, states)))
+        feeds = self._feeds(inputs, states)
+        return self._split(self._program.run(feeds), feeds)
 
     def jvp(
         self,
@@ -151,7 +152,7 @@ class GraphEvaluator:
         whole = {
             name: np.zeros_like(value) if changes[name] is None else changes[name] for name, value in results.items()
         }
-        return (*self._split(results), *self._split(whole))
+        return (*self._split(results, feeds), *self._split(whole, tangents))
 
     def _feeds(self, inputs: Mapping[str, ArrayLike], states: Mapping[str, ArrayLike]) -> Arrays:
         contract = self.contract
@@ -169,9 +170,15 @@ class GraphEvaluator:
             feeds[state.input] = array
         return feeds
 
-    def _split(self, results: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
-        outputs = {spec.name: results[spec.name] for spec in self.contract.outputs}
-        return outputs, {state.name: results[state.output] for state in self.contract.states}
+    def _split(self, results: Mapping[str, Any], feeds: Arrays) -> tuple[Arrays, Arrays]:
+        """Data outputs and states, by name; an input or a constant that is a result itself is copied."""
+        fed = [id(array) for array in feeds.values()]
+        own = {
+            name: np.array(value) if value.base is not None or not value.flags.writeable or id(value) in fed else value
+            for name, value in results.items()
+        }
+        outputs = {spec.name: own[spec.name] for spec in self.contract.outputs}
+        return outputs, {state.name: own[state.output] for state in self.contract.states}
 
 
 def _as(spec: Spec, array: Array) -> Array:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from stepcell.errors import EvaluationError
 from stepcell.runtime.evaluate.arithmetic import Array, Widening
 
@@ -144,5 +146,5 @@ def unsupported(node: Node, reason: str) -> EvaluationError:
 
 
 def as_ints(array: Array | Sequence[int] | None) -> list[int]:
-    """Integers of an input or of an attribute."""
-    return [] if array is None else [int(value) for value in array]
+    """Integers of an input or of an attribute; files of other exporters have a scalar where there is one."""
+    return [] if array is None else [int(value) for value in np.ravel(array)]

@@ -10,9 +10,10 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from stepcell.contract import StateSpec, TensorSpec
 from stepcell.errors import ContractError, EvaluationError, InputError, StateError, UsageError
 from stepcell.runtime.evaluate import GraphEvaluator
-from tests.runtime.evaluate.step_models import slow_memory
+from tests.runtime.evaluate.step_models import slow_memory, step_model
 
 X = np.zeros((1, 4), np.float16)
 
@@ -78,6 +79,26 @@ def test_names_shapes_and_kinds_are_checked(tmp_path: Path) -> None:
     onnx.save(model, path)
     with pytest.raises(ContractError, match=r"model.onnx: has no state contract"):
         GraphEvaluator(path)
+
+
+def test_results_are_the_callers() -> None:
+    """A state that is passed through, a constant that is an output: changing one changes nothing else."""
+    model = step_model(
+        """
+        g (float[1, 4] x, float[1, 4] "state_in.h") => (float[1, 4] y, float[1, 4] "state_out.h") {
+          y = Constant<value = float[1, 4] {1.0, 2.0, 3.0, 4.0}>()
+          "state_out.h" = Identity("state_in.h")
+        }""",
+        [TensorSpec(name="x", shape=(1, 4))],
+        [TensorSpec(name="y", shape=(1, 4))],
+        [StateSpec(name="h", shape=(1, 4))],
+    )
+    evaluator, h = GraphEvaluator(model), np.ones((1, 4), np.float32)
+    for _ in range(2):
+        outputs, states = evaluator.step({"x": X.astype(np.float32)}, {"h": h})
+        assert outputs["y"].tolist() == [[1, 2, 3, 4]]
+        outputs["y"][:] = states["h"][:] = 7
+    assert h.max() == 1
 
 
 def test_an_operator_that_is_not_implemented_is_named() -> None:
