@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,9 @@ from stepcell.runtime.streams.progress import RunProgress
 from stepcell.runtime.streams.report import RunError, StreamReport
 from stepcell.runtime.streams.run import run_streams
 from stepcell.runtime.streams.run_control import RunControl
+from tests.fakes.frame_source import FrameSource
 
 Model = Callable[..., Path]
-
-
-class Frames:
-    """A source of given frames; an exception among them is raised."""
-
-    name = "frames"
-    fps: Fraction | None = None
-    length: int | None = None
-    live = False
-    seconds: float | None = None
-
-    def __init__(self, frames: list[Any]) -> None:
-        self._frames = frames
-        self.closed = False
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        for frame in self._frames:
-            if isinstance(frame, BaseException):
-                raise frame
-            yield frame
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def run_stream(loop: StepLoop, source: Any, sink: Any = None, **options: Any) -> StreamReport:
@@ -87,14 +65,14 @@ def test_clip_equals_stepping_by_hand(denoiser_onnx: Path, clip_path: Path, tmp_
 
 def test_odd_sizes_are_padded_and_cropped(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator(range=(0.0, 1.0), pad_multiple=8)) as loop:
-        run_stream(loop, Frames(clip(3, 20)), open_sink(str(tmp_path / "out"), Fraction(25)))
+        run_stream(loop, FrameSource("frames", clip(3, 20)), open_sink(str(tmp_path / "out"), Fraction(25)))
     frames = [frame[..., 0] for frame in open_source(str(tmp_path / "out"))]
     np.testing.assert_array_equal(frames, np.broadcast_to(np.uint8([20, 40, 60])[:, None, None], (3, 5, 6)))
 
 
 def test_without_a_sink_frames_are_only_stepped(accumulator: Model) -> None:
     done: list[int] = []
-    source = Frames(clip(4))
+    source = FrameSource("frames", clip(4))
     with StepLoop.open(accumulator()) as loop:
         report = run_stream(loop, source, progress=lambda run: done.append(run.streams[0].frames))
     assert (report.frames, report.output, report.stopped, report.encode.first_ms) == (4, None, "end of input", None)
@@ -105,8 +83,8 @@ def test_without_a_sink_frames_are_only_stepped(accumulator: Model) -> None:
 
 def test_a_second_stream_starts_afresh(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator()) as loop:
-        run_stream(loop, Frames(clip(4)))
-        report = run_stream(loop, Frames(clip(2, shape=(9, 9, 3))), ArraySink(tmp_path / "out.npy"))
+        run_stream(loop, FrameSource("frames", clip(4)))
+        report = run_stream(loop, FrameSource("frames", clip(2, shape=(9, 9, 3))), ArraySink(tmp_path / "out.npy"))
     assert report.step.count == 1
     assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == [1, 2]
 
@@ -118,7 +96,7 @@ def test_a_second_stream_starts_afresh(accumulator: Model, tmp_path: Path) -> No
     ids=["unreadable", "size", "device"],
 )
 def test_broken_stream_keeps_what_was_written(accumulator: Model, breaks: Any, name: str, tmp_path: Path) -> None:
-    source = Frames([*clip(3), breaks, *clip(3)])
+    source = FrameSource("frames", [*clip(3), breaks, *clip(3)])
     path = tmp_path / name
     with StepLoop.open(accumulator(range=(0.0, 1.0))) as loop, pytest.raises(RunError) as caught:
         run_stream(loop, source, open_sink(str(path), Fraction(25)))
@@ -141,7 +119,7 @@ def test_stream_that_never_starts_leaves_the_old_file(
     path = tmp_path / name
     path.write_text("precious")
     with StepLoop.open(accumulator()) as loop, pytest.raises(RunError) as caught:
-        run_stream(loop, Frames(frames), open_sink(str(path), Fraction(25)))
+        run_stream(loop, FrameSource("frames", frames), open_sink(str(path), Fraction(25)))
     assert caught.value.report.streams[0].frames == 0
     assert path.read_text() == "precious"
     assert not list(tmp_path.glob(".*"))
@@ -178,7 +156,7 @@ class BrokenSink:
 def test_failing_output_is_salvaged(accumulator: Model, fails_at: str) -> None:
     sink = BrokenSink(fails_at)
     with StepLoop.open(accumulator()) as loop, pytest.raises(RunError, match=r"No space left on device\)$"):
-        run_stream(loop, Frames(clip(2)), sink)
+        run_stream(loop, FrameSource("frames", clip(2)), sink)
     assert sink.calls[-1] == "salvage"
 
 
@@ -191,14 +169,14 @@ def test_a_stop_ends_between_two_frames(accumulator: Model, tmp_path: Path) -> N
 
     options = {"control": control, "progress": stop_after_two}
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, Frames(clip(9)), ArraySink(tmp_path / "out.npy"), **options)
+        report = run_stream(loop, FrameSource("frames", clip(9)), ArraySink(tmp_path / "out.npy"), **options)
     assert (report.frames, report.stopped) == (2, "interrupted")
     assert len(np.load(tmp_path / "out.npy")) == 2
 
 
 def test_keyboard_interrupt_nobody_listens_for_goes_on(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator()) as loop, pytest.raises(KeyboardInterrupt):
-        run_stream(loop, Frames([*clip(2), KeyboardInterrupt()]), ArraySink(tmp_path / "out.npy"))
+        run_stream(loop, FrameSource("frames", [*clip(2), KeyboardInterrupt()]), ArraySink(tmp_path / "out.npy"))
     assert len(np.load(tmp_path / "out.npy")) == 2
 
 
@@ -218,9 +196,9 @@ def test_output_that_is_no_picture(accumulator: Model, tmp_path: Path) -> None:
     onnx.save(model, path)
     with StepLoop.open(path) as loop:
         with pytest.raises(RunError, match="no output of this model is a picture") as caught:
-            run_stream(loop, Frames(clip(2)), open_sink(str(tmp_path / "out.mp4"), Fraction(25)))
+            run_stream(loop, FrameSource("frames", clip(2)), open_sink(str(tmp_path / "out.mp4"), Fraction(25)))
         assert "out.npy" in (caught.value.hint or "")
-        run_stream(loop, Frames(clip(2)), ArraySink(tmp_path / "out.npy"))
+        run_stream(loop, FrameSource("frames", clip(2)), ArraySink(tmp_path / "out.npy"))
     assert np.load(tmp_path / "out.npy").shape == (2, 3, 5, 6)
 
 
@@ -229,38 +207,25 @@ def test_model_that_takes_no_picture(accumulator: Model) -> None:
         StepLoop.open(accumulator(shape=("batch", 4), layout=None)) as loop,
         pytest.raises(StepcellError, match="a stream of frames needs exactly one input"),
     ):
-        run_stream(loop, Frames(clip(2)))
+        run_stream(loop, FrameSource("frames", clip(2)))
 
 
 def test_nan_output_is_an_error_in_pictures(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator(range=(0.0, 1.0)), check_finite=False) as loop:
         frames = [np.zeros((3, 4, 4), np.float32), np.full((3, 4, 4), np.nan, np.float32)]
         with pytest.raises(RunError, match="y: the model returned NaN or Inf") as caught:
-            run_stream(loop, Frames(frames), open_sink(str(tmp_path / "out.mp4"), Fraction(25)))
+            run_stream(loop, FrameSource("frames", frames), open_sink(str(tmp_path / "out.mp4"), Fraction(25)))
     assert caught.value.report.streams[0].frames == 1
 
 
 def test_gaps_and_cuts_reset_and_are_counted(accumulator: Model, tmp_path: Path) -> None:
     """Scene a, then b with a gap in time; the result is the sum of the frames since the last reset."""
     a, b = (np.random.default_rng(seed).integers(0, 2, (3, 32, 32)).astype(np.float32) for seed in (0, 1))
-    source = Timed([a, a, a, b, b, b], [0.0, 0.04, 0.08, 0.12, 5.0, 5.04])
+    source = FrameSource("frames", [a, a, a, b, b, b], times=[0.0, 0.04, 0.08, 0.12, 5.0, 5.04])
     with StepLoop.open(accumulator()) as loop:
         report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), reset_gap=1.0, reset_on_cut=True)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), [a, 2 * a, 3 * a, b, b, 2 * b])
     assert report.resets == {"every": 0, "gap": 1, "cut": 1, "demand": 0, "non-finite": 0}
-
-
-class Timed(Frames):
-    """Frames with timestamps."""
-
-    def __init__(self, frames: list[Any], times: list[float]) -> None:
-        super().__init__(frames)
-        self._times = times
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        for seconds, frame in zip(self._times, self._frames, strict=True):
-            self.seconds = seconds
-            yield frame
 
 
 def test_a_call_resets_before_the_next_frame(accumulator: Model, tmp_path: Path) -> None:
@@ -272,7 +237,7 @@ def test_a_call_resets_before_the_next_frame(accumulator: Model, tmp_path: Path)
 
     options = {"control": control, "progress": reset_after_three}
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), **options)
+        report = run_stream(loop, FrameSource("frames", clip(5)), ArraySink(tmp_path / "out.npy"), **options)
     assert np.load(tmp_path / "out.npy")[:, 0, 0, 0].tolist() == [1, 2, 3, 1, 2]
     assert report.resets["demand"] == 1
 
@@ -285,7 +250,7 @@ def test_non_finite_resets_and_goes_on(accumulator: Model, tmp_path: Path, logge
     with StepLoop.open(accumulator()) as loop:
         report = run_stream(
             loop,
-            Frames([one, BAD, BAD, one]),
+            FrameSource("frames", [one, BAD, BAD, one]),
             ArraySink(tmp_path / "out.npy"),
             on_nonfinite="reset",
         )
@@ -299,9 +264,9 @@ def test_non_finite_stops_or_is_ignored_as_asked(accumulator: Model, tmp_path: P
     frames = [BAD, BAD, BAD]
     with StepLoop.open(accumulator()) as loop:
         with pytest.raises(RunError, match="frame 1: y: the model returned NaN or Inf") as caught:
-            run_stream(loop, Frames(frames))
+            run_stream(loop, FrameSource("frames", frames))
         assert caught.value.report.streams[0].frames == 1
-        assert run_stream(loop, Frames(frames), on_nonfinite="ignore").resets["non-finite"] == 0
+        assert run_stream(loop, FrameSource("frames", frames), on_nonfinite="ignore").resets["non-finite"] == 0
 
 
 def test_a_frame_that_is_never_finite_does_not_end_the_stream(accumulator: Model, tmp_path: Path) -> None:
@@ -311,7 +276,7 @@ def test_a_frame_that_is_never_finite_does_not_end_the_stream(accumulator: Model
         with StepLoop.open(accumulator(range=(0.0, 1.0)), check_finite=False) as loop:
             report = run_stream(
                 loop,
-                Frames([one, inf, one]),
+                FrameSource("frames", [one, inf, one]),
                 open_sink(str(tmp_path / name), Fraction(25)),
                 on_nonfinite="reset",
             )
@@ -322,7 +287,7 @@ def test_a_frame_that_is_never_finite_does_not_end_the_stream(accumulator: Model
 
 def test_states_alone_are_looked_at_now_and_then(hidden: Path) -> None:
     with StepLoop.open(hidden) as loop:
-        report = run_stream(loop, Frames([BAD] * 250), on_nonfinite="reset")
+        report = run_stream(loop, FrameSource("frames", [BAD] * 250), on_nonfinite="reset")
     assert report.resets["non-finite"] == 2
 
 
@@ -330,7 +295,7 @@ def test_a_snapshot_never_holds_nan(hidden: Path, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     with StepLoop.open(hidden) as loop:
         with pytest.raises(RunError, match="frame 9: h: the model returned NaN or Inf"):
-            run_stream(loop, Frames([BAD] * 20), snapshot=path, snapshot_every=10)
+            run_stream(loop, FrameSource("frames", [BAD] * 20), snapshot=path, snapshot_every=10)
         assert not path.exists()
 
 
@@ -354,7 +319,8 @@ def test_resumed_run_equals_an_uninterrupted_one(denoiser_onnx: Path, tmp_path: 
     path = tmp_path / "state.safetensors"
 
     def run(loop: StepLoop, name: str, **options: Any) -> StreamReport:
-        source = Timed(list(frames), [number / 25 + (number > 70) for number in range(len(frames))])
+        times = [number / 25 + (number > 70) for number in range(len(frames))]
+        source = FrameSource("frames", frames, times=times)
         options |= {"reset_every": 33, "reset_gap": 0.5, "reset_on_cut": True}
         return run_stream(loop, source, ArraySink(tmp_path / name), **options)
 
@@ -374,17 +340,17 @@ def test_resumed_run_equals_an_uninterrupted_one(denoiser_onnx: Path, tmp_path: 
 def test_a_shorter_input_cannot_be_resumed(accumulator: Model, tmp_path: Path) -> None:
     snapshot = tmp_path / "state.safetensors"
     with StepLoop.open(accumulator()) as loop:
-        run_stream(loop, Frames(clip(5)), snapshot=snapshot)
+        run_stream(loop, FrameSource("frames", clip(5)), snapshot=snapshot)
         with pytest.raises(RunError, match="ends at frame 3, before frame 5"):
-            run_stream(loop, Frames(clip(3)), snapshot=snapshot, resume=True)
+            run_stream(loop, FrameSource("frames", clip(3)), snapshot=snapshot, resume=True)
 
 
 def test_a_live_source_just_goes_on(accumulator: Model, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    source = Frames(clip(3))
+    source = FrameSource("frames", clip(3))
     source.live = True
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, Frames(clip(7)), snapshot=path, snapshot_every=5)
+        report = run_stream(loop, FrameSource("frames", clip(7)), snapshot=path, snapshot_every=5)
         assert (report.snapshots, report.failed_snapshots) == (2, 0)
     with StepLoop.open(accumulator()) as loop:
         report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), snapshot=path, resume=True)
@@ -400,7 +366,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_end_the_stream(
     options = {"snapshot": folder / "state.safetensors", "snapshot_every": 2}
     options["progress"] = lambda _: shutil.rmtree(folder, ignore_errors=True)
     with StepLoop.open(accumulator()) as loop:
-        report = run_stream(loop, Frames(clip(5)), ArraySink(tmp_path / "out.npy"), **options)
+        report = run_stream(loop, FrameSource("frames", clip(5)), ArraySink(tmp_path / "out.npy"), **options)
     assert (report.snapshots, report.failed_snapshots) == (0, 3)
     assert len(np.load(tmp_path / "out.npy")) == 5
     assert "frame 2: snapshot not written" in logged.text
@@ -421,7 +387,7 @@ def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Mo
 
         loop.step = interrupted  # type: ignore[method-assign]
         options = {"snapshot": path, "snapshot_every": 2, "control": control}
-        report = run_stream(loop, Frames(clip(9)), ArraySink(tmp_path / "out.npy"), **options)
+        report = run_stream(loop, FrameSource("frames", clip(9)), ArraySink(tmp_path / "out.npy"), **options)
         assert (report.frames, report.stopped, report.snapshots) == (3, "interrupted", 1)
         assert loop.restore(path).frame == 2
     assert len(np.load(tmp_path / "out.npy")) == 3

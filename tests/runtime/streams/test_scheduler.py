@@ -31,36 +31,10 @@ from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SnapshotWriter, resume_streams
 from stepcell.runtime.streams.scheduler import Scheduler
 from stepcell.runtime.streams.stream import Stream
+from tests.fakes.frame_source import FrameSource
 
 Model = Callable[..., Path]
 ONE = np.ones((3, 4, 4), np.float32)
-
-
-class Frames:
-    """A source of given frames, each after a pause; an exception among them is raised."""
-
-    fps: Fraction | None = None
-    length: int | None = None
-    seconds: float | None = None
-
-    def __init__(self, name: str, frames: Sequence[Any], *, pause: float = 0.0, live: bool = False) -> None:
-        self.name, self.live = name, live
-        self._frames, self._pause = frames, pause
-        self.closed = False
-        self.read = 0
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        for number, frame in enumerate(self._frames):
-            if self._pause:
-                time.sleep(self._pause)
-            if isinstance(frame, BaseException):
-                raise frame
-            self.seconds = number / 25
-            self.read += 1
-            yield frame
-
-    def close(self) -> None:
-        self.closed = True
 
 
 class Watched:
@@ -94,7 +68,7 @@ def run(
 def alone(model: Path, frames: Sequence[Any], path: Path, reset: ResetPolicy | None = None) -> NDArray[Any]:
     """Results of one stream in a loop of its own."""
     with StepLoop.open(model, threads=1) as loop:
-        run(loop, [Stream(Frames("alone", frames), ArraySink(path), reset=reset)])
+        run(loop, [Stream(FrameSource("alone", frames), ArraySink(path), reset=reset)])
     result: NDArray[Any] = np.load(path)
     return result
 
@@ -119,7 +93,7 @@ def test_streams_together_equal_streams_alone(denoiser_onnx: Path, tmp_path: Pat
     ]
     streams = [
         Stream(
-            Frames(f"clip{number}", each, pause=pause),
+            FrameSource(f"clip{number}", each, pause=pause),
             ArraySink(tmp_path / f"{number}.npy"),
             reset=policy,
         )
@@ -154,7 +128,8 @@ def test_one_that_breaks_does_not_stop_the_others(
     ]
     names = "abcdef"
     streams = [
-        Stream(Frames(name, clip), ArraySink(tmp_path / f"{name}.npy")) for name, clip in zip(names, clips, strict=True)
+        Stream(FrameSource(name, clip), ArraySink(tmp_path / f"{name}.npy"))
+        for name, clip in zip(names, clips, strict=True)
     ]
     reports = together(accumulator(), streams)
     assert [report.frames for report in reports] == [20, 3, 5, 2, 0, 0]
@@ -185,9 +160,9 @@ def test_an_output_that_fails_stops_its_stream_only(accumulator: Model, tmp_path
             super().write(frame)
 
     streams = [
-        Stream(Frames("a", [ONE] * 30), Full(tmp_path / "a.npy")),
-        Stream(Frames("b", [ONE] * 30), ArraySink(tmp_path / "b.npy")),
-        Stream(Frames("c", [ONE] * 30), open_sink(str(tmp_path / "c.mp4"), Fraction(25))),
+        Stream(FrameSource("a", [ONE] * 30), Full(tmp_path / "a.npy")),
+        Stream(FrameSource("b", [ONE] * 30), ArraySink(tmp_path / "b.npy")),
+        Stream(FrameSource("c", [ONE] * 30), open_sink(str(tmp_path / "c.mp4"), Fraction(25))),
     ]
     reports = together(accumulator(range=(0.0, 1.0)), streams)
     assert "No space left on device) (" + str(tmp_path / "a.npy") + " holds the first 3 of " in (reports[0].error or "")
@@ -200,7 +175,7 @@ def test_an_output_that_fails_stops_its_stream_only(accumulator: Model, tmp_path
 def test_a_source_that_breaks_while_it_is_asked_is_no_end_of_input(accumulator: Model) -> None:
     gate = threading.Event()
 
-    class Breaking(Frames):
+    class Breaking(FrameSource):
         def __iter__(self) -> Iterator[NDArray[Any]]:
             yield ONE
             gate.wait(10)
@@ -258,7 +233,7 @@ def test_an_output_that_fails_is_noticed_while_the_input_is_silent(accumulator: 
 
 
 def test_a_device_that_fails_ends_every_stream(accumulator: Model, tmp_path: Path) -> None:
-    streams = [Stream(Frames(name, [ONE] * 9), ArraySink(tmp_path / f"{name}.npy")) for name in "ab"]
+    streams = [Stream(FrameSource(name, [ONE] * 9), ArraySink(tmp_path / f"{name}.npy")) for name in "ab"]
     with StepLoop.open(accumulator(), slots=2) as loop:
         step = loop.step_slots
         steps: list[Any] = []
@@ -284,7 +259,7 @@ def test_nan_in_one_stream_stays_there(accumulator: Model, tmp_path: Path) -> No
     clips = [[bad] * 6, [ONE, bad, bad, ONE], [ONE, bad, bad, ONE], [ONE] * 6]
     streams = [
         Stream(
-            Frames(str(number), clip),
+            FrameSource(str(number), clip),
             ArraySink(tmp_path / f"{number}.npy"),
             reset=ResetPolicy(on_nonfinite=policy),  # type: ignore[arg-type]
         )
@@ -305,12 +280,14 @@ def test_late_frames_are_dropped_and_counted_exactly(accumulator: Model, tmp_pat
     count = 150
     frames = [np.full((3, 4, 4), number, np.float32) for number in range(count)]
     fast = Stream(
-        Frames("fast", frames, pause=0.002, live=True),
+        FrameSource("fast", frames, pause=0.002, live=True),
         ArraySink(tmp_path / "fast.npy"),
         deadline=Deadline(0.005),
         reset=ResetPolicy(every=1),  # y = x: the results say which frames were stepped
     )
-    slow = Stream(Frames("slow", [ONE] * 9, pause=0.01), ArraySink(tmp_path / "slow.npy"), deadline=Deadline(0.001))
+    slow = Stream(
+        FrameSource("slow", [ONE] * 9, pause=0.01), ArraySink(tmp_path / "slow.npy"), deadline=Deadline(0.001)
+    )
     reports = together(accumulator(), [fast, slow], watched=Watched(0.02))
     stepped = np.load(tmp_path / "fast.npy")[:, 0, 0, 0]
     dropped = reports[0].dropped
@@ -325,7 +302,7 @@ def test_late_frames_are_dropped_and_counted_exactly(accumulator: Model, tmp_pat
 
 
 def test_late_frames_are_stepped_and_counted_where_the_source_can_wait(accumulator: Model, tmp_path: Path) -> None:
-    source = Frames("pipe", [ONE] * 40, live=True)
+    source = FrameSource("pipe", [ONE] * 40, live=True)
     stream = Stream(source, ArraySink(tmp_path / "out.npy"), deadline=Deadline(0.002, "block"))
     with StepLoop.open(accumulator()) as loop:
         (report,) = run(loop, [stream], watched=Watched(0.005))
@@ -341,7 +318,7 @@ def test_queues_are_bounded(accumulator: Model, tmp_path: Path, slow: str) -> No
             time.sleep(0.003)
             super().write(frame)
 
-    source = Frames("a", [ONE] * 120)
+    source = FrameSource("a", [ONE] * 120)
     sink = (Slow if slow == "write" else ArraySink)(tmp_path / "a.npy")
     ahead: list[int] = []
 
@@ -372,8 +349,8 @@ def test_a_slow_output_holds_up_its_own_stream_only(accumulator: Model, tmp_path
                 gate.set()
 
     streams = [
-        Stream(Frames("stuck", [ONE] * 50), Stuck(tmp_path / "stuck.npy")),
-        Stream(Frames("free", [ONE] * 50), ArraySink(tmp_path / "free.npy")),
+        Stream(FrameSource("stuck", [ONE] * 50), Stuck(tmp_path / "stuck.npy")),
+        Stream(FrameSource("free", [ONE] * 50), ArraySink(tmp_path / "free.npy")),
     ]
     started = time.monotonic()
     reports = together(accumulator(), streams, watched=Opening())
@@ -400,8 +377,8 @@ def test_an_output_that_is_stuck_is_not_waited_for_in_every_step(
                 gate.set()
 
     streams = [
-        Stream(Frames("stuck", [ONE] * 12), Stuck(tmp_path / "stuck.npy")),
-        Stream(Frames("free", [ONE] * 12), ArraySink(tmp_path / "free.npy")),
+        Stream(FrameSource("stuck", [ONE] * 12), Stuck(tmp_path / "stuck.npy")),
+        Stream(FrameSource("free", [ONE] * 12), ArraySink(tmp_path / "free.npy")),
     ]
     started = time.monotonic()
     reports = together(accumulator(), streams, watched=Opening())
@@ -413,21 +390,21 @@ def test_an_output_that_is_stuck_is_not_waited_for_in_every_step(
 def test_a_camera_that_came_back_starts_afresh_unless_the_gap_is_short(
     accumulator: Model, tmp_path: Path, gap: float | None, resets: int
 ) -> None:
-    again = iter([InputError("not yet"), InputError("not yet"), Frames("cam", [ONE] * 5, live=True)])
+    again = iter([InputError("not yet"), InputError("not yet"), FrameSource("cam", [ONE] * 5, live=True)])
 
-    def reopen() -> Frames:
+    def reopen() -> FrameSource:
         found = next(again, InputError("gone for good"))
         if isinstance(found, InputError):
             raise found
         return found
 
     camera = Stream(
-        Frames("cam", [*[ONE] * 4, InputError("cam: cable")], live=True),
+        FrameSource("cam", [*[ONE] * 4, InputError("cam: cable")], live=True),
         ArraySink(tmp_path / "cam.npy"),
         reset=ResetPolicy(gap=gap),
         reconnect=Reconnect(reopen, 1.0, first=0.05, most=0.1),
     )
-    other = Stream(Frames("file", [ONE] * 10), ArraySink(tmp_path / "file.npy"))
+    other = Stream(FrameSource("file", [ONE] * 10), ArraySink(tmp_path / "file.npy"))
     reports = together(accumulator(), [camera, other])
     expected = [1, 2, 3, 4, *([1, 2, 3, 4, 5] if resets else [5, 6, 7, 8, 9])]
     assert np.load(tmp_path / "cam.npy")[:, 0, 0, 0].tolist() == expected
@@ -437,15 +414,15 @@ def test_a_camera_that_came_back_starts_afresh_unless_the_gap_is_short(
 
 
 def test_a_reconnection_is_a_gap_also_where_its_first_frames_are_dropped(accumulator: Model) -> None:
-    again = iter([Frames("cam", [ONE] * 40, live=True)])
+    again = iter([FrameSource("cam", [ONE] * 40, live=True)])
 
-    def reopen() -> Frames:
+    def reopen() -> FrameSource:
         if not camera.frames:
             raise InputError("not before a frame was stepped")
-        return next(again, Frames("cam", [], live=True))
+        return next(again, FrameSource("cam", [], live=True))
 
     camera = Stream(
-        Frames("cam", [ONE] * 40, live=True),
+        FrameSource("cam", [ONE] * 40, live=True),
         deadline=Deadline(60.0),
         reconnect=Reconnect(reopen, 1.0, first=0.001, most=0.001),
     )
@@ -462,14 +439,14 @@ def test_a_stop_is_noticed_while_the_first_frames_are_waited_for(
     monkeypatch.setattr("stepcell.runtime.streams.scheduler.GATHER_FIRST_SECONDS", 30.0)
     control, gate = RunControl(), threading.Event()
 
-    class Silent(Frames):
+    class Silent(FrameSource):
         def __iter__(self) -> Iterator[NDArray[Any]]:
             time.sleep(0.5)  # by now the frame of the other stream waits for one of this stream
             control.stop()  # notifies no condition
             gate.wait(60)
             return iter(())
 
-    streams = [Stream(Frames("a", [ONE])), Stream(Silent("b", [], live=True))]
+    streams = [Stream(FrameSource("a", [ONE])), Stream(Silent("b", [], live=True))]
     started = time.monotonic()
     reports = together(accumulator(), streams, control=control)
     assert time.monotonic() - started < 20
@@ -478,7 +455,7 @@ def test_a_stop_is_noticed_while_the_first_frames_are_waited_for(
 
 
 def test_frames_that_were_all_late_are_not_called_absent(accumulator: Model) -> None:
-    stream = Stream(Frames("a", [ONE] * 9, live=True), deadline=Deadline(1e-9))
+    stream = Stream(FrameSource("a", [ONE] * 9, live=True), deadline=Deadline(1e-9))
     with StepLoop.open(accumulator()) as loop:
         (report,) = run(loop, [stream])
     assert report.error == "a: all its 9 frames were dropped"
@@ -494,7 +471,7 @@ def test_a_stop_finishes_every_output(accumulator: Model, tmp_path: Path) -> Non
                 control.stop()
 
     names = ["a.npy", "b.mp4", "c"]
-    sources = [Frames(name[0], [ONE] * 1000) for name in names]
+    sources = [FrameSource(name[0], [ONE] * 1000) for name in names]
     streams = [
         Stream(source, open_sink(str(tmp_path / name), Fraction(25)))
         for source, name in zip(sources, names, strict=True)
@@ -514,7 +491,7 @@ def test_an_abort_leaves_every_output_behind_that_hangs(accumulator: Model, tmp_
         def write(self, frame: NDArray[Any]) -> None:
             gate.wait(60)
 
-    streams = [Stream(Frames(name, [ONE] * 3), Stuck(tmp_path / f"{name}.npy")) for name in "ab"]
+    streams = [Stream(FrameSource(name, [ONE] * 3), Stuck(tmp_path / f"{name}.npy")) for name in "ab"]
     for seconds, request in ((0.5, control.stop), (1.0, control.abort)):
         threading.Timer(seconds, request).start()
     started = time.monotonic()
@@ -537,7 +514,7 @@ def test_limits_and_snapshots_go_through_several_clips_piece_by_piece(denoiser_o
             starts = resume_streams(loop, path, ["a", "b"])
             streams = [
                 Stream(
-                    Frames(name, each),
+                    FrameSource(name, each),
                     ArraySink(tmp_path / f"{name}{piece}.npy"),
                     start=starts.get(name, 0),
                     limit=10,
@@ -558,7 +535,7 @@ def test_limits_and_snapshots_go_through_several_clips_piece_by_piece(denoiser_o
 def test_a_stream_that_broke_is_not_in_the_snapshot(accumulator: Model, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     bad = np.full_like(ONE, 3e38)
-    streams = [Stream(Frames("a", [ONE] * 12)), Stream(Frames("b", [ONE, bad, bad, ONE]))]
+    streams = [Stream(FrameSource("a", [ONE] * 12)), Stream(FrameSource("b", [ONE, bad, bad, ONE]))]
     reports = together(accumulator(), streams, snapshots=SnapshotWriter(path, 5, "a, b"))
     assert (reports[1].stopped, reports[1].frames) == ("error", 2)
     with StepLoop.open(accumulator(), slots=2) as loop:
@@ -566,7 +543,7 @@ def test_a_stream_that_broke_is_not_in_the_snapshot(accumulator: Model, tmp_path
         assert starts == {"a": 12}
         clips = {"a": [ONE] * 15, "b": [ONE] * 2}
         streams = [
-            Stream(Frames(name, clip), ArraySink(tmp_path / name), start=starts.get(name, 0))
+            Stream(FrameSource(name, clip), ArraySink(tmp_path / name), start=starts.get(name, 0))
             for name, clip in clips.items()
         ]
         run(loop, streams)
@@ -575,9 +552,9 @@ def test_a_stream_that_broke_is_not_in_the_snapshot(accumulator: Model, tmp_path
 
 def test_a_second_run_of_a_loop_starts_afresh(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator(), slots=2) as loop:
-        run(loop, [Stream(Frames(name, [ONE] * 3)) for name in "ab"])
+        run(loop, [Stream(FrameSource(name, [ONE] * 3)) for name in "ab"])
         streams = [
-            Stream(Frames(name, [np.ones((3, 9, 9), np.float32)] * 2), ArraySink(tmp_path / name)) for name in "bc"
+            Stream(FrameSource(name, [np.ones((3, 9, 9), np.float32)] * 2), ArraySink(tmp_path / name)) for name in "bc"
         ]
         reports = run(loop, streams)
     assert [report.frames for report in reports] == [2, 2]
@@ -586,9 +563,9 @@ def test_a_second_run_of_a_loop_starts_afresh(accumulator: Model, tmp_path: Path
 
 def test_one_stream_goes_on_while_the_other_starts_afresh(accumulator: Model, tmp_path: Path) -> None:
     with StepLoop.open(accumulator(), slots=2) as loop:
-        run(loop, [Stream(Frames(name, [ONE] * 3)) for name in "ab"])
+        run(loop, [Stream(FrameSource(name, [ONE] * 3)) for name in "ab"])
         streams = [
-            Stream(Frames(name, [ONE] * 5), ArraySink(tmp_path / name), start=start)
+            Stream(FrameSource(name, [ONE] * 5), ArraySink(tmp_path / name), start=start)
             for name, start in zip("ab", (3, 0), strict=True)
         ]
         run(loop, streams)
@@ -596,7 +573,7 @@ def test_one_stream_goes_on_while_the_other_starts_afresh(accumulator: Model, tm
 
 
 def test_more_streams_than_slots(accumulator: Model) -> None:
-    streams = [Stream(Frames(name, [ONE])) for name in "abc"]
+    streams = [Stream(FrameSource(name, [ONE])) for name in "abc"]
     with StepLoop.open(accumulator(), slots=2) as loop:
         reports = run(loop, streams)
     assert all("all 2 are in use" in (report.error or "") for report in reports)
