@@ -50,14 +50,14 @@ class PinnedArray:
     """An array in page-locked host memory, which copies to and from the device need to be asynchronous."""
 
     def __init__(self, shape: Sequence[int], dtype: DTypeLike) -> None:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        self._address = _address(driver().cuMemHostAlloc(size, 0), size, "pinned host memory")
-        memory: Any = (ctypes.c_ubyte * size).from_address(self._address)
+        self.nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self.address = _address(driver().cuMemHostAlloc(self.nbytes, 0), self.nbytes, "pinned host memory")
+        memory: Any = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
         self.array: NDArray[Any] = np.frombuffer(memory, dtype=dtype).reshape(shape)
 
     def close(self) -> None:
         """Free the memory. `array` must not be used afterwards."""
-        address, self._address = self._address, 0
+        address, self.address = self.address, 0
         if address:
             check(driver().cuMemFreeHost(address))
 
@@ -113,14 +113,14 @@ def copy_row(target: Rows, index: int, source: Rows, source_index: int, stream: 
         copy_on_device(part, source_part, target.inner, stream)
 
 
-def copy_to_device(buffer: DeviceBuffer, array: NDArray[Any], stream: Stream) -> None:
+def copy_to_device(buffer: DeviceBuffer, array: NDArray[Any] | PinnedArray, stream: Stream) -> None:
     """Queue a copy from the host. `array` must be C-contiguous and live until the copy is done."""
-    check(driver().cuMemcpyHtoDAsync(buffer.address, array.ctypes.data, _size(buffer, array), stream.handle))
+    check(driver().cuMemcpyHtoDAsync(buffer.address, _host(array, buffer), buffer.nbytes, stream.handle))
 
 
-def copy_to_host(array: NDArray[Any], buffer: DeviceBuffer, stream: Stream) -> None:
+def copy_to_host(array: NDArray[Any] | PinnedArray, buffer: DeviceBuffer, stream: Stream) -> None:
     """Queue a copy to the host. `array` must be C-contiguous; it is filled once the stream is done."""
-    check(driver().cuMemcpyDtoHAsync(array.ctypes.data, buffer.address, _size(buffer, array), stream.handle))
+    check(driver().cuMemcpyDtoHAsync(_host(array, buffer), buffer.address, buffer.nbytes, stream.handle))
 
 
 def copy_on_device(target: int, source: int, nbytes: int, stream: Stream) -> None:
@@ -142,7 +142,10 @@ def device_of(address: int) -> int | None:
     return int(check(module.cuPointerGetAttribute(names.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)))
 
 
-def _size(buffer: DeviceBuffer, array: NDArray[Any]) -> int:
+def _host(array: NDArray[Any] | PinnedArray, buffer: DeviceBuffer) -> int:
+    """Address of an array that is as large as the buffer."""
+    assert array.nbytes == buffer.nbytes, (array.nbytes, buffer.nbytes)
+    if isinstance(array, PinnedArray):  # a step copies from and to these; numpy takes 1 us for the address
+        return array.address
     assert array.flags.c_contiguous, array.strides
-    assert array.nbytes == buffer.nbytes, (array.shape, array.nbytes, buffer.nbytes)
-    return buffer.nbytes
+    return int(array.ctypes.data)

@@ -74,14 +74,14 @@ class StepBuffers:
                 self._held.append(value)
             else:
                 np.copyto(data.host.array, value)
-                cuda.copy_to_device(data.device, data.host.array, stream)
+                cuda.copy_to_device(data.device, data.host, stream)
         self.uploaded.record(stream)
 
     def download(self, stream: cuda.Stream) -> None:
         """Queue copies of the outputs to the host, after the step."""
         stream.wait(self.computed)
         for data in self.outputs.values():
-            cuda.copy_to_host(data.host.array, data.device, stream)
+            cuda.copy_to_host(data.host, data.device, stream)
         self.finished.record(stream)
 
     def wait(self) -> None:
