@@ -44,7 +44,7 @@ class FakeRuntimeConfig:
 
     Attributes:
         compiled: kernels in the cache.
-        found: what came from a file.
+        found: kernels that were read from a file.
         dynamic_shapes_kernel_specialization_strategy: as in the bindings.
     """
 
@@ -81,17 +81,17 @@ class FakeEngine:
     """
 
     def __init__(
-        self, gpu: FakeDriver, onnx: Path, contract: StepContract, copies: tuple[Fp16Mirror, ...] = ()
+        self, gpu: FakeDriver, onnx: Path, contract: StepContract, mirrors: tuple[Fp16Mirror, ...] = ()
     ) -> None:
         self.gpu = gpu
         self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-        self.inputs, self.outputs = engine_tensors(contract, copies)
-        self.copies = copies
-        self.formats = {name: "HWC8" for copy in copies for name in (copy.input, copy.output)}
+        self.inputs, self.outputs = engine_tensors(contract, mirrors)
+        self.mirrors = mirrors
+        self.formats = {name: "HWC8" for mirror in mirrors for name in (mirror.input, mirror.output)}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.runs: list[dict[str, int]] = []
-        self.stale = 0  # values of fp16 mirrors that were not their state's
+        self.stale = 0  # number of values of fp16 mirrors that differ from their state
         self.refuse = False
         self.capturable = True
         self.config = FakeRuntimeConfig()
@@ -141,27 +141,27 @@ class FakeEngine:
         if self.config.used and not self.config.compiled:
             self.config.compiled = b"kernels for this GPU"
         addresses = dict(self.addresses)
-        assert len(set(addresses.values())) == self.num_io_tensors, "two tensors in one place"
+        assert len(set(addresses.values())) == self.num_io_tensors, "two tensors at the same address"
         self.gpu.queue(stream, lambda: self._run(addresses))
         return True
 
     def _run(self, addresses: dict[str, int]) -> None:
         self.runs.append(addresses)
         feeds = {name: self._at(addresses[name], name, spec.dtype).copy() for name, spec in self.inputs.items()}
-        for copy in self.copies:
-            state, half = feeds[STATE_IN + copy.state], feeds.pop(copy.input)[..., : self.channels(copy)]
-            wanted = half_map(state)[..., : self.channels(copy)]
+        for mirror in self.mirrors:
+            state, half = feeds[STATE_IN + mirror.state], feeds.pop(mirror.input)[..., : self.channels(mirror)]
+            wanted = half_map(state)[..., : self.channels(mirror)]
             stale = (half != wanted) & ~(np.isnan(half) & np.isnan(wanted))
             state[stale.transpose(0, 3, 1, 2)] = np.nan
             self.stale += int(stale.sum())
         names = [name for name in self.outputs if name not in self.formats]
         results = dict(zip(names, self.session.run(names, feeds), strict=True))
-        results |= {copy.output: half_map(results[STATE_OUT + copy.state]) for copy in self.copies}
+        results |= {mirror.output: half_map(results[STATE_OUT + mirror.state]) for mirror in self.mirrors}
         for name, spec in self.outputs.items():
             self._at(addresses[name], name, spec.dtype)[:] = results[name]
 
-    def channels(self, copy: Fp16Mirror) -> int:
-        return self.get_tensor_shape(copy.input)[1]
+    def channels(self, mirror: Fp16Mirror) -> int:
+        return self.get_tensor_shape(mirror.input)[1]
 
     def _at(self, address: int, name: str, dtype: str) -> NDArray[Any]:
         shape = self.get_tensor_shape(name)
@@ -186,7 +186,7 @@ class Machine:
         self, onnx: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, fp16_mirrors: bool = False
     ) -> None:
         self.path = folder / "model.engine"
-        built = onnx.with_suffix(".fake.engine")  # once for all tests of a model
+        built = onnx.with_suffix(".fake.engine")  # built once per model
         if not built.exists():
             options = BuildOptions(min_shapes={"x": (1, 3, 16, 16)}, max_shapes={"x": (3, 3, 32, 32)})
             build_engine(onnx, built, options)
@@ -195,8 +195,8 @@ class Machine:
         if fp16_mirrors:
             sidecar = read_sidecar(built)
             names = [state.name for state in sidecar.contract.states]
-            copies = tuple(Fp16Mirror(name, f"half_in.{name}", f"half_out.{name}") for name in names)
-            sidecar_path(self.path).write_text(msgspec.structs.replace(sidecar, fp16_mirrors=copies).to_json())
+            mirrors = tuple(Fp16Mirror(name, f"half_in.{name}", f"half_out.{name}") for name in names)
+            sidecar_path(self.path).write_text(msgspec.structs.replace(sidecar, fp16_mirrors=mirrors).to_json())
         checked = check_engine(self.path)
         self.onnx, self.contract = onnx, checked.sidecar.contract
         self.gpu = FakeDriver()
@@ -221,12 +221,12 @@ class Machine:
         return TensorRTBackend(self.path, Device("cuda", 0))
 
     def refuse(self, *, yes: bool) -> None:
-        """Let each step fail when it is queued."""
+        """Make every step fail when it is queued."""
         self.engine.refuse = yes
         self.gpu.failures = {"cuGraphLaunch": LAUNCH_FAILED} if yes else {}
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Of a tensor of a stack, whose maps are all as large as its frames."""
+        """Shape of a tensor of a stack, in which all maps have the size of the frames."""
         channels = {**self.engine.inputs, **self.engine.outputs}[name].shape[1]
         assert isinstance(channels, int)
         return (2, channels, 16, 24)
@@ -236,13 +236,13 @@ SYMBOLS = {"batch": 2, "height": 16, "width": 24}
 
 
 def frames(count: int, batch: int = 2, height: int = 16, width: int = 24) -> list[NDArray[Any]]:
-    """Frames of a two-row batch for the sizes above."""
+    """Frames with the sizes above."""
     generator = np.random.default_rng(0)
     return [generator.random((batch, 3, height, width)).astype(np.float16) for _ in range(count)]
 
 
 def reference(onnx: Path, contract: StepContract, clip: list[NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
-    """The same steps with plain ONNX Runtime: all graph outputs of every step."""
+    """All graph outputs of every step, by plain ONNX Runtime."""
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     symbols = contract.bind({"x": clip[0].shape})
     shapes = contract.state_shapes(symbols)

@@ -1,4 +1,4 @@
-"""The back ends that the tests on a device compare, and what they have in common."""
+"""Back ends that the tests on a device compare: how each opens a model, and its tolerance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same promises on every back end: on the CPU in each run, on a GPU by `make gpu-check`.
+"""Behaviour that every back end must have: tested on the CPU in each run, and on a GPU by `make gpu-check`.
 
 What needs a GPU is skipped where there is none, and says so. The CPU rows run the very same code,
 so a mistake in a test shows without a GPU.
@@ -126,7 +126,7 @@ def test_a_refused_step_changes_nothing(loop: StepLoop) -> None:
 
 
 def test_slots_equal_loops_of_their_own(place: Place, denoiser_onnx: Path, tolerance: float) -> None:
-    """Streams at rates of 1, 2 and 3; the same tolerance as against the CPU, since a batch may be tiled otherwise."""
+    """Streams at rates of 1, 2 and 3. The kernels may be tiled differently for another batch size, hence the tolerance."""
     clips = [frames(100, seed=seed)[:, :1] for seed in range(SLOTS)]
     alone = [place.open(denoiser_onnx) for _ in clips]
     error = 0.0
@@ -209,7 +209,7 @@ def test_learned_initial_states(place: Place, exported: Path, tolerance: float) 
 
 
 def test_policies_over_a_stream(place: Place, denoiser_onnx: Path, tmp_path: Path, tolerance: float) -> None:
-    """A run with a scene cut, every N and a snapshot half-way, against the same run on the CPU."""
+    """A run with resets at a scene cut and every N frames, and a snapshot half-way, against the same run on the CPU."""
     clip = read_clip("bikes")[60:90, ::4, ::6][:, :64, :96].copy()
     np.save(tmp_path / "clip.npy", clip)
 

@@ -134,7 +134,7 @@ class OnDevice:
         self.x = torch.zeros((batch, height, width, padded(cell.inputs)), dtype=torch.float16, device="cuda")
         self.old = [torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(count)]
         self.new = [torch.full(shape, float("nan"), dtype=dtype, device="cuda") for _ in range(count)]
-        self.copies = [torch.zeros(map_shape, dtype=torch.float16, device="cuda")] if fp16_mirror else []
+        self.mirrors = [torch.zeros(map_shape, dtype=torch.float16, device="cuda")] if fp16_mirror else []
         self.y = torch.full(map_shape, float("nan"), dtype=torch.float16, device="cuda")
 
     def set_tactic(self, tactic: int) -> None:
@@ -142,7 +142,7 @@ class OnDevice:
         self.plugin.on_shape_change(*self.described)
 
     def enqueue(self) -> None:
-        inputs = [tensor.data_ptr() for tensor in (self.x, *self.old, *self.copies, *self.packed)]
+        inputs = [tensor.data_ptr() for tensor in (self.x, *self.old, *self.mirrors, *self.packed)]
         outputs = [tensor.data_ptr() for tensor in (*self.new, self.y)]
         stream = torch.cuda.current_stream().cuda_stream
         self.plugin.enqueue(*self.described, inputs, outputs, self.scratch.data_ptr(), stream)
@@ -167,12 +167,12 @@ def test_enqueue_and_its_capture(vendor: str, label: str, fp16_mirror: bool) -> 
     weights = {name: torch.from_numpy(array).cuda().double() for name, array in it.weights.items()}
     for tactic in it.built.get_valid_tactics():
         it.set_tactic(tactic)
-        for state in (*it.old, *it.copies):
+        for state in (*it.old, *it.mirrors):
             state.zero_()
         batch, height, width = SIZE
         generator = torch.Generator().manual_seed(0)
         exact = [torch.zeros((batch, cell.hidden, height, width), dtype=torch.float64, device="cuda") for _ in it.old]
-        it.enqueue()  # TensorRT, too, runs once before it is captured
+        it.enqueue()  # a capture needs a run before it, in TensorRT too
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
@@ -200,9 +200,9 @@ def test_enqueue_and_its_capture(vendor: str, label: str, fp16_mirror: bool) -> 
                 worst = max(worst, float(difference.max()))
             for target, source in zip(it.old, it.new, strict=True):  # the graph's addresses are fixed
                 target.copy_(source)
-            for target in it.copies:
+            for target in it.mirrors:
                 target.copy_(it.y)
-        for target in it.copies:  # what the host makes of a state that it writes
+        for target in it.mirrors:  # as the host computes it for a state that it writes
             assert np.array_equal(half_map(it.old[0].cpu().numpy()), target.cpu().numpy())
         name = f"{label}, y given back," if fp16_mirror else label
         print(f"{vendor} {name} tactic {tactic}: worst relative difference {worst:.2e} over {STEPS} steps")

@@ -1,4 +1,4 @@
-"""What only a device can show of an engine's steps: graphs, copies that overlap, arrays that stay there.
+"""Steps of an engine on a GPU: CUDA graphs, overlapping copies, and arrays that stay on the device.
 
 The figures go to benchmarks/results/loop-<device>.json, with all that is needed to read them.
 """
@@ -45,7 +45,7 @@ def gpu() -> cuda.Gpu:
 
 @pytest.fixture(scope="module")
 def figures(gpu: cuda.Gpu) -> Iterator[dict[str, Any]]:
-    """Written at the end with the device they were taken on."""
+    """Figures that are written to a file at the end, with the device."""
     taken: dict[str, Any] = {}
     yield taken
     if taken:
@@ -128,7 +128,7 @@ def test_a_step_copies_a_frame_in_and_an_output_out(
 def test_copies_overlap_with_compute(
     place: Place, denoiser_onnx: Path, tmp_path: Path, figures: dict[str, Any]
 ) -> None:
-    """Steps begun ahead take less time than their upload, compute and download one after the other."""
+    """Overlapping steps take less time than upload, compute and download one after the other."""
     path, count = tmp_path / "large.engine", 200
     build_engine(denoiser_onnx, path, BuildOptions(min_shapes={"x": LARGE}, max_shapes={"x": LARGE}))
     with StepLoop.open(path, device="cuda", check_finite=False) as loop:

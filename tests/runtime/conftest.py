@@ -29,7 +29,7 @@ def machine(
 
 @pytest.fixture
 def backend(machine: Machine) -> Iterator[TensorRTBackend]:
-    """Opened on it; whatever it took must be given back at the end."""
+    """A back end on that machine, which must have freed everything at the end."""
     backend = machine.open()
     yield backend
     backend.close()

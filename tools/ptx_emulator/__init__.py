@@ -7,6 +7,6 @@ threads of a program go in step, so a race cannot give a wrong value here; it is
 for, and one to what another program has just written (memory.py).
 
 program.py reads the text, cta.py runs one program, scalar.py and tensor_core.py know the instructions,
-driver.py stands in for the CUDA driver. Semantics are those of NVIDIA's PTX ISA. Not modelled: what the assembler
+driver.py is a fake CUDA driver that runs launches. Semantics are those of NVIDIA's PTX ISA. Not modelled: what the assembler
 and the hardware make of the text, rounding within a tensor core, memory proxies, time.
 """

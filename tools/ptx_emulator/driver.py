@@ -28,7 +28,7 @@ __all__ = ["EmulatedDriver"]
 
 @dataclass
 class _Launch:
-    """One launch, begun or not."""
+    """A launch that has not finished."""
 
     code: Code
     grid: tuple[int, int, int]
@@ -41,10 +41,10 @@ class EmulatedDriver(FakeDriver):
     """A fake driver that runs PTX, and names the memory that launches may reach.
 
     Args:
-        seed: of the order in which the programs of a launch run.
+        seed: of the random order in which the programs of a launch run.
 
     Attributes:
-        overlapped: launches that began before the one ahead of them.
+        overlapped: number of launches that started before the previous one had finished.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -57,7 +57,7 @@ class EmulatedDriver(FakeDriver):
         self.overlapped = 0
 
     def learn(self, image: KernelImage, program: Program) -> None:
-        """`program` is what an image's machine code was made from."""
+        """Register the program that the machine code of an image was assembled from."""
         if program.threads != 32 * image.info.warps:
             raise Fault(
                 f"{image.info.key}: {program.threads} threads in the text, {image.info.warps} warps in the image"
@@ -65,12 +65,12 @@ class EmulatedDriver(FakeDriver):
         self._codes[image.cubin] = Code(program)
 
     def load(self, program: Program) -> int:
-        """Code that comes as PTX; what a launch names it by."""
+        """Load a program; returns the number that a launch refers to it by."""
         self._libraries.append(Code(program))
         return len(self._libraries)
 
     def know(self, name: str, tensor: torch.Tensor, *, shared: bool = False) -> int:
-        """Let launches reach a tensor's memory; its address."""
+        """Make the memory of a tensor accessible to launches; returns its address."""
         self.memory.add(name, tensor.data_ptr(), tensor.numel() * tensor.element_size(), shared=shared)
         return tensor.data_ptr()
 
@@ -136,7 +136,7 @@ class EmulatedDriver(FakeDriver):
         return (OK,)
 
     def finish(self) -> None:
-        """Run what was launched to its end."""
+        """Run the waiting launch to its end."""
         launch, self._waiting = self._waiting, None
         if launch is None:
             return

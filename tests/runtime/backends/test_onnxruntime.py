@@ -1,4 +1,4 @@
-"""The ONNX Runtime back end: its buffers, its devices, and the float32 form of float16 models."""
+"""ONNX Runtime back end: buffers, devices, and float16 models converted to float32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tools.fake_driver import FakeDriver
 Model = Callable[..., Path]
 
 
-def test_two_buffers_take_turns(accumulator: Model) -> None:
+def test_two_buffers_are_used_alternately(accumulator: Model) -> None:
     backend = OrtBackend(accumulator(), Device("cpu"))
     backend.configure({"batch": 1, "height": 2, "width": 2})
     pair = backend._states["h"]
@@ -49,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 
 def test_idle_rows_on_cuda_are_copied_at_their_addresses(accumulator: Model, gpu: FakeDriver) -> None:
-    """The real tensors of ONNX Runtime, the addresses it gives, and copies that CUDA would make."""
+    """Real tensors of ONNX Runtime at their addresses; the copies are made by the fake driver."""
     backend = OrtBackend(accumulator(), Device("cpu"))
     backend.configure({"batch": 3, "height": 2, "width": 2})
     old, new = backend._states["h"]
@@ -104,10 +104,10 @@ def test_the_caller_s_array_may_change_between_steps(accumulator: Model, size: i
     backend.configure({"batch": 1, "height": size, "width": size})
     assert bool(backend._inputs) == (size == 2)
     same, found = np.zeros((1, 3, size, size), np.float32), []
-    for step in range(4):  # the same array, written to again, as the frames of a stream are
+    for step in range(4):  # the same array, overwritten by every frame of a stream
         same[:] = step
         found.append(backend.step({"x": same})["y"])
-    for _ in range(4):  # and arrays that come and go
+    for _ in range(4):  # and a new array for every step
         found.append(backend.step({"x": np.ones_like(same)})["y"])
     assert [float(y.max()) for y in found] == [float(y.min()) for y in found] == [0, 1, 3, 6, 7, 8, 9, 10]
 
@@ -130,7 +130,7 @@ def test_steps_begun_ahead_run_at_once(accumulator: Model) -> None:
 def test_cuda_sessions_capture_graphs_where_onnx_runtime_lets_them(
     refused: bool, logged: pytest.LogCaptureFixture
 ) -> None:
-    """ONNX Runtime refuses such a session for nodes that only the CPU has; then it is opened without."""
+    """ONNX Runtime refuses CUDA graphs for nodes that only the CPU provider has; the session is then opened without."""
     asked = []
 
     def create(model: str, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
@@ -149,7 +149,7 @@ def test_cuda_sessions_capture_graphs_where_onnx_runtime_lets_them(
 
 
 def test_each_binding_has_a_graph_of_its_own_and_other_sizes_new_ones(accumulator: Model) -> None:
-    """A graph has the addresses it was captured with, so none may be launched for other buffers."""
+    """A graph contains the addresses it was captured with, so it must not be launched for other buffers."""
     backend = OrtBackend(accumulator(), Device("cpu"))
     backend._captures, numbers = True, []
     for size in (2, 4):

@@ -18,7 +18,7 @@ def machine(denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def start(machine: Machine) -> FakeRuntimeConfig:
-    """One life of a process: load, one step, close."""
+    """The life of a process: load, one step, close."""
     config = machine.engine.config = FakeRuntimeConfig()
     with StepLoop(machine.open(), name="engine") as loop:
         loop.step(x=frames(1)[0])
@@ -49,7 +49,7 @@ def test_a_damaged_cache_is_replaced(machine: Machine, logged: pytest.LogCapture
 
 
 def test_a_cache_that_cannot_be_read_or_written_is_no_error(machine: Machine, logged: pytest.LogCaptureFixture) -> None:
-    """A folder is in its place, as good as a folder that is read-only, which root would write to."""
+    """A folder of that name takes the place of a read-only folder, which root could write to."""
     cache_path(machine.path).mkdir()
     start(machine)
     said = " ".join(logged.text.split())

@@ -45,7 +45,7 @@ def export(path: Path, *cells: nn.Module, precision: str = "float32") -> Path:
 
 
 def export_small(module: nn.Module, path: Path, precision: str = "float32") -> None:
-    """Of any size, but compared with the module at a small one, which is quicker."""
+    """Dynamic sizes; compared with the module at a small size, which is faster."""
     channels = module.inputs[0].shape[1]
     export_onnx(module, path, precision=precision, shapes={"x": (2, channels, 16, 16)}, dynamic=DYNAMIC)
 
@@ -55,7 +55,7 @@ def frames_of(count: int, *shape: int) -> Array:
 
 
 def simplified(path: Path, *shape: int) -> onnx.ModelProto:
-    """What a loop that is given frames of this shape makes its session of."""
+    """The model that a loop for frames of this shape runs."""
     backend = OrtBackend(path, Device("cpu"), threads=1)
     assert backend._specialized is not None
     (x,) = backend.contract.inputs
@@ -67,14 +67,14 @@ def simplified(path: Path, *shape: int) -> onnx.ModelProto:
 
 
 def outputs(model: onnx.ModelProto, frames: Array) -> list[Array]:
-    """y of every step, the states fed back by a loop written by hand."""
+    """y of every step of a hand-written loop."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     found, feed = [], {}
     for tensor in session.get_inputs()[1:]:
-        # Of a model whose sizes are not known all states have those of the frames.
+        # In a model without known sizes, all states have the size of the frames.
         shape = [size if isinstance(size, int) else frames[0].shape[i] for i, size in enumerate(tensor.shape)]
         feed[tensor.name] = np.zeros(shape, np.float32)
     for x in frames:

@@ -1,4 +1,4 @@
-"""Steps that overlap, arrays on the device and CUDA graphs of the TensorRT back end, on a fake GPU."""
+"""TensorRT back end on a fake GPU: overlapping steps, arrays on the device, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stepcell.runtime.cuda.dlpack import from_capsule, to_capsule
 from tests.fakes.counting_driver import ALLOCATING, CREATING, WAITING
 from tests.fakes.fake_engine import INVALIDATED, LAUNCH_FAILED, SYMBOLS, Machine, frames, reference
 
-THEIRS = 99  # a stream that is not ours
+THEIRS = 99  # a stream of another library
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def expected_outputs(machine: Machine, clip: list[NDArray[Any]]) -> list[NDArray
 
 
 class OnGpu:
-    """Somebody's array in the fake GPU's memory, filled only when work on a stream of theirs has run."""
+    """An array of another library in the memory of the fake GPU, filled when work on that library's stream has run."""
 
     def __init__(self, machine: Machine, array: NDArray[Any], *, stream: int | None = THEIRS) -> None:
         self.array, self._gpu, self._stream = array, machine.gpu, stream
@@ -77,7 +77,7 @@ class ByDlpack(OnGpu):
 
 
 def on_host(machine: Machine, array: DeviceArray) -> NDArray[Any]:
-    """What a reader that follows DLPack sees, on a stream of its own."""
+    """The contents that a DLPack consumer sees on its own stream."""
     address, shape, dtype, strides, device = from_capsule(array.__dlpack__(stream=THEIRS))
     assert (strides, device) == (None, (2, 0))
     machine.gpu.cuStreamSynchronize(THEIRS)
@@ -91,7 +91,7 @@ def test_steps_begun_ahead_equal_plain_onnx_runtime(machine: Machine, loop: Step
     for number, frame in enumerate(clip):
         ours = frame.copy()
         pending.append(loop.step_async(x=ours))
-        ours[:] = 9  # a camera's buffer, written again at once
+        ours[:] = 9  # a camera's buffer, overwritten at once
         if number % 4 == 3:
             pending[-1].result()  # the later one first
     expected = expected_outputs(machine, clip)
@@ -131,7 +131,7 @@ def test_queueing_a_step_waits_for_nothing(machine: Machine, loop: StepLoop) -> 
 
 
 def test_a_frame_is_uploaded_before_the_last_step_is_computed(machine: Machine, backend: TensorRTBackend) -> None:
-    """And downloaded apart from both: three streams, and no more order than the data needs."""
+    """The download is on a third stream; the streams are ordered only as far as the data requires."""
     backend.configure(SYMBOLS)
     clip = frames(3)
     machine.engine.runs.clear()
@@ -309,7 +309,7 @@ def test_outputs_that_stay_on_the_device(machine: Machine, loop: StepLoop) -> No
     for number, frame in enumerate(clip[1:], 1):
         y = loop.step_on_device(x=frame)["y"]
         assert y.__cuda_array_interface__["typestr"] == "<f2"
-        if last is not None:  # still good: the step after the next has not begun
+        if last is not None:  # still valid: the step after the next has not started
             np.testing.assert_array_equal(on_host(machine, last), expected[number - 1], err_msg=f"step {number}")
         last = y
     assert machine.counted.bytes["down"] == 0, "nothing goes to the host"

@@ -1,4 +1,4 @@
-"""The TensorRT back end where there is no GPU: its refusals, and its names against the real bindings."""
+"""TensorRT back end without a GPU: its errors, and the names it uses against the real bindings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine(denoiser_onnx_fixed: Path, tmp_path: Path) -> Path:
 
 
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answer on a machine that has one."""
+    """Find no GPU, also on a machine that has one."""
     problem = "CUDA: CUDA_ERROR_NO_DEVICE: no CUDA-capable device is detected"
     monkeypatch.setattr(cuda, "discover", lambda: cuda.Discovery((), None, problem))
 
@@ -114,6 +114,6 @@ def test_every_tensorrt_name_that_is_used_exists(module: Any, owners: dict[str, 
         names = {attribute for name, attribute in accesses if name == owner}
         # an ONNX node has these; the variable `tensor` of graph.py is an initializer in one place
         names -= {"name", "data_location"} if owner == "tensor" else set()
-        assert names, f"{owner} is not used any more: take it out of the table"
+        assert names, f"{owner} is no longer used: remove it from the table"
         missing = {name for name in names if not hasattr(real, name)}
         assert not missing, f"{real}: no {missing}"

@@ -1,8 +1,8 @@
-"""The step logic of the TensorRT back end on a fake GPU: `tests.fakes.fake_engine`.
+"""TensorRT back end on a fake GPU: buffers, resets, idle rows and errors of its steps.
 
 Everything but the GPU is real: the engine file, its sidecar and the back end. Each test runs with the step captured
 as CUDA graphs, with its kernels queued one by one, and with an engine that takes the fp16 mirror of its state; that one
-computes NaN wherever the copy is not the state's.
+computes NaN wherever the mirror differs from the state.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def test_state_buffers_change_places_and_nothing_is_allocated(machine: Machine, 
     for earlier, later in itertools.pairwise(runs):
         assert later["state_in.h"] == earlier["state_out.h"]
         assert later["state_out.h"] == earlier["state_in.h"]
-        for copy in machine.engine.copies:
-            assert later[copy.input] == earlier[copy.output]
-            assert later[copy.output] == earlier[copy.input]
+        for mirror in machine.engine.mirrors:
+            assert later[mirror.input] == earlier[mirror.output]
+            assert later[mirror.output] == earlier[mirror.input]
         assert later["x"] != earlier["x"]
     assert runs[0]["x"] == runs[2]["x"]
 
@@ -107,7 +107,7 @@ def test_idle_rows_keep_their_states_and_only_they_are_copied(machine: Machine, 
         assert state[0].tobytes() == before[0].tobytes()
         assert state[2].tobytes() == before[2].tobytes()
         np.testing.assert_array_equal(state[1], outputs["state_out.h"][1])
-    assert machine.counted.calls["cuMemcpyDtoDAsync"] == 2 * (1 + len(machine.engine.copies)) * len(clip[2:])
+    assert machine.counted.calls["cuMemcpyDtoDAsync"] == 2 * (1 + len(machine.engine.mirrors)) * len(clip[2:])
     assert not machine.counted.calls.keys() & {*ALLOCATING, *CREATING}
 
 
@@ -279,13 +279,13 @@ def test_engine_whose_fp16_mirror_differs_from_the_sidecar_is_refused(
     import msgspec
 
     machine = Machine(denoiser_onnx, tmp_path, monkeypatch, fp16_mirrors=True)
-    (copy,) = machine.engine.copies
-    machine.engine.formats[copy.output] = "LINEAR"
+    (mirror,) = machine.engine.mirrors
+    machine.engine.formats[mirror.output] = "LINEAR"
     with pytest.raises(EngineMismatchError, match=r"half_out\.h: format LINEAR in the engine; .* is HWC8"):
         machine.open()
-    machine.engine.formats[copy.output] = "HWC8"
+    machine.engine.formats[mirror.output] = "HWC8"
     right = machine.engine.inputs
-    machine.engine.inputs = {**right, copy.input: msgspec.structs.replace(right[copy.input], dtype="float32")}
+    machine.engine.inputs = {**right, mirror.input: msgspec.structs.replace(right[mirror.input], dtype="float32")}
     with pytest.raises(EngineMismatchError, match=r"half_in\.h: input of float32 in the engine, input of float16 in"):
         machine.open()
     machine.engine.inputs = machine.contract.graph_inputs
@@ -314,9 +314,9 @@ def test_states_beyond_float16_are_infinite_in_the_fp16_mirror(machine: Machine,
     flat[:4] = [1e6, -70000.0, 1e-9, 65519.9]
     backend.write_state(state)
     backend.step({"x": frames(1)[0]})
-    for copy in machine.engine.copies:
+    for mirror in machine.engine.mirrors:
         run = machine.engine.runs[-1]
-        half = machine.engine._at(run[copy.input], copy.input, "float16")
+        half = machine.engine._at(run[mirror.input], mirror.input, "float16")
         assert half[0, 0, :4, 0].tolist() == [np.inf, -np.inf, 0.0, 65504.0]
 
 

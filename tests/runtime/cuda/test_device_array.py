@@ -17,7 +17,7 @@ CPU = (1, 0)
 
 
 class Ours:
-    """An array on the host that goes out by our capsule."""
+    """An array on the host that is exported by our capsule."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self.array = array

@@ -1,4 +1,4 @@
-"""Learned initial states: from the contract into every start, reset and slot."""
+"""Learned initial states: used at the start, in resets and in slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latency figures against numpy's percentiles."""
+"""Latency statistics against the percentiles of numpy."""
 
 from __future__ import annotations
 

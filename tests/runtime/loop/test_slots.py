@@ -1,4 +1,4 @@
-"""Slots: streams that come and go in one batch, each with a memory of its own."""
+"""Slots: streams that start and end independently in one batch, each with states of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def loop(accumulator: Model) -> Iterator[StepLoop]:
 
 
 def test_slots_equal_loops_of_their_own_at_different_rates(denoiser_onnx_float32: Path) -> None:
-    """ONNX Runtime's convolution takes one picture of the batch after the other: the same bits."""
+    """Bit by bit: ONNX Runtime convolves the images of a batch one after the other."""
     clips = [frames(60, 1, 3, 16, 24, seed=seed) for seed in range(3)]
     rates = (1, 2, 5)
     alone = [StepLoop.open(denoiser_onnx_float32) for _ in rates]
@@ -236,7 +236,7 @@ def test_models_that_cannot_have_slots(
 
 
 def test_fixed_batch_and_a_batch_axis_that_is_not_the_first(write_model: Model, tmp_path: Path) -> None:
-    """h' = h + x with h of (2 layers, batch, 3), as torch.nn.LSTM lays its states out."""
+    """h' = h + x with h of (2 layers, batch, 3), the layout of torch.nn.LSTM."""
     contract = StepContract(
         inputs=(TensorSpec(name="x", shape=(4, 3)),),
         outputs=(TensorSpec(name="y", shape=(2, 4, 3)),),

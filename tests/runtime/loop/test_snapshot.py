@@ -1,4 +1,4 @@
-"""Snapshots: what fits what, and files that are whole or refused."""
+"""Snapshots: which models and loops accept them, and damaged files."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(accumulator: Model, tm
 
 
 def test_a_folder_that_cannot_be_synchronised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a user may write into a folder and not list it: an error of the run, not a traceback."""
+    """For example in a folder that the user may write to but not list: an error of the run, not a traceback."""
     fsync = os.fsync
 
     def refusing(handle: int) -> None:
@@ -276,7 +276,7 @@ def test_killed_while_saving_leaves_a_whole_file(accumulator: Model, tmp_path: P
 
 
 def test_written_whole(tmp_path: Path) -> None:
-    """What is on the disk is what a reader without stepcell sees."""
+    """The format on disk, read without stepcell."""
     from safetensors import safe_open
 
     path = tmp_path / "state.safetensors"

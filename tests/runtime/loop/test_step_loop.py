@@ -1,4 +1,4 @@
-"""StepLoop against a loop written by hand, and everything it must refuse."""
+"""StepLoop against a hand-written loop, and the inputs it must refuse."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_three_slots_equal_three_loops(denoiser_onnx_float32: Path) -> None:
 
 
 def test_frames_in_any_order_of_memory(denoiser_onnx_float32: Path) -> None:
-    """One array that every frame is written to, so large that ONNX Runtime would keep a copy of the first."""
+    """One array that every frame is written to, so large that ONNX Runtime binds it instead of copying it."""
     xs = frames(6, 1, 3, 64, 80)
     turned = np.asfortranarray(xs[0])
     with StepLoop.open(denoiser_onnx_float32) as loop, StepLoop.open(denoiser_onnx_float32) as other:
