@@ -19,6 +19,7 @@ COMMANDS = {
     "build": "Build a float16 TensorRT engine from an exported model.",
     "run": "Run the step loop over a clip, a folder of frames, an array or a camera.",
     "verify": "Prove a model over many steps, states fed back, against its reference.",
+    "bench": "Time models side by side, for several numbers of streams.",
     "compare": "Compare two outputs frame by frame: arrays, clips or folders.",
     "inspect": "Print the inputs, outputs and states of a model or engine.",
     "kernels": "Compile the fused gate kernels for any GPU, without one.",

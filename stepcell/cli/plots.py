@@ -12,7 +12,7 @@ from stepcell.optional_imports import require
 from stepcell.runtime.verify.report.page import growth_plot
 from stepcell.runtime.verify.results import Growth
 
-__all__ = ["check_plot", "write_growth"]
+__all__ = ["check_plot", "check_svg", "write_growth"]
 
 _SUFFIXES = (".svg", ".png")
 
@@ -21,6 +21,12 @@ def check_plot(path: Path | None) -> None:
     """Raise UsageError where no plot can be written under this name; to be called before the work."""
     if path is not None and path.suffix not in _SUFFIXES:
         raise UsageError(f"--plot: expected a name that ends in {' or '.join(_SUFFIXES)}, got {path}")
+
+
+def check_svg(path: Path | None) -> None:
+    """The same where .svg is the only kind."""
+    if path is not None and path.suffix != ".svg":
+        raise UsageError(f"--plot: expected a name that ends in .svg, got {path}")
 
 
 def write_growth(path: Path, growth: Sequence[Growth]) -> None:
