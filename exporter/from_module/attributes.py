@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 Inputs = Mapping[str, Tensor]  # data inputs by name
-Starts = Mapping[str, Tensor | None]  # first values of state arguments that must be given
+Starts = Mapping[str, Tensor | None]  # values of required state arguments in the first call
 
 _INTERNALS = set(vars(nn.Module()))
 
 
 @dataclass(frozen=True, order=True)
 class StateAttribute:
-    """The attribute `name` of the submodule at `path` ("" is the module itself)."""
+    """The attribute `name` of the submodule at `path` ("": the module itself), which holds a state."""
 
     path: str
     name: str
@@ -48,11 +48,11 @@ class StateAttribute:
             return False
 
     def get(self, module: nn.Module) -> Any:
-        """Its value in `module`."""
+        """The value in `module`."""
         return getattr(module.get_submodule(self.path), self.name)
 
     def set(self, module: nn.Module, value: Any) -> None:
-        """Put a value there."""
+        """Set the value in `module`."""
         setattr(module.get_submodule(self.path), self.name, value)
 
 
@@ -93,7 +93,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def demote_buffers(module: nn.Module, attributes: Iterable[StateAttribute]) -> None:
-    """Make buffers plain attributes, so that a step may assign tensors of any kind to them."""
+    """Turn buffers into plain attributes, so that a step can assign traced tensors to them."""
     for attribute in attributes:
         owner = module.get_submodule(attribute.path)
         if attribute.name in owner._buffers:

@@ -1,4 +1,4 @@
-"""Whether a module computes the same twice."""
+"""Check that a module is deterministic in eval mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ __all__ = ["check_deterministic"]
 
 
 def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> None:
-    """Two fresh copies must agree whatever the random numbers; else name the innermost module that does not."""
+    """Two copies must agree under different random seeds.
+
+    Raises:
+        ExportError: they do not, with the innermost module that is random; or `forward` fails.
+    """
     runs = []
     for seed in (0, 1):
         own = copy.deepcopy(module)
@@ -44,7 +48,7 @@ def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> No
 
 
 def _note_in(calls: list[tuple[str, Any, Any]], path: str) -> Callable[..., None]:
-    """A forward hook that notes what a module was given and what it returned."""
+    """A forward hook that records arguments and results of a module."""
 
     def note(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         calls.append((path, map_leaves(_copied, (args, kwargs)), map_leaves(_copied, result)))

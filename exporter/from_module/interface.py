@@ -1,7 +1,7 @@
-"""How a module is stepped: which arguments are data, and where its states live.
+"""Interface of a module that is called once per step: its data arguments and the places of its states.
 
-A state is an argument that a later call takes from what an earlier one returned, or an attribute
-that a call leaves for the next one. Both are found by calling the module and looking.
+A state is an argument that a call takes from the result of the previous one, or an attribute that one
+call sets and the next one reads. Both are found by calling copies of the module.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["Argument", "Interface", "find_interface", "outputs_of"]
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of `forward` fed from what the call before returned.
+    """An argument of `forward` that takes a part of the previous result.
 
     Attributes:
-        index: position or key in what `forward` returns; None: all of it.
+        index: position or key in the result of `forward`; None: all of it.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class Interface:
-    """Where data goes in and states live.
+    """Data arguments and places of states.
 
     Attributes:
         arguments: state arguments.
         attributes: attributes that hold states.
-        scratch: attributes that a call changes and no later one reads.
-        timed, time_axis: inputs that the module takes as sequences, here of one frame, and their axis of time.
-        output_axes: the axis of time of each output, None where it has none.
+        scratch: attributes that a call changes and no later call reads.
+        timed, time_axis: inputs that the module takes as sequences (of one frame), and their time axis.
+        output_axes: the time axis of each output, None where it has none.
     """
 
     arguments: tuple[Argument, ...] = ()
@@ -66,15 +66,15 @@ class Interface:
         return (*self.arguments, *self.attributes)
 
     def first(self, module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[Any, list[Any]]:
-        """The first call, on a fresh module: state arguments from `starts`, or left out.
+        """The first call, on a fresh module: state arguments from `starts`, or omitted.
 
         Returns:
-            What `forward` returned, and the value of every place afterwards.
+            The result of `forward`, and the value of every place afterwards.
         """
         return self._call(module, inputs, dict(starts))
 
     def step(self, module: nn.Module, inputs: Inputs, memory: Sequence[Any]) -> tuple[Any, list[Any]]:
-        """A later call: every place is given its value first."""
+        """A later call: every place is set to its value first."""
         count = len(self.arguments)
         for attribute, value in zip(self.attributes, memory[count:], strict=True):
             attribute.set(module, value)
@@ -95,7 +95,7 @@ class Interface:
 
 
 def outputs_of(result: Any, arguments: Sequence[Argument]) -> Any:
-    """What is left of a result without its states; all of it where it holds nothing else."""
+    """The part of a result that is not a state; all of it if it has nothing else."""
     taken = [argument.index for argument in arguments]
     if None in taken:
         return result
@@ -109,16 +109,16 @@ def outputs_of(result: Any, arguments: Sequence[Argument]) -> Any:
 
 
 def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int], starts: Starts) -> Interface:
-    """Find a module's states by calling copies of it; `module` itself is left as it is.
+    """Find a module's states by calling copies of it; `module` itself is not changed.
 
     Args:
         module: in eval mode and float64.
         inputs: random data inputs.
-        returned: state arguments that the user named, each with its position in the result.
+        returned: state arguments given by the user, each with its position in the result.
         starts: zeros for those of them that need a value in the first call.
 
     Raises:
-        ExportError: `forward` cannot be called so, is random, or keeps no state.
+        ExportError: `forward` cannot be called like this, is random, or has no state.
     """
     check_deterministic(module, inputs, starts)
     arguments = tuple(Argument(name, index) for name, index in returned.items())
@@ -129,21 +129,21 @@ def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int
         arguments = _find_arguments(module, inputs, starts)
     if foreign := set(starts) - {argument.name for argument in arguments}:
         raise ExportError(
-            f"forward needs {min(foreign)}, which is no state: nothing that comes back can be given for it",
+            f"forward needs {min(foreign)}, which is not a state: no part of the result can be passed for it",
             hint="give its shape in --shape",
         )
     interface = _find_attributes(module, inputs, Interface(arguments), starts)
     if not interface.places:
         raise ExportError(
-            f"{type(module).__name__}: no state: no argument takes what an earlier call returned, and no attribute "
+            f"{type(module).__name__}: no state: no argument takes a part of the previous result, and no attribute "
             "that a call changes is read by the next",
-            hint="a state argument defaults to None and comes back last; --state NAME=POSITION names another",
+            hint="a state argument defaults to None and is returned last; --state NAME=POSITION names another",
         )
     return interface
 
 
 def _find_arguments(module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[Argument, ...]:
-    """State arguments: those without a value of their own, last in what `forward` returns, in order."""
+    """State arguments: those that default to None or have no default, returned last and in order."""
     parameters = inspect.signature(module.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     free = [p.name for p in parameters if p.kind in kinds and p.name not in inputs and p.default in (None, p.empty)]
@@ -165,19 +165,19 @@ def _find_arguments(module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[
 
 
 def _refusal(module: nn.Module, inputs: Inputs, arguments: tuple[Argument, ...], starts: Starts) -> str | None:
-    """Why feeding `arguments` back does not make them states, or None."""
+    """The reason why `arguments` are not states, or None."""
     interface, own = Interface(arguments), copy.deepcopy(module)
     try:
         _, memory = interface.first(own, inputs, starts)
         for each in memory:
             if not any(map(is_state, flatten(each)[0])):
-                return "what comes back there holds no tensor of floats"
+                return "the result has no floating-point tensor there"
         before = copy.deepcopy(own)
         fed, after = interface.step(own, inputs, memory)
         shifted, _ = interface.step(before, inputs, map_leaves(_shifted, memory))
-        interface.step(own, inputs, after)  # and it goes on
-    except Exception as error:  # the user's code may raise anything where it is fed the wrong thing
-        return f"forward does not take it back: {type(error).__name__}: {error}"
+        interface.step(own, inputs, after)  # a third call works too
+    except Exception as error:  # the user's code may raise anything for a wrong argument
+        return f"forward does not accept it: {type(error).__name__}: {error}"
     if [_shape(leaf) for leaf in flatten(memory)[0]] != [_shape(leaf) for leaf in flatten(after)[0]]:
         return "its shape changes from call to call"
     return "it changes nothing" if same(fed, shifted) else None

@@ -17,7 +17,7 @@ from stepcell.exporter.from_module.float64 import Float64
 from stepcell.exporter.from_module.interface import Interface, find_interface
 from stepcell.exporter.from_module.model import LiftedModel
 from stepcell.exporter.from_module.replacements import replace_modules
-from stepcell.exporter.from_module.sequences import take_time
+from stepcell.exporter.from_module.sequences import remove_time_axis
 from stepcell.exporter.from_module.specs import fill_in_specs
 from stepcell.exporter.from_module.trees import flatten, map_leaves
 from stepcell.exporter.parity import OWN_RUNS, TOLERANCE, Arrays, Clip, Run, check_equal, nudged
@@ -76,7 +76,7 @@ def _lifted(
     required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     starts |= dict.fromkeys(name for name in required if name not in data and name not in starts)
     interface = find_interface(original, data, returned, starts)
-    interface, data = take_time(original, interface, data, starts)
+    interface, data = remove_time_axis(original, interface, data, starts)
     warm = replace_modules(copy.deepcopy(original))
     _, memory = interface.first(warm, data, starts)
     _check_start(original, warm, interface, data, starts, memory)
@@ -124,8 +124,8 @@ def _check_start(
             places = ", ".join(map(str, interface.places))
             raise ExportError(
                 f"{places}: the first call computes something else than with states of zeros",
-                hint="a state that starts from other values cannot be exported: store its difference to them; an "
-                "argument that is data gets a shape in --shape",
+                hint="a state that does not start from zeros cannot be exported: store its difference to the start; an "
+                "argument that is data needs its shape in --shape",
             )
 
 

@@ -1,4 +1,4 @@
-"""Modules that read sequences, stepped with sequences of one frame."""
+"""Time axis of modules that take sequences, which are stepped with sequences of one frame."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from stepcell.errors import ExportError
 from stepcell.exporter.from_module.attributes import Inputs, Starts, random, state_leaves
 from stepcell.exporter.from_module.interface import Interface
 
-__all__ = ["take_time"]
+__all__ = ["remove_time_axis"]
 
 _FRAMES = 5  # axes of (time, batch, channels, height, width), or batch first
 
 
-def take_time(module: nn.Module, interface: Interface, data: Inputs, starts: Starts) -> tuple[Interface, Inputs]:
-    """Take the time axis off inputs with five axes; the interface puts it back around the module.
+def remove_time_axis(module: nn.Module, interface: Interface, data: Inputs, starts: Starts) -> tuple[Interface, Inputs]:
+    """Remove the time axis of inputs with five axes; the interface adds it back when it calls the module.
 
-    Which of the first two axes is time shows in the states: they grow with the batch and not with time.
+    The states tell which of the first two axes is time: their sizes depend on the batch, but not on time.
 
     Raises:
-        ExportError: the sequence is longer than one frame, or no axis behaves as time.
+        ExportError: the sequence is longer than one frame, or no axis behaves like time.
     """
     timed = [name for name, tensor in data.items() if tensor.dim() == _FRAMES]
     if not timed:
@@ -47,7 +47,7 @@ def take_time(module: nn.Module, interface: Interface, data: Inputs, starts: Sta
     for axis in (0, 1):
         try:
             short, long = shapes(axis, 2), shapes(axis, 3)
-        except Exception:  # an axis that the module fixes is not time
+        except Exception:  # an axis of fixed size is not time
             continue
         if short[1] == long[1] and all(data[name].shape[axis] == 1 for name in timed):
             grown = tuple(
@@ -56,7 +56,7 @@ def take_time(module: nn.Module, interface: Interface, data: Inputs, starts: Sta
             )
             found.append((axis, grown))
     if len(found) != 1:
-        raise ExportError(f"--shape {timed[0]}: of its first two axes {len(found)} behave as time, expected one")
+        raise ExportError(f"--shape {timed[0]}: of its first two axes {len(found)} behave like time, expected one")
     axis, grown = found[0]
     frames = {name: tensor.squeeze(axis) if name in timed else tensor for name, tensor in data.items()}
     return replace(interface, timed=tuple(timed), time_axis=axis, output_axes=grown), frames

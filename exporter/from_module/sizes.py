@@ -1,4 +1,4 @@
-"""Which sizes follow from which: found by calling a module at several sizes."""
+"""Symbolic shapes of a module: rules for its sizes, found by calling it at several sizes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Shapes:
 
     Attributes:
         inputs: by name.
-        measured: of everything that was measured.
-        batch_axes: of the same, where the batch lies; 0 where nothing tells.
+        measured: of all outputs and states.
+        batch_axes: of the same, their batch axis; 0 where it could not be determined.
         pad_multiple: height and width must be multiples of it.
     """
 
@@ -35,7 +35,7 @@ class Shapes:
 
 
 def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str], measure: Measure) -> Shapes:
-    """Shapes in which the sizes named in `dynamic` are symbols, the others numbers.
+    """Shapes in which the sizes listed in `dynamic` are symbols, and the others numbers.
 
     Args:
         inputs: example shapes; axis 0 is the batch, axes 2 and 3 of four are height and width.
@@ -61,7 +61,7 @@ def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str],
         if rules is None:
             raise ExportError(
                 f"--dynamic {symbol}: the module does not run at other sizes, or its sizes follow no simple rule",
-                hint="leave it out; --shape then fixes the size",
+                hint="omit it; --shape then fixes the size",
             )
         multiple = max(multiple, rules[0])
         for shape, found in zip(shapes, rules[1], strict=True):
@@ -81,7 +81,7 @@ def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str],
 def _rules(
     symbol: str, inputs: Mapping[str, Sequence[int]], base: Sequence[tuple[int, ...]], measure: Measure
 ) -> tuple[int, list[tuple[Dim, ...]]] | None:
-    """The smallest multiple that works, and every measured size as a rule of the symbol."""
+    """The smallest multiple at which the module runs, and every measured size as a rule of the symbol."""
     size = _size(symbol, inputs)
     for multiple in (1,) if symbol == "batch" else _MULTIPLES:
         if size % multiple:
@@ -89,7 +89,7 @@ def _rules(
         deltas = (1, 2) if symbol == "batch" else (multiple, 2 * multiple, 3 * multiple, _FAR)
         try:
             found = [base, *(measure(_resized(symbol, inputs, size, size + delta)) for delta in deltas)]
-        except Exception:  # whatever the user's code raises at a size it is not made for
+        except Exception:  # the user's code may raise anything at an unsupported size
             continue
         sizes = [size, *(size + delta for delta in deltas)]
         rules = [
@@ -122,7 +122,7 @@ def _axes(symbol: str, shape: Sequence[object]) -> list[int]:
 
 
 def _size(symbol: str, inputs: Mapping[str, Sequence[int]]) -> int:
-    """The value of a symbol: that of the first input which has it."""
+    """The value of a symbol in the first input that has it."""
     for shape in inputs.values():
         for axis in _axes(symbol, shape):
             return shape[axis]
@@ -130,7 +130,7 @@ def _size(symbol: str, inputs: Mapping[str, Sequence[int]]) -> int:
 
 
 def _scaled(symbol: str, size: int, whole: int) -> Dim:
-    """The size of another input as a part or a multiple of the symbol; fixed where it is neither."""
+    """The size of another input as a fraction or a multiple of the symbol; fixed if it is neither."""
     if size == whole:
         return symbol
     if whole % size == 0:

@@ -1,4 +1,4 @@
-"""Nested tuples, lists and dicts as a flat list of leaves and back."""
+"""Conversion of nested tuples, lists and dicts to a flat list of leaves and back."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["Spec", "flatten", "map_leaves"]
 
 @dataclass(frozen=True)
 class Spec:
-    """The structure of a container; a leaf has no kind. Named tuples and kinds of dict keep their class.
+    """The structure of a container; a leaf has no kind. Named tuples and subclasses of dict keep their class.
 
-    torch has such trees too, as a private module whose specs warn when they are copied.
+    torch's own pytree module is private, and its specs warn when they are copied.
     """
 
     kind: type | None = None
@@ -34,7 +34,7 @@ class Spec:
 
 
 def flatten(value: Any) -> tuple[list[Any], Spec]:
-    """Leaves in order, and the structure; whatever is no tuple, list or dict is a leaf, None too."""
+    """Leaves in order, and the structure; everything but tuples, lists and dicts is a leaf, including None."""
     if isinstance(value, dict):
         keys, values = tuple(value), list(value.values())
     elif isinstance(value, (tuple, list)):
@@ -46,6 +46,6 @@ def flatten(value: Any) -> tuple[list[Any], Spec]:
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same container with `function` of every leaf."""
+    """The same container with `function` applied to every leaf."""
     leaves, spec = flatten(value)
     return spec.unflatten([function(leaf) for leaf in leaves])

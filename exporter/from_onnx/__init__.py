@@ -1,1 +1,1 @@
-"""Somebody else's ONNX file as a stepcell model: states paired, recurrent cells replaced by the ops."""
+"""ONNX files of other programs as step models: states are paired, recurrent cells replaced by the ops."""

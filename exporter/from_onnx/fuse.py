@@ -1,4 +1,4 @@
-"""From somebody else's ONNX file to a step model: states paired, cells replaced, compared, written."""
+"""Conversion of an ONNX file of another program to a step model: pairs states, replaces cells, compares, writes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
 from stepcell.exporter.cell_recognition.state_pairs import CARRYING, states_of_cells
-from stepcell.exporter.from_onnx.adopt import contract_of, rename, write_contract
 from stepcell.exporter.from_onnx.check import check_fused
-from stepcell.exporter.from_onnx.foreign import Foreign, read_foreign
+from stepcell.exporter.from_onnx.contract import contract_of, rename, write_contract
+from stepcell.exporter.from_onnx.onnx_file import OnnxFile, read_onnx_file
 from stepcell.exporter.from_onnx.pairs import find_pairs
 from stepcell.exporter.from_onnx.sizes import find_sizes
 from stepcell.exporter.onnx_session import OnnxSession
@@ -36,13 +36,13 @@ OPSET = 18  # the first with the Split of the op functions
 
 
 class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a file.
+    """Result of `fuse`.
 
     Attributes:
-        contract: as written; `cells` holds the replaced cells and those that were left alone, with
-            the reason, and `parity` the comparison with the original file.
+        contract: as written; `cells` has the replaced cells and those left alone, with the reason,
+            and `parity` the comparison with the original file.
         transforms: by cell, the exact transformation of its weights, where one was needed.
-        notes: what a person should know: a state that nobody named, cells that could not be replaced.
+        notes: for a person: what may be a state and was not taken, cells that could not be replaced.
         nodes_before, nodes_after: nodes of the graph, without those of graphs inside nodes.
     """
 
@@ -54,7 +54,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fused(self) -> tuple[CellSpec, ...]:
-        """The cells that became an op."""
+        """The cells that were replaced by an op."""
         return tuple(cell for cell in self.contract.cells if cell.op is not None)
 
 
@@ -65,32 +65,35 @@ def fuse(
     states: Mapping[str, str] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> FuseReport:
-    """Adopt an ONNX file: find its states, replace its recurrent cells by the ops, write the contract.
+    """Find the states of an ONNX file, replace its recurrent cells by the ops, and write it with a contract.
 
     Args:
-        source: an ONNX file of one step, states as inputs and outputs, weights inside.
-        target: the file to write; it must be another one.
-        states: by state input the output that is its next value, where names and cells do not say;
-            an empty output says that an input is no state.
+        source: an ONNX file of one step with its states as inputs and outputs.
+        target: the file to write, not the same as `source`.
+        states: by state input the output that is its next value, where names and cells do not
+            determine it; an empty output: the input is not a state.
         shapes: sizes to fix, by input.
 
+    Returns:
+        The contract as written, and a report.
+
     Raises:
-        UsageError: the states are not clear, an argument does not fit, or the file has a contract.
+        UsageError: the states are ambiguous, an argument does not fit, or the file has a contract.
         InputError: the file cannot be read or is not an ONNX model.
-        ExportError: it cannot be a step model; the message says why.
+        ExportError: it cannot be converted; the message says why.
         ParityError: the result differs from the original over 100 steps; nothing is written.
         OutputError: `target` cannot be written.
     """
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: is the file to read; the original is kept", hint="choose another output path")
-    with atomic_path(target) as temporary:  # first of all, so that a bad path is not found out after the work
-        report, model = _fuse(read_foreign(source), states or {}, shapes or {})
+    with atomic_path(target) as temporary:  # first, so that an invalid path is reported before the work
+        report, model = _fuse(read_onnx_file(source), states or {}, shapes or {})
         temporary.write_bytes(model.SerializeToString())
     return report
 
 
 def _fuse(
-    file: Foreign, states: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+    file: OnnxFile, states: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[FuseReport, onnx.ModelProto]:
     original = OnnxSession(file.data, str(file.path))
     found = _find(file)
@@ -133,7 +136,7 @@ def _fuse(
 
 @dataclass(frozen=True)
 class _Found:
-    """The graph to go on with, its cells, and what they say about the states."""
+    """The graph that is used from here on, its cells, and the state pairs that they imply."""
 
     model: ir.Model
     cells: list[Cell]
@@ -142,8 +145,8 @@ class _Found:
     notes: list[str]
 
 
-def _find(file: Foreign) -> _Found:
-    """Search the graph for cells, in the opset of the ops; without a cell it stays as it came."""
+def _find(file: OnnxFile) -> _Found:
+    """Search the graph for cells, converted to the opset of the ops; a graph without cells is not changed."""
     notes: list[str] = []
     model = file.model
     if file.opset < OPSET:
@@ -160,7 +163,7 @@ def _find(file: Foreign) -> _Found:
         with _quiet("onnxscript", "onnx_ir"):
             normalise(graph)
             cells, near_misses = find_cells(graph)
-    except Exception as error:  # somebody else's optimizer on somebody else's graph
+    except Exception as error:  # the optimizer may fail on graphs of any exporter
         notes.append(f"the graph could not be searched for cells: {_text(error)}")
         return _Found(ir.from_proto(file.model), [], [], {}, notes)
     evidence: dict[str, list[str]] = {}
@@ -175,7 +178,7 @@ def _find(file: Foreign) -> _Found:
 
 @contextlib.contextmanager
 def _quiet(*loggers: str) -> Iterator[None]:
-    """Without the optimizer's remarks on every node that it leaves alone."""
+    """Suppress the optimizer's messages about every node that it skips."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Reading the names that people give to a state's two ends.
+"""Parser of the names that exporters give to the input and the output of a state.
 
-A name is split into words and numbers (`prev_h_enc0`: prev, h, enc, 0) and the marks of its side
-are taken out (prev). An input and an output that leave the same words are the two ends of one state.
+A name is split into words and numbers (`prev_h_enc0`: prev, h, enc, 0), and words that mark input or
+output are removed (prev). An input and an output with the same remaining words are one state.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ __all__ = ["Mark", "Reading", "core_of", "numbered", "read", "says_data", "says_
 
 
 class Mark(IntEnum):
-    """What was taken out of a name, by how much it says that the value lives in time."""
+    """Kind of a removed word, ordered by how strongly it implies a value that is carried through time."""
 
-    LETTER = 1  # one letter, such as the T of hT; means something only where the rest says state
-    SIDE = 2  # in, out: what flows through a graph has these names too
-    TIME = 3  # past, next: only what is carried on has these
+    LETTER = 1  # one letter, such as the T of hT; counts only if the rest names a state
+    SIDE = 2  # in, out: data inputs and outputs have these names too
+    TIME = 3  # past, next: only states have these
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a name: the words that are left, and the strongest mark among those taken out."""
+    """One parse of a name: the remaining words, and the strongest of the removed marks."""
 
     words: tuple[str, ...]
     mark: Mark | None
@@ -41,7 +41,7 @@ _STATE = {
     *("state", "states", "hidden", "cell", "mem", "memory", "cache", "cached", "past", "prev", "previous"),
     *("lstm", "gru", "rnn", "rec", "recurrent", "h", "c", "ht", "ct", "hs", "cs"),
 }
-_STATE_IF_NUMBERED = {"r", "s", "m"}  # r1, as Robust Video Matting calls them
+_STATE_IF_NUMBERED = {"r", "s", "m"}  # r1, as in Robust Video Matting
 _DATA = {
     *("frame", "frames", "image", "images", "img", "imgs", "rgb", "video", "clip", "src", "audio", "wav", "x", "y"),
     *("mask", "flow", "depth", "logits", "features", "feat", "feature", "events", "points"),
@@ -50,7 +50,7 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
 def read(name: str, side: str) -> list[Reading]:
-    """Every way to read `name` as one end of a state.
+    """Every parse of `name` as input or output of a state.
 
     Args:
         side: "in" or "out".
@@ -71,7 +71,7 @@ def read(name: str, side: str) -> list[Reading]:
 
 
 def says_state(name: str, *, clearly: bool = False) -> bool:
-    """Whether a name calls its value a hidden state; `clearly`: by a word, not by a letter such as r1."""
+    """Whether a name denotes a hidden state; `clearly`: by a word, not by a letter such as r1."""
     if any(not _STATE.isdisjoint(spelling) for spelling in _spellings(name, "in")):
         return True
     words = _words(name)
@@ -80,7 +80,7 @@ def says_state(name: str, *, clearly: bool = False) -> bool:
 
 
 def says_data(name: str) -> bool:
-    """Whether a name calls its value a frame or another thing that is new at every step."""
+    """Whether a name denotes a frame or another value that is new at every step."""
     return not _DATA.isdisjoint(_words(name))
 
 
@@ -103,7 +103,7 @@ def _words(name: str) -> list[str]:
 
 
 def _spellings(name: str, side: str) -> list[list[str]]:
-    """The words of a name, and again with marks cut off that are glued to a word: `htprev`, `hx`."""
+    """The words of a name, and again with marks split off a word that contains them: `htprev`, `hx`."""
     plain = _words(name)
     cut: list[str] = []
     for word in plain:

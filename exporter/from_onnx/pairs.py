@@ -1,7 +1,7 @@
-"""Which output is the next value of which input: read from names and from the cells of the graph.
+"""Pairing of states: finds the output that is the next value of an input, by names and by the cells of the graph.
 
-A pair is taken where there is one reading only. What has several is asked for, never guessed: a
-file whose states are wired wrongly runs without an error and is wrong from the second frame on.
+A pair is accepted if there is only one interpretation. If there are several the user is asked: a file
+with wrongly paired states runs without an error and is wrong from the second frame on.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 from stepcell.errors import UsageError
 from stepcell.exporter.from_onnx.names import Mark, core_of, numbered, read, says_data, says_state
-from stepcell.exporter.from_onnx.ports import Port
+from stepcell.exporter.from_onnx.onnx_file import Port
 
 __all__ = ["Pair", "Pairing", "find_pairs"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One state: the input that takes it, the output that gives its next value, its name."""
+    """One state: its input, the output that is its next value, and its name."""
 
     input: str
     output: str
@@ -27,7 +27,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairing:
-    """The states of a file, in the order of its inputs; `notes`: what may be one and was not taken."""
+    """The states of a file, in the order of its inputs; `notes`: possible states that were not taken."""
 
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...]
@@ -43,7 +43,7 @@ class _Match:
 
 @dataclass
 class _Search:
-    """What is still free, what has been taken, and what must be asked or said."""
+    """Progress of the search: unpaired inputs and outputs, pairs, questions and notes for the user."""
 
     inputs: dict[str, Port]
     outputs: dict[str, Port]
@@ -73,12 +73,12 @@ def find_pairs(
     """Find the states of a file.
 
     Args:
-        cells: by input, the outputs that a cell of the graph turns it into (`evidence`).
-        given: input to output as the user says it; an empty output: this input is no state.
+        cells: by input, the outputs that a cell of the graph computes from it as its new state.
+        given: pairs that the user gave; an empty output: the input is not a state.
 
     Raises:
-        UsageError: `given` does not fit the file, or a pair has several readings; the hint then
-            holds the arguments to choose from.
+        UsageError: `given` does not fit the file, or a pair is ambiguous; the hint then has the
+            arguments to choose from.
     """
     search = _Search({port.name: port for port in inputs}, {port.name: port for port in outputs})
     _take_given(search, given)
@@ -93,7 +93,7 @@ def find_pairs(
     if search.questions:
         raise UsageError(
             f"which output is the next value of which input is not clear: {'; '.join(search.questions)}",
-            hint=f"say it: {'; '.join(search.arguments)} (an empty right side: it is no state)",
+            hint=f"give it: {'; '.join(search.arguments)} (an empty right side: not a state)",
         )
     cores = {port.name: search.cores[port.name] for port in inputs if port.name in search.taken}
     ends = {*search.taken, *search.taken.values()}
@@ -115,8 +115,8 @@ def _take_given(search: _Search, given: Mapping[str, str]) -> None:
         before, after = search.inputs[source], search.outputs[target]
         if not before.fits(after):
             raise UsageError(
-                f"--state {source}={target}: a state comes back as it went in, got {before.dtype} {before.shape} "
-                f"and {after.dtype} {after.shape}"
+                f"--state {source}={target}: input and output of a state have one dtype and shape, "
+                f"got {before.dtype} {before.shape} and {after.dtype} {after.shape}"
             )
         common = [match.words for match in _matches([before], [after])]
         search.take(source, target, core_of(source, common[0]) if common else source)
@@ -156,13 +156,13 @@ def _take_by_name(search: _Search, evidence: Mapping[str, Sequence[str]]) -> Non
         wired = evidence.get(source, ())
         claimed = {other.output for other in matches if other.input != source}
         if wired and match.output not in wired and claimed.intersection(wired):
-            search.ask(source, {match.output, *wired}, "its name and the cell it goes into say different outputs")
+            search.ask(source, {match.output, *wired}, "its name and the cell that reads it imply different outputs")
         elif source in search.inputs and match.output in search.outputs:
             search.take(source, match.output, core_of(source, match.words))
 
 
 def _take_by_cell(search: _Search, evidence: Mapping[str, Sequence[str]]) -> None:
-    """Pair what the names leave open by the cells, where the input's name says state or all count alike."""
+    """Pair the rest by the cells of the graph, if the input's name denotes a state or all are numbered alike."""
     open_pairs = {
         source: [target for target in targets if target in search.outputs]
         for source, targets in evidence.items()
@@ -175,17 +175,17 @@ def _take_by_cell(search: _Search, evidence: Mapping[str, Sequence[str]]) -> Non
         if not (says_state(source, clearly=True) or alike):
             either = " or ".join(targets)
             search.notes.append(
-                f"{source} and {either} look like a hidden state before and after a recurrent cell, but no name says "
-                f"so; if {either} is fed back: --state {source}={targets[0]}"
+                f"{source} and {either} look like a hidden state before and after a recurrent cell, but their names do "
+                f"not; if {either} is fed back: --state {source}={targets[0]}"
             )
         elif len(targets) > 1 or rivals:
-            search.ask(source, targets, "the cell it goes into gives several outputs")
+            search.ask(source, targets, "the cell that reads it computes several outputs")
         else:
             search.take(source, targets[0], source)
 
 
 def _count_alike(pairs: Mapping[str, Sequence[str]]) -> bool:
-    """Whether s0 becomes t0, s1 becomes t1, ...: two or more pairs with one stem a side and equal numbers."""
+    """Whether s0 becomes t0, s1 becomes t1, ...: two or more pairs with one stem per side and equal numbers."""
     stems = set()
     for source, targets in pairs.items():
         before, after = numbered(source), numbered(targets[0])
@@ -196,15 +196,15 @@ def _count_alike(pairs: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _ask_for_rest(search: _Search) -> None:
-    """An input that calls itself a state must not become a data input by silence."""
+    """Ask about inputs that are named like a state, rather than make them data inputs."""
     for source in list(search.inputs):
         fitting = [t for t, port in search.outputs.items() if port.fits(search.inputs[source]) and port.shape != ()]
         if fitting and says_state(source, clearly=True) and not says_data(source):
-            search.ask(source, fitting, "its name says state, and its next value may be one of these outputs")
+            search.ask(source, fitting, "its name denotes a state, and its next value may be one of these outputs")
 
 
 def _matches(inputs: Iterable[Port], outputs: Iterable[Port]) -> list[_Match]:
-    """Every input and output whose names leave the same words; the strongest reading of each two."""
+    """Every input and output whose names have the same remaining words, with the strongest parse of both."""
     read_outputs = [(port, {r.words: r.mark for r in read(port.name, "out")}) for port in outputs]
     found = []
     for before in inputs:
@@ -223,7 +223,7 @@ def _matches(inputs: Iterable[Port], outputs: Iterable[Port]) -> list[_Match]:
 
 
 def _state_names(cores: Mapping[str, str], data: set[str]) -> dict[str, str]:
-    """A name for each state: what both ends have in common, or the input's own name where that is not unique."""
+    """A name for each state: the words that both names share, or the input's own name where that is not unique."""
     names = {}
     for source, core in cores.items():
         unique = list(cores.values()).count(core) == 1 and core not in data and core[:1].isalpha()

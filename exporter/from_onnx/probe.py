@@ -1,7 +1,7 @@
-"""Sizes at which a file runs, and the shapes that its states and outputs have there.
+"""Trial runs of a file at several sizes, for the shapes that its states and outputs have there.
 
-Exporters write names for dynamic sizes, but not how one follows from another (a state of
-Robust Video Matting is `height_1` x `width_1`). So the file is run at a few sizes.
+Exporters write names of dynamic sizes, but not how one depends on another (a state of
+Robust Video Matting is `height_1` x `width_1`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import onnx
 from stepcell.contract import TensorSpec
 from stepcell.dims import Dim, resolve
 from stepcell.errors import ExportError
-from stepcell.exporter.from_onnx.foreign import Array, Foreign, tensors_of
+from stepcell.exporter.from_onnx.onnx_file import Array, OnnxFile, tensors_of
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.onnx_session import OnnxSession
 
 __all__ = ["Partial", "Prober", "Sample"]
 
-# Batch, height, width and any other size. Small first, since the file is stepped at them; then
-# what nets with a deep pyramid or a long window need. Odd ones tell rounding up from down.
+# Batch, height, width and any other size. Small ones first, since the comparison runs at them; then
+# sizes for deep pyramids and long windows. Odd sizes distinguish rounding up from rounding down.
 _LADDER = (
     *((1, 16, 24, 96), (2, 24, 16, 128), (1, 32, 48, 256), (2, 48, 32, 288), (1, 23, 37, 512), (2, 96, 64, 576)),
     *((1, 128, 192, 1024), (1, 224, 288, 4096), (1, 256, 512, 16000)),
 )
-_ROUNDS = 3  # of feeding a state's shape back until it stays
+_ROUNDS = 3  # of feeding a state's shape back until it does not change
 _VALUES = 4  # tried for an integer without axes
 
 Partial = dict[str, tuple[Dim | None, ...]]
@@ -57,16 +57,16 @@ class Prober:
         states: shape of every state input, None where it must be found.
     """
 
-    file: Foreign
+    file: OnnxFile
     run: OnnxSession
     data: Sequence[TensorSpec]
     states: Partial
     pairs: Sequence[Pair]
 
     def samples(self, wanted: int) -> list[Sample]:
-        """Up to `wanted` sizes at which the file runs; empty where none of those tried is one.
+        """Up to `wanted` sizes at which the file runs; empty if it runs at none of those tried.
 
-        Sizes at which more of the scalars' values run come first: each may lead into another branch.
+        Sizes that run with more of the scalars' values come first: each value may select another branch.
         """
         for shrink in (False, True):
             tried: list[dict[str, int]] = []
@@ -84,7 +84,7 @@ class Prober:
         return []
 
     def at(self, symbols: dict[str, int]) -> Sample | None:
-        """One size, or None where the file does not run there."""
+        """A sample at one set of sizes, or None if the file does not run there."""
         feeds = {spec.name: np.zeros(resolve(spec.shape, symbols), spec.dtype) for spec in self.data}
         valid, shapes = [], None
         for scalars in _scalars(self.file.model, self.data, symbols):
@@ -114,7 +114,7 @@ def _symbols(data: Sequence[TensorSpec], rung: tuple[int, int, int, int], *, shr
 
 
 def _scalars(model: onnx.ModelProto, data: Sequence[TensorSpec], symbols: Mapping[str, int]) -> list[dict[str, Array]]:
-    """Values for integers of one element, such as a sampling rate: what the graph compares them with."""
+    """Values for integers of one element, such as a sampling rate: those with which the graph compares them."""
     single = [s for s in data if not s.dtype.startswith("float") and np.prod(resolve(s.shape, symbols)) == 1]
     values = {spec.name: [1, 0] if spec.dtype == "bool" else _compared_with(model, spec.name) for spec in single}
     count = max(map(len, values.values()), default=1)
@@ -130,7 +130,7 @@ def _scalars(model: onnx.ModelProto, data: Sequence[TensorSpec], symbols: Mappin
 
 
 def _compared_with(model: onnx.ModelProto, name: str) -> list[int]:
-    """1, and the constants that an input meets in a comparison."""
+    """The constants with which the graph compares an input, and 1."""
     constants = {tensor.name: tensor for tensor in tensors_of(model) if tensor.name}
     aliases, found = {name}, []
     for node in model.graph.node:
@@ -149,14 +149,14 @@ def _compared_with(model: onnx.ModelProto, name: str) -> list[int]:
 
 
 def _run_at(
-    file: Foreign,
+    file: OnnxFile,
     run: OnnxSession,
     feeds: dict[str, Array],
     states: Partial,
     pairs: Sequence[Pair],
     symbols: Mapping[str, int],
 ) -> dict[str, tuple[int, ...]] | None:
-    """Shapes at one set of sizes, or None where the file does not run there."""
+    """Shapes at one set of sizes, or None if the file does not run there."""
     dtypes = {port.name: port.dtype for port in file.inputs}
     known = {name: [None if d is None else resolve((d,), symbols)[0] for d in shape] for name, shape in states.items()}
     data = {name: array.shape for name, array in feeds.items()}
@@ -189,7 +189,7 @@ def _guess(
     pairs: Sequence[Pair],
     default: int,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes to start from: what shape inference finds for a state's new value, else `default`."""
+    """Initial shapes of states: those that shape inference finds for their new values, else `default`."""
     if all(None not in shape for shape in known.values()):
         return {name: tuple(size or default for size in shape) for name, shape in known.items()}
     found = _inferred(model, {**data, **known})
@@ -203,7 +203,7 @@ def _guess(
 
 
 def _inferred(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int | None]]) -> dict[str, list[int | None]]:
-    """Shapes of the outputs as ONNX's shape inference sees them, given those of the inputs."""
+    """Shapes of the outputs by ONNX's shape inference, given those of the inputs."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
     for value in sized.graph.input:

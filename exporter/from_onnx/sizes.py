@@ -1,19 +1,18 @@
-"""The shapes of an adopted file's contract: every size a number or an expression of the inputs' symbols."""
+"""Shapes of a fused file: every size as a number or an expression of the data inputs' symbols."""
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stepcell.contract import TensorSpec
 from stepcell.dims import Dim, evaluate, symbols_of
-from stepcell.errors import ContractError, ExportError
-from stepcell.exporter.from_onnx.fit import Rule, rules, telling_size
-from stepcell.exporter.from_onnx.foreign import Foreign
+from stepcell.errors import ContractError, ExportError, UsageError
+from stepcell.exporter.from_onnx.onnx_file import OnnxFile, Port
 from stepcell.exporter.from_onnx.pairs import Pair
-from stepcell.exporter.from_onnx.ports import Port
 from stepcell.exporter.from_onnx.probe import Partial, Prober, Sample
-from stepcell.exporter.from_onnx.symbols import checked_shapes, name_sizes
+from stepcell.exporter.from_onnx.size_rules import Rule, rules, telling_size
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.shapes import format_shapes
 
@@ -23,17 +22,17 @@ _SAMPLES = 2
 _SAMPLES_TO_DERIVE = 5
 _SAMPLES_AT_MOST = 40
 _LARGER = 16
-_REFUSED = 6  # sizes in a row that tell rules apart and are no sizes of the model
+_REFUSED = 6  # discriminating sizes at which the model did not run
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What was found.
+    """Shapes of a file, and sizes at which it runs.
 
     Attributes:
         shapes: of every input and output, by its name in the file.
         samples: sizes at which the file runs, at least one; small ones first.
-        example: sizes nearer to those of a camera, where the file runs there too.
+        example: sizes closer to those of a camera, if the file runs at them.
     """
 
     shapes: dict[str, tuple[Dim, ...]]
@@ -41,7 +40,7 @@ class Sizes:
     example: dict[str, int]
 
 
-def find_sizes(file: Foreign, run: OnnxSession, pairs: Sequence[Pair], given: Mapping[str, Sequence[int]]) -> Sizes:
+def find_sizes(file: OnnxFile, run: OnnxSession, pairs: Sequence[Pair], given: Mapping[str, Sequence[int]]) -> Sizes:
     """Name the dynamic sizes of the data inputs and derive all others from them.
 
     Args:
@@ -49,21 +48,21 @@ def find_sizes(file: Foreign, run: OnnxSession, pairs: Sequence[Pair], given: Ma
 
     Raises:
         UsageError: a shape in `given` does not fit.
-        ExportError: the file runs at no size that was tried, or a size cannot be derived; the hint
-            says which shapes to give.
+        ExportError: the file runs at none of the sizes that were tried, or a size cannot be derived;
+            the hint says which shapes to give.
     """
-    fixed = checked_shapes(file.inputs, given)
+    fixed = _checked_shapes(file.inputs, given)
     names = {pair.input for pair in pairs}
-    declared, data = name_sizes([port for port in file.inputs if port.name not in names], fixed)
+    declared, data = _name_sizes([port for port in file.inputs if port.name not in names], fixed)
     states = [port for port in file.inputs if port.name in names]
     for port in states:
         if port.shape == ():
             raise ExportError(
-                f"{file.path}: {port.name}: a state needs an axis that counts streams, got a number without axes",
-                hint=f"give it one in the model, or keep it outside: --state {port.name}=",
+                f"{file.path}: {port.name}: a state needs a batch axis, got a number without axes",
+                hint=f"add one to the model, or make it a data input: --state {port.name}=",
             )
     for trusted in (True, False):
-        # A name on a state and on a data input usually means one size; some files repeat a name for several.
+        # One name on a state and on a data input usually means one size; some files use a name for several sizes.
         partial: Partial = {
             port.name: _state_shape(port, declared if trusted else {}, fixed.get(port.name)) for port in states
         }
@@ -104,14 +103,14 @@ def _state_shape(
     if port.shape is None or (rank is not None and rank != len(port.shape)):
         if rank is None:
             raise ExportError(
-                f"{port.name}: the file does not say its rank", hint=f"give it: --shape {port.name}:1x8x16x16"
+                f"{port.name}: the file does not give its rank", hint=f"give it: --shape {port.name}:1x8x16x16"
             )
         return (None,) * rank
     return tuple(_known(dim, declared) for dim in port.shape)
 
 
 def _known(dim: int | str | None, declared: Mapping[str, Dim]) -> Dim | None:
-    """A size as the file says it: a number, a name that a data input has, or an expression of such names."""
+    """A size as the file gives it: a number, a name that a data input has, or an expression of such names."""
     if not isinstance(dim, str) or dim in declared:
         return declared[dim] if isinstance(dim, str) else dim
     try:
@@ -129,9 +128,9 @@ def _is_known(port: Port, declared: Mapping[str, Dim]) -> bool:
 def _tell_apart(
     prober: Prober, hints: Mapping[str, Sequence[Dim | None]], data: Sequence[TensorSpec], samples: list[Sample]
 ) -> dict[str, list[list[Rule]]]:
-    """The rules for every axis; while several fit one, the file is run at a size where they differ.
+    """The rules for every axis; while several fit, the file is run at sizes where they differ.
 
-    `samples` grows. Sizes that the file does not take leave the simplest rule in place.
+    New samples are appended to `samples`. Where the file does not run at such a size, the simplest rule is used.
     """
     refused: set[tuple[str, int]] = set()
     found = {name: _rules(name, dims, data, samples) for name, dims in hints.items()}
@@ -165,7 +164,7 @@ def _rules(
 
 
 def _simplest(
-    file: Foreign, name: str, found: Sequence[Sequence[Rule]], data: Sequence[TensorSpec], samples: Sequence[Sample]
+    file: OnnxFile, name: str, found: Sequence[Sequence[Rule]], data: Sequence[TensorSpec], samples: Sequence[Sample]
 ) -> Iterator[Dim]:
     for axis, row in enumerate(found):
         if not row:
@@ -179,6 +178,79 @@ def _simplest(
 
 
 def _preferred(hint: Dim | None, from_end: int, data: Sequence[TensorSpec]) -> list[str]:
-    """Symbols by how likely they are: as the file says, those of the same axis, the others."""
+    """Symbols in order of likelihood: the one the file names, those of the same axis, the others."""
     same = [s.shape[from_end] for s in data if -from_end <= len(s.shape)]
     return symbols_of([*([hint] if isinstance(hint, str) else []), *same, *(dim for s in data for dim in s.shape)])
+
+
+def _checked_shapes(inputs: Sequence[Port], given: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The shapes that a user gave, by input.
+
+    Raises:
+        UsageError: one names no input, or contradicts what the file says.
+    """
+    by_name = {port.name: port for port in inputs}
+    for name, shape in given.items():
+        if name not in by_name:
+            raise UsageError(f"--shape {name}: the model has no such input", hint=f"inputs: {', '.join(by_name)}")
+        declared = by_name[name].shape
+        if declared is not None and (
+            len(declared) != len(shape)
+            or any(isinstance(a, int) and a != b for a, b in zip(declared, shape, strict=True))
+        ):
+            raise UsageError(f"--shape {name}: expected {declared}, got {tuple(shape)}")
+    return dict(given)
+
+
+def _name_sizes(ports: Sequence[Port], fixed: Mapping[str, Sequence[int]]) -> tuple[dict[str, Dim], list[TensorSpec]]:
+    """Name the dynamic sizes of the data inputs.
+
+    Args:
+        ports: the data inputs.
+        fixed: shapes by input; their sizes become numbers, as does every size of the same name.
+
+    Returns:
+        A symbol or number for each name of a dynamic size, and the data inputs with them.
+    """
+    declared: dict[str, Dim] = {}
+    for port in ports:
+        for dim, size in zip(port.shape or (), fixed.get(port.name, ()), strict=False):
+            if isinstance(dim, str) and declared.setdefault(dim, size) != size:
+                raise UsageError(f"--shape: {dim} is {declared[dim]} and {size}")
+    used = {dim for port in ports for dim in port.shape or () if isinstance(dim, str)}
+    specs = []
+    for port in ports:
+        shape = port.shape if port.shape is not None else fixed.get(port.name)
+        if shape is None:
+            raise ExportError(
+                f"{port.name}: the file does not give its rank", hint=f"give it: --shape {port.name}:1x3x256x256"
+            )
+        dims: list[Dim] = []
+        for axis, dim in enumerate(shape):
+            if isinstance(dim, int):
+                dims.append(dim)
+            elif port.name in fixed:
+                dims.append(fixed[port.name][axis])
+            elif dim is None:
+                dims.append(_symbol(port, axis, used))
+            else:
+                valid = dim.isidentifier() and dim.isascii() and not keyword.iskeyword(dim)
+                dims.append(declared.setdefault(dim, dim if valid else _symbol(port, axis, used)))
+        image = len(dims) == 4 and port.dtype.startswith("float")
+        specs.append(TensorSpec(name=port.name, shape=tuple(dims), dtype=port.dtype, layout="NCHW" if image else None))
+    return declared, specs
+
+
+def _symbol(port: Port, axis: int, used: set[str]) -> str:
+    """A name for an unnamed dynamic size: that of the axis, combined with the input's name where it is taken."""
+    rank = len(port.shape or ())
+    if axis == 0:
+        return "batch"  # one for all inputs: the first axis is the batch
+    plain = {1: "width", 2: "height"}.get(rank - axis, f"axis{axis}") if rank == 4 else f"axis{axis}"
+    stem = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in port.name)
+    names = [plain] if rank == 4 and axis > 1 else []
+    for name in (*names, f"{stem}_{plain}", f"size_{stem}_{plain}"):
+        if name not in used and name.isidentifier() and not keyword.iskeyword(name):
+            used.add(name)
+            return name
+    return f"size{len(used)}"

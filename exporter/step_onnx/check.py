@@ -25,7 +25,7 @@ from stepcell.exporter.parity import (
     smooth_clip,
     tolerance_of,
 )
-from stepcell.exporter.step_onnx.plan import sizes_for_check
+from stepcell.exporter.step_onnx.contract import sizes_for_check
 
 __all__ = ["STEPS", "check_export"]
 

@@ -1,4 +1,4 @@
-"""From a step model to a checked single-step ONNX file."""
+"""Export of a step model to a checked single-step ONNX file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from stepcell import __version__
 from stepcell.contract import StepContract
 from stepcell.errors import ExportError, UsageError
 from stepcell.exporter.step_onnx.check import check_export
+from stepcell.exporter.step_onnx.contract import contract_for
 from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
-from stepcell.exporter.step_onnx.plan import contract_for
 from stepcell.exporter.step_onnx.trace import onnx_from_module
 from stepcell.files import atomic_path
 from stepcell.models.step import StepModule, is_step_module
@@ -47,14 +47,14 @@ def export_onnx(
     family: str = "module",
     source: Mapping[str, object] | None = None,
 ) -> StepContract:
-    """Export a step model, compare the file with the module, and only then put it in place.
+    """Export a step model; the file is written only if it equals the module.
 
     Args:
         model: a step model (`stepcell.models.StepModule`); it is not changed.
         path: the ONNX file to write.
         precision: compute dtype of weights, convolutions and data inputs and outputs.
-        state_dtype: dtype of the states between steps. A float16 state stalls: an update smaller
-            than its last bit is lost at every step.
+        state_dtype: dtype of the states between steps. A float16 state stalls: updates smaller than
+            its last bit are lost.
         shapes: sizes by data input; a symbol they bind is fixed unless named in `dynamic`.
         dynamic: symbols that stay dynamic although `shapes` binds them.
         opset: ONNX opset, 18 to 23.
@@ -78,7 +78,7 @@ def export_onnx(
     assert isinstance(model, StepModule)
     if opset not in OPSETS:
         raise UsageError(f"--opset: expected {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
-    with atomic_path(path) as temporary:  # first of all, so that a bad path is not found out after the work
+    with atomic_path(path) as temporary:  # first, so that an invalid path is reported before the work
         proto, contract = _onnx_and_contract(
             copy.deepcopy(model).float().eval(),
             contract_for(model, precision=precision, state_dtype=state_dtype, shapes=shapes or {}, dynamic=dynamic),

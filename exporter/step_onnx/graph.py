@@ -1,4 +1,4 @@
-"""Finish a traced graph: names, symbolic sizes, op functions, contract."""
+"""Completion of a traced graph: names, symbolic sizes, op functions, contract."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _INLINED = "a file holds one variant of an op, and another one is more frequent"
 
 
 def tidy(model: onnx.ModelProto, contract: StepContract) -> None:
-    """Name nodes by module path and sizes by the contract's symbols; drop the tracer's notes.
+    """Name nodes by module path and sizes by the contract's symbols; remove the tracer's metadata.
 
-    The notes hold stack traces with paths of the machine that exported.
+    The metadata has stack traces with paths of the exporting machine.
     """
     _name_nodes(model.graph)
     for holder in (model, model.graph, *model.graph.node, *_values(model.graph), *model.graph.initializer):
         del holder.metadata_props[:]
-    del model.graph.value_info[:]  # inferred again by whoever needs them, under the new symbols
+    del model.graph.value_info[:]  # they hold the tracer's symbols; readers infer them again
     specs = {**contract.graph_inputs, **contract.graph_outputs}
     for value in _values(model.graph):
         _set_shape(value, specs[value.name].shape)
@@ -40,8 +40,8 @@ def tidy(model: onnx.ModelProto, contract: StepContract) -> None:
 def attach_functions(model: onnx.ModelProto, contract: StepContract) -> StepContract:
     """Append the definition of every stepcell op in the graph.
 
-    One file can hold one variant of an op (see `functions`); the nodes of a rarer second one are
-    replaced by their ordinary nodes, and the contract returned says so.
+    A file can hold one variant of an op (see `op_functions`); nodes of other, rarer variants are
+    inlined, and the returned contract lists their cells without an op.
     """
     opset = next(item.version for item in model.opset_import if item.domain == "")
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
@@ -55,7 +55,7 @@ def attach_functions(model: onnx.ModelProto, contract: StepContract) -> StepCont
         variant = variant_of(node)
         if variant != kept[variant.op]:
             inlined.append(node.name.rpartition("/")[0])
-            node.op_type = "_".join(map(str, dataclasses.astuple(variant)))  # a name for as long as it takes
+            node.op_type = "_".join(map(str, dataclasses.astuple(variant)))  # temporary, until it is inlined
             function = function_for(variant, opset)
             function.name = node.op_type
             if all(function.name != other.name for other in model.functions):

@@ -1,12 +1,12 @@
-"""The ops as ONNX model-local functions of standard ops: what runs wherever the plugin cannot.
+"""Definitions of the ops as ONNX model-local functions of standard ops, for runtimes without the plugin.
 
-Of several equal forms this is the one TensorRT fuses into the fewest kernels: one convolution
-over the concatenation of x and h, its result split per gate, each gate widened to float32 by
-itself (docs/op-contract.md has the counts). Weights arrive in the op's own layout; joining them
-is constant arithmetic that ONNX Runtime and TensorRT do once, when they load the file.
+Of several equal forms TensorRT fuses this one into the fewest kernels: one convolution over the
+concatenation of x and h, its result split per gate, and each gate widened to float32 separately
+(docs/op-contract.md has the counts). Weights are in the layout of the op; joining them is constant
+arithmetic that ONNX Runtime and TensorRT do once, when they load the file.
 
 A function cannot branch on an attribute, and TensorRT-RTX 1.7 ignores the `overload` field of
-functions and silently takes the first, so one file holds one variant of an op under its name.
+functions and silently uses the first one, so a file holds one variant of an op.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CONV = "Conv<pads: ints = @pads>"
 
 @dataclass(frozen=True, order=True)
 class Variant:
-    """What decides a function's body: the op and its attributes."""
+    """The op and the attributes that determine a function's body."""
 
     op: OpName
     gates: str = "soft"
@@ -39,7 +39,7 @@ class Variant:
 
 
 def variant_of(node: onnx.NodeProto) -> Variant:
-    """The variant a node of the stepcell domain asks for."""
+    """The variant of a node of the stepcell domain."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     gates = attributes["gates"].decode()
     op = OPS[node.op_type]
@@ -112,7 +112,7 @@ def _conv_gru_before(variant: Variant) -> str:
 
 
 def _conv_gru_after(variant: Variant) -> str:
-    # Two convolutions, since the candidate needs both halves apart. One convolution with zeros in
+    # Two convolutions, since the candidate needs both parts separately. One convolution with zeros in
     # its weight would save a kernel and cost a third more arithmetic.
     act, constants = _activations(variant)
     return f"""

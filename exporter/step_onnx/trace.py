@@ -1,4 +1,4 @@
-"""Trace a step model to ONNX with torch's exporter, states as explicit inputs and outputs."""
+"""Tracing of a step model to ONNX with torch's exporter, states as explicit inputs and outputs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from stepcell.contract import StepContract
 from stepcell.dims import resolve
 from stepcell.errors import ExportError
-from stepcell.exporter.step_onnx.plan import TORCH_DTYPES, sizes_for_trace
+from stepcell.exporter.step_onnx.contract import TORCH_DTYPES, sizes_for_trace
 
 __all__ = ["example_tensors", "onnx_from_module"]
 
-# Recurrence lives in the step loop: a graph that loops by itself is not a single step.
+# The step loop is the recurrence: a graph with a loop is not a single step.
 _FORBIDDEN = {"Loop", "Scan", "GRU", "LSTM", "RNN"}
 
 
@@ -34,7 +34,7 @@ def example_tensors(contract: StepContract, sizes: dict[str, int]) -> tuple[Tens
 
 
 def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> onnx.ModelProto:
-    """Trace `model`, already in its compute precision, as the contract says.
+    """Trace `model`, which is in its compute precision already, with the contract's inputs and outputs.
 
     Raises:
         ExportError: the forward pass fails, cannot be traced, fixes a size the contract leaves
@@ -42,7 +42,7 @@ def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> on
     """
     sizes = sizes_for_trace(contract)
     tensors = example_tensors(contract, sizes)
-    auto = torch.export.Dim.AUTO  # relations between sizes are the tracer's to find
+    auto = torch.export.Dim.AUTO  # the tracer finds the relations between sizes
     dynamic = [
         {axis: auto for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
         for spec in contract.graph_inputs.values()
@@ -60,7 +60,7 @@ def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> on
                 dynamic_shapes=_like_signature(model, dynamic) if any(dynamic) else None,
                 verbose=False,
             )
-    except Exception as error:  # the exporter raises whatever a pass of it raised
+    except Exception as error:  # any exception of any pass
         cause = error.__cause__ or error
         raise ExportError(
             f"tracing failed: {type(cause).__name__}: {_first_line(cause)}",
@@ -73,7 +73,7 @@ def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> on
 
 
 def _like_signature(model: nn.Module, per_tensor: list[dict[int, Any]]) -> tuple[Any, ...]:
-    """Group what is said per tensor as torch wants it: a `*states` parameter takes one tuple."""
+    """Group entries per tensor as torch expects them: a `*states` parameter takes one tuple."""
     for index, parameter in enumerate(inspect.signature(model.forward).parameters.values()):
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             return (*per_tensor[:index], tuple(per_tensor[index:]))

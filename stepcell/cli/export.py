@@ -59,7 +59,7 @@ Examples:
     "returned",
     multiple=True,
     metavar="NAME=POSITION",
-    help="With --module: the argument NAME takes what forward returned at POSITION; found by itself where it is last.",
+    help="With --module: the argument NAME takes what forward returned at POSITION; not needed where it is last.",
 )
 @click.option("--precision", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option(
@@ -88,8 +88,8 @@ def command(
 ) -> None:
     """Export CHECKPOINT as a single-step ONNX model with explicit hidden state.
 
-    The file is compared with the PyTorch model over 32 steps, state fed back, before it is put in
-    place; beyond the tolerance the exit code is 3 and no file is left behind.
+    The file is compared with the PyTorch model over 32 steps, state fed back, before it is written;
+    beyond the tolerance the exit code is 3 and no file is written.
     """
     if checkpoint is None and module is None:
         raise click.UsageError("Missing argument 'CHECKPOINT'.")

@@ -39,11 +39,11 @@ Examples:
 @click.option("--shape", metavar="x:1x3x256x256", help="Fix the sizes of an input; without it all stay as they are.")
 @json_option
 def command(model: Path, output: Path, states: Sequence[str], shape: str | None, as_json: bool) -> None:
-    """Adopt MODEL, an ONNX file of one step that another program exported.
+    """Convert MODEL, an ONNX file of one step that another program exported.
 
-    States are found by name and by the cells of the graph, ConvGRU and ConvLSTM cells become one op
-    each, and the state contract is written into the file. It is compared with MODEL over 100 steps
-    before it is put in place; beyond the tolerance the exit code is 3 and no file is left behind.
+    States are found by name and by the cells of the graph, recurrent cells become one op each, and
+    the state contract is written into the file. The result is compared with MODEL over 100 steps
+    before it is written; beyond the tolerance the exit code is 3 and no file is written.
     """
     pairs = _parse_states(states)
     shapes = parse_shapes(shape, option="--shape") if shape else {}
@@ -87,7 +87,7 @@ def _print_report(report: FuseReport) -> None:
         ]
         table("states", ["name", "input was", "output was", "shape"], rows)
     else:
-        log("states   none: every step stands alone")
+        log("states   none: steps are independent")
     if contract.cells:
         rows = [
             [

@@ -119,7 +119,7 @@ def _spoil(edit: str) -> None:
         ("weights in short.bin", 1, "of 'short.bin', which has"),
         ("unknown op", 1, "ONNX Runtime does not load it"),
         ("string", 1, "name: expected one of float16"),
-        ("no rank", 1, "x: the file does not say its rank"),
+        ("no rank", 1, "x: the file does not give its rank"),
     ],
 )
 def test_files_that_are_refused(model: Path, edit: str, code: int, message: str) -> None:
@@ -163,7 +163,11 @@ def test_damaged_files(model: Path, exported_bytes: bytes) -> None:
         (["model.onnx", "-o", "b.onnx", "--state", "feat"], 2, "--state: expected IN=OUT"),
         (["model.onnx", "-o", "b.onnx", "--state", "h=feat_out"], 2, "inputs: feat, x"),
         (["model.onnx", "-o", "b.onnx", "--state", "feat=h"], 2, "outputs: feat_out, y"),
-        (["model.onnx", "-o", "b.onnx", "--state", "x=feat_out"], 2, "a state comes back as it went in"),
+        (
+            ["model.onnx", "-o", "b.onnx", "--state", "x=feat_out"],
+            2,
+            "input and output of a state have one dtype and shape",
+        ),
         (["model.onnx", "-o", "b.onnx", "--state", "feat=", "--state", "feat=y"], 2, "--state feat: given twice"),
         (["model.onnx", "-o", "b.onnx", "--shape", "x:1x3x8x8"], 2, "--shape x: expected (1, 3, 16, 24)"),
         (["model.onnx", "-o", "b.onnx", "--shape", "16x24"], 2, "--shape: expected NAME:AxBxC"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepcell.dims import resolve
 from stepcell.exporter import load_checkpoint, step_model
-from stepcell.exporter.step_onnx.plan import sizes_for_check
+from stepcell.exporter.step_onnx.contract import sizes_for_check
 from stepcell.runtime.evaluate import GraphEvaluator
 from tests.golden.cases import Case
 

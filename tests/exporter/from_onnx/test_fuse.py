@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from stepcell import StepLoop
 from stepcell.errors import ExportError, ParityError, UsageError
-from stepcell.exporter.from_onnx.fit import Rule, rules
-from stepcell.exporter.from_onnx.foreign import read_foreign
 from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
+from stepcell.exporter.from_onnx.onnx_file import read_onnx_file
 from stepcell.exporter.from_onnx.pairs import Pair
+from stepcell.exporter.from_onnx.size_rules import Rule, rules
 from stepcell.exporter.from_onnx.sizes import find_sizes
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.runtime.engine.build import build_engine
@@ -247,7 +247,7 @@ def test_states_of_matting_follow_from_the_frame() -> None:
     path = RECORDED / "rvm_full_ts" / "model.onnx"
     if not path.is_file():
         pytest.skip(f"needs {path}")
-    file = read_foreign(path)
+    file = read_onnx_file(path)
     run, pairs = OnnxSession(file.data, str(path)), [Pair(f"r{n}i", f"r{n}o", f"r{n}") for n in range(1, 5)]
     # Halved, then halved by one or more convolutions of stride 2 that round up.
     shapes = find_sizes(file, run, pairs, {}).shapes
@@ -330,7 +330,7 @@ def test_integers_booleans_and_a_state_that_sleeps_at_first(tmp_path: Path) -> N
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
     states = {"count": "count_next", "seen": "seen_next", "prev_x": "next_x"}
     onnx.save(onnx.parser.parse_model(text.replace("int64[1]", "int64")), tmp_path / "scalar.onnx")
-    with pytest.raises(ExportError, match="count: a state needs an axis that counts streams"):
+    with pytest.raises(ExportError, match="count: a state needs a batch axis"):
         fuse(tmp_path / "scalar.onnx", tmp_path / "b.onnx", states=states)
     contract = fuse(tmp_path / "a.onnx", tmp_path / "b.onnx", states=states).contract
     assert [(s.original_input, s.dtype, s.shape) for s in contract.states] == [
@@ -372,7 +372,7 @@ def test_both_branches_of_a_flag_are_compared(tmp_path: Path) -> None:
       >
     }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
-    file = read_foreign(tmp_path / "a.onnx")
+    file = read_onnx_file(tmp_path / "a.onnx")
     samples = find_sizes(file, OnnxSession(file.data, "a"), [Pair("h", "h_next", "h")], {}).samples
     assert [[bool(scalars["add"]) for scalars in sample.scalars] for sample in samples] == [[True, False]] * 2
     assert shape_of(fuse(tmp_path / "a.onnx", tmp_path / "b.onnx")) == ("N", 3)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from stepcell.errors import UsageError
+from stepcell.exporter.from_onnx.onnx_file import Port
 from stepcell.exporter.from_onnx.pairs import Pairing, find_pairs
-from stepcell.exporter.from_onnx.ports import Port
 
 
 def ports(text: str) -> list[Port]:
@@ -104,7 +104,7 @@ def test_cells_pair_what_no_name_pairs() -> None:
 def test_a_cell_between_data_inputs_is_no_state() -> None:
     found = pair("decoder:4 skip", "merged", {"skip": ["merged"]})
     assert found.pairs == ()
-    assert "no name says so; if merged is fed back: --state skip=merged" in found.notes[0]
+    assert "their names do not; if merged is fed back: --state skip=merged" in found.notes[0]
     crossed = pair("x:5 s0 s1", "t0 t1", {"s0": ["t1"], "s1": ["t0"]})  # numbers that contradict say nothing
     assert crossed.pairs == ()
     assert len(crossed.notes) == 2
@@ -144,7 +144,7 @@ def test_the_user_wins() -> None:
     [
         ({"g": "h_next"}, "--state g=h_next: no such input"),
         ({"h": "g"}, "--state h=g: no such output"),
-        ({"h": "y"}, "a state comes back as it went in"),
+        ({"h": "y"}, "input and output of a state have one dtype and shape"),
         ({"h": "h_next", "x": "h_next"}, "given twice"),
     ],
 )

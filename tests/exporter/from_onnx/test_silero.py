@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from stepcell import StepLoop
-from stepcell.exporter.from_onnx.foreign import read_foreign
 from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
+from stepcell.exporter.from_onnx.onnx_file import read_onnx_file
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import find_sizes
 from stepcell.exporter.onnx_session import OnnxSession
@@ -62,7 +62,7 @@ def test_contract(adopted: tuple[FuseReport, Path]) -> None:
 
 def test_it_is_compared_at_the_rate_that_its_graph_knows() -> None:
     with resources.as_file(resources.files("silero_vad.data") / "silero_vad.onnx") as source:
-        file = read_foreign(source)
+        file = read_onnx_file(source)
     samples = find_sizes(file, OnnxSession(file.data, "vad"), [Pair("state", "stateN", "state")], {}).samples
     assert all(RATE in {int(scalars["sr"]) for scalars in sample.scalars} for sample in samples[:2])
 

@@ -15,7 +15,7 @@ from stepcell.contract import InitialValue
 from stepcell.errors import ContractError, ExportError
 from stepcell.exporter import export_onnx
 from stepcell.exporter.step_onnx import check
-from stepcell.exporter.step_onnx.plan import contract_for
+from stepcell.exporter.step_onnx.contract import contract_for
 from stepcell.models import CellStack, ConvGRUCell, initial_states
 
 

@@ -9,9 +9,9 @@ import onnx
 import pytest
 import tensorrt_rtx as trt
 
+from stepcell.exporter.step_onnx.contract import contract_for
 from stepcell.exporter.step_onnx.graph import attach_functions, tidy
 from stepcell.exporter.step_onnx.op_functions import Variant, function_for
-from stepcell.exporter.step_onnx.plan import contract_for
 from stepcell.exporter.step_onnx.trace import onnx_from_module
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
 from stepcell.runtime.engine.tensorrt_module import no_collection

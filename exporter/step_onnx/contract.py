@@ -1,4 +1,4 @@
-"""Decide sizes and dtypes before tracing: from a model's specs to the contract of its file."""
+"""Contract of the file to export: sizes and dtypes, from the specs of a model and the user's options."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def contract_for(
     stays dynamic.
 
     Raises:
-        UsageError: a shape does not fit the model, or `dynamic` names no symbol of it.
-        ExportError: `initial` names no state.
+        UsageError: a shape does not fit the model, or `dynamic` names something else than a symbol.
+        ExportError: `initial` names something else than a state.
         ContractError: a value of `initial` does not fit its state.
     """
     symbols: dict[str, int] = {}
@@ -96,9 +96,9 @@ def contract_for(
 
 
 def sizes_for_trace(contract: StepContract) -> dict[str, int]:
-    """Sizes to trace with: as exported, but every dynamic one above 1 and different from the others.
+    """Sizes to trace with: every dynamic one is above 1 and different from the others.
 
-    The tracer takes a size of 1 for a constant, and equal sizes for the same symbol.
+    The tracer treats a size of 1 as constant, and equal sizes as the same symbol.
     """
     sizes = dict(contract.example)
     for symbol in contract.symbols:
@@ -109,7 +109,7 @@ def sizes_for_trace(contract: StepContract) -> dict[str, int]:
 
 
 def sizes_for_check(contract: StepContract) -> list[dict[str, int]]:
-    """Sizes to compare at: small ones where they are free, two sets so that nothing got stuck."""
+    """Sizes to compare at: small where they are dynamic, and two sets, to find sizes that were fixed by mistake."""
     multiple = _multiple(contract.inputs)
     first, second = dict(contract.example), dict(contract.example)
     for index, symbol in enumerate(contract.symbols):

@@ -1,4 +1,7 @@
-"""From sizes that were seen to an expression of symbols: 8, 12 and 6 at heights 32, 48 and 23 is (height + 2) // 4."""
+"""Rules for sizes: from observed sizes to an expression of symbols.
+
+8, 12 and 6 at heights 32, 48 and 23 is `(height + 2) // 4`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ __all__ = ["Rule", "rules", "telling_size"]
 
 _STRIDES = (2, 4, 8, 16, 32, 64, 3, 5, 6, 7, 9, 10, 12, 14, 20, 24, 28, 40, 48, 128)
 _FACTORS = (2, 4, 8, 16, 32, 3)
-_CROPPED = 8  # a convolution without padding takes a few pixels off
-_TELLING = range(17, 161)  # sizes to try where rules agree so far
+_CROPPED = 8  # a convolution without padding removes a few pixels
+_TELLING = range(17, 161)  # sizes to try while several rules fit
 
 
 @dataclass(frozen=True)
 class Rule:
-    """(symbol + offset) // stride * factor; without a symbol what `known` says."""
+    """`(symbol + offset) // stride * factor`, or the constant or expression `known` if there is no symbol."""
 
     symbol: str | None
     offset: int = 0
@@ -35,7 +38,7 @@ class Rule:
 
     @property
     def dim(self) -> Dim:
-        """As a contract writes it."""
+        """The rule as a dimension of a contract."""
         if self.symbol is None:
             return self.known
         text = self.symbol
@@ -48,10 +51,10 @@ class Rule:
 
 
 def rules(values: Sequence[int], samples: Sequence[Mapping[str, int]], preferred: Sequence[str]) -> list[Rule]:
-    """Every rule that gives these values, the simplest first; one that is certain stands alone.
+    """Every rule that gives these values, the simplest first; a single one if it is certain.
 
     Args:
-        values: the size that was seen, by sample.
+        values: the observed size, by sample.
         samples: the value of every symbol, by sample.
         preferred: symbols in the order in which to try them.
     """
@@ -61,7 +64,7 @@ def rules(values: Sequence[int], samples: Sequence[Mapping[str, int]], preferred
             return [Rule(symbol)]
     moved = {symbol for symbol in preferred if len({sample[symbol] for sample in samples}) > 1}
     if len(set(values)) == 1:
-        # One value at one size says nothing: the size may be fixed or may follow the symbol.
+        # One value at one size is no evidence: the size may be constant or depend on the symbol.
         return [Rule(None, known=values[0])] if moved == set(preferred) else []
     return [
         rule
@@ -73,7 +76,7 @@ def rules(values: Sequence[int], samples: Sequence[Mapping[str, int]], preferred
 
 
 def telling_size(found: Sequence[Rule]) -> Iterator[tuple[str, int]]:
-    """Symbol and value at which rules of one symbol would disagree, the most telling first."""
+    """Symbol and value at which rules of one symbol disagree, the most discriminating first."""
     symbol = found[0].symbol
     rivals = [rule for rule in found if rule.symbol == symbol]
     if symbol is None or len(rivals) < 2:

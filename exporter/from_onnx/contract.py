@@ -1,4 +1,4 @@
-"""Giving a file the names, sizes and contract that stepcell's other commands work with."""
+"""Contract of a fused file, and its graph with the names and sizes of the contract."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnxscript import ir
 from stepcell.contract import METADATA_KEY, StateSpec, StepContract, TensorSpec
 from stepcell.dims import Dim, symbols_of
 from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
-from stepcell.exporter.from_onnx.foreign import Foreign
+from stepcell.exporter.from_onnx.onnx_file import OnnxFile
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
 from stepcell.exporter.step_onnx.graph import embed_contract
@@ -23,14 +23,14 @@ _BATCH = re.compile(r"batch|(b|n|bs)$", re.IGNORECASE)
 
 
 def contract_of(
-    file: Foreign,
+    file: OnnxFile,
     pairs: Sequence[Pair],
     sizes: Sizes,
     cells: Sequence[Cell],
     near_misses: Sequence[NearMiss],
     source: Mapping[str, object],
 ) -> StepContract:
-    """The contract of the adopted file; `parity` comes after the comparison."""
+    """The contract of the fused file; `parity` is added after the comparison."""
     after = {pair.output for pair in pairs}
     inputs = [_tensor(p.name, p.dtype, sizes) for p in file.inputs if p.name not in {pair.input for pair in pairs}]
     batch = _batch(inputs)
@@ -64,18 +64,18 @@ def _tensor(name: str, dtype: str, sizes: Sizes) -> TensorSpec:
 
 
 def _batch(inputs: Sequence[TensorSpec]) -> Dim | None:
-    """The size that counts streams: one that is called so, else the first of the first input that has axes."""
-    called = (symbol for symbol in symbols_of(dim for spec in inputs for dim in spec.shape) if _BATCH.match(symbol))
-    return next(called, next((spec.shape[0] for spec in inputs if spec.shape), None))
+    """The size of the batch: one that has such a name, else the first size of the first input that has axes."""
+    named = (symbol for symbol in symbols_of(dim for spec in inputs for dim in spec.shape) if _BATCH.match(symbol))
+    return next(named, next((spec.shape[0] for spec in inputs if spec.shape), None))
 
 
 def _batch_axis(shape: Sequence[Dim], batch: Dim | None) -> int:
-    """The axis of the size by which the data inputs count streams; the first one where several have it."""
+    """The axis of a state that has the size of the batch; the first where several have it."""
     return next((axis for axis, dim in enumerate(shape) if dim == batch), 0)
 
 
-def rename(model: ir.Model, file: Foreign, contract: StepContract) -> onnx.ModelProto:
-    """The graph with states called `state_in.X` and `state_out.X`, data first, sizes as in the contract."""
+def rename(model: ir.Model, file: OnnxFile, contract: StepContract) -> onnx.ModelProto:
+    """The graph with states named `state_in.X` and `state_out.X`, data inputs first, sizes as in the contract."""
     graph = model.graph
     _separate_outputs(graph, [port.name for port in file.outputs])
     inputs = {str(state.original_input): state.input for state in contract.states}
@@ -84,7 +84,7 @@ def rename(model: ir.Model, file: Foreign, contract: StepContract) -> onnx.Model
         for value in values:
             value.name = names.get(str(value.name), value.name)
     proto = ir.to_proto(model)
-    del proto.graph.value_info[:]  # inferred again by whoever needs them, under the new sizes
+    del proto.graph.value_info[:]  # they hold the old names of sizes; readers infer them again
     for ports, specs in ((proto.graph.input, contract.graph_inputs), (proto.graph.output, contract.graph_outputs)):
         by_name = {port.name: port for port in ports}
         ordered = [by_name[name] for name in specs]
@@ -104,7 +104,7 @@ def rename(model: ir.Model, file: Foreign, contract: StepContract) -> onnx.Model
 
 
 def _separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
-    """A value of its own for every output: one value cannot have an old name and a new one."""
+    """Give every output a value of its own: one value cannot have two names."""
     seen: set[int] = set()
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         if value.is_graph_input() or value.is_initializer() or id(value) in seen:
@@ -118,7 +118,7 @@ def _separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
 
 
 def write_contract(model: onnx.ModelProto, contract: StepContract) -> None:
-    """Embed the contract beside the metadata that the file brought along."""
+    """Embed the contract; other metadata of the file is kept."""
     kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != METADATA_KEY]
     embed_contract(model, contract)
     for key, value in kept:

@@ -1,0 +1,204 @@
+"""Reader of ONNX files that have no contract yet: weights, inputs and outputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from stepcell.contract import METADATA_KEY, DType
+from stepcell.errors import ExportError, UsageError
+from stepcell.files import read_bytes
+from stepcell.onnx_model import read_model
+
+__all__ = ["Array", "OnnxFile", "Port", "read_onnx_file", "tensors_of"]
+
+Array = NDArray[Any]
+
+_LIMIT = 2**31 - 1  # bytes of one protobuf message
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the file.
+
+    Attributes:
+        shape: numbers, names of dynamic sizes, and None for a dynamic size without a name; None
+            instead of a tuple where the file does not give the rank.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str | None, ...] | None
+
+    def fits(self, other: Port) -> bool:
+        """Whether both can be ends of one state: same dtype, same rank, no two numbers that differ."""
+        if self.dtype != other.dtype:
+            return False
+        if self.shape is None or other.shape is None:
+            return True
+        pairs = list(zip(self.shape, other.shape, strict=False))
+        differ = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+        return len(self.shape) == len(other.shape) and not differ
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A file as it was read.
+
+    Attributes:
+        data: the model with all its weights.
+        sha256: of the file.
+    """
+
+    path: Path
+    data: bytes
+    sha256: str
+    model: onnx.ModelProto
+    inputs: list[Port]
+    outputs: list[Port]
+
+    @property
+    def opset(self) -> int:
+        return next((int(item.version) for item in self.model.opset_import if item.domain in ("", "ai.onnx")), 0)
+
+    @property
+    def precision(self) -> Literal["float16", "float32"]:
+        """The dtype of most weights, by number of elements."""
+        sizes: dict[int, int] = {onnx.TensorProto.FLOAT16: 0, onnx.TensorProto.FLOAT: 0}
+        for tensor in tensors_of(self.model):
+            if tensor.data_type in sizes:
+                sizes[tensor.data_type] += int(np.prod(tensor.dims, dtype=np.int64))
+        return "float16" if sizes[onnx.TensorProto.FLOAT16] > sizes[onnx.TensorProto.FLOAT] else "float32"
+
+
+def read_onnx_file(path: Path) -> OnnxFile:
+    """Read a file, and the weights that lie beside it.
+
+    Raises:
+        InputError: it cannot be read or is not an ONNX model.
+        UsageError: it has a contract already.
+        ExportError: its weights cannot be read, or its inputs and outputs are not tensors.
+    """
+    data, model = read_model(path)
+    if any(entry.key == METADATA_KEY for entry in model.metadata_props):
+        raise UsageError(f"{path}: has a state contract already", hint="`stepcell build` and `run` take it as it is")
+    digest = hashlib.sha256(data).hexdigest()
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_of(model)):
+        _load_external_weights(tensors_of(model), path)
+        data = model.SerializeToString()
+    inputs, outputs = _ports_of(model, path)
+    return OnnxFile(path, data, digest, model, inputs, outputs)
+
+
+def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every constant tensor of a model: of its graph, of graphs inside nodes, and of its functions."""
+    yield from _in_graph(model.graph)
+    for function in model.functions:
+        yield from _in_nodes(function.node)
+
+
+def _in_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
+    yield from _in_nodes(graph.node)
+
+
+def _in_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _in_graph(inner)
+
+
+def _load_external_weights(tensors: Iterable[onnx.TensorProto], path: Path) -> None:
+    """Read weights that lie in files beside an ONNX file, as torch's exporter writes them: `model.onnx.data`.
+
+    The ONNX file names them, and it is not trusted: only a plain file of its own folder is opened.
+
+    Raises:
+        ExportError: a location that is not a plain file of the same folder, bytes that the file does not have,
+            or more of them than one ONNX file holds.
+        InputError: the file with the weights cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    total = 0
+    for tensor in tensors:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        if location not in files:
+            files[location] = read_bytes(_beside(path, location, tensor.name))
+        data = files[location]
+        start, length = _number(entries, "offset", 0), _number(entries, "length", len(data))
+        if start < 0 or length < 0 or start + length > len(data):
+            raise ExportError(
+                f"{path}: weights {tensor.name!r} are bytes {start} to {start + length} of {location!r}, which has "
+                f"{len(data)}",
+                hint="the two files do not belong together, or one is truncated",
+            )
+        total += length
+        if total > _LIMIT:
+            raise ExportError(f"{path}: more than 2 GiB of weights do not fit into one ONNX file")
+        tensor.raw_data = data[start : start + length]
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def _beside(path: Path, location: str, tensor: str) -> Path:
+    beside = path.parent / location
+    plain = location not in ("", ".", "..") and Path(location).name == location and "\\" not in location
+    if not plain or beside.is_symlink() or (beside.exists() and not beside.is_file()):
+        raise ExportError(
+            f"{path}: weights {tensor!r} lie in {location!r}; only a plain file in the same folder is opened",
+            hint="if you trust the file, save it as one: onnx.save(onnx.load(path), path)",
+        )
+    return beside
+
+
+def _number(entries: dict[str, str], key: str, default: int) -> int:
+    text = entries.get(key, str(default))
+    return int(text) if text.isascii() and text.isdigit() else -1
+
+
+def _ports_of(model: onnx.ModelProto, path: Path) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of a model, in its order, without weights that are listed as inputs.
+
+    Raises:
+        ExportError: one is no tensor, or of a dtype that a contract does not know.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    weights |= {sparse.values.name for sparse in model.graph.sparse_initializer}
+    inputs = _ports((value for value in model.graph.input if value.name not in weights), path)
+    return inputs, _ports(model.graph.output, path)
+
+
+def _ports(values: Iterable[onnx.ValueInfoProto], path: Path) -> list[Port]:
+    ports = []
+    for value in values:
+        if value.type.WhichOneof("value") != "tensor_type":
+            raise ExportError(f"{path}: {value.name}: a step model takes and returns tensors, got a sequence or map")
+        tensor = value.type.tensor_type
+        known = (
+            tensor.elem_type in onnx.TensorProto.DataType.values() and tensor.elem_type != onnx.TensorProto.UNDEFINED
+        )
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if known else "no dtype"
+        if dtype not in get_args(DType):
+            raise ExportError(f"{path}: {value.name}: expected one of {', '.join(get_args(DType))}, got {dtype}")
+        shape = tuple(_dim(dim) for dim in tensor.shape.dim) if tensor.HasField("shape") else None
+        ports.append(Port(value.name, dtype, shape))  # type: ignore[arg-type]
+    return ports
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value") and dim.dim_value > 0:
+        return int(dim.dim_value)
+    return dim.dim_param or None
