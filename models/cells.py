@@ -10,9 +10,10 @@ wider. Gates are computed in at least float32. Gradients are those of autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,10 +21,30 @@ from torch import Tensor, nn
 from stepcell.contract import CellSpec
 from stepcell.ops import CONV_GRU, CONV_LSTM, GATES, RESETS, VERSION, Gates, Op, Reset, same_pads
 
-__all__ = ["Activation", "ConvGRUCell", "ConvLSTMCell", "Gates", "Reset", "activations", "conv_gru", "conv_lstm"]
+__all__ = [
+    "Activation",
+    "ConvGRUCell",
+    "ConvLSTMCell",
+    "Gates",
+    "Reset",
+    "activations",
+    "conv_gru",
+    "conv_lstm",
+    "size_pair",
+]
 
 Activation = Callable[[Tensor], Tensor]
-KernelSize = int | tuple[int, int]
+KernelSize = int | Sequence[int]
+
+# Parameter that holds each weight of an op.
+_PARAMETERS = {
+    "W_x": "weight_x",
+    "b": "bias",
+    "W_h": "weight_h",
+    "W_n": "weight_n",
+    "b_hn": "bias_n",
+    "w_c": "peephole",
+}
 
 
 def conv_gru(
@@ -116,7 +137,7 @@ class _Cell(nn.Module):
         super().__init__()
         self.input_size = input_size
         self.hidden_size = hidden_size
-        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        self.kernel_size = size_pair(kernel_size)
         if any(k < 1 or k % 2 == 0 for k in self.kernel_size):
             raise ValueError(f"kernel_size: expected odd positive sizes, got {self.kernel_size}")
         if gates not in GATES:
@@ -132,8 +153,28 @@ class _Cell(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def _node_attributes(self) -> dict[str, Any]:
-        return {"pads": same_pads(self.kernel_size), "gates": self.gates}
+    def _onnx_node(self, x: Tensor, *states: Tensor, **attributes: str) -> tuple[Tensor, ...]:
+        """Add the op's node to the graph; returns y and the new states."""
+        weights = [getattr(self, _PARAMETERS[weight.name]) for weight in self.op.weights]
+        *new_states, y = torch.onnx.ops.symbolic_multi_out(
+            self.op.qualified_name,
+            (x, *states, *(weight for weight in weights if weight is not None)),
+            {"pads": same_pads(self.kernel_size), "gates": self.gates, **attributes},
+            dtypes=(*(state.dtype for state in states), x.dtype),
+            shapes=(*(state.shape for state in states), states[0].shape),
+            version=VERSION,
+        )
+        return y, *new_states
+
+    def cell_spec(self, name: str) -> CellSpec:
+        """Entry of this cell in the contract."""
+        return CellSpec(
+            name=name,
+            op=self.op.qualified_name,
+            hidden=self.hidden_size,
+            kernel=self.kernel_size,
+            gates=self.gates,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size}, gates={self.gates!r}"
@@ -178,30 +219,15 @@ class ConvGRUCell(_Cell):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """X (N, Cx, H, W), h (N, C, H, W) -> y = h' in the dtype of x, h' in the dtype of h."""
-        weights = (self.weight_x, self.bias, self.weight_h, self.weight_n)
         if torch.onnx.is_in_onnx_export():
-            h_next, y = torch.onnx.ops.symbolic_multi_out(
-                self.op.qualified_name,
-                (x, h, *weights) if self.bias_n is None else (x, h, *weights, self.bias_n),
-                {**self._node_attributes(), "reset": self.reset},
-                dtypes=(h.dtype, x.dtype),
-                shapes=(h.shape, h.shape),
-                version=VERSION,
-            )
+            y, h_next = self._onnx_node(x, h, reset=self.reset)
             return y, h_next
-        h_next = conv_gru(x, h, *weights, self.bias_n, self.gates)
+        h_next = conv_gru(x, h, self.weight_x, self.bias, self.weight_h, self.weight_n, self.bias_n, self.gates)
         return h_next.to(x.dtype), h_next
 
     def cell_spec(self, name: str) -> CellSpec:
         """Entry of this cell in the contract."""
-        return CellSpec(
-            name=name,
-            op=self.op.qualified_name,
-            hidden=self.hidden_size,
-            kernel=self.kernel_size,
-            reset=self.reset,
-            gates=self.gates,
-        )
+        return msgspec.structs.replace(super().cell_spec(name), reset=self.reset)
 
 
 class ConvLSTMCell(_Cell):
@@ -241,30 +267,20 @@ class ConvLSTMCell(_Cell):
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X (N, Cx, H, W), h, c (N, C, H, W) -> y = h' in the dtype of x, h', c'."""
-        weights = (self.weight_x, self.bias, self.weight_h)
         if torch.onnx.is_in_onnx_export():
-            h_next, c_next, y = torch.onnx.ops.symbolic_multi_out(
-                self.op.qualified_name,
-                (x, h, c, *weights) if self.peephole is None else (x, h, c, *weights, self.peephole),
-                self._node_attributes(),
-                dtypes=(h.dtype, c.dtype, x.dtype),
-                shapes=(h.shape, c.shape, h.shape),
-                version=VERSION,
-            )
+            y, h_next, c_next = self._onnx_node(x, h, c)
             return y, h_next, c_next
-        h_next, c_next = conv_lstm(x, h, c, *weights, self.peephole, self.gates)
+        h_next, c_next = conv_lstm(x, h, c, self.weight_x, self.bias, self.weight_h, self.peephole, self.gates)
         return h_next.to(x.dtype), h_next, c_next
 
     def cell_spec(self, name: str) -> CellSpec:
         """Entry of this cell in the contract."""
-        return CellSpec(
-            name=name,
-            op=self.op.qualified_name,
-            hidden=self.hidden_size,
-            kernel=self.kernel_size,
-            gates=self.gates,
-            peephole=self.peephole is not None,
-        )
+        return msgspec.structs.replace(super().cell_spec(name), peephole=self.peephole is not None)
+
+
+def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _same(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

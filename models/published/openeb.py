@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepcell.dims import Dim
 from stepcell.models.cell_model import CellModel
-from stepcell.models.cells import ConvGRUCell, ConvLSTMCell
+from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, size_pair
 from stepcell.models.unfused_cells import ModuleGRUCell, ModuleLSTMCell
 
 __all__ = ["ConvRNNOptions", "cell_model", "conv_rnn"]
@@ -57,7 +57,7 @@ class ConvRNNOptions:
     @property
     def fused(self) -> bool:
         """Whether the input convolution of an lstm becomes W_x of the canonical op."""
-        geometry = [_pair(size) for size in (self.kernel_size, self.stride, self.padding, self.dilation)]
+        geometry = [size_pair(size) for size in (self.kernel_size, self.stride, self.padding, self.dilation)]
         return (
             self.cell == "lstm"
             and geometry == [(3, 3), (1, 1), (1, 1), (1, 1)]
@@ -73,7 +73,7 @@ class ConvRNNOptions:
         sizes = []
         for axis, symbol in enumerate(("height", "width")):
             kernel, stride, padding, dilation = (
-                _pair(size)[axis] for size in (self.kernel_size, self.stride, self.padding, self.dilation)
+                size_pair(size)[axis] for size in (self.kernel_size, self.stride, self.padding, self.dilation)
             )
             offset = 2 * padding - dilation * (kernel - 1) - 1 + stride
             grown = f"{symbol} + {offset}" if offset >= 0 else f"{symbol} - {-offset}"
@@ -92,7 +92,7 @@ def conv_rnn(options: ConvRNNOptions) -> CellModel:
     front = _input_conv(options, 4 * options.out_channels if lstm else options.in_channels)
     cell: ConvGRUCell | ModuleGRUCell | ModuleLSTMCell
     if lstm:
-        kernel, stride = _pair(options.kernel_size), _pair(options.stride)
+        kernel, stride = size_pair(options.kernel_size), size_pair(options.stride)
         kind = "separable " if options.separable else ""
         reason = f"x has a {kind}{kernel[0]}x{kernel[1]} convolution of stride {stride[0]}, h a 3x3 one"
         if options.norm == "InstanceNorm2d":
@@ -108,7 +108,7 @@ def cell_model(target: str, arguments: Mapping[str, Any]) -> CellModel:
     kwargs = dict(arguments)
     separable = str(kwargs.pop("conv_func", "")).endswith("DepthWiseSeparableConv2d")
     hard = bool(kwargs.pop("hard", False))
-    if _pair(kwargs.pop("kernel_size", 3)) != (3, 3):
+    if size_pair(kwargs.pop("kernel_size", 3)) != (3, 3):
         raise ValueError("kernel_size: expected 3 (upstream pads the cells by 1)")
     if target == "ConvLSTMCell":
         hidden = int(kwargs.pop("hidden_dim"))
@@ -116,8 +116,8 @@ def cell_model(target: str, arguments: Mapping[str, Any]) -> CellModel:
         model = CellModel(lstm, 4 * hidden)
     elif target == "ConvGRUCell":
         inputs, hidden = int(kwargs.pop("in_channels")), int(kwargs.pop("out_channels"))
-        dilation, padding = _pair(kwargs.pop("dilation", 1)), _pair(kwargs.pop("padding", 1))
-        if _pair(kwargs.pop("stride", 1)) != (1, 1) or padding != dilation:
+        dilation, padding = size_pair(kwargs.pop("dilation", 1)), size_pair(kwargs.pop("padding", 1))
+        if size_pair(kwargs.pop("stride", 1)) != (1, 1) or padding != dilation:
             raise ValueError(
                 "stride, padding: expected stride 1 and padding = dilation, which keep the size of the state"
             )
@@ -165,7 +165,7 @@ def _separable_conv(inputs: int, outputs: int) -> nn.Sequential:
 
 def _input_conv(options: ConvRNNOptions, outputs: int) -> nn.Module:
     kernel, stride, padding, dilation = (
-        _pair(size) for size in (options.kernel_size, options.stride, options.padding, options.dilation)
+        size_pair(size) for size in (options.kernel_size, options.stride, options.padding, options.dilation)
     )
     inputs, mode = options.in_channels, options.padding_mode
     if options.separable:
@@ -177,7 +177,3 @@ def _input_conv(options: ConvRNNOptions, outputs: int) -> nn.Module:
     else:
         conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, options.groups, padding_mode=mode)
     return nn.Sequential(conv, _InstanceNorm()) if options.norm == "InstanceNorm2d" else nn.Sequential(conv)
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

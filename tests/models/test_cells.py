@@ -1,4 +1,4 @@
-"""Canonical cells against the published equations, torch's own layers and autograd."""
+"""Canonical cells: equal to the published equations and to torch's layers, in values and gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_conv_gru_equals_six_convolutions_over_time_and_in_every_gradient(kernel
             h = step(frame, h)
         cell.zero_grad()
         (h * torch.randn(h.shape, dtype=h.dtype, generator=_generator())).sum().backward()
-        # dx, dh and the gradients of W, U and C, as the seed's C++ cell checks them
+        # h and the gradients of x, h, W, U, C and b
         results.append([h, x.grad, start.grad, cell.weight_x.grad.clone(), cell.weight_h.grad.clone()])
         results[-1] += [cell.weight_n.grad.clone(), cell.bias.grad.clone()]
     for ours, theirs in zip(*results, strict=True):

@@ -32,6 +32,19 @@ def test_stack_of_different_cells_names_and_sizes_its_states() -> None:
     assert [tuple(state.shape) for state in new] == [tuple(state.shape) for state in states]
 
 
+def test_peepholes_with_a_weight_per_position_fix_the_size_of_the_map() -> None:
+    stack = CellStack([ConvGRUCell(3, 8), ConvLSTMCell(8, 4, peephole=(5, 6))], names=["a", "b", "c"])
+    assert [spec.shape for spec in stack.inputs] == [("batch", 3, 5, 6)]
+    assert [(state.name, state.shape[1:]) for state in stack.states] == [
+        ("a", (8, 5, 6)),
+        ("b", (4, 5, 6)),
+        ("c", (4, 5, 6)),
+    ]
+    assert CellStack([ConvLSTMCell(8, 4, peephole="channel")]).inputs[0].shape == ("batch", 8, "height", "width")
+    with pytest.raises(ValueError, match=r"one map size, got \(5, 6\) and \(7, 6\)"):
+        CellStack([ConvLSTMCell(3, 4, peephole=(7, 6)), ConvLSTMCell(4, 4, peephole=(5, 6))])
+
+
 def test_many_layers_are_numbered_so_that_they_sort() -> None:
     names = [state.name for state in conv_gru_stack(2, [2] * 12, [1] * 12).states]
     assert names[0] == "h00"

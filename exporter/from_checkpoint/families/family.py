@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-__all__ = ["Family", "NotThisFamily", "Tensors"]
+__all__ = ["Family", "NotThisFamily", "Tensors", "check_names", "weight_and_bias"]
 
 Tensors = Mapping[str, Tensor]
 
 
 class NotThisFamily(Exception):
     """Reason why a checkpoint does not belong to a family; listed when no family matches."""
+
+
+def check_names(tensors: Tensors, expected: Iterable[str]) -> None:
+    """Raise NotThisFamily if the checkpoint has other tensors than these."""
+    if differing := sorted(set(tensors) ^ set(expected)):
+        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+
+
+def weight_and_bias(modules: Iterable[str]) -> set[str]:
+    """Names of the weight and the bias of each module."""
+    return {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
 
 
 def _same_tensors(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:

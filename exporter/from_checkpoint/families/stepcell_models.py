@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
-from stepcell.models.stack import CellStack, conv_gru_stack, conv_lstm_stack
+from stepcell.models.stack import conv_gru_stack, conv_lstm_stack
 from stepcell.models.zoo.denoiser import Denoiser
 
 __all__ = ["CONV_GRU", "CONV_LSTM", "DENOISER"]
@@ -45,29 +43,6 @@ def _recognise_lstm(tensors: Tensors) -> dict[str, object]:
     return _layers(tensors, 4, "ConvLSTM")
 
 
-def _pairs(kernel_sizes: Sequence[int | Sequence[int]]) -> list[int | tuple[int, int]]:
-    return [size if isinstance(size, int) else (size[0], size[1]) for size in kernel_sizes]
-
-
-def _build_gru(
-    input_size: int,
-    hidden_sizes: Sequence[int],
-    kernel_sizes: Sequence[int | Sequence[int]],
-    reset: str = "before",
-    gates: str = "soft",
-) -> CellStack:
-    return conv_gru_stack(input_size, hidden_sizes, _pairs(kernel_sizes), reset=reset, gates=gates)  # type: ignore[arg-type]
-
-
-def _build_lstm(
-    input_size: int,
-    hidden_sizes: Sequence[int],
-    kernel_sizes: Sequence[int | Sequence[int]],
-    gates: str = "soft",
-) -> CellStack:
-    return conv_lstm_stack(input_size, hidden_sizes, _pairs(kernel_sizes), gates=gates)  # type: ignore[arg-type]
-
-
 _STACK_ARGUMENTS = {
     "input_size": "channels of the input",
     "hidden_sizes": "channels of each cell, such as [32, 64]",
@@ -86,13 +61,13 @@ CONV_GRU = Family(
     name="convgru",
     summary="stack of stepcell.models.ConvGRUCell (conv_gru_stack)",
     recognise=_recognise_gru,
-    build=_build_gru,
+    build=conv_gru_stack,
     arguments={**_STACK_ARGUMENTS, "reset": '"before" or "after" the hidden convolution'},
 )
 CONV_LSTM = Family(
     name="convlstm",
     summary="stack of stepcell.models.ConvLSTMCell (conv_lstm_stack)",
     recognise=_recognise_lstm,
-    build=_build_lstm,
+    build=conv_lstm_stack,
     arguments=_STACK_ARGUMENTS,
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Gate", "blocks", "fold_norm", "gate", "gru_tensors", "lstm_tensors", "prefixed", "under"]
+__all__ = ["Gate", "bias_of", "blocks", "fold_norm", "gate", "gru_tensors", "lstm_tensors", "prefixed", "under"]
 
 Gate = tuple[Tensor, Tensor | None]
 
@@ -26,6 +26,12 @@ def blocks(packed: Gate, count: int) -> list[Gate]:
     weight, bias = packed
     biases = bias.chunk(count) if bias is not None else [None] * count
     return list(zip(weight.chunk(count), biases, strict=True))
+
+
+def bias_of(conv: Gate) -> Tensor:
+    """The bias of a convolution, or zeros."""
+    weight, bias = conv
+    return weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
 def gru_tensors(z: Gate, r: Gate, n: Gate, *, x_first: bool = True, keeps_old: bool = False) -> dict[str, Tensor]:
@@ -44,7 +50,7 @@ def gru_tensors(z: Gate, r: Gate, n: Gate, *, x_first: bool = True, keeps_old: b
         "weight_x": torch.cat([sign * z_x, r_x, n_x]),
         "weight_h": torch.cat([sign * z_h, r_h]),
         "weight_n": n_h.clone(),
-        "bias": torch.cat([sign * _bias(z), _bias(r), _bias(n)]),
+        "bias": torch.cat([sign * bias_of(z), bias_of(r), bias_of(n)]),
     }
 
 
@@ -54,7 +60,7 @@ def lstm_tensors(i: Gate, f: Gate, o: Gate, g: Gate, *, x_first: bool = True) ->
     return {
         "weight_x": torch.cat([x for x, _ in halves]),
         "weight_h": torch.cat([h for _, h in halves]),
-        "bias": torch.cat([_bias(each) for each in (i, f, o, g)]),
+        "bias": torch.cat([bias_of(each) for each in (i, f, o, g)]),
     }
 
 
@@ -94,8 +100,3 @@ def _halves(weight: Tensor, x_first: bool) -> tuple[Tensor, Tensor]:
     if x_first:
         return weight[:, :inputs], weight[:, inputs:]
     return weight[:, hidden:], weight[:, :hidden]
-
-
-def _bias(gate: Gate) -> Tensor:
-    weight, bias = gate
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias

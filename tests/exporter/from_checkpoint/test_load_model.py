@@ -1,8 +1,7 @@
-"""A family's checkpoint as a model to train further: load, train, save, export."""
+"""load_model: gradients reach every parameter of every family, and a trained model is saved and exported."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,16 @@ from stepcell import StepLoop
 from stepcell.cli import main
 from stepcell.dims import resolve, symbols_of
 from stepcell.errors import CheckpointError, UsageError
-from stepcell.exporter import find_family, load_model
+from stepcell.exporter import load_model
 from stepcell.models import initial_states, run_sequence, save_checkpoint
+from tests.golden.cases import KEPT, Case, find_cases
 
-KEPT = Path(__file__).parents[2] / "data" / "golden"
-CASES = sorted(path.parent for path in KEPT.glob("*/*/case.json"))
+CASES = find_cases(places=[KEPT])
+every_family = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
-def loaded(case: Path) -> nn.Module:
-    meta = json.loads((case / "case.json").read_text())
-    known = find_family(case.parent.name).settings
-    settings = {**meta["constructor"], **{key: v for key, v in meta["run_options"].items() if key in known}}
-    return load_model(case / "checkpoint.pth", case.parent.name, **settings)
+def loaded(case: Case) -> nn.Module:
+    return load_model(case.path / "checkpoint.pth", case.family, **case.settings)
 
 
 def frames(model: Any, steps: int) -> list[list[Tensor]]:
@@ -39,8 +36,8 @@ def frames(model: Any, steps: int) -> list[list[Tensor]]:
     return [[torch.rand(shape, generator=rng) for shape in shapes] for _ in range(steps)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
-def test_gradients_reach_every_parameter_of_every_family(case: Path) -> None:
+@every_family
+def test_gradients_reach_every_parameter_of_every_family(case: Case) -> None:
     model = loaded(case)
     assert model.training
     clip = frames(model, 3)
@@ -57,7 +54,7 @@ def test_gradients_reach_every_parameter_of_every_family(case: Path) -> None:
 
 
 def test_a_published_checkpoint_is_trained_saved_and_exported_without_naming_it(tmp_path: Path) -> None:
-    case = next(path for path in CASES if path.parent.name == "rvm_convgru")
+    case = find_cases("rvm_convgru", [KEPT])[0]
     model = loaded(case)
     channels = model.inputs[0].shape[1]  # type: ignore[index, union-attr]
     x = torch.rand(6, 1, int(channels), 12, 16, generator=torch.Generator().manual_seed(1))
@@ -87,8 +84,8 @@ def test_a_published_checkpoint_is_trained_saved_and_exported_without_naming_it(
     assert worst < 1e-5, f"the exported file is off by {worst:.1e}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
-def test_every_family_is_known_again_after_saving(case: Path, tmp_path: Path) -> None:
+@every_family
+def test_every_family_is_known_again_after_saving(case: Case, tmp_path: Path) -> None:
     model = loaded(case)
     save_checkpoint(model, tmp_path / "m.safetensors")
     again = load_model(tmp_path / "m.safetensors")
@@ -98,11 +95,11 @@ def test_every_family_is_known_again_after_saving(case: Path, tmp_path: Path) ->
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    case = next(path for path in CASES if path.parent.name == "rvm_convgru")
+    case = find_cases("rvm_convgru", [KEPT])[0]
     with pytest.raises(UsageError, match="no such argument"):
-        load_model(case / "checkpoint.pth", nonsense=1)
+        load_model(case.path / "checkpoint.pth", nonsense=1)
     with pytest.raises(CheckpointError, match="not a checkpoint of family"):
-        load_model(case / "checkpoint.pth", "rvm_full")
+        load_model(case.path / "checkpoint.pth", "rvm_full")
     save_checkpoint(nn.Linear(2, 2), tmp_path / "l.safetensors", family="rvm_convgru", arguments={"channels": 2})
     with pytest.raises(CheckpointError):
         load_model(tmp_path / "l.safetensors")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stepcell.exporter.from_checkpoint.families.family import NotThisFamily, Tensors
 from stepcell.exporter.from_checkpoint.families.weights import (
     Gate,
+    bias_of,
     blocks,
     fold_norm,
     gru_tensors,
@@ -35,8 +35,8 @@ class Reader:
 
     def conv(self, name: str) -> dict[str, Tensor]:
         """A plain convolution."""
-        weight, bias = self._gate(name)
-        return _named(weight, _bias(bias, weight.shape[0]))
+        conv = self._gate(name)
+        return {"weight": conv[0].float(), "bias": bias_of(conv).float()}
 
     def layer(self, name: str, *, conv: str = "conv2d", outputs_axis: int = 0) -> dict[str, Tensor]:
         """A convolution with the statistics of its norm folded in."""
@@ -79,14 +79,6 @@ class Reader:
             self._gate(conv), {name: self._take(f"{norm}.{name}") for name in names}, outputs_axis=outputs_axis
         )
         return {"weight": weight, "bias": bias}
-
-
-def _bias(bias: Tensor | None, size: int) -> Tensor:
-    return torch.zeros(size) if bias is None else bias
-
-
-def _named(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    return {"weight": weight.float(), "bias": bias.float()}
 
 
 def count(tensors: Tensors, prefix: str) -> int:

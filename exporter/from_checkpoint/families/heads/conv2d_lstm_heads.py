@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import (
+    Family,
+    NotThisFamily,
+    Tensors,
+    check_names,
+    weight_and_bias,
+)
 from stepcell.exporter.from_checkpoint.families.torch_rnn import LSTM
 from stepcell.exporter.from_checkpoint.families.weights import prefixed
 from stepcell.models.published.heads import ConvLSTMHead
@@ -25,12 +31,9 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     if conv is None or conv.dim() != 4 or tuple(conv.shape[2:]) != (3, 3):
         raise NotThisFamily("no tensor conv1.weight with a 3x3 kernel")
     lstm = LSTM.recognise(_part(tensors))
-    unexpected = {name for name in tensors if not name.startswith(_LSTM)} - {
-        f"{layer}.{part}" for layer in ("conv1", "fc") for part in ("weight", "bias")
-    }
-    if unexpected:
-        raise NotThisFamily(f"unexpected tensor {sorted(unexpected)[0]}")
     filters, fc = conv.shape[0], tensors.get("fc.weight")
+    own = [name for name in tensors if name.startswith(_LSTM)]
+    check_names(tensors, {*own, *weight_and_bias(("conv1",) if fc is None else ("conv1", "fc"))})
     found: dict[str, object] = {
         "cls": _GAP if fc is None else _HYBRID if fc.shape[1] == filters else _FCL,
         "input_channels": conv.shape[1],

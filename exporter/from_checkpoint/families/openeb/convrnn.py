@@ -11,6 +11,7 @@ from torch import Tensor
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
 from stepcell.exporter.from_checkpoint.families.weights import (
     Gate,
+    bias_of,
     blocks,
     fold_norm,
     gate,
@@ -65,15 +66,14 @@ def rnn_tensors(tensors: Tensors, options: ConvRNNOptions) -> dict[str, Tensor]:
         cell = under(tensors, "timepool")
         return {**front, **prefixed("cell", _cell(cell, canonical=not options.separable_hidden))}
     weight, bias = fold_batch_norm(gate(tensors, "conv_x2h.module.0"), tensors, norm)
-    hidden, hidden_bias = gate(tensors, "timepool.conv_h2h")
-    return prefixed("cell", {"weight_x": weight, "weight_h": hidden, "bias": bias + _bias(hidden, hidden_bias)})
+    hidden = gate(tensors, "timepool.conv_h2h")
+    return prefixed("cell", {"weight_x": weight, "weight_h": hidden[0], "bias": bias + bias_of(hidden)})
 
 
 def fold_batch_norm(conv: Gate, tensors: Tensors, norm: str | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution followed by the BatchNorm `norm`, in eval mode."""
-    weight, bias = conv[0], _bias(*conv)
     if norm is None:
-        return weight.clone(), bias.clone()
+        return conv[0].clone(), bias_of(conv).clone()
     if f"{norm}.running_var" not in tensors:
         raise ValueError(f"norm: no tensor {norm}.running_var in the checkpoint")
     return fold_norm(conv, under(tensors, norm))
@@ -149,10 +149,6 @@ def cell_kind(cell: Any) -> Any:
 def _kernel(weight: Tensor) -> int | list[int]:
     height, width = weight.shape[2:]
     return height if height == width else [height, width]
-
-
-def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
 _RNN = "of ConvRNN"

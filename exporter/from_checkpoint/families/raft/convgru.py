@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import (
+    Family,
+    NotThisFamily,
+    Tensors,
+    check_names,
+    weight_and_bias,
+)
 from stepcell.exporter.from_checkpoint.families.weights import gate, gru_tensors, prefixed
 from stepcell.models.cells import ConvGRUCell
 from stepcell.models.published.raft import SepConvGRU
@@ -22,8 +28,7 @@ def cell_sizes(tensors: Tensors, suffixes: tuple[str, ...] = ("",)) -> tuple[int
         NotThisFamily: there are other tensors, or their shapes disagree.
     """
     convs = [f"conv{letter}{suffix}" for suffix in suffixes for letter in "zrq"]
-    if set(tensors) != {f"{conv}.{part}" for conv in convs for part in ("weight", "bias")}:
-        raise NotThisFamily(f"expected weight and bias of {', '.join(convs)} and no other tensor")
+    check_names(tensors, weight_and_bias(convs))
     shapes = [tuple(tensors[f"{conv}.weight"].shape) for conv in convs]
     if any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes) or shapes[0][1] <= shapes[0][0]:
         raise NotThisFamily("expected convolutions that read [h, x] and return as many channels as h has")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import Family, Tensors, check_names, weight_and_bias
 from stepcell.exporter.from_checkpoint.families.raft.convgru import cell_tensors, separable_tensors
 from stepcell.exporter.from_checkpoint.families.weights import prefixed
 from stepcell.models.published.raft import BasicUpdateBlock, SmallUpdateBlock
@@ -40,8 +40,7 @@ _GATES = {
 def _recognise(tensors: Tensors) -> dict[str, object]:
     target = "BasicUpdateBlock" if "encoder.convc2.weight" in tensors else "SmallUpdateBlock"
     convs = [*_CONVS[target], *_GATES[target]]
-    if differing := sorted(set(tensors) ^ {f"{conv}.{part}" for conv in convs for part in ("weight", "bias")}):
-        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+    check_names(tensors, weight_and_bias(convs))
     planes = tensors["encoder.convc1.weight"].shape[1]
     # The tensors only determine levels * (2 radius + 1)^2; the largest radius that divides it is assumed.
     radius = max(r for r in range(planes) if planes % (2 * r + 1) ** 2 == 0)

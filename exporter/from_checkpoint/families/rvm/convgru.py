@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import (
+    Family,
+    NotThisFamily,
+    Tensors,
+    check_names,
+    weight_and_bias,
+)
 from stepcell.exporter.from_checkpoint.families.weights import blocks, gate, gru_tensors, prefixed
-from stepcell.models.cells import ConvGRUCell
+from stepcell.models.cells import ConvGRUCell, size_pair
 from stepcell.models.stack import CellStack
 
 __all__ = ["FAMILY", "cell_tensors"]
-
-_NAMES = {"ih.0.weight", "ih.0.bias", "hh.0.weight", "hh.0.bias"}
 
 
 def cell_tensors(tensors: Tensors, prefix: str = "") -> dict[str, Tensor]:
@@ -23,8 +27,7 @@ def cell_tensors(tensors: Tensors, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
-    if set(tensors) != _NAMES:
-        raise NotThisFamily(f"expected the tensors {', '.join(sorted(_NAMES))} and no other")
+    check_names(tensors, weight_and_bias(("ih.0", "hh.0")))
     weight, channels = tensors["hh.0.weight"], tensors["hh.0.weight"].shape[0]
     if weight.dim() != 4 or weight.shape[1] != 2 * channels or len(tensors["ih.0.weight"]) != 2 * channels:
         raise NotThisFamily("x and h do not have the same number of channels")
@@ -35,14 +38,10 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
 
 
 def _build(channels: int, kernel_size: int | Sequence[int] = 3, padding: int | Sequence[int] = 1) -> CellStack:
-    kernel, pad = _pair(kernel_size), _pair(padding)
+    kernel, pad = size_pair(kernel_size), size_pair(padding)
     if pad != (kernel[0] // 2, kernel[1] // 2):
         raise ValueError(f"padding: expected half the kernel size, which keeps the size of the state, got {padding}")
     return CellStack([ConvGRUCell(channels, channels, kernel)])
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:

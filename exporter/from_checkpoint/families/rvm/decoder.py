@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import Family, Tensors, check_names
 from stepcell.exporter.from_checkpoint.families.rvm.convgru import cell_tensors
 from stepcell.exporter.from_checkpoint.families.weights import fold_norm, gate, prefixed, under
 from stepcell.models.published.rvm import RecurrentDecoder
@@ -62,8 +62,7 @@ def _convs() -> list[tuple[str, str]]:
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
-    if differing := sorted(set(tensors) ^ decoder_names()):
-        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+    check_names(tensors, decoder_names())
     features, channels = decoder_channels(tensors)
     return {"feature_channels": features, "decoder_channels": channels}
 

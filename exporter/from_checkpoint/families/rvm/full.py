@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import (
+    Family,
+    NotThisFamily,
+    Tensors,
+    check_names,
+    weight_and_bias,
+)
 from stepcell.exporter.from_checkpoint.families.rvm.decoder import decoder_names, decoder_tensors, folded
 from stepcell.exporter.from_checkpoint.families.weights import prefixed
 from stepcell.models.published.rvm_full import BLOCKS, MattingNetwork
@@ -51,7 +57,7 @@ def _names(*, deep: bool) -> set[str]:
         plain.append("refiner.conv.6")
         normed += [("refiner.conv.0", "refiner.conv.1"), ("refiner.conv.3", "refiner.conv.4")]
         names.add("refiner.box_filter.weight")
-    names |= {f"{conv}.{part}" for conv in plain for part in ("weight", "bias")}
+    names |= weight_and_bias(plain)
     for conv, norm in normed:
         names |= {f"{conv}.weight", *(f"{norm}.{part}" for part in _NORM)}
     return names
@@ -61,8 +67,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
     if "backbone.layer1.0.conv1.weight" in tensors:
         raise NotThisFamily("a ResNet50 backbone; only MobileNetV3 is supported")
     deep = "refiner.conv.0.weight" in tensors
-    if differing := sorted(set(tensors) ^ _names(deep=deep)):
-        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+    check_names(tensors, _names(deep=deep))
     return {"variant": "mobilenetv3", "refiner": _REFINERS[0] if deep else _REFINERS[1]}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import Family, Tensors, check_names, weight_and_bias
 from stepcell.models.cell_model import CellModel
 from stepcell.models.unfused_cells import ModuleGRUCell, ModuleLSTMCell, WideGroupNorm, same_conv
 
@@ -17,13 +17,10 @@ _RENAMED = {"conv1": "conv_zr", "conv2": "conv_n", "conv": "joint"}
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
-    found = set(tensors)
-    if found == _names("conv1", "conv2"):
-        target, weight, gates = "CGRU_cell", tensors["conv1.0.weight"], 2
-    elif found == _names("conv"):
-        target, weight, gates = "CLSTM_cell", tensors["conv.0.weight"], 4
-    else:
-        raise NotThisFamily("tensors other than conv1 with conv2, or conv, each .0 (convolution) and .1 (GroupNorm)")
+    lstm = "conv.0.weight" in tensors
+    convs = ("conv",) if lstm else ("conv1", "conv2")
+    check_names(tensors, weight_and_bias(f"{conv}.{part}" for conv in convs for part in (0, 1)))  # and its GroupNorm
+    target, gates, weight = "CLSTM_cell" if lstm else "CGRU_cell", 4 if lstm else 2, tensors[f"{convs[0]}.0.weight"]
     features = weight.shape[0] // gates
     return {
         "target": target,
@@ -31,10 +28,6 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
         "filter_size": weight.shape[2],
         "num_features": features,
     }
-
-
-def _names(*modules: str) -> set[str]:
-    return {f"{module}.{index}.{kind}" for module in modules for index in "01" for kind in ("weight", "bias")}
 
 
 def _build(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors, weight_and_bias
 from stepcell.exporter.from_checkpoint.families.weights import blocks, gate, lstm_tensors, prefixed
 from stepcell.models.cell_model import CellModel
 from stepcell.models.cells import ConvLSTMCell
@@ -16,8 +16,7 @@ __all__ = ["FAMILY"]
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
-    known = {f"{name}.{kind}" for name in ("conv1x1", "conv3x3_dws") for kind in ("weight", "bias")}
-    if not {"conv1x1.weight"} <= set(tensors) <= known:
+    if not {"conv1x1.weight"} <= set(tensors) <= weight_and_bias(("conv1x1", "conv3x3_dws")):
         raise NotThisFamily("tensors other than conv1x1 and conv3x3_dws")
     shape = tuple(tensors["conv1x1.weight"].shape)
     dim = shape[0] // 4

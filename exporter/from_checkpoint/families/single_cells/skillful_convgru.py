@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import Family, Tensors, check_names
 from stepcell.models.cell_model import CellModel
 from stepcell.models.unfused_cells import ModuleGRUCell
 
@@ -21,8 +21,7 @@ _RAW_PARTS = ("original", "0._u", "0._v")
 def _recognise(tensors: Tensors) -> dict[str, object]:
     raw = f"cell.output_conv.{_RAW}.original" in tensors
     parts = ["bias", *([f"{_RAW}.{part}" for part in _RAW_PARTS] if raw else ["weight"])]
-    if differing := sorted(set(tensors) ^ {f"cell.{name}.{part}" for name in _GATES for part in parts}):
-        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+    check_names(tensors, (f"cell.{name}.{part}" for name in _GATES for part in parts))
     weight = tensors[f"cell.output_conv.{_RAW}.original" if raw else "cell.output_conv.weight"]
     return {
         "input_channels": weight.shape[1],

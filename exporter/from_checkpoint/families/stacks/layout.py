@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stepcell.exporter.from_checkpoint.families.family import NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import NotThisFamily, Tensors, check_names
 from stepcell.exporter.from_checkpoint.families.weights import prefixed
 from stepcell.models.stack import CanonicalCell, CellStack
 
@@ -62,10 +62,7 @@ class StackLayout:
         optional = [prefix + name for prefix in prefixes for name in self.optional]
         needed = [prefix + name for prefix in prefixes for name in self.required]
         needed += optional if any(name in tensors for name in optional) else []
-        if missing := sorted(set(needed) - set(tensors)):
-            raise NotThisFamily(f"no tensor {missing[0]}")
-        if unexpected := sorted(set(tensors) - set(needed)):
-            raise NotThisFamily(f"unexpected tensor {unexpected[0]}")
+        check_names(tensors, needed)
         names = (*self.required, *self.optional)
         return [{name: tensors[prefix + name] for name in names if prefix + name in tensors} for prefix in prefixes]
 
