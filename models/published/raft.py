@@ -74,7 +74,7 @@ class ContextGRUCell(nn.Module):
         return blended.to(x.dtype), blended.to(h.dtype)
 
     def cell_spec(self, name: str) -> CellSpec:
-        """How the contract lists this cell."""
+        """Entry of this cell in the contract."""
         return CellSpec(
             name=name,
             op=None,

@@ -1,4 +1,4 @@
-"""Stacks, the step protocol and helpers for sequences."""
+"""Cell stacks, the step-model protocol and the sequence helpers."""
 
 from __future__ import annotations
 

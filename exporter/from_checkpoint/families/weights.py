@@ -90,7 +90,7 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors with `prefix.` before their names."""
+    """Tensors with `prefix.` added before their names."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 

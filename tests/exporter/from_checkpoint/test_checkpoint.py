@@ -1,4 +1,4 @@
-"""Checkpoints of every kind, good and bad."""
+"""Checkpoint reader and step_model: formats, recognition of families, refused files and arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepcell.models.zoo.denoiser import Denoiser
 
 
 class Payload:
-    """What a malicious or careless checkpoint holds: an object that runs code when unpickled."""
+    """Object in a malicious or careless checkpoint that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return Path.touch, (Path("executed"),)  # type: ignore[return-value]
@@ -108,7 +108,7 @@ def test_nan_weights(tmp_path: Path) -> None:
 
 def test_foreign_checkpoint_lists_why_each_family_was_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "c.pth")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match="matches no known model family") as caught:
         step_model(load_checkpoint(tmp_path / "c.pth"))
     asked = [family.name for family in FAMILIES.values() if not family.by_name]
     assert all(f"{name}: " in str(caught.value) for name in asked)

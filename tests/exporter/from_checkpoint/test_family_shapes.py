@@ -1,4 +1,4 @@
-"""Sizes that no tensor holds reach a family through `--shape`."""
+"""Arguments that the tensors do not determine are inferred from `--shape`."""
 
 from __future__ import annotations
 
