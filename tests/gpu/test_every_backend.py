@@ -126,7 +126,7 @@ def test_a_refused_step_changes_nothing(loop: StepLoop) -> None:
 
 
 def test_slots_equal_loops_of_their_own(place: Place, denoiser_onnx: Path, tolerance: float) -> None:
-    """Streams at rates of 1, 2 and 3. The kernels may be tiled differently for another batch size, hence the tolerance."""
+    """Streams at rates of 1, 2 and 3. Another batch size may use other tiles, hence the tolerance."""
     clips = [frames(100, seed=seed)[:, :1] for seed in range(SLOTS)]
     alone = [place.open(denoiser_onnx) for _ in clips]
     error = 0.0

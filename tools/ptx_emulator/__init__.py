@@ -1,12 +1,12 @@
-"""Runs the compiled kernels without a GPU: an emulator of the PTX that Triton makes of them.
+"""PTX emulator: runs the compiled kernels without a GPU, from the PTX that Triton generates.
 
-Triton's interpreter shows that the source is right; this shows it of the code: layouts of tensor-core
-operands, copies to shared memory in flight, barriers, vector accesses and the packed arguments. All
-threads of a program go in step, so a race cannot give a wrong value here; it is found by rule instead
-(shared.py), and so is an access outside a buffer, one that is not aligned, one to a copy that was not waited
-for, and one to what another program has just written (memory.py).
+Triton's interpreter checks the source; the emulator checks the generated code: layouts of tensor-core operands,
+asynchronous copies to shared memory, barriers, vector accesses and the packed arguments. All threads of a program run
+in lockstep, so a race cannot produce a wrong value here; races are detected by rules instead (shared.py), as are
+accesses that are out of bounds, misaligned, to a copy that was not waited for, or to what another program has just
+written (memory.py).
 
-program.py reads the text, cta.py runs one program, scalar.py and tensor_core.py know the instructions,
-driver.py is a fake CUDA driver that runs launches. Semantics are those of NVIDIA's PTX ISA. Not modelled: what the assembler
-and the hardware make of the text, rounding within a tensor core, memory proxies, time.
+program.py parses the text, cta.py runs one program, scalar.py and tensor_core.py implement the instructions, driver.py
+is a fake CUDA driver that runs launches. The semantics are those of NVIDIA's PTX ISA. Not modelled: what the assembler
+and the hardware do with the text, rounding within a tensor core, memory proxies, time.
 """
