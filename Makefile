@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint docs release-check docker gpu-check kernels-report kernels-emulate clean
+.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,17 @@ demo: setup
 # fresh process would run it again, up to 16 times.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
+
+# The tests that need no torch, on other Pythons; those that are not installed are left out.
+PYTHONS ?= 3.10 3.11 3.12 3.13
+test-pythons: build/test-models/.ready
+	$(BIN)/python -m tools.test_pythons $(PYTHONS)
+
+# Exported models for them, made anew when what exports them has changed.
+build/test-models/.ready: $(VENV)/.ready $(wildcard exporter/*/*.py models/*.py stepcell/*.py tests/exported_models.py)
+	rm -rf $(@D)
+	$(BIN)/python -m tests.exported_models $(@D)
+	touch $@
 
 # The same promises on a GPU; without one it says what was not run.
 gpu-check: setup
