@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import msgspec
 
 __all__ = ["EngineLayer", "LayerTensor", "layers_of_inspector", "layers_of_log"]
+
+T = TypeVar("T")
 
 _START = "Layers:"
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: (?P<rest>.*)$")
@@ -81,7 +84,7 @@ def layers_of_log(message: str) -> tuple[EngineLayer, ...]:
                 inputs=_tensors(inputs),
                 constants=_tensors(constants),
                 outputs=_tensors(outputs),
-                nodes=tuple(dict.fromkeys(_ORIGIN.findall(metadata))),
+                nodes=_tuple(dict.fromkeys(_ORIGIN.findall(metadata))),
             )
         )
     return tuple(found)
@@ -94,22 +97,30 @@ def layers_of_inspector(text: str) -> tuple[EngineLayer, ...]:
         EngineLayer(
             name=str(layer["Name"]),
             kind=str(layer.get("LayerType", "")),
-            inputs=tuple(_inspected(tensor) for tensor in layer.get("Inputs", [])),
-            constants=tuple(_inspected(tensor) for tensor in layer.get("Constants", [])),
-            outputs=tuple(_inspected(tensor) for tensor in layer.get("Outputs", [])),
-            nodes=tuple(dict.fromkeys(_ORIGIN.findall(str(layer.get("Metadata", ""))))),
+            inputs=_tuple(_inspected(tensor) for tensor in layer.get("Inputs", [])),
+            constants=_tuple(_inspected(tensor) for tensor in layer.get("Constants", [])),
+            outputs=_tuple(_inspected(tensor) for tensor in layer.get("Outputs", [])),
+            nodes=_tuple(dict.fromkeys(_ORIGIN.findall(str(layer.get("Metadata", ""))))),
         )
         for layer in listed
         if isinstance(layer, dict)
     )
 
 
+def _tuple(items: Iterable[T]) -> tuple[T, ...]:
+    """A tuple; an empty one is the default of its field itself, which msgspec recognises by identity and leaves out.
+
+    Python 3.10 makes a new empty tuple of an empty generator.
+    """
+    return tuple(items) or ()
+
+
 def _tensors(text: str) -> tuple[LayerTensor, ...]:
-    return tuple(
+    return _tuple(
         LayerTensor(
             name=match["name"],
             dtype=_DTYPES.get(match["dtype"], match["dtype"].lower()),
-            shape=tuple(int(size) for size in match["shape"].split(",") if size.strip().lstrip("-").isdigit()),
+            shape=_tuple(int(size) for size in match["shape"].split(",") if size.strip().lstrip("-").isdigit()),
         )
         for match in _TENSOR.finditer(text)
     )
@@ -120,4 +131,4 @@ def _inspected(tensor: dict[str, Any]) -> LayerTensor:
     written = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
     dtype = next((ours for theirs, ours in _DTYPES.items() if re.search(rf"\b{theirs}\b", written)), written.lower())
     shape = tensor.get("Dimensions") or []
-    return LayerTensor(name=str(tensor.get("Name", "")), dtype=dtype, shape=tuple(int(size) for size in shape))
+    return LayerTensor(name=str(tensor.get("Name", "")), dtype=dtype, shape=_tuple(int(size) for size in shape))

@@ -153,14 +153,14 @@ def test_fp16_mirrors_stand_in_the_sidecar(denoiser_onnx: Path, tmp_path: Path) 
     path = tmp_path / "model.engine"
     build_engine(denoiser_onnx, path)
     sidecar = read_sidecar(path)
-    assert sidecar.schema == "1.1"
+    assert sidecar.schema == "1.2"
     assert not sidecar.fp16_mirrors
     sidecar_path(path).write_text(msgspec.structs.replace(sidecar, fp16_mirrors=MIRRORS).to_json())
     document = msgspec.json.decode(sidecar_path(path).read_bytes())
     assert document["half_copies"] == [{"state": "h", "input": "half_in.h", "output": "half_out.h"}]
     assert read_sidecar(path).fp16_mirrors == MIRRORS
     # a sidecar of before them is read as it was
-    old = sidecar_path(path).read_text().replace('"schema": "1.1"', '"schema": "1.0"', 1)
+    old = sidecar_path(path).read_text().replace('"schema": "1.2"', '"schema": "1.0"', 1)
     start = old.index(' "half_copies"')
     old = old[:start] + old[old.index(' "checksum"') :]
     blank = re.sub(r'"checksum": "\w+"', f'"checksum": "{"0" * 64}"', old)

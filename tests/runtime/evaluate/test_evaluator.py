@@ -37,6 +37,8 @@ def test_a_slow_memory_stalls_in_float16_and_not_in_float32() -> None:
 def test_onnx_runtime_on_a_cpu_does_not_round_where_the_file_says_so() -> None:
     """The reason for this evaluator: casts to float16 and back are dropped at every optimisation level."""
     ort = pytest.importorskip("onnxruntime")
+    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24):
+        pytest.skip("ONNX Runtime 1.23 drops a cast and then refuses the graph, whose types no longer fit")
     model = slow_memory()
     reference = ReferenceEvaluator(model)
     found = {}
