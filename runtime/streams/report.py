@@ -102,9 +102,8 @@ class RunError(StepcellError):
 
     def __init__(self, cause: StepcellError, report: RunReport) -> None:
         super().__init__(cause.message, hint=cause.hint)
-        self.__cause__ = cause
-        self.exit_code = cause.exit_code
-        self.report = report
+        self.exit_code: int = cause.exit_code
+        self.report: RunReport = report
 
     @classmethod
     def of_streams(cls, failures: Mapping[str, StepcellError], report: RunReport) -> RunError:

@@ -181,7 +181,7 @@ def run_streams(
                 logger.warning(unwritten.message)
             error = error or RunError(unwritten, result)
     if error is not None:
-        raise error
+        raise error from next(iter(failures.values()), None)
     return result
 
 

@@ -17,8 +17,9 @@ class RunControl:
     """
 
     def __init__(self) -> None:
-        self.stopping = self.aborting = False
-        self.resets = 0
+        self.stopping: bool = False
+        self.aborting: bool = False
+        self.resets: int = 0
 
     def stop(self) -> None:
         """End the run after the current step; outputs are finished as valid files."""

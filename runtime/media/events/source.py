@@ -59,7 +59,8 @@ class EventSource(Source):
     """
 
     def __init__(self, path: Path, spec: EventSpec, size: tuple[int, int] | None = None) -> None:
-        self.name = str(path)
+        self.name: str = str(path)
+        self.seconds: float | None = None
         self._spec = spec
         self._reader = open_events(path)
         own = self._reader.size
@@ -73,9 +74,9 @@ class EventSource(Source):
         if max(found) > LARGEST:
             self.close()
             raise InputError(f"{path}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}")
-        self.size = found
+        self.size: tuple[int, int] = found
         by_time = spec.window.unit == "us" and SHORTEST <= spec.window.size <= LONGEST
-        self.fps = Fraction(1_000_000, round(spec.window.size)) if by_time else None
+        self.fps: Fraction | None = Fraction(1_000_000, round(spec.window.size)) if by_time else None
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         width, height = self.size
