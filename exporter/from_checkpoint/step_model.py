@@ -77,7 +77,7 @@ def step_model(
         tensors = checkpoint.tensors if canonical else chosen.convert(_widened(checkpoint.tensors), effective)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: no {error}") from error
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: {error}") from error
     load_strictly(model, tensors, f"{checkpoint.path}: family {chosen.name}")
     return model.float().eval(), chosen.name, arguments
@@ -113,7 +113,7 @@ def _choose(checkpoint: Checkpoint, name: str | None) -> tuple[Family, dict[str,
         return _recognise(checkpoint)
     family = find_family(name)
     try:
-        return family, family.recognise(checkpoint.tensors)
+        return family, family.infer(checkpoint.tensors)
     except NotThisFamily as reason:
         if name == checkpoint.family and checkpoint.arguments:  # save_checkpoint stored every argument
             return family, {}
@@ -126,7 +126,7 @@ def _recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, object]]:
         if family.by_name:
             continue
         try:
-            matching.append((family, family.recognise(checkpoint.tensors)))
+            matching.append((family, family.infer(checkpoint.tensors)))
         except NotThisFamily as reason:
             refused.append(f"{family.name}: {reason}")
     if len(matching) == 1:

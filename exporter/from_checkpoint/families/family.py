@@ -70,3 +70,10 @@ class Family:
     def settings(self) -> tuple[str, ...]:
         """All keys that `--set` takes."""
         return (*self.arguments, *self.ignored)
+
+    def infer(self, tensors: Tensors) -> dict[str, object]:
+        """Result of `recognise`; raises NotThisFamily also for tensors with an unexpected number of axes."""
+        try:
+            return self.recognise(tensors)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise NotThisFamily(f"a tensor has an unexpected shape ({error})") from error

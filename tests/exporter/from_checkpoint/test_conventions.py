@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from stepcell import StepLoop
 from stepcell.errors import CheckpointError
-from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
+from stepcell.exporter import FAMILIES, Checkpoint, export_onnx, load_checkpoint, step_model
 from stepcell.models import run_sequence
 from stepcell.models.unfused_cells import ACTIVATIONS
 from tests.golden.cases import KEPT, Case, find_cases
@@ -96,6 +97,17 @@ def test_a_missing_tensor_is_refused(family: str, name: str, tmp_path: Path) -> 
     torch.save(tensors, tmp_path / "c.pth")
     with pytest.raises(CheckpointError):
         step_model(load_checkpoint(tmp_path / "c.pth"), family, case.settings)
+
+
+@pytest.mark.parametrize("case", KEPT_CASES, ids=[case.name for case in KEPT_CASES])
+def test_a_tensor_with_other_axes_raises_no_other_error(case: Case) -> None:
+    tensors = weights(case)
+    for name, tensor in tensors.items():
+        for other in (tensor.flatten(), torch.zeros(())):
+            checkpoint = Checkpoint(case.path, {**tensors, name: other}, "", None, {})
+            for family, settings in ((case.family, case.settings), (None, {})):
+                with contextlib.suppress(CheckpointError):
+                    step_model(checkpoint, family, settings)
 
 
 def wrapped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
