@@ -20,12 +20,11 @@ __all__ = ["Fp16Mirror", "engine_tensors", "half_map", "half_shape"]
 
 
 class Fp16Mirror(msgspec.Struct, frozen=True):
-    """An input and an output of an engine that its contract does not have: float16, kHWC8, the state's shape.
+    """An input and an output of an engine that hold a state rounded to float16, in the format kHWC8.
 
     Attributes:
         state: name of the state in the contract.
-        input, output: what the two ends are called; before a step the input is the state rounded to float16,
-            after it the output is.
+        input, output: names of the two tensors.
     """
 
     state: str
@@ -34,14 +33,15 @@ class Fp16Mirror(msgspec.Struct, frozen=True):
 
 
 def half_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """How a (B, C, H, W) map lies in kHWC8: (B, H, W, C rounded up to 8)."""
+    """Memory shape of a (B, C, H, W) map in kHWC8: (B, H, W, C rounded up to 8)."""
     batch, channels, height, width = shape
     return batch, height, width, padded(channels)
 
 
 def half_map(array: NDArray[np.float32]) -> NDArray[np.float16]:
-    """(B, C, H, W) in float32 -> float16 as `half_shape`, padding channels 0, rounded as the kernels round:
-    to the nearest, and to infinity beyond float16.
+    """Convert a float32 map (B, C, H, W) to float16 in the layout of `half_shape`, with zeros as padding.
+
+    Rounds as the kernels do: to the nearest value, and to infinity beyond the range of float16.
     """
     result = np.zeros(half_shape(array.shape), np.float16)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -49,11 +49,11 @@ def half_map(array: NDArray[np.float32]) -> NDArray[np.float16]:
     return result
 
 
-def engine_tensors(contract: StepContract, copies: Sequence[Fp16Mirror]) -> tuple[dict[str, Spec], dict[str, Spec]]:
-    """What an engine takes and returns, by name: the contract's tensors, then the fp16 mirrors of its states."""
+def engine_tensors(contract: StepContract, mirrors: Sequence[Fp16Mirror]) -> tuple[dict[str, Spec], dict[str, Spec]]:
+    """Inputs and outputs of an engine by name: the contract's tensors, then the fp16 mirrors of its states."""
     inputs, outputs = contract.graph_inputs, contract.graph_outputs
     states = {state.name: msgspec.structs.replace(state, dtype="float16") for state in contract.states}
-    for copy in copies:
-        if copy.state in states:
-            inputs[copy.input] = outputs[copy.output] = states[copy.state]
+    for mirror in mirrors:
+        if mirror.state in states:
+            inputs[mirror.input] = outputs[mirror.output] = states[mirror.state]
     return inputs, outputs

@@ -1,7 +1,6 @@
-"""Facade of the plugin for an engine build: whether it can be used, and a model prepared for it.
+"""Facade of the plugin for engine builds: checks whether it can be used, and prepares a model for it.
 
-The engine room sees the plugin through this module; kernels, tiles, packed weights and TensorRT's plugin
-registry stay behind it.
+runtime/engine uses the plugin through this module and knows nothing of kernels, tiles and packed weights.
 """
 
 from __future__ import annotations

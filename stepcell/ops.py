@@ -121,7 +121,7 @@ class Op:
 
     def variant(self, attributes: Mapping[str, Any], weight_shapes: Sequence[Sequence[int]]) -> OpVariant:
         """The variant of a node, from its attributes and the shapes of its weights in order."""
-        if self.name == "ConvGRU":
+        if "reset" in self.attributes:
             reset: OpVariant = attributes["reset"]
             return reset
         if len(weight_shapes) < len(self.weights):

@@ -1,6 +1,6 @@
-"""Steps of a cell through its kernels, on guarded and poisoned buffers, compared with the float64 reference.
+"""Check of the kernels: steps of a cell on guarded, NaN-filled buffers, compared with the float64 reference.
 
-Who runs a kernel is a parameter: Triton's interpreter, the emulator of PTX or a GPU.
+The function that runs a kernel is a parameter: Triton's interpreter, the emulator of PTX or a GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ODD = [  # padding channels, one pixel of overhang, both flavours of the K loop
     "lstm-channel_x12_h36_k7x7_soft_float32",
     "lstm-map_x3_h5_k3x3_soft_float16_pre",
 ]
-# With pixels as few as make every cell with a long enough loop split.
+# (cell, expected pixels); 300 pixels are few enough that every long loop is split.
 CELLS = [*TYPICAL, *((CellConfig.from_label(label), 300) for label in _ODD)]
 
 GUARD = 4096  # values before and after every buffer
@@ -53,7 +53,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Buffer:
-    """Memory between two guards that nobody may write; NaN (a count: -1) until it is written."""
+    """Memory between two guard regions, filled with NaN (counters: -1) to detect missing and stray writes."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         size = int(np.prod(shape))
@@ -62,7 +62,7 @@ class Buffer:
         self.values = self.memory[GUARD : GUARD + size].view(shape)
 
     def check(self, name: str) -> None:
-        """Every value written, no guard touched."""
+        """Assert that every value was written and no guard was."""
         missing = int(self._poisoned(self.values).sum())
         assert missing == 0, f"{name}: {missing} of {self.values.numel()} values were not written"
         guards = torch.cat([self.memory[:GUARD], self.memory[GUARD + self.values.numel() :]])
@@ -74,7 +74,7 @@ class Buffer:
 
 
 def half_map(x: torch.Tensor, padding: float = 0.0) -> torch.Tensor:
-    """(B, C, H, W) -> half (B, H, W, padded C), with `padding` in the padding channels."""
+    """(B, C, H, W) -> float16 (B, H, W, padded C), with `padding` in the padding channels."""
     batch, channels, height, width = x.shape
     result = x.new_full((batch, height, width, padded(channels)), padding, dtype=torch.float16)
     result[..., :channels] = x.permute(0, 2, 3, 1)
@@ -86,7 +86,7 @@ def from_half_map(x: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def random_weights(cell: CellConfig, size: tuple[int, int], seed: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Weights of the op, exact in float16, of a size that keeps every gate awake."""
+    """Random weights of the op, exact in float16, scaled so that no gate saturates."""
     random = np.random.default_rng(seed)
     C, gates = cell.hidden, cell.gate_count
     taps = cell.kernel[0] * cell.kernel[1]
@@ -112,7 +112,7 @@ def random_weights(cell: CellConfig, size: tuple[int, int], seed: int) -> dict[s
 
 
 def reference_step(cell: CellConfig, weights: Mapping[str, torch.Tensor], x: torch.Tensor, states: Tensors) -> Tensors:
-    """One step in the dtype of `states` by the canonical cells; x has no channels if the cell has none."""
+    """One step of the reference arithmetic in the dtype of `states`; x includes pre-activations, if any, last."""
     w = dict(weights)
     w_x = w.get("W_x", w["b"].new_zeros(len(w["b"]), 0, *cell.kernel))
     x_channels, pre = x[:, : cell.inputs], x[:, cell.inputs :]
@@ -127,7 +127,7 @@ def reference_step(cell: CellConfig, weights: Mapping[str, torch.Tensor], x: tor
 
 
 def split_memory(kernel: str, tile: Tile, grid: tuple[int, int, int]) -> tuple[Buffer, Buffer]:
-    """Poisoned partial sums and counters at zero, between guards."""
+    """Partial sums filled with NaN, and zeroed counters, both between guards."""
     partials = Buffer((*grid, tile.pixels, COLUMNS[kernel] * tile.channels), torch.float32, "cpu")
     arrivals = Buffer((grid[0], grid[1]), torch.int32, "cpu")
     arrivals.values.zero_()
@@ -139,7 +139,7 @@ Launch = Callable[[str, CellConfig, Tile, Mapping[str, torch.Tensor], tuple[int,
 
 @dataclass
 class Steps:
-    """A cell with random weights that is stepped by kernels and, in float64, by the reference.
+    """Steps of a cell by its kernels and, in float64, by the reference.
 
     Attributes:
         size: batch, height, width.
@@ -160,7 +160,7 @@ class Steps:
     worst: dict[str, float] = field(default_factory=dict)
 
     def run(self, steps: int) -> dict[str, float]:
-        """Worst difference of every output to float64 over all steps, each fed its own state.
+        """Largest difference of every output to float64 over all steps; each side feeds back its own state.
 
         Relative to max(1, |value|).
         """
@@ -179,7 +179,7 @@ class Steps:
         for _ in range(steps):
             channels = cell.inputs + (cell.gate_count * cell.hidden if cell.pre else 0)
             x = torch.randn((batch, channels, height, width), generator=generator).half().to(self.device)
-            # Padding channels may hold anything, but for the copy of a wide state, which kernels write.
+            # Padding channels may hold anything, except in the mirror of a float32 state, which kernels write.
             buffers: Tensors = {
                 **packed,
                 "h": copy,
@@ -198,7 +198,7 @@ class Steps:
         return self.worst
 
     def _step(self, buffers: Tensors) -> Tensors:
-        """Run the kernels of one step on poisoned outputs; what they wrote."""
+        """Run the kernels of one step on outputs filled with NaN; returns the outputs."""
         cell, (batch, height, width) = self.cell, self.size
         half_shape = (batch, height, width, padded(cell.hidden))
         state_shape = (batch, cell.hidden, height, width) if cell.state_dtype == "float32" else half_shape

@@ -3,7 +3,7 @@
     python -m tools.kernels_report            compile everything, rewrite the report and the table in docs/plugin.md
     python -m tools.kernels_report --check    compile the default tiles for 8.7 and compare with the report
 
-A changed kernel or another Triton shows here before it shows on a device.
+Shows the effect of a changed kernel or another Triton version before it runs on a device.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def make_report(capabilities: Iterable[str]) -> dict[str, Any]:
 
 
 def check(capability: str = CHECKED) -> list[str]:
-    """Compile the default tiles anew; what differs from the report, one sentence each.
+    """Compile the default tiles and compare with the report; returns one sentence per difference.
 
-    Registers, spills and sizes belong to a compiler version: with another Triton than the report's
-    only spills and missing tensor-core instructions count.
+    Registers and sizes depend on the compiler: with another Triton version than the report's, only spills and missing
+    tensor-core instructions are reported.
     """
     report = json.loads(read_bytes(REPORT))
     problems, seen = [], set()

@@ -1,4 +1,4 @@
-"""A cell as the kernels see it: everything that is fixed when a kernel is compiled."""
+"""Configuration of a cell: everything that is fixed when its kernels are compiled, and its label."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from stepcell.errors import UsageError
-from stepcell.ops import OPS, Gates, OpName, OpVariant
+from stepcell.ops import GATES, OPS, Gates, OpName, OpVariant
 
-__all__ = ["CellConfig", "padded"]
+__all__ = ["WORDS", "CellConfig", "padded"]
 
-_LABEL = re.compile(
-    r"(?P<op>gru|gru-after|lstm|lstm-channel|lstm-map)_x(?P<inputs>\d+)_h(?P<hidden>\d+)"
-    r"_k(?P<height>\d+)x(?P<width>\d+)_(?P<gates>soft|hard)_(?P<state>float32|float16)(?P<pre>_pre)?"
-)
-_WORDS = {
+# First word of a label, by op and variant.
+WORDS: dict[tuple[OpName, OpVariant], str] = {
     ("ConvGRU", "before"): "gru",
     ("ConvGRU", "after"): "gru-after",
     ("ConvLSTM", "none"): "lstm",
     ("ConvLSTM", "channel"): "lstm-channel",
     ("ConvLSTM", "map"): "lstm-map",
 }
+_LABEL = re.compile(
+    rf"(?P<op>{'|'.join(WORDS.values())})_x(?P<inputs>\d+)_h(?P<hidden>\d+)_k(?P<height>\d+)x(?P<width>\d+)"
+    rf"_(?P<gates>{'|'.join(GATES)})_(?P<state>float32|float16)(?P<pre>_pre)?"
+)
 
 
 def padded(channels: int) -> int:
-    """Channels rounded up to 8: the channel stride of a half map (TensorRT's kHWC8)."""
+    """Channels rounded up to a multiple of 8: the channel stride of a float16 map (TensorRT's kHWC8)."""
     return (channels + 7) // 8 * 8
 
 
@@ -35,17 +36,16 @@ class CellConfig:
 
     Attributes:
         op: "ConvGRU" or "ConvLSTM".
-        inputs: channels of x; 0: all of x arrives as pre-activations.
+        inputs: channels of x; 0: x contributes through the pre-activations only.
         hidden: channels of the state.
         kernel: height and width of the convolution, odd.
-        variant: ConvGRU: where the reset gate acts, "before" or "after"; ConvLSTM: the peephole
-            weights, "none", "channel" (3, C, 1, 1) or "map" (3, C, H, W).
-        gates: "soft" or "hard".
-        state_dtype: "float32" (B, C, H, W) or "float16" (B, H, W, padded C).
-        pre: half pre-activations (B, H, W, padded gates * C) are added before the activations.
+        variant: of the op, see `stepcell.ops.Op`.
+        gates: "soft" or "hard" activations.
+        state_dtype: "float32", laid out (B, C, H, W), or "float16", laid out (B, H, W, padded C).
+        pre: float16 pre-activations (B, H, W, padded gates * C) are added before the activations.
 
     Raises:
-        UsageError: a field outside these rules.
+        UsageError: a field breaks one of these rules.
     """
 
     op: OpName
@@ -58,7 +58,7 @@ class CellConfig:
     pre: bool = False
 
     def __post_init__(self) -> None:
-        if (self.op, self.variant) not in _WORDS:
+        if (self.op, self.variant) not in WORDS:
             raise UsageError(f"kernel cell: {self.op} has no variant {self.variant!r}")
         if any(size < 1 or size % 2 == 0 for size in self.kernel):
             raise UsageError(f"kernel cell: the kernel must have odd sizes, got {self.kernel[0]}x{self.kernel[1]}")
@@ -70,37 +70,37 @@ class CellConfig:
 
     @property
     def gate_count(self) -> int:
-        """Blocks of W_x: 3 for ConvGRU, 4 for ConvLSTM."""
+        """Number of gates: 3 for ConvGRU, 4 for ConvLSTM."""
         return len(OPS[self.op].gates)
 
     @property
     def label(self) -> str:
-        """The cell in one word that `from_label` reads, such as gru_x32_h64_k3x3_soft_float32."""
+        """Text form, read by `from_label`, such as gru_x32_h64_k3x3_soft_float32."""
         height, width = self.kernel
-        word = f"{_WORDS[self.op, self.variant]}_x{self.inputs}_h{self.hidden}_k{height}x{width}"
+        word = f"{WORDS[self.op, self.variant]}_x{self.inputs}_h{self.hidden}_k{height}x{width}"
         return f"{word}_{self.gates}_{self.state_dtype}" + ("_pre" if self.pre else "")
 
     @classmethod
     def from_label(cls, label: str) -> CellConfig:
-        """The cell of a label.
+        """Parse a label.
 
         Raises:
-            UsageError: it is no label.
+            UsageError: the text is not a label.
         """
         match = _LABEL.fullmatch(label)
         if match is None:
             raise UsageError(
                 f"kernel cell: cannot read {label!r}",
-                hint="write gru, gru-after, lstm, lstm-channel or lstm-map, then sizes, gates and state dtype: "
+                hint=f"expected one of {', '.join(WORDS.values())}, then sizes, gates and state dtype, such as "
                 "gru_x32_h64_k3x3_soft_float32",
             )
-        op, variant = next(key for key, word in _WORDS.items() if word == match["op"])
+        op, variant = next(key for key, word in WORDS.items() if word == match["op"])
         return cls(
-            op=cast("OpName", op),
+            op=op,
             inputs=int(match["inputs"]),
             hidden=int(match["hidden"]),
             kernel=(int(match["height"]), int(match["width"])),
-            variant=cast("OpVariant", variant),
+            variant=variant,
             gates=cast("Gates", match["gates"]),
             state_dtype=cast('Literal["float32", "float16"]', match["state"]),
             pre=match["pre"] is not None,

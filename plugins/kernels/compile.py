@@ -1,7 +1,7 @@
-"""Compile kernels for a GPU that need not be here: Triton and its own assembler do it on any machine.
+"""Ahead-of-time compiler of the kernels: Triton and its assembler, for GPUs that need not be present.
 
-Triton is needed for this and for nothing else. What comes out is machine code for one compute
-capability (a cubin), not PTX: an older driver on a device cannot translate a newer PTX.
+Only this module needs Triton. The result is machine code for one compute capability (a cubin) and not PTX,
+because an older driver on a device cannot translate the PTX of a newer Triton.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TRITON_TYPES = {"float16": "*fp16", "float32": "*fp32", "count": "*i32", "int32
 
 
 def check_capability(capability: str) -> None:
-    """Refuse a GPU that these kernels are not compiled for.
+    """Raise for a compute capability that the kernels are not compiled for.
 
     Raises:
         UsageError: it is not in CAPABILITIES.
@@ -55,7 +55,7 @@ def check_capability(capability: str) -> None:
 
 
 def source_digest() -> str:
-    """Names the kernels' source text, the order of their parameters and the options they are compiled with."""
+    """Digest of everything in this package that decides the machine code: Triton sources, parameters, options."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for path in (*sorted((folder / "triton").glob("*.py")), folder / "signature.py", folder / "compile.py"):
@@ -74,14 +74,14 @@ def kernel_function(kernel: str) -> Any:
 
 
 def cell_word(kernel: str, cell: CellConfig) -> str:
-    """What of a cell a kernel depends on, as images call it."""
+    """The part of a cell's label that a kernel depends on; identifies the cell in a kernel image."""
     return f"h{cell.hidden}" if kernel == "narrow_state" else cell.label
 
 
 def arguments_of(kernel: str) -> tuple[Argument, ...]:
-    """The kernel's parameters as the GPU gets them: in order, each aligned to its size.
+    """Layout of the kernel's argument block: parameters in order, each aligned to its size.
 
-    Triton adds two pointers for scratch memory, which these kernels do not use.
+    The last two are pointers to scratch memory that Triton adds and these kernels do not use.
     """
     entries = [(p.name, p.buffer, 4 if p.dtype == "int32" else 8) for p in PARAMETERS[kernel]]
     arguments, end = [], 0
@@ -93,17 +93,17 @@ def arguments_of(kernel: str) -> tuple[Argument, ...]:
 
 
 def compile_kernel(kernel: str, cell: CellConfig, tile: Tile, capability: str) -> KernelImage:
-    """Compile one kernel; takes a second or so, and no GPU.
+    """Compile one kernel; takes about a second and needs no GPU.
 
     Raises:
-        UsageError: a compute capability that is not compiled for.
+        UsageError: the kernels are not compiled for this compute capability.
         MissingDependencyError: Triton is not installed.
         BuildError: Triton or its assembler failed.
     """
     check_capability(capability)
     triton = require("triton", extra="kernels", purpose="compiling the kernels")
-    # Left alone, the assembler sometimes keeps a few values on the stack, so that more programs fit side
-    # by side; then it is told to take the registers it needs instead.
+    # By default the assembler sometimes spills a few values to the stack to raise occupancy. If it did, compile
+    # again with the register limit lifted.
     for registers_limit in (None, 255):
         compiled = _compiled(triton, kernel, cell, tile, int(capability.replace(".", "")), maxnreg=registers_limit)
         metadata, cubin = compiled.metadata, compiled.asm["cubin"]
@@ -111,7 +111,7 @@ def compile_kernel(kernel: str, cell: CellConfig, tile: Tile, capability: str) -
         if not spills:
             break
     if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise BuildError(f"{kernel} for {capability}: Triton {triton.__version__} wants scratch memory for it")
+        raise BuildError(f"{kernel} for {capability}: Triton {triton.__version__} needs scratch memory for it")
     info = ImageInfo(
         schema=SCHEMA,
         key=_image_key(kernel, constants(kernel, cell, tile, capability), tile, capability, triton.__version__),
@@ -134,7 +134,7 @@ def compile_kernel(kernel: str, cell: CellConfig, tile: Tile, capability: str) -
         triton=triton.__version__,
         splits=tile.splits,
         partial_bytes=partial_bytes(kernel, tile),
-        # Never gru_gates: it reads x from the start, which the layer before it may still be writing.
+        # gru_gates never overlaps its predecessor: it reads x at once, which the previous layer may still write.
         overlaps=tile.overlap and kernel == "gru_candidate",
     )
     return KernelImage(info, cubin)
@@ -142,13 +142,13 @@ def compile_kernel(kernel: str, cell: CellConfig, tile: Tile, capability: str) -
 
 @dataclass(frozen=True)
 class Ptx:
-    """A kernel in NVIDIA's assembly language, which the driver of a device translates.
+    """A kernel as PTX, which the driver of a device translates to machine code.
 
     Attributes:
         entry: name of the function.
-        text: its parameters are those of signature.py, then Triton's two for scratch memory.
-        threads: of a program.
-        shared_bytes: dynamic shared memory of a program.
+        text: its parameters are those of signature.py, then two scratch pointers of Triton.
+        threads: per program.
+        shared_bytes: dynamic shared memory per program.
     """
 
     entry: str
@@ -158,16 +158,16 @@ class Ptx:
 
 
 def compile_ptx(kernel: str, cell: CellConfig, tile: Tile, capability: str, *, ptx_version: int | None = None) -> Ptx:
-    """One kernel as PTX, for those that cannot take machine code; takes a second or so, and no GPU.
+    """Compile one kernel to PTX; takes about a second and needs no GPU.
 
     Args:
-        ptx_version: the newest that will be understood, ten times the version: 84 for 8.4, CUDA
-            12.4; None: that of Triton's assembler.
+        ptx_version: newest PTX version that the driver accepts, times ten: 84 is PTX 8.4 (CUDA 12.4);
+            None: the version of Triton's assembler.
 
     Raises:
-        UsageError: a compute capability that is not compiled for.
+        UsageError: the kernels are not compiled for this compute capability.
         MissingDependencyError: Triton is not installed.
-        BuildError: Triton or its assembler failed, for one because the GPU needs a newer PTX.
+        BuildError: Triton or its assembler failed, for example because the GPU needs a newer PTX.
     """
     check_capability(capability)
     triton = require("triton", extra="kernels", purpose="compiling the kernels")
@@ -175,7 +175,7 @@ def compile_ptx(kernel: str, cell: CellConfig, tile: Tile, capability: str, *, p
     compiled = _compiled(triton, kernel, cell, tile, sm)
     found = re.search(r"^\.version (\d+)\.(\d+)$", compiled.asm["ptx"], re.MULTILINE)
     if found is None:
-        raise BuildError(f"{kernel}: this Triton writes PTX of another form than expected")
+        raise BuildError(f"{kernel}: the PTX of this Triton version does not have the expected form")
     if ptx_version is not None and int(found[1] + found[2]) > ptx_version:
         compiled = _compiled(triton, kernel, cell, tile, sm, ptx_version=ptx_version)
     metadata = compiled.metadata
@@ -189,11 +189,11 @@ def _widest(cell: CellConfig) -> int:
 
 
 def _compiled(triton: ModuleType, kernel: str, cell: CellConfig, tile: Tile, sm: int, **more: int | None) -> Any:
-    """Triton's result; `more` are options of Triton's."""
+    """Run Triton; `more` are additional compiler options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    triton.knobs.compilation.disable_line_info = True  # a third of the size, and no paths in the code
+    triton.knobs.compilation.disable_line_info = True  # saves a third of the size and keeps paths out of the code
     function = kernel_function(kernel)
     values = constants(kernel, cell, tile, f"{sm // 10}.{sm % 10}")
     dtypes = {p.name: _TRITON_TYPES[pointer_dtype(p, cell)] for p in PARAMETERS[kernel]}
@@ -201,13 +201,13 @@ def _compiled(triton: ModuleType, kernel: str, cell: CellConfig, tile: Tile, sm:
         fn=function,
         signature=dtypes | dict.fromkeys(values, "constexpr"),
         constexprs={(len(dtypes) + i,): value for i, value in enumerate(values.values())},
-        # Only for addresses known to be multiples of 16 are 16-byte copies to shared memory made.
+        # Triton emits 16-byte copies to shared memory only for addresses known to be multiples of 16.
         attrs={(i,): [["tt.divisibility", 16]] for i, dtype in enumerate(dtypes.values()) if dtype != "i32"},
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True, **more}
     try:
         return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    except Exception as error:  # Triton raises many kinds
+    except Exception as error:  # Triton raises many exception types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BuildError(
             f"{kernel} of {cell.label}, tile {tile.label}, for {sm / 10}: Triton {triton.__version__} failed ({reason})"
@@ -215,7 +215,7 @@ def _compiled(triton: ModuleType, kernel: str, cell: CellConfig, tile: Tile, sm:
 
 
 def _resources(triton: ModuleType, cubin: bytes) -> tuple[int, int, int]:
-    """Registers per thread, tensor-core instructions and stack accesses, read from the code by NVIDIA's tool."""
+    """Registers per thread, tensor-core instructions and stack accesses, from cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

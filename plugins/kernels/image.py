@@ -1,7 +1,7 @@
-"""A compiled kernel: the GPU's code and all that is needed to launch it, in memory and as files.
+"""Kernel image: a compiled kernel and everything needed to launch it, in memory and on disk.
 
-A folder of images holds two files per kernel, KEY.cubin (the code as NVIDIA's tools read it) and
-KEY.json. Each is written whole or not at all, so several builds may share a folder.
+A folder of images holds two files per kernel: KEY.cubin, readable by NVIDIA's tools, and KEY.json. Both are
+written atomically, so several builds may share a folder.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from stepcell.files import read_bytes, write_atomic
 
 __all__ = ["Argument", "ImageInfo", "KernelImage", "read_image", "write_image"]
 
-_AGAIN = "delete both files of the kernel; it is compiled again where Triton is installed"
+_AGAIN = "delete both files of the kernel; the next build compiles it again if Triton is installed"
 SCHEMA = 1  # raise it when a field changes its meaning
 
 
 class Argument(msgspec.Struct, frozen=True):
-    """One kernel parameter in the packed block of arguments.
+    """One parameter in a kernel's argument block.
 
     Attributes:
-        name: in the kernel; "scratch0" and "scratch1" are Triton's own, always null.
-        buffer: which memory it gets (signature.py), or H, W or P; empty for the launcher's own and for
-            the scratch pointers.
+        name: in the kernel; "scratch0" and "scratch1" are added by Triton and always null.
+        buffer: name of the memory passed (signature.py), or H, W or P; empty for memory of the launcher and
+            for the scratch pointers.
         offset: bytes from the start of the block.
         size: 8 for a pointer, 4 for an int32.
     """
@@ -38,31 +38,31 @@ class Argument(msgspec.Struct, frozen=True):
 
 
 class ImageInfo(msgspec.Struct, frozen=True):
-    """What KEY.json holds.
+    """Contents of KEY.json.
 
     Attributes:
         schema: of this structure.
-        key: names everything that changes the code.
-        source: digest of the kernels' source text: an image of another one is not used.
+        key: hash of everything that changes the code.
+        source: `source_digest` it was compiled from; an image with another digest is not used.
         kernel: such as "gru_gates".
-        cell: label of the cell (cell.py); for narrow_state, which depends on less, "h" and its channels.
+        cell: label of the cell (cell_config.py); for narrow_state, which depends on less, "h" and the channels.
         tile: label of the tile (tiles.py).
-        capability: compute capability it runs on, such as "8.7": no other.
+        capability: the only compute capability it runs on, such as "8.7".
         entry: the function's name in the cubin.
         warps: a program has 32 times as many threads.
         shared_bytes: dynamic shared memory of a program.
         registers: per thread.
         tensor_core_instructions: matrix instructions in the code.
-        spill_instructions: reads and writes of the stack in the code; none in a good kernel.
+        spill_instructions: stack reads and writes in the code; 0 in a good kernel.
         grid_pixels: a launch has ceil(P / grid_pixels) by grid_channels by splits programs.
         grid_channels: see grid_pixels.
-        max_pixels: most pixels of a launch: offsets are int32.
+        max_pixels: largest number of pixels per launch; offsets are int32.
         arguments: in the order of the kernel's parameters.
         sha256: of the cubin.
         triton: version that compiled it.
-        splits: programs that share the loop of a tile (split.py).
-        partial_bytes: of a program's partial sums; 0: the tile is not split.
-        overlaps: it is launched before the kernel ahead of it is done, and waits for that one itself.
+        splits: programs that share the K loop of a tile (triton/split.py).
+        partial_bytes: partial sums per program; 0: the tile is not split.
+        overlaps: launched before its predecessor has finished, and waits for it itself.
     """
 
     schema: int
@@ -89,16 +89,16 @@ class ImageInfo(msgspec.Struct, frozen=True):
     overlaps: bool = False
 
     def tiles(self, pixels: int) -> int:
-        """Tiles of a launch over `pixels` = batch * height * width: its programs, but for the splits."""
+        """Number of tiles of a launch over `pixels` = batch * height * width: programs / splits."""
         return -(-pixels // self.grid_pixels) * self.grid_channels
 
     def all_partial_bytes(self, pixels: int) -> int:
-        """Bytes of the partial sums of a launch; 0: the tile is not split."""
+        """Bytes of the partial sums of one launch; 0: the tile is not split."""
         return self.partial_bytes * self.splits * self.tiles(pixels)
 
 
 class KernelImage(msgspec.Struct, frozen=True):
-    """A compiled kernel. msgspec turns it into JSON or MessagePack for a plugin's fields, cubin included."""
+    """A compiled kernel with its description. Serialised as MessagePack in a plan, cubin included."""
 
     info: ImageInfo
     cubin: bytes
@@ -120,7 +120,7 @@ def read_image(path: Path) -> KernelImage:
     """Read KEY.json and the cubin beside it.
 
     Raises:
-        InputError: a file cannot be read, is no such document, or the cubin is not the described one.
+        InputError: a file cannot be read or parsed, or the cubin does not match its description.
     """
     try:
         info = msgspec.json.decode(read_bytes(path), type=ImageInfo)

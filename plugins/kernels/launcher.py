@@ -43,7 +43,7 @@ def arguments_format(arguments: Sequence[Argument]) -> str:
 class Launcher:
     """A kernel loaded on the current device. For one thread at a time, and one stream.
 
-    A split kernel counts the programs that have arrived (kernels/split.py) in memory of the launcher, which is set to
+    A split kernel counts the programs that have arrived (triton/split.py) in memory of the launcher, which is set to
     zero once; every launch leaves it at zero. Two launches at a time may not share it, so every execution context has
     launchers of its own.
 
@@ -104,11 +104,11 @@ class Launcher:
 
         Args:
             stream: the CUDA stream's handle.
-            addresses: of `buffers`, each a multiple of 16; 0 for one that the cell does not use.
+            addresses: of `buffers`, each a multiple of 16; 0 for a buffer that the cell does not use.
 
         Raises:
-            InputError: an address is not a multiple of 16, the map has too many values, or the kernel is
-                split and was not prepared for as many.
+            InputError: an address is not a multiple of 16, the map is too large, or the kernel is split and
+                `prepare` was not called for this size.
             DeviceError: the driver refuses the launch.
         """
         info, pixels = self.info, batch * height * width

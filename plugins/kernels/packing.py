@@ -1,4 +1,4 @@
-"""Weights of an op turned into what the kernels read, once, when an engine is built.
+"""Packing of an op's weights into the layout that the kernels read, done once per engine build.
 
 Packed matrix: row k = tap * LD + channel (tap = row of the kernel * width + column, LD = input
 channels rounded up to 8), one column per gate channel, columns contiguous:
@@ -8,14 +8,14 @@ channels rounded up to 8), one column per gate channel, columns contiguous:
     gru_after       z0 r0 z1 r1 ... | n0 n1 ...   2C padded, then C padded
     lstm_step       i0 f0 o0 g0 i1 f1 o1 g1 ...   4C, padded
 
-Gates of a channel stand side by side, so one program has them all, for any number of channels and
-any tile; every tile reads the same packed weights. Padding rows and columns are zero. Behind the
-matrix there are more zeros, since a tile may read past the last row and column: weights need no mask.
+The gates of a channel are adjacent columns, so one program computes all of them, for any number of
+channels and any tile; all tiles read the same packed weights. Padding rows and columns are zero. More
+zeros follow the matrix, because a tile may read past the last row and column: loads of weights need no mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from stepcell.errors import InputError
 from stepcell.ops import OPS
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
+from stepcell.plugins.kernels.signature import kernels_of
 
 __all__ = ["pack"]
 
@@ -34,13 +35,12 @@ _EXTRA_COLUMNS = 1024  # more than the widest tile
 
 
 def pack(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Packed weights by buffer name, such as "gru_gates.wx": float16 matrices, float32 biases, flat.
+    """Pack weights; returns flat arrays by buffer name ("gru_gates.wx"): float16 matrices, float32 biases.
 
     Args:
         cell: whose weights these are.
-        weights: the op's inputs by name, any float dtype: W_x (gates * C, Cx, kh, kw) unless
-            cell.inputs is 0, b (gates * C), W_h (2C or 4C, C, kh, kw), W_n (C, C, kh, kw) and
-            b_hn (C) for ConvGRU, w_c (3, C, 1, 1) or (3, C, H, W) for peepholes.
+        weights: weight inputs of the op by name, of any float dtype, with the shapes of `stepcell.ops`;
+            W_x is not needed if cell.inputs is 0.
 
     Raises:
         InputError: a weight is missing, has another shape, or is not finite in float16.
@@ -56,9 +56,7 @@ def pack(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
             raise InputError(f"weights of {cell.label}: {name} must have shape {shape}, got {found}")
         if not np.isfinite(weights[name].astype(np.float16)).all():
             raise InputError(f"weights of {cell.label}: {name} must be finite in float16")
-    if cell.variant == "before":
-        return _gru_before(cell, weights)
-    return _gru_after(cell, weights) if cell.variant == "after" else _lstm(cell, weights)
+    return _LAYOUTS[kernels_of(cell, fp16_mirror=True)](cell, weights)
 
 
 def _gru_before(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
@@ -96,19 +94,27 @@ def _lstm(cell: CellConfig, weights: Mapping[str, Array]) -> dict[str, Array]:
     return packed
 
 
+# By the kernels of a step.
+_LAYOUTS: dict[tuple[str, ...], Callable[[CellConfig, Mapping[str, Array]], dict[str, Array]]] = {
+    ("gru_gates", "gru_candidate"): _gru_before,
+    ("gru_after",): _gru_after,
+    ("lstm_step",): _lstm,
+}
+
+
 def _gates_of(cell: CellConfig, weights: Mapping[str, Array], rows: slice) -> Array:
-    """Some gates of W_x; a cell without x has no rows to read."""
+    """Some gates of W_x; of size 0 along the input channels for a cell without x."""
     whole = weights["W_x"] if cell.inputs else np.zeros((cell.gate_count * cell.hidden, 0, *cell.kernel), np.float16)
     return whole[rows]
 
 
 def _interleaved(stacked: Array, gates: int) -> Array:
-    """Rows gate by gate -> rows channel by channel."""
+    """Reorder rows from gate-major to channel-major."""
     return stacked.reshape(gates, len(stacked) // gates, *stacked.shape[1:]).swapaxes(0, 1).reshape(stacked.shape)
 
 
 def _matrix(*blocks: Array) -> Array:
-    """Weights (N, Cin, kh, kw), each padded to 8 columns, beside each other as rows (tap, channel)."""
+    """Concatenate weights (N, Cin, kh, kw), each padded to 8 columns, as a matrix with rows (tap, channel)."""
     columns = [np.pad(block, ((0, -len(block) % 8), (0, -block.shape[1] % 8), (0, 0), (0, 0))) for block in blocks]
     joined = np.concatenate(columns).transpose(2, 3, 1, 0).astype(np.float16)
     width = joined.shape[-1]

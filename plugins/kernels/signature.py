@@ -1,15 +1,15 @@
 """Table of the kernels: source module, parameters in order, the buffer behind each, and constants.
 
-One table serves compilation (dtypes), the launcher (order and offsets) and the tests. `buffer` is
-the name under which a step's memory is given: the same z is written by one kernel and read by the
-next. Packed weights are named after their kernel, such as "gru_gates.wx".
+The compiler (dtypes), the launcher (order and offsets) and the tests read this table. A buffer is a piece of
+memory of one step: one kernel writes the buffer z and the next one reads it. Packed weights are named after
+their kernel, such as "gru_gates.wx".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepcell.ops import CONV_LSTM, PEEPHOLES, OpVariant
+from stepcell.ops import CONV_LSTM, OpName, OpVariant
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.tiles import Tile
 
@@ -32,9 +32,9 @@ class Parameter:
 
     Attributes:
         name: as in the kernel.
-        dtype: what it points to: "float16", "float32", "state" (the cell's state dtype) or "count"
+        dtype: of the memory pointed to: "float16", "float32", "state" (the cell's state dtype) or "count"
             (int32); "int32" is a number, not a pointer.
-        buffer: which memory it gets, empty: the launcher's own; for int32 one of H, W and P.
+        buffer: name of the memory; empty: memory of the launcher; for a number H, W or P.
     """
 
     name: str
@@ -52,7 +52,7 @@ def _parameters(kernel: str, text: str) -> tuple[Parameter, ...]:
     return (*found, *(Parameter(name, "int32", name) for name in "HWP"))
 
 
-_SPLIT = " partials:float arrivals:count:"  # null where the tile is not split (split.py)
+_SPLIT = " partials:float arrivals:count:"  # null unless the tile is split (triton/split.py)
 
 # By kernel: the module of kernels/triton that has it, and its parameters as name:dtype[:buffer].
 _KERNELS = {
@@ -79,10 +79,12 @@ SOURCES = {kernel: source for kernel, (source, _) in _KERNELS.items()}
 PARAMETERS = {kernel: _parameters(kernel, text) for kernel, (_, text) in _KERNELS.items()}
 
 # The kernels of one step of each variant of an op, in launch order.
-_STEPS: dict[OpVariant, tuple[str, ...]] = {
-    "before": ("gru_gates", "gru_candidate"),
-    "after": ("gru_after",),
-    **dict.fromkeys(PEEPHOLES, ("lstm_step",)),
+_STEPS: dict[tuple[OpName, OpVariant], tuple[str, ...]] = {
+    ("ConvGRU", "before"): ("gru_gates", "gru_candidate"),
+    ("ConvGRU", "after"): ("gru_after",),
+    ("ConvLSTM", "none"): ("lstm_step",),
+    ("ConvLSTM", "channel"): ("lstm_step",),
+    ("ConvLSTM", "map"): ("lstm_step",),
 }
 
 
@@ -90,32 +92,32 @@ def kernels_of(cell: CellConfig, *, fp16_mirror: bool) -> tuple[str, ...]:
     """The kernels of one step, in launch order.
 
     Args:
-        fp16_mirror: whether the caller gives the fp16 mirror of a float32 state (y of the last step);
-            without it narrow_state makes one. A float16 state is its own copy.
+        fp16_mirror: the caller provides the fp16 mirror of a float32 state (y of the last step); otherwise
+            narrow_state converts the state first. A float16 state needs no mirror.
     """
-    step = _STEPS[cell.variant]
+    step = _STEPS[cell.op, cell.variant]
     return step if fp16_mirror or cell.state_dtype == "float16" else ("narrow_state", *step)
 
 
 def kernel_inputs(kernel: str, cell: CellConfig) -> tuple[Parameter, ...]:
-    """The pointers that a kernel of this cell reads."""
+    """Pointer parameters that a kernel reads for this cell."""
     unused = {"pre", "partials", "arrivals"} | ({"peephole"} if cell.variant == "none" else set())
     pointers = [each for each in PARAMETERS[kernel] if each.dtype != "int32" and each.name not in unused]
     return tuple(each for each in pointers if not each.name.endswith("_out"))
 
 
 def kernel_outputs(kernel: str) -> tuple[Parameter, ...]:
-    """The pointers that a kernel writes."""
+    """Pointer parameters that a kernel writes."""
     return tuple(each for each in PARAMETERS[kernel] if each.name.endswith("_out"))
 
 
 def pointer_dtype(parameter: Parameter, cell: CellConfig) -> str:
-    """What a parameter of a cell's kernel points to; "int32" for a number."""
+    """Dtype that a parameter of a cell's kernel points to; "int32" for a number."""
     return cell.state_dtype if parameter.dtype == "state" else parameter.dtype
 
 
 def constants(kernel: str, cell: CellConfig, tile: Tile, capability: str = "") -> dict[str, int | bool]:
-    """The constexpr arguments of a kernel; the compute capability decides about stages only."""
+    """The constexpr arguments of a kernel; the compute capability affects only the number of stages."""
     if kernel == "narrow_state":
         return {"C": cell.hidden, "BM": tile.pixels, "BC": tile.channels}
     values: dict[str, int | bool] = {
@@ -130,13 +132,13 @@ def constants(kernel: str, cell: CellConfig, tile: Tile, capability: str = "") -
     if kernel == "lstm_step":
         values["PEEPHOLE"] = CONV_LSTM.variants.index(cell.variant)
     values |= {"BM": tile.pixels, "BC": tile.channels, "BK": tile.depth, "STAGES": tile.stages}
-    unsafe = ("9.0", "10.0", "11.0") if kernel == "gru_after" else ("9.0",)  # conv.py says why
+    unsafe = ("9.0", "10.0", "11.0") if kernel == "gru_after" else ("9.0",)  # see triton/conv.py
     values |= {"RAGGED_STAGES": 1 if capability in unsafe else tile.stages, "SPLITS": tile.splits}
     return values | ({"OVERLAP": tile.overlap} if kernel in ("gru_gates", "gru_candidate") else {})
 
 
 def workspace(cell: CellConfig, pixels: int, *, fp16_mirror: bool) -> dict[str, int]:
-    """Bytes of each buffer that lives only within a step: what one kernel hands to the next.
+    """Bytes of each buffer that lives only within a step, from one kernel to the next.
 
     Args:
         pixels: batch * height * width.

@@ -1,6 +1,6 @@
-"""Where compiled kernels come from: a folder, or the compiler, which then fills the folder.
+"""Store of compiled kernels: a folder of images that the compiler fills on demand.
 
-A machine without Triton (a Jetson, say) uses a folder that was filled on another one.
+A machine without Triton, such as a Jetson, uses a folder that was filled on another machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def default_folder() -> Path:
 
 
 def wanted(cell: CellConfig, capability: str, pixels: int | None = None) -> list[tuple[str, Tile]]:
-    """Kernels of one step in launch order, each with its tiles, the default tile first."""
+    """(kernel, tile) pairs that a build uses: kernels in launch order, the default tile of each first."""
     check_capability(capability)
     return [
         (kernel, tile)
@@ -36,22 +36,22 @@ def wanted(cell: CellConfig, capability: str, pixels: int | None = None) -> list
 
 
 def images_for(cell: CellConfig, capability: str, folder: Path, pixels: int | None = None) -> Iterator[KernelImage]:
-    """The images of `wanted`, in its order; what the folder lacks is compiled and put there.
+    """Yield the images of `wanted`, in order, compiling those that the folder lacks.
 
-    An iterator, since each compilation takes a second or so.
+    Each compilation takes about a second.
 
     Args:
-        pixels: batch * height * width the cell will mostly see; None: unknown.
+        pixels: expected batch * height * width; None: unknown.
 
     Raises:
-        UsageError: a compute capability that is not compiled for.
+        UsageError: the kernels are not compiled for this compute capability.
         PluginError, InputError, BuildError, OutputError: as `image_for`.
     """
     return (image_for(kernel, cell, tile, capability, folder) for kernel, tile in wanted(cell, capability, pixels))
 
 
 def image_for(kernel: str, cell: CellConfig, tile: Tile, capability: str, folder: Path) -> KernelImage:
-    """One kernel with one tile, from the folder, or compiled and put there.
+    """One kernel with one tile, from the folder, or compiled and added to it.
 
     Raises:
         PluginError: it is not in the folder and Triton is not installed.

@@ -1,8 +1,7 @@
-"""A cell as a chain of nodes, one per kernel: the form for plugins that hold a single kernel.
+"""Expansion of a cell's plugin node into a chain of nodes, one per kernel, for plugins that hold a single kernel.
 
-What one kernel hands to the next (z, r . h, the fp16 mirror of the state) becomes a tensor of the graph, so
-TensorRT provides its memory. A node is named after its kernel and takes the kernel's pointers in order,
-without those that its cell does not use.
+Intermediate results (z, r . h, the fp16 mirror of the state) become tensors of the graph, so TensorRT allocates them.
+A node is named after its kernel and takes the kernel's pointers in order, without those that its cell does not use.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ __all__ = ["chained_model"]
 
 
 def chained_model(model: ModelProto) -> ModelProto:
-    """A model of `nodes.plugin_model` with every plugin node replaced by its chain; `model` stays as it is."""
+    """Replace every plugin node of a model of `plugin_model` by its chain; `model` itself is not changed."""
     onnx = require("onnx", extra="tensorrt", purpose="building an engine")
     result: ModelProto = onnx.ModelProto()
     result.CopyFrom(model)
@@ -39,7 +38,7 @@ def chained_model(model: ModelProto) -> ModelProto:
         names = {t.buffer: name for t, name in zip(inputs_of(cell, fp16_mirror=given), node.input, strict=True)}
         names |= {t.buffer: name for t, name in zip(outputs_of(cell), node.output, strict=True)}
         names |= {buffer: f"{node.output[0]}.{buffer}" for buffer in workspace(cell, 1, fp16_mirror=given)}
-        names.setdefault("h", names["state"])  # a half state is its own fp16 mirror
+        names.setdefault("h", names["state"])  # a float16 state needs no mirror
         for kernel in kernels_of(cell, fp16_mirror=given):
             nodes.append(
                 onnx.helper.make_node(

@@ -24,46 +24,46 @@ _IN, _OUT = "half_in.", "half_out."
 def add_fp16_mirrors(
     onnx: Any, graph: GraphProto, cells: Sequence[NodeProto], states: Iterable[StateSpec]
 ) -> tuple[dict[str, str], tuple[Fp16Mirror, ...]]:
-    """Find or make a half tensor for every h that these cells read.
+    """Find, or add to the graph, the fp16 mirror of every h that these cells read.
 
     Args:
         onnx: the module.
-        graph: gets an input and an output for every state that a cell reads and a cell writes, both directly.
-        cells: nodes of the op with a float32 state.
+        graph: gets an input and an output for every state that one cell reads and one cell writes, both directly.
+        cells: nodes of the ops with a float32 state.
         states: of the contract.
 
     Returns:
-        the half tensor of each float32 one that has one, by name; the pairs that the graph was given.
+        The name of the mirror by name of the float32 tensor, and the input/output pairs that were added.
     """
     halves = {node.output[0]: node.output[-1] for node in cells if node.output[-1]}
     inputs, outputs = ({port.name: port for port in ports} for ports in (graph.input, graph.output))
     read = {node.input[1] for node in cells} & inputs.keys()
     written = halves.keys() & outputs.keys()
-    copies = []
+    mirrors = []
     for state in states:
         if state.input not in read or state.output not in written or state.batch_axis != 0:
             continue
-        copy = Fp16Mirror(state.name, _IN + state.name, _OUT + state.name)
+        mirror = Fp16Mirror(state.name, _IN + state.name, _OUT + state.name)
         for ports, name, like in (
-            (graph.input, copy.input, inputs[state.input]),
-            (graph.output, copy.output, outputs[state.output]),
+            (graph.input, mirror.input, inputs[state.input]),
+            (graph.output, mirror.output, outputs[state.output]),
         ):
             port = ports.add()
             port.CopyFrom(like)
             port.name, port.type.tensor_type.elem_type = name, _HALF
         y = halves[state.output]
-        # The kernel writes the copy itself, since the next step counts on zeros in its padding channels.
-        _rename(graph, y, copy.output)
+        # The kernel must write the mirror itself: the next step relies on zeros in its padding channels.
+        _rename(graph, y, mirror.output)
         if y in outputs:
-            graph.node.append(onnx.helper.make_node("Identity", [copy.output], [y]))
-        halves[state.output] = copy.output
-        halves[state.input] = copy.input
-        copies.append(copy)
-    return halves, tuple(copies)
+            graph.node.append(onnx.helper.make_node("Identity", [mirror.output], [y]))
+        halves[state.output] = mirror.output
+        halves[state.input] = mirror.input
+        mirrors.append(mirror)
+    return halves, tuple(mirrors)
 
 
 def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """These nodes and those of their subgraphs."""
+    """Iterate over nodes and the nodes of their subgraphs."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
@@ -72,7 +72,7 @@ def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 
 def _rename(graph: GraphProto, old: str, new: str) -> None:
-    """A tensor, where it is made and wherever it is read."""
+    """Rename a tensor at its producer and at all consumers."""
     for node in all_nodes(graph.node):
         for names in (node.input, node.output):
             for place, name in enumerate(names):

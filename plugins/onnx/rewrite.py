@@ -1,9 +1,9 @@
-"""The op's nodes in an ONNX model, turned into what TensorRT's parser hands to the plugin.
+"""Rewrite of the ops' nodes in an ONNX model as nodes that TensorRT's parser gives to the plugin.
 
-A node keeps its name, its states and its outputs, and gets the fp16 mirror of its h where there is one
-(fp16_mirrors.py). Its weights become packed ones (kernels/packing.py), so that packing is done once, at build
-time; its attributes become the label of its cell and what the parser looks a plugin up by. The op's function
-leaves the model: the parser prefers a function to a plugin.
+A node keeps its name, its states and its outputs, and gets the fp16 mirror of its h as an input where there is one
+(mirrors.py). Its weights are packed (kernels/packing.py), once, at build time. Its attributes become the label of
+the cell and those by which the parser finds a plugin. The ops' functions are removed from the model, because the
+parser prefers a function to a plugin.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _FLOAT, _HALF = 1, 10  # onnx.TensorProto.DataType
 
 @dataclass(frozen=True)
 class PluginModel:
-    """A model for a TensorRT that has the plugin.
+    """A model rewritten for the plugin.
 
     Attributes:
-        model: with packed weights and without the op's functions.
-        cells: each with the name of the state tensor h that it reads.
-        fp16_mirrors: inputs and outputs that the model was given.
+        model: with packed weights and without the ops' functions.
+        cells: (name of the tensor h, cell) of every node.
+        fp16_mirrors: inputs and outputs that were added to the model.
     """
 
     model: ModelProto
@@ -48,19 +48,19 @@ class PluginModel:
 
 
 def has_cells(model: ModelProto) -> bool:
-    """Whether the graph has nodes of the op."""
+    """Whether the graph has nodes of the ops."""
     return any(_is_cell(node) for node in model.graph.node)
 
 
 def plugin_model(model: ModelProto, states: Sequence[StateSpec] = ()) -> PluginModel:
-    """The model with every cell made ready for the plugin; `model` stays as it is.
+    """Rewrite every cell of a model for the plugin; `model` itself is not changed.
 
     Args:
-        states: whose fp16 mirrors may become inputs and outputs of the model.
+        states: states that may get a fp16 mirror as input and output of the model.
 
     Raises:
-        PluginError: a cell that the plugin cannot take: other precision than float16, weights that
-            are computed, sizes outside the op's rules, or a cell inside a function or a subgraph.
+        PluginError: a cell that the plugin cannot run: not float16, weights computed in the graph, sizes outside
+            the op's rules, or a node inside a function or a subgraph.
     """
     onnx = require("onnx", extra="tensorrt", purpose="building an engine")
     _refuse_nested(model)
@@ -76,14 +76,14 @@ def plugin_model(model: ModelProto, states: Sequence[StateSpec] = ()) -> PluginM
         found.append((node, _cell(onnx, node, arrays, types, where), arrays))
     cells = tuple((node.input[1], cell) for node, cell, _ in found)
     wide = [node for node, cell, _ in found if cell.state_dtype == "float32"]
-    halves, copies = add_fp16_mirrors(onnx, graph, wide, states)
+    halves, mirrors = add_fp16_mirrors(onnx, graph, wide, states)
     for node, cell, arrays in found:
         _replace(onnx, graph, node, cell, halves.get(node.input[1]), pack(cell, arrays))
     functions = [each for each in result.functions if (each.domain, each.name) not in {(DOMAIN, op) for op in OPS}]
     del result.functions[:]
     result.functions.extend(functions)
     _drop_unused(graph)
-    return PluginModel(result, cells, copies)
+    return PluginModel(result, cells, mirrors)
 
 
 def _is_cell(node: NodeProto) -> bool:
@@ -98,7 +98,7 @@ def _refuse_nested(model: ModelProto) -> None:
 
 
 def _types(onnx: Any, model: ModelProto) -> dict[str, int]:
-    """Element types of the graph's tensors, inferred where the file does not say them."""
+    """Element types of the graph's tensors, inferred where the file does not state them."""
     inferred = onnx.shape_inference.infer_shapes(model)
     tensors = (*inferred.graph.input, *inferred.graph.value_info)
     return {tensor.name: tensor.type.tensor_type.elem_type for tensor in tensors}
@@ -155,8 +155,8 @@ def _replace(
     graph.initializer.extend(onnx.numpy_helper.from_array(packed[buffer], name) for buffer, name in names.items())
     del node.input[:], node.attribute[:]
     node.input.extend([*states, *names.values()])
-    # TensorRT 10.10 and later take the namespace from the node's domain, earlier ones from its attribute; all take
-    # the version from its own ("1" where it has none).
+    # TensorRT 10.10 and later take the namespace from the node's domain, earlier versions from the attribute; all
+    # take the version from the attribute ("1" if it is missing).
     attributes: dict[str, str | int] = {
         CELL_ATTRIBUTE: cell.label,
         "plugin_namespace": DOMAIN,

@@ -1,8 +1,8 @@
-"""What a plan carries for a plugin node: the cell and its kernels, as one field of bytes.
+"""Serialised form of a plugin node in a TensorRT plan: the cell and its compiled kernels as one field of bytes.
 
     SHA-256 of the rest | MessagePack of `_Fields`
 
-Machine code included: a device that runs the plan needs neither Triton nor a compiler.
+The kernels' machine code is included, so a device that runs the plan needs neither Triton nor a compiler.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 from stepcell.errors import EngineMismatchError, UsageError
 from stepcell.plugins.kernels import image
-from stepcell.plugins.kernels.cell_config import CellConfig
+from stepcell.plugins.kernels.cell_config import WORDS, CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word
 from stepcell.plugins.kernels.image import KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of
@@ -23,8 +23,8 @@ from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of
 
 __all__ = ["PLUGIN_VERSION", "PluginIdentity", "interface_digest", "pack_fields", "plugin_identity", "read_fields"]
 
-PLUGIN_VERSION = "2"  # as TensorRT's registry knows it; raise it when the node's tensors change
-_SCHEMA = 2  # of the bytes; raise it when a field changes its meaning
+PLUGIN_VERSION = "2"  # in TensorRT's registry; increment when the node's tensors change
+_SCHEMA = 2  # of the bytes; increment when a field changes its meaning
 _DIGEST = 32
 
 
@@ -44,7 +44,7 @@ class PluginIdentity:
     """The plugin that an engine needs.
 
     Attributes:
-        version: as TensorRT's registry knows it.
+        version: in TensorRT's registry.
         sha256: `interface_digest` of the stepcell that built the engine.
     """
 
@@ -58,13 +58,14 @@ def plugin_identity() -> PluginIdentity:
 
 
 def interface_digest() -> str:
-    """SHA-256 of all that a plan and the plugin that runs it must agree on.
+    """SHA-256 of everything that a plan and the plugin that runs it must agree on.
 
-    A change of comments or of how kernels are launched does not change it: old plans stay good.
+    It does not depend on comments or on how kernels are launched, so such changes keep old plans valid.
     """
-    cells = ("gru", "gru-after", "lstm", "lstm-channel", "lstm-map")
     samples = [
-        CellConfig.from_label(f"{op}_x8_h8_k3x3_soft_{state}") for op in cells for state in ("float32", "float16")
+        CellConfig.from_label(f"{word}_x8_h8_k3x3_soft_{state}")
+        for word in WORDS.values()
+        for state in ("float32", "float16")
     ]
     agreed = (
         (PLUGIN_VERSION, _SCHEMA, image.SCHEMA),
@@ -85,21 +86,21 @@ def interface_digest() -> str:
 
 
 def pack_fields(cell: CellConfig, images: Sequence[KernelImage], *, fp16_mirror: bool) -> bytes:
-    """The field's bytes.
+    """Serialise a node.
 
     Args:
+        images: every kernel of the cell, with one or more tiles, for one compute capability.
         fp16_mirror: as in `inputs_of`.
-        images: of every kernel of the cell, with one tile or more, for one compute capability.
     """
     body = msgspec.msgpack.encode(_Fields(_SCHEMA, cell.label, fp16_mirror, tuple(images)))
     return hashlib.sha256(body).digest() + body
 
 
 def read_fields(data: bytes) -> tuple[CellConfig, tuple[KernelImage, ...], bool]:
-    """The cell, its kernels, and whether its node has the fp16 mirror.
+    """Deserialise a node: the cell, its kernels, and whether the node has the fp16 mirror as input.
 
     Raises:
-        EngineMismatchError: the bytes are damaged, or another stepcell's that this one cannot run.
+        EngineMismatchError: the bytes are damaged, or from a stepcell version with another interface.
     """
     body = data[_DIGEST:]
     if hashlib.sha256(body).digest() != data[:_DIGEST]:

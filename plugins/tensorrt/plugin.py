@@ -1,8 +1,8 @@
-"""The TensorRT plugin: a node of the op, run by the fused kernels.
+"""TensorRT plugin class that runs a node of the ops by the fused kernels.
 
-TensorRT's base classes are known only once a TensorRT is loaded, so the class is made for a module.
+TensorRT's base classes are known only after a TensorRT module is loaded, so the class is created per module.
 The interface is IPluginV3 of TensorRT 10.0 to 11.x (docs.nvidia.com/deeplearning/tensorrt, "Adding
-Custom Layers using the Python API"). Its methods raise on a failure; TensorRT reports the message.
+Custom Layers using the Python API"). Methods raise on failure, and TensorRT reports the message.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from stepcell.runtime import cuda
 
 __all__ = ["FIELDS", "plugin_class"]
 
-FIELDS = "stepcell"  # name of the field that a plan carries
+FIELDS = "stepcell"  # name of the serialised field in a plan
 
 
 def plugin_class(trt: Any) -> type:
-    """The plugin's class for a TensorRT module.
+    """Create the plugin class for a TensorRT module.
 
-    It takes a cell, the images of its kernels, and whether the node has the fp16 mirror of a float32 h.
+    Its constructor takes a cell, the images of its kernels, and whether the node has the fp16 mirror of h as input.
     """
     bases: Any = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
-    class CellPlugin(*bases):  # type: ignore[misc]  # the bases are known only once a TensorRT is loaded
+    class CellPlugin(*bases):  # type: ignore[misc]  # the bases depend on the module
         def __init__(self, cell: CellConfig, images: Sequence[KernelImage], fp16_mirror: bool, tactic: int = 1) -> None:
             for base in bases:
                 base.__init__(self)  # the bindings require each by name
@@ -47,7 +47,7 @@ def plugin_class(trt: Any) -> type:
             self.tactics = tactics(cell, self.images, fp16_mirror=fp16_mirror)
             self.plugin_name, self.plugin_namespace, self.plugin_version = cell.op, DOMAIN, PLUGIN_VERSION
             self.num_outputs = len(self.outputs)
-            # Nodes of the same cell and kernels share their timings.
+            # Nodes with the same cell and kernels share their timings.
             keys = " ".join(image.info.key for image in self.images)
             self.timing_cache_id = f"{cell.label}-{hashlib.sha256(keys.encode()).hexdigest()[:16]}"
             self._size: tuple[int, int, int] | None = None
@@ -70,7 +70,7 @@ def plugin_class(trt: Any) -> type:
             return [*input_types[1 : 1 + states], input_types[0]]
 
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-            """Every output has the shape of its state, y that of h: dynamic sizes pass through."""
+            """Each output has the shape of its state, y the shape of h; dynamic sizes are passed through."""
             states = len(self.outputs) - 1
             return [trt.DimsExprs(each) for each in (*inputs[1 : 1 + states], inputs[1])]
 
@@ -81,7 +81,7 @@ def plugin_class(trt: Any) -> type:
             return bool(desc.type == dtype and desc.format == layout)
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            """Refuse tensors that are not the cell's, and maps that the kernels cannot address."""
+            """Refuse tensors that do not match the cell, and maps that the kernels cannot address."""
             if (len(inputs), len(outputs)) != (len(self.inputs), len(self.outputs)):
                 raise PluginError(
                     f"{self.cell.label}: expected {len(self.inputs)} inputs and {len(self.outputs)} outputs, "
@@ -114,7 +114,7 @@ def plugin_class(trt: Any) -> type:
         # Running
 
         def set_tactic(self, tactic: int) -> None:
-            self.tactic = max(tactic, 1)  # 0 is TensorRT's word for the default
+            self.tactic = max(tactic, 1)  # 0 stands for the default
             if self._size is not None:
                 self._load()
 
@@ -122,7 +122,7 @@ def plugin_class(trt: Any) -> type:
             return self.clone()
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            """Load the kernels, the first time, and fix the sizes: nothing of it is left to `enqueue`."""
+            """Load the kernels on first use and set the sizes, so that `enqueue` only launches."""
             batch, _, height, width = tuple(inputs[1].dims)
             self._size = (batch, height, width)
             self._load()
@@ -145,7 +145,7 @@ def plugin_class(trt: Any) -> type:
             workspace: int,
             stream: int,
         ) -> None:
-            if self._step is None:  # a clone that was made after on_shape_change
+            if self._step is None:  # a clone created after on_shape_change
                 self.on_shape_change(input_desc, output_desc)
             assert self._step is not None
             self._step.run(inputs, outputs, workspace, stream)
@@ -156,7 +156,7 @@ def plugin_class(trt: Any) -> type:
                 step.close()
 
         def get_fields_to_serialize(self) -> Any:
-            # A collection only refers to the bytes: they are made once and live as long as the plugin.
+            # A collection only refers to the bytes, which must live as long as the plugin.
             if self._bytes is None:
                 self._bytes = np.frombuffer(pack_fields(self.cell, self.images, fp16_mirror=self.fp16_mirror), np.int8)
             return trt.PluginFieldCollection([trt.PluginField(FIELDS, self._bytes, trt.PluginFieldType.INT8)])

@@ -1,10 +1,9 @@
-"""The portable form of the plugin: kernels that a plan carries as code of their own.
+"""Portable form of the plugin: each kernel is PTX in the plan, which TensorRT launches without Python.
 
-TensorRT's quickly deployable plugins (`tensorrt.plugin`, ahead-of-time part, TensorRT 10.9 and later)
-take one kernel as PTX and launch it without Python, so that the plan runs in trtexec, C++ or Triton
-Inference Server. They pass the inputs, then integers, then the outputs, and nothing else
-(docs.nvidia.com/deeplearning/tensorrt, "Quickly Deployable Plugins"), and leave the limit of shared
-memory where it is, at 48 KB. Not yet run with a TensorRT that has them.
+It uses TensorRT's quickly deployable plugins (`tensorrt.plugin`, ahead-of-time part, TensorRT 10.9 and later), so
+the plan runs in trtexec, C++ or Triton Inference Server. TensorRT passes the inputs, then integers, then the outputs,
+and nothing else (docs.nvidia.com/deeplearning/tensorrt, "Quickly Deployable Plugins"), and does not raise the limit
+of 48 KB shared memory. Not yet run with a TensorRT that has them.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from stepcell.plugins.tensorrt.registry import CELL_ATTRIBUTE
 __all__ = ["PortableKernel", "node_name", "portable_kernels", "portable_ptx", "register_portable"]
 
 SHARED_LIMIT = 48 * 1024
-_STATE_LIKE = ("state", "h", "rh")  # inputs of the shape that every output has
+_STATE_LIKE = ("state", "h", "rh")  # inputs that have the shape of the outputs
 
-# By kernel and label of the cell, one per tile; TensorRT's registry is one per process, and so is this.
+# By kernel and label of the cell, one per tile. Process-wide, as TensorRT's registry is.
 _kernels: dict[tuple[str, str], Sequence[PortableKernel]] = {}
 _registered: set[str] = set()
 
 
 @dataclass(frozen=True)
 class PortableKernel:
-    """A kernel as TensorRT launches it by itself.
+    """A kernel in the form that TensorRT launches.
 
     Attributes:
         entry: name of the function.
-        ptx: takes inputs, H, W, P, outputs.
+        ptx: its parameters are inputs, H, W, P, outputs.
         grid_pixels, grid_channels: a launch has ceil(P / grid_pixels) by grid_channels programs.
-        threads: of a program.
-        shared_bytes: dynamic shared memory of a program, within 48 KB.
+        threads: per program.
+        shared_bytes: dynamic shared memory per program, at most 48 KB.
     """
 
     entry: str
@@ -59,13 +58,13 @@ class PortableKernel:
 def portable_kernels(
     kernel: str, cell: CellConfig, capability: str, pixels: int | None = None
 ) -> tuple[PortableKernel, ...]:
-    """A kernel with every tile of the table, each with as many stages as fit; takes a second or so per tile.
+    """Compile a kernel with every tile of the table, each with as many stages as fit; about a second per tile.
 
-    Without split and overlapping ones: TensorRT gives no memory and no launch attribute here. The PTX is no newer
-    than the driver of this machine translates: an engine is built where it runs.
+    Split and overlapping tiles are left out, because TensorRT provides neither memory nor launch attributes here.
+    The PTX version is limited to what the driver of this machine translates: an engine is built where it runs.
 
     Raises:
-        UsageError: a compute capability that is not compiled for.
+        UsageError: the kernels are not compiled for this compute capability.
         MissingDependencyError: Triton is not installed.
         BuildError: Triton failed, or a tile does not fit.
     """
@@ -90,25 +89,25 @@ def _fitting(kernel: str, cell: CellConfig, tile: Tile, capability: str, ptx_ver
 
 
 def node_name(kernel: str, cell: CellConfig) -> str:
-    """Operator of a kernel's node: one name has one number of inputs."""
+    """Operator name of a kernel's node; kernels with different numbers of inputs need different names."""
     return f"{kernel}_peephole" if kernel == "lstm_step" and cell.variant != "none" else kernel
 
 
 def portable_ptx(kernel: str, cell: CellConfig, ptx: str) -> str:
-    """Triton's PTX with its parameters in TensorRT's order: inputs, H, W, P, outputs.
+    """Reorder the parameters of Triton's PTX as TensorRT passes them: inputs, H, W, P, outputs.
 
-    The code reads a parameter by its name, so only their declarations are moved. Those that the cell
-    does not use, and Triton's two for scratch memory, are left out.
+    The code refers to parameters by name, so only the declarations move. Parameters that the cell does not use, and
+    the two scratch pointers of Triton, are removed.
 
     Raises:
-        BuildError: the PTX is not of the form that Triton writes, or it reads what is left out.
+        BuildError: the PTX does not have the expected form, or the code reads a removed parameter.
     """
     names = [each.name for each in PARAMETERS[kernel]]
     head, opening, rest = ptx.partition(f".entry {kernel}(\n")
     block, closing, body = rest.partition("\n)")
     declared = [line.rstrip(",") for line in block.split("\n")]
     if not opening or not closing or len(declared) != len(names) + 2:
-        raise BuildError(f"{kernel}: this Triton writes PTX of another form than expected")
+        raise BuildError(f"{kernel}: the PTX of this Triton version does not have the expected form")
     order = [each.name for each in kernel_inputs(kernel, cell)] + ["H", "W", "P"]
     order += [each.name for each in kernel_outputs(kernel)]
     kept = [names.index(name) for name in order]
@@ -119,10 +118,10 @@ def portable_ptx(kernel: str, cell: CellConfig, ptx: str) -> str:
 
 
 def register_portable(trt: Any, kernels: Mapping[tuple[str, str], Sequence[PortableKernel]]) -> None:
-    """Make the nodes of chain.py known to a TensorRT module that has `tensorrt.plugin`.
+    """Register the operators of onnx/chain.py with a TensorRT module that has `tensorrt.plugin`.
 
     Args:
-        kernels: by kernel and label of the cell; they stay until others of the same cell come.
+        kernels: by kernel and label of the cell; kept until replaced by others with the same key.
     """
     plugins = importlib.import_module(f"{trt.__name__}.plugin")
     _kernels.update(kernels)
@@ -134,7 +133,7 @@ def register_portable(trt: Any, kernels: Mapping[tuple[str, str], Sequence[Porta
 
 
 def _register(trt: Any, plugins: Any, kernel: str, cell: CellConfig) -> None:
-    """Register one operator; `cell` is any that has it."""
+    """Register one operator; `cell` is any cell that uses it."""
     name = f"{DOMAIN}::{node_name(kernel, cell)}"
     tensors = [each.name for each in kernel_inputs(kernel, cell)]
     outputs = len(kernel_outputs(kernel))
@@ -142,7 +141,7 @@ def _register(trt: Any, plugins: Any, kernel: str, cell: CellConfig) -> None:
     described: Any = GenericAlias(tuple, (plugins.TensorDesc,) * outputs)
 
     def cell_of(label: str) -> CellConfig:
-        return CellConfig.from_label(label.rstrip("\0"))  # TensorRT's parser ends a text with a zero byte
+        return CellConfig.from_label(label.rstrip("\0"))  # TensorRT's parser appends a zero byte to strings
 
     def describe(*inputs: Any, **attributes: str) -> Any:
         its_cell, shape = cell_of(attributes[CELL_ATTRIBUTE]), inputs[like].shape_expr
@@ -181,7 +180,7 @@ def _register(trt: Any, plugins: Any, kernel: str, cell: CellConfig) -> None:
 
 
 def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
-    """`function` with the signature by which `tensorrt.plugin` knows the operator's tensors."""
+    """Give a function the signature from which `tensorrt.plugin` reads the operator's tensors."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     listed: Iterable[inspect.Parameter] = (
         inspect.Parameter(name, kind, annotation=annotation) for name, annotation in parameters.items()

@@ -1,4 +1,4 @@
-"""The plugin's creators in TensorRT's registry, through which its parser and its runtime find the plugin."""
+"""Registration of the plugin: creators in TensorRT's registry, used by its ONNX parser and its runtime."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from stepcell.plugins.tensorrt.plugin import FIELDS, plugin_class
 
 __all__ = ["CELL_ATTRIBUTE", "FP16_MIRROR_ATTRIBUTE", "kernels_offered", "register"]
 
-CELL_ATTRIBUTE = "cell"  # of the ONNX node: the label of its cell
-FP16_MIRROR_ATTRIBUTE = "fp16_mirror"  # of the ONNX node: 1 where its inputs have the fp16 mirror of h, else absent
+# Attributes of the ONNX node.
+CELL_ATTRIBUTE = "cell"  # label of the cell
+FP16_MIRROR_ATTRIBUTE = "fp16_mirror"  # 1 if the fp16 mirror of h is an input; otherwise absent
 
 # TensorRT has one registry per process, so there is one set of creators per module.
 _creators: dict[str, list[Any]] = {}
@@ -31,16 +32,16 @@ _kernels: ContextVar[Mapping[str, Sequence[KernelImage]]] = ContextVar("kernels 
 
 
 def register(trt: Any) -> None:
-    """Make the plugin known to a TensorRT module, before it parses or loads a plan. Again does nothing.
+    """Register the plugin with a TensorRT module; needed before it parses a model or loads a plan. Idempotent.
 
     Raises:
-        PluginError: TensorRT refuses it: another plugin has its name.
+        PluginError: TensorRT refuses it because another plugin has its name.
     """
     with _registering:
         if trt.__name__ in _creators:
             return
         creator = _creator_class(trt)
-        made = [creator(op) for op in OPS]  # kept for the life of the process: TensorRT holds no reference
+        made = [creator(op) for op in OPS]  # TensorRT holds no reference: `_creators` keeps them alive
         for each in made:
             if not trt.get_plugin_registry().register_creator(each, DOMAIN):
                 raise PluginError(f"TensorRT's registry already has a plugin {DOMAIN}::{each.name}")
@@ -65,7 +66,7 @@ def _creator_class(trt: Any) -> type:
     base: Any = trt.IPluginCreatorV3One
     plugin = plugin_class(trt)
 
-    class CellPluginCreator(base):  # type: ignore[misc]  # the base is known only once a TensorRT is loaded
+    class CellPluginCreator(base):  # type: ignore[misc]  # the base depends on the module
         def __init__(self, op: str) -> None:
             base.__init__(self)
             self.name, self.plugin_namespace, self.plugin_version = op, DOMAIN, PLUGIN_VERSION
@@ -78,12 +79,12 @@ def _creator_class(trt: Any) -> type:
             )
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            """A plugin of an ONNX node (building) or of a plan (running).
+            """Create the plugin of an ONNX node (build phase) or of a node in a plan (runtime phase).
 
             Raises:
-                PluginError: the node has no cell, another op's, or one that no kernels are there for.
-                UsageError: its label cannot be read.
-                EngineMismatchError: the plan's bytes cannot be used.
+                PluginError: the node has no cell, a cell of another op, or one without kernels.
+                UsageError: the label cannot be read.
+                EngineMismatchError: the bytes in the plan cannot be used.
             """
             found = {field.name: np.asarray(field.data).tobytes() for field in fields}
             images: Sequence[KernelImage]
@@ -93,7 +94,7 @@ def _creator_class(trt: Any) -> type:
                 cell, images, fp16_mirror = read_fields(found[FIELDS])
             else:
                 cell, images = self._offered(name, found)
-                fp16_mirror = any(found.get(FP16_MIRROR_ATTRIBUTE, b""))  # a number, of as many bytes as it likes
+                fp16_mirror = any(found.get(FP16_MIRROR_ATTRIBUTE, b""))  # an integer of any width
             if cell.op != self.name:
                 raise PluginError(f"plugin {name}: expected a cell of {self.name}, got {cell.label}")
             return plugin(cell, images, fp16_mirror)
@@ -101,7 +102,7 @@ def _creator_class(trt: Any) -> type:
         def _offered(self, name: str, found: Mapping[str, bytes]) -> tuple[CellConfig, Sequence[KernelImage]]:
             if CELL_ATTRIBUTE not in found:
                 raise PluginError(f"plugin {name}: the node has no attribute {CELL_ATTRIBUTE!r}")
-            # TensorRT's parser ends a text with a zero byte.
+            # TensorRT's parser appends a zero byte to strings.
             cell = CellConfig.from_label(found[CELL_ATTRIBUTE].rstrip(b"\0").decode(errors="replace"))
             images = _kernels.get({}).get(cell.label)
             if images is None:

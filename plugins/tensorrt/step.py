@@ -1,7 +1,7 @@
-"""One step of a cell on the device: which kernels run, on which memory.
+"""One step of a cell on the device: its kernels, and the memory that each gets.
 
-`CellStep.run` is all that happens per step: addresses are put in order and the kernels are queued.
-Code is loaded, and the scratch memory divided, before.
+Per step only `CellStep.run` is called, which orders addresses and queues the kernels. Loading code and dividing the
+scratch memory happen before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ALIGNMENT = 256  # of each scratch buffer, as cuMemAlloc has it
 def tactics(
     cell: CellConfig, images: Sequence[KernelImage], *, fp16_mirror: bool
 ) -> tuple[tuple[KernelImage, ...], ...]:
-    """Every way to run a step: one image per kernel, in launch order; the default tiles first.
+    """All combinations of tiles for a step: one image per kernel, in launch order; the default tiles first.
 
     Args:
         fp16_mirror: as in `inputs_of`.
@@ -34,12 +34,12 @@ def tactics(
 
 
 def workspace_size(cell: CellConfig, images: Sequence[KernelImage], pixels: int, *, fp16_mirror: bool) -> int:
-    """Bytes of scratch memory of a step over `pixels` = batch * height * width with any of these kernels."""
+    """Bytes of scratch memory that suffice for a step over `pixels` = batch * height * width with any tactic."""
     return sum(map(_aligned, _scratch(cell, images, pixels, fp16_mirror).values()))
 
 
 def _scratch(cell: CellConfig, images: Sequence[KernelImage], pixels: int, fp16_mirror: bool) -> dict[str, int]:
-    """Bytes of each scratch buffer; split kernels run one after another and share their partial sums'."""
+    """Bytes of each scratch buffer. Split kernels share the buffer of partial sums, since they run in sequence."""
     partials = max(image.info.all_partial_bytes(pixels) for image in images)
     return workspace(cell, pixels, fp16_mirror=fp16_mirror) | ({"partials": partials} if partials else {})
 
@@ -52,7 +52,7 @@ class CellStep:
     """The kernels of one step, loaded on the current device. For one thread at a time.
 
     Args:
-        cell: what is computed.
+        cell: the cell.
         images: one per kernel, in launch order: an entry of `tactics`.
         device: CUDA number of the current device.
         fp16_mirror: as in `inputs_of`.
@@ -64,13 +64,13 @@ class CellStep:
     def __init__(self, cell: CellConfig, images: Sequence[KernelImage], device: int, *, fp16_mirror: bool) -> None:
         self._cell, self._images, self._fp16_mirror = cell, images, fp16_mirror
         self._launchers = [Launcher(image, device) for image in images]
-        # Addresses of a step stand in one row: none, inputs, outputs, scratch.
+        # The addresses of a step are one row: null, inputs, outputs, scratch.
         scratch = list(_scratch(cell, images, 1, fp16_mirror))
         row = ["", *(t.buffer for t in (*inputs_of(cell, fp16_mirror=fp16_mirror), *outputs_of(cell))), *scratch]
         places = {name: place for place, name in enumerate(row)}
         if "h" not in places:
-            places["h"] = places["state"]  # a half state is its own fp16 mirror
-        # A kernel's pointer that this cell does not use is null.
+            places["h"] = places["state"]  # a float16 state needs no mirror
+        # Pointers that this cell does not use are null.
         self._launches = [
             (each.launch, itemgetter(*(places.get(b, 0) for b in each.buffers))) for each in self._launchers
         ]
@@ -78,7 +78,7 @@ class CellStep:
         self._offsets: list[int] = []
 
     def resize(self, batch: int, height: int, width: int) -> None:
-        """Fix the sizes of the steps that follow."""
+        """Set the sizes for the following steps."""
         self._sizes, pixels = (batch, height, width), batch * height * width
         for launcher in self._launchers:
             launcher.prepare(pixels)
@@ -102,6 +102,6 @@ class CellStep:
             launch(stream, pick(row), *self._sizes)
 
     def close(self) -> None:
-        """Unload the code. Steps that are queued must be done."""
+        """Unload the code. All queued steps must have finished."""
         for launcher in self._launchers:
             launcher.close()

@@ -1,11 +1,11 @@
-"""The tensors of a plugin node in TensorRT's order: what they hold and how they lie in memory.
+"""Inputs and outputs of a plugin node in order: content, dtype and memory layout.
 
-The node is the op of docs/op-contract.md with its weights replaced by packed ones:
+The node is an op of docs/op-contract.md whose weights are packed:
 
     ConvGRU   x, h, [fp16 mirror of h,] weights...     ->  h_next, y
     ConvLSTM  x, h, c, [fp16 mirror of h,] weights...  ->  h_next, c_next, y
 
-Names here are those of the buffers in kernels/signature.py.
+Names are those of the buffers in kernels/signature.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Tensor:
     """One input or output of the node.
 
     Attributes:
-        buffer: which memory of a step it is.
+        buffer: name of the memory in a step.
         dtype: "float16" or "float32".
-        channels_last: (B, H, W, channels rounded up to 8), TensorRT's kHWC8; else linear.
+        channels_last: laid out (B, H, W, channels rounded up to 8), TensorRT's kHWC8; else linear.
     """
 
     buffer: str
@@ -37,10 +37,11 @@ class Tensor:
 
 
 def inputs_of(cell: CellConfig, *, fp16_mirror: bool = False) -> tuple[Tensor, ...]:
-    """x, the states, the packed weights.
+    """Inputs: x, the states, the packed weights.
 
     Args:
-        fp16_mirror: the fp16 mirror of a float32 h is among them, behind the states; else the step makes it.
+        fp16_mirror: the node has the fp16 mirror of a float32 h as an input, after the states; otherwise the step
+            converts the state.
     """
     states = _STATE_BUFFERS[: len(OPS[cell.op].states)]
     maps = [Tensor("x", "float16", channels_last=True), *(_state(cell, name) for name in states)]
@@ -48,7 +49,7 @@ def inputs_of(cell: CellConfig, *, fp16_mirror: bool = False) -> tuple[Tensor, .
 
 
 def outputs_of(cell: CellConfig) -> tuple[Tensor, ...]:
-    """The new states, then y: the new h in half."""
+    """Outputs: the new states, then y, the new h in float16."""
     states = _STATE_BUFFERS[: len(OPS[cell.op].states)]
     return (*(_state(cell, f"{name}_out") for name in states), Tensor("y", "float16", channels_last=True))
 

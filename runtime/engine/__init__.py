@@ -1,1 +1,1 @@
-"""TensorRT engines: building them, and checking them before they are loaded."""
+"""TensorRT engines: building, and checking before they are loaded."""

@@ -25,18 +25,18 @@ __all__ = ["EngineInfo", "build_engine"]
 
 logger = logging.getLogger(__name__)
 
-# What TensorRT-RTX builds for when nothing is asked, by its documentation: "and later" included,
-# Turing (7.5) not. Asking for these four by name would leave "and later" out.
+# Targets that TensorRT-RTX builds for by default, according to its documentation: later GPUs included, Turing (7.5)
+# not. Passing these four explicitly would exclude later ones.
 RTX_DEFAULT = ("8.0", "8.6", "8.9", "12.0+")
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build made.
+    """Result of a build.
 
     Attributes:
-        engine, sidecar: the two files.
-        warnings: what TensorRT warned of.
-        contents: the sidecar's document.
+        engine, sidecar: paths of the two files.
+        warnings: TensorRT's warnings.
+        contents: the sidecar.
     """
 
     engine: str
@@ -51,14 +51,15 @@ def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) 
     Choices that are made for the user are logged.
 
     Args:
-        onnx: a model exported by stepcell (its contract is in the metadata).
-        engine: the plan to write; the sidecar goes beside it.
-        options: what to build; the defaults build float16 models for this flavour's usual GPUs.
+        onnx: a model exported by stepcell, with its contract in the metadata.
+        engine: path of the plan to write; the sidecar is written beside it.
+        options: None: the defaults, for the flavour's default GPUs.
 
     Raises:
         InputError, ContractError: the model cannot be read, or has no contract.
         UsageError: an option does not fit the model or the flavour.
-        MissingDependencyError, PluginError: no TensorRT, or no plugin although it was insisted on.
+        MissingDependencyError: TensorRT is not installed.
+        PluginError: the plugin was required and is not available.
         DeviceError: the flavour builds on a GPU and there is none.
         BuildError: TensorRT refused the model.
         OutputError: the files cannot be written.
@@ -76,9 +77,8 @@ def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) 
         sizes = data_shapes(file.contract, profiles)
         logger.info(f"sizes:   {sizes}, as exported; others: --minShapes, --optShapes, --maxShapes")
 
-    # The sidecar is moved first and the plan last; whatever a crash leaves, a plan that is not
-    # the one in the sidecar's fingerprint is refused. Opening both also tries the output folder
-    # before the build rather than after it.
+    # The sidecar is moved into place first and the plan last: after a crash between the two, the plan does not match
+    # the sidecar's fingerprint and is refused. Opening both here also checks the output folder before the build.
     with atomic_path(engine) as plan_file, atomic_path(sidecar_path(engine)) as sidecar_file:
         started = time.perf_counter()
         build = partial(build_plan, library, profiles=profiles, options=options, timing_cache=timings)
@@ -139,7 +139,7 @@ def _timing_cache(library: TensorRT, options: BuildOptions) -> Path | None:
 
 
 def _targets(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
-    """Compute capabilities the engine will run on."""
+    """Compute capabilities that the engine will run on."""
     asked = options.compute_capabilities
     if library.is_rtx:
         known = [name for name in library.module.ComputeCapability.__members__ if name.startswith("SM")]
@@ -162,6 +162,6 @@ def _targets(library: TensorRT, options: BuildOptions) -> tuple[str, ...]:
         raise UsageError(
             f"--compute-capability: {library.name} builds only for the GPU it runs on "
             f"({here.name}: {here.compute_capability}), got {', '.join(asked)}",
-            hint="leave it away and build on the target device",
+            hint="omit it, and build on the target device",
         )
     return (here.compute_capability,)

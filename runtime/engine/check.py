@@ -1,7 +1,7 @@
-"""Compare an engine with its sidecar, this TensorRT and this device, before it is loaded.
+"""Checks of an engine against its sidecar, the installed TensorRT and the device, before it is loaded.
 
-TensorRT itself answers a plan that does not fit with a failed deserialisation and a log line, or
-with undefined behaviour; here both sides of every difference are named.
+TensorRT answers a plan that does not fit with a failed deserialisation and a log line, or with undefined
+behaviour. These checks report both values of every difference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["CheckedEngine", "check_engine", "covers", "read_engine", "register_p
 
 @dataclass(frozen=True)
 class CheckedEngine:
-    """An engine that fits: the very bytes that were checked, their sidecar and their TensorRT."""
+    """An engine that passed the checks: the plan's bytes, the sidecar, and the TensorRT that loads it."""
 
     plan: bytes
     sidecar: Sidecar
@@ -31,11 +31,11 @@ class CheckedEngine:
 
 
 def read_engine(engine: Path) -> tuple[bytes, Sidecar]:
-    """A plan with its sidecar, each checked to be what was written; needs no TensorRT and no GPU.
+    """Read a plan and its sidecar and verify their checksums; needs neither TensorRT nor a GPU.
 
     Raises:
         InputError: the engine cannot be read.
-        EngineMismatchError: plan or sidecar is missing, damaged or another build's.
+        EngineMismatchError: plan or sidecar is missing, damaged or from another build.
     """
     plan = read_bytes(engine)
     sidecar = read_sidecar(engine)
@@ -51,14 +51,14 @@ def read_engine(engine: Path) -> tuple[bytes, Sidecar]:
 
 
 def check_engine(engine: Path, *, device: int = 0) -> CheckedEngine:
-    """Check everything that can be known before TensorRT loads a plan.
+    """Check everything that can be checked before TensorRT loads a plan.
 
     Args:
-        device: CUDA number of the GPU it shall run on; where there is none, only the rest is checked.
+        device: CUDA number of the GPU that will run it; without such a GPU only the rest is checked.
 
     Raises:
         InputError: the engine cannot be read.
-        EngineMismatchError: plan, sidecar, TensorRT, platform or GPU do not fit together.
+        EngineMismatchError: plan, sidecar, TensorRT, platform or GPU do not match.
         MissingDependencyError: the TensorRT flavour that built it is not installed.
     """
     plan, sidecar = read_engine(engine)
@@ -79,7 +79,7 @@ def check_engine(engine: Path, *, device: int = 0) -> CheckedEngine:
 
 
 def register_plugins(checked: CheckedEngine) -> None:
-    """What a plan needs in TensorRT's registry before it can be loaded.
+    """Register the plugin that a plan needs before TensorRT can load it.
 
     Raises:
         PluginError: TensorRT refuses the plugin.
@@ -102,7 +102,7 @@ def _differences(built: Fingerprint, library: TensorRT, version_compatible: bool
     if library.version != built.tensorrt and not newer:
         found.append(f"built with {library.name} {built.tensorrt}, {library.version} is installed")
     here = this_platform()
-    # TensorRT-RTX plans are documented to move between Linux and Windows, not between machines.
+    # By documentation TensorRT-RTX plans are portable between Linux and Windows, but not between architectures.
     compared = (lambda name: name.partition("-")[2]) if library.is_rtx else str
     if compared(built.platform) != compared(here):
         found.append(f"built on {built.platform}, this is {here}")
@@ -117,10 +117,10 @@ def _differences(built: Fingerprint, library: TensorRT, version_compatible: bool
 
 @no_collection()
 def _runs_on(gpu: cuda.Gpu, built: Fingerprint, plan: bytes, library: TensorRT) -> bool:
-    """By the fingerprint; what TensorRT-RTX was not asked to build for, it may still accept."""
+    """Whether an engine runs on a GPU: by the fingerprint, for TensorRT-RTX also by its own check."""
     if covers(built.compute_capabilities, gpu.compute_capability) or not library.is_rtx:
         return covers(built.compute_capabilities, gpu.compute_capability)
-    cuda.use_device(gpu.index)  # it answers for the current one
+    cuda.use_device(gpu.index)  # the check applies to the current device
     trt = library.module
     runtime = trt.Runtime(make_logger(trt, Messages()))
     validity, _ = runtime.get_engine_validity(plan[: runtime.engine_header_size])

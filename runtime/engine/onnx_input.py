@@ -32,16 +32,17 @@ def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> Non
 
     Args:
         prepared: what TensorRT is to parse.
-        supports: whether TensorRT's parser knows a standard operator.
+        supports: whether TensorRT's parser supports a standard operator.
 
     Raises:
-        BuildError: names the node, its operator and the reason, or the weights.
+        BuildError: the message names the node, its operator and the reason, or the weights.
     """
     onnx = require("onnx", extra="rtx", purpose="building an engine")
     external = [t.name for t in prepared.model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if external:
         raise BuildError(
-            f"{prepared.path}: weights such as {external[0]!r} lie outside the file, where no fingerprint covers them",
+            f"{prepared.path}: weights such as {external[0]!r} are stored outside the file, which the fingerprint does "
+            "not cover",
             hint="save it as one file: onnx.save(onnx.load(path), path)",
         )
     functions: dict[tuple[str, str], FunctionProto] = {}
@@ -49,7 +50,7 @@ def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> Non
         if (function.domain, function.name) in functions:
             raise BuildError(
                 f"{prepared.path}: function {function.domain}::{function.name} is defined twice; TensorRT "
-                "ignores overloads and would use the first for every node"
+                "ignores overloads and would use the first definition for every node"
             )
         functions[function.domain, function.name] = function
     for where, node in _walk(prepared.model.graph.node, functions, ()):
@@ -58,7 +59,7 @@ def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> Non
             continue
         reason = "TensorRT does not support this operator"
         if domain:
-            reason = "it is no standard operator and the file holds no definition of it (model-local function)"
+            reason = "it is no standard operator and the file has no definition of it (model-local function)"
         raise BuildError(f"{prepared.path}: node {where}, operator {domain + '::' if domain else ''}{name}: {reason}")
     try:
         onnx.checker.check_model(prepared.model)
@@ -69,7 +70,7 @@ def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> Non
 def _walk(
     nodes: Iterable[NodeProto], functions: dict[tuple[str, str], FunctionProto], outer: tuple[str, ...]
 ) -> Iterator[tuple[str, NodeProto]]:
-    """Every node with its path, through subgraphs and function bodies."""
+    """Iterate over all nodes with their path, through subgraphs and function bodies."""
     for index, node in enumerate(nodes):
         path = (*outer, repr(node.name) if node.name else f"number {index}")
         yield " > ".join(path), node
@@ -109,7 +110,7 @@ def check_network(network: Any, prepared: PreparedModel) -> None:
 
 
 def _fits(actual: tuple[int, ...], declared: tuple[Dim, ...]) -> bool:
-    """Whether every size TensorRT knows (-1: dynamic) is the one the contract fixes."""
+    """Whether every fixed size in TensorRT's network (-1: dynamic) equals that of the contract."""
     if len(actual) != len(declared):
         return False
     return all(

@@ -1,4 +1,4 @@
-"""What the user asks of a build, as data."""
+"""Options of a build, and parsers of their command-line spellings."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["BuildOptions", "check_options", "parse_memory_pool", "parse_targets"
 
 
 class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that decides how an engine is built; recorded in its sidecar.
+    """Options of a build; recorded in the sidecar.
 
     Attributes:
         flavor: "auto", "tensorrt" or "tensorrt-rtx".
-        plugin: "auto" uses the fused plugin where it can be had and is faster, "on" insists, "off" never;
-            "portable" insists on the form that programs without stepcell can load.
-        kernels: folder with the plugin's compiled kernels; None: the user's cache. What is missing is
-            compiled and put there, which needs Triton.
-        min_shapes, opt_shapes, max_shapes: shapes by data input; states follow from them.
+        plugin: "auto" uses the fused plugin if it is available and faster, "on" requires it, "off" never uses it;
+            "portable" requires the form that programs without stepcell can load.
+        kernels: folder with the plugin's compiled kernels; None: the user's cache. Missing kernels are compiled
+            and added, which needs Triton.
+        min_shapes, opt_shapes, max_shapes: shapes by data input; those of states are derived.
         compute_capabilities: GPUs to build for, such as ("8.6", "8.9"); empty: the flavour's default.
-        timing_cache: file that remembers kernel timings between builds, or None.
+        timing_cache: file that keeps kernel timings between builds, or None.
         optimization_level: 0 (fast build) to 5 (fast engine); None: TensorRT's default.
         workspace_mib: limit of scratch memory in MiB; None: TensorRT's default.
         version_compatible: the engine also loads in later TensorRT versions.
-        verbose: show everything TensorRT says.
+        verbose: log all messages of TensorRT.
     """
 
     flavor: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
@@ -47,7 +47,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     verbose: bool = False
 
     def arguments(self) -> list[str]:
-        """The options of `stepcell build` that ask for this, defaults left out."""
+        """The equivalent options of `stepcell build`, without defaults."""
         words: list[str] = []
         for option, value in (
             ("--flavor", self.flavor if self.flavor != "auto" else ""),
@@ -66,11 +66,11 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_options(options: BuildOptions, library: TensorRT) -> None:
-    """Refuse what the flavour cannot do, before any work.
+    """Refuse options that the flavour does not support, before any work.
 
     Raises:
-        PluginError: the plugin was insisted on and cannot be had.
-        UsageError: an option has no meaning for this flavour, or a value out of range.
+        PluginError: the plugin was required and is not available.
+        UsageError: an option does not apply to this flavour, or a value is out of range.
     """
     reason = plugin_unavailable(library.flavor, library.module)
     if not reason and options.plugin == "portable" and not hasattr(library.module, "QuickPluginCreationRequest"):
@@ -79,12 +79,12 @@ def check_options(options: BuildOptions, library: TensorRT) -> None:
         other = "; it needs the Enterprise flavour" if library.is_rtx else ""
         raise PluginError(
             f"--plugin {options.plugin}: {reason}{other}",
-            hint="leave --plugin away, or --plugin off: the engine then uses native layers only",
+            hint="omit --plugin, or use --plugin off: the engine then uses native layers only",
         )
     if options.version_compatible and library.is_rtx:
         raise UsageError(
             "--versionCompatible: TensorRT-RTX engines load only in the version that built them",
-            hint="leave it away, and build again after an update; the build takes seconds",
+            hint="omit it, and build again after an update; the build takes seconds",
         )
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise UsageError(f"--builderOptimizationLevel: expected 0 to 5, got {options.optimization_level}")
@@ -93,10 +93,10 @@ def check_options(options: BuildOptions, library: TensorRT) -> None:
 
 
 def parse_memory_pool(text: str) -> int:
-    """MiB of trtexec's `workspace:MiB`; the suffixes M and G are understood.
+    """Parse trtexec's `workspace:MiB`, with an optional suffix M or G; returns MiB.
 
     Raises:
-        UsageError: another form, or another pool.
+        UsageError: the text is malformed, or names another pool.
     """
     found = re.fullmatch(r"workspace:(\d+)(M|MiB|G|GiB)?", text.strip(), re.ASCII)
     if not found:
@@ -105,7 +105,7 @@ def parse_memory_pool(text: str) -> int:
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
-    """Compute capabilities of `8.6,8.9`, each once, in order.
+    """Parse compute capabilities such as `8.6,8.9`; each is returned once, in order.
 
     Raises:
         UsageError: a part is not MAJOR.MINOR.

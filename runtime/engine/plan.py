@@ -58,13 +58,13 @@ def build_plan(
         timing_cache: timings of earlier builds, empty for none yet; None: keep none.
 
     Raises:
-        BuildError: an operator, the graph or the sizes are refused, or no engine came out.
-        ContractError: what was parsed is not what the contract says.
+        BuildError: TensorRT refuses an operator, the graph or the sizes, or builds no engine.
+        ContractError: the parsed network does not match the contract.
     """
     trt, messages = library.module, Messages()
     logger = make_logger(trt, messages, verbose=options.verbose)
     builder = trt.Builder(logger)
-    # Precision is what the graph says. TensorRT without this flag (11 made it the only way) needs none.
+    # The graph decides about precision. TensorRT versions without this flag (11 and later) are always strongly typed.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
@@ -90,7 +90,7 @@ def build_plan(
         _require(config.add_optimization_profile(profile) >= 0, "the sizes", messages)
     if timing_cache is not None:
         timing = config.create_timing_cache(timing_cache)
-        if not config.set_timing_cache(timing, ignore_mismatch=False):  # another device's: start anew
+        if not config.set_timing_cache(timing, ignore_mismatch=False):  # from another device: start with an empty one
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -113,8 +113,8 @@ def _fix_formats(trt: Any, network: Any, channels_last: frozenset[str]) -> None:
 
 def _configure(trt: Any, builder: Any, options: BuildOptions) -> Any:
     config = builder.create_builder_config()
-    # TensorRT computes float32 convolutions in TF32 (10-bit mantissa, as float16 has) unless told
-    # not to. A model exported as float32 was meant to be float32.
+    # By default TensorRT computes float32 convolutions in TF32, with a 10-bit mantissa like float16. A model that was
+    # exported as float32 is meant to compute in float32.
     config.clear_flag(trt.BuilderFlag.TF32)
     # TensorRT lists the layers of the engine with their dtypes only then: in the log, and for the engine inspector.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -128,17 +128,16 @@ def _configure(trt: Any, builder: Any, options: BuildOptions) -> Any:
 
 
 def _compute_layers(network: Any) -> dict[str, int]:
-    """Dtypes of convolutions and matrix products.
+    """Number of convolutions and matrix products by dtype.
 
-    Read from the strongly typed network, whose types TensorRT may not change; the finished engine
-    can be asked only where there is a GPU.
+    Taken from the strongly typed network, whose types TensorRT may not change; inspecting the engine needs a GPU.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     return dict(Counter(dtype_name(layer.get_output_type(0)) for layer in layers if layer.type.name in _COMPUTE_LAYERS))
 
 
 def _parser_error(error: Any) -> str:
-    """Node, operator and reason of one error of the ONNX parser."""
+    """Format an error of the ONNX parser: node, operator and reason."""
     names = [*error.local_function_stack(), *([error.node_name()] if error.node_name() else [])]
     node = f"node {' > '.join(names)}, " if names else ""
     operator = f"operator {error.node_operator()}: " if error.node_operator() else ""

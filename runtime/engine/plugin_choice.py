@@ -1,4 +1,4 @@
-"""Choice between the fused plugin and TensorRT's own layers: build what was asked for, or both and keep the faster."""
+"""Choice between the fused plugin and TensorRT's own layers: builds the requested one, or both and keeps the faster."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def choose_plan(
         build: makes a plan of a prepared model.
 
     Returns:
-        The plan, and why the plugin is in it or not; None: it was not to be, or the model has no cells.
+        The plan, and the decision with its reason; None: the plugin is switched off, or the model has no cells.
 
     Raises:
-        PluginError: the plugin was insisted on and cannot take this model, or has no kernels for it.
+        PluginError: the plugin was required and cannot run this model, or has no kernels for it.
         BuildError, ContractError: as `build_plan`.
     """
-    insisted = options.plugin in ("on", "portable")
-    if insisted and not has_cells(file.model):
+    required = options.plugin in ("on", "portable")
+    if required and not has_cells(file.model):
         raise PluginError(f"--plugin {options.plugin}: {file.path} has no ConvGRU or ConvLSTM node that it could run")
     if options.plugin == "off" or not has_cells(file.model):
         return build(unchanged(file)), None
     try:
         plan = _with_plugin(library, file, profiles, options, capability, build)
     except StepcellError as error:
-        if insisted:
+        if required:
             raise
         return build(unchanged(file)), _not_used(error)
-    if insisted:
+    if required:
         cells, reason = plan.source.cells, f"asked for with --plugin {options.plugin}"
         logger.info(f"plugin:  {options.plugin}; it runs {', '.join(cells)}")
         return plan, PluginUse(used=True, reason=reason, portable=options.plugin == "portable", cells=cells)

@@ -1,7 +1,6 @@
-"""Which sizes an engine takes: minimum, best and maximum shape of every input and state.
+"""Optimisation profiles of an engine: minimum, optimum and maximum shape of every input and state.
 
-The user gives sizes of data inputs only. A state's sizes follow from them by the contract's
-expressions, so they are derived and never asked for.
+The user gives the shapes of data inputs only. Those of states are derived by the expressions in the contract.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Shapes = Mapping[str, Shape]
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """Smallest shape, the one the engine is tuned for, and the largest."""
+    """Minimum shape, the shape that the engine is tuned for, and maximum shape."""
 
     min: Shape
     opt: Shape
@@ -40,14 +39,14 @@ class Profile(msgspec.Struct, frozen=True):
 
 
 def derive_profiles(contract: StepContract, options: BuildOptions) -> dict[str, Profile]:
-    """Profile of every input of the graph: data inputs, then states by their input name.
+    """Derive the profile of every graph input: data inputs, then states by input name.
 
-    A level that is not given takes another's shapes: `opt` from `max`, else from `min`; `min` and
-    `max` from `opt`. With no shapes at all, all three are the sizes the model was exported with.
+    A missing level is copied from another: `opt` from `max`, else from `min`; `min` and `max` from `opt`. Without
+    any shapes, all three are the sizes at export.
 
     Raises:
-        UsageError: an unknown input, a size the model cannot take, a state's shape that differs
-            from the derived one, sizes out of order, or an input whose size is nowhere given.
+        UsageError: an unknown input, a size that the model cannot take, a state's shape that differs from the
+            derived one, sizes out of order, or an input without a size.
     """
     given = {"--minShapes": options.min_shapes, "--optShapes": options.opt_shapes, "--maxShapes": options.max_shapes}
     opt = options.opt_shapes or options.max_shapes or options.min_shapes
@@ -65,7 +64,7 @@ def derive_profiles(contract: StepContract, options: BuildOptions) -> dict[str, 
 
 
 def engine_profiles(profiles: Mapping[str, Profile], inputs: Mapping[str, Spec]) -> dict[str, Profile]:
-    """Profiles of all inputs of an engine, of which several may belong to one state of the contract.
+    """Profiles of all inputs of an engine. Additional inputs of a state have the state's profile.
 
     Args:
         profiles: of the contract's inputs.
@@ -75,7 +74,7 @@ def engine_profiles(profiles: Mapping[str, Profile], inputs: Mapping[str, Spec])
 
 
 def data_shapes(contract: StepContract, profiles: Mapping[str, Profile]) -> str:
-    """The sizes of the data inputs for a person: `x:1x3x64x64` or `x:1x3x64x64 to x:4x3x64x64`."""
+    """The sizes of the data inputs as text: `x:1x3x64x64` or `x:1x3x64x64 to x:4x3x64x64`."""
     smallest = format_shapes({spec.name: profiles[spec.name].min for spec in contract.inputs})
     largest = format_shapes({spec.name: profiles[spec.name].max for spec in contract.inputs})
     return smallest if smallest == largest else f"{smallest} to {largest}"
@@ -87,12 +86,12 @@ def _example_shapes(contract: StepContract) -> dict[str, Shape]:
     except ContractError as error:
         raise UsageError(
             f"the model has dynamic sizes and no example sizes: {error.message}",
-            hint="give them: --optShapes x:1x3x256x256",
+            hint="pass --optShapes, such as x:1x3x256x256",
         ) from error
 
 
 def _all_shapes(contract: StepContract, option: str, shapes: Shapes) -> dict[str, Shape]:
-    """Shapes of all data inputs and states at one level, from those that are given."""
+    """Shapes of all data inputs and states at one level, derived from the given ones."""
     known = [spec.name for spec in contract.inputs] + [state.input for state in contract.states]
     unknown = [name for name in shapes if name not in known]
     if unknown:
@@ -113,15 +112,15 @@ def _all_shapes(contract: StepContract, option: str, shapes: Shapes) -> dict[str
         shape = shapes.get(state.input, derived[state.name])
         if shape != derived[state.name]:
             raise UsageError(
-                f"{option}: {state.input}: follows from the inputs as {derived[state.name]}, got {shape}",
-                hint="leave states away: their shapes are derived",
+                f"{option}: {state.input}: the inputs determine {derived[state.name]}, got {shape}",
+                hint="omit states: their shapes are derived",
             )
         full[state.input] = shape
     return full
 
 
 def _follow(contract: StepContract, spec: TensorSpec, symbols: Mapping[str, int], option: str) -> Shape:
-    """Shape of an input that was not given, where the others decide it."""
+    """Shape of an input that was not given, if the other inputs determine it."""
     try:
         return resolve(spec.shape, symbols)
     except ContractError as error:

@@ -1,9 +1,8 @@
-"""The sidecar: `model.engine.json` beside `model.engine`.
+"""Sidecar of an engine: the document `model.engine.json` beside `model.engine`.
 
-The engine stays a raw TensorRT plan that the vendor's tools load; everything else that is known
-about it is here: the state contract, and the fingerprint that is compared before the plan is
-loaded. The last field is a SHA-256 of the file itself (with zeros in its place), so a changed
-byte anywhere is noticed.
+The engine is a raw TensorRT plan that the vendor's tools can load. The sidecar has the state contract, and the
+fingerprint that is compared before the plan is loaded. Its last field is the SHA-256 of the file with zeros in that
+field, so any changed byte is detected.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ _ZEROS = "0" * 64
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine was built from and for.
+    """Source and target of a build.
 
     Attributes:
-        flavor, tensorrt: flavour and exact version of the TensorRT that built it.
-        compute_capabilities: GPUs it runs on; "12.0+" stands for 12.0 and later.
+        flavor, tensorrt: flavour and exact version of the TensorRT that built the engine.
+        compute_capabilities: GPUs that the engine runs on; "12.0+" means 12.0 and later.
         platform: system and machine, such as "Linux-x86_64".
-        plugin_version, plugin_sha256: the fused plugin inside, or None: native layers only.
+        plugin_version, plugin_sha256: the plugin that must be registered to load it; None: no plugin.
         onnx_sha256: of the ONNX file.
         plan_sha256, plan_bytes: of the engine file.
     """
@@ -67,15 +66,15 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PluginUse(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was decided whether the fused plugin runs a model's cells; recorded in the sidecar.
+    """Decision whether the fused plugin runs a model's cells; recorded in the sidecar.
 
     Attributes:
-        used: whether it does.
-        portable: in the form that needs no stepcell to run.
-        reason: for a person.
-        cells: labels of the model's cells; empty where it did not come to that.
-        plugin_milliseconds, native_milliseconds: time of a step of either form on the device that
-            built; None: not timed.
+        used: whether the plugin is used.
+        portable: it is used in the form that needs no stepcell to run.
+        reason: of the decision, as text.
+        cells: labels of the model's cells; empty if they were not determined.
+        plugin_milliseconds, native_milliseconds: time of a step with and without the plugin on the device that
+            built the engine; None: not timed.
     """
 
     used: bool
@@ -128,12 +127,11 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
         onnx: name of the ONNX file.
         fingerprint: compared before the plan is loaded.
         profiles: sizes by graph input, data inputs first, then states.
-        options: what the build was asked for.
-        plugin: how it was decided whether the fused plugin is used; None: it was not to be, or the
-            model has no cells for it.
-        fp16_mirrors: inputs and outputs of the engine that the contract does not have, for the plugin.
-        compute_layers: how many convolutions and matrix products compute in which dtype.
-        build_seconds: how long TensorRT took.
+        options: of the build.
+        plugin: whether the fused plugin is used, and why; None: it was switched off, or the model has no cells.
+        fp16_mirrors: inputs and outputs of the engine that are not in the contract; "half_copies" on disk.
+        compute_layers: number of convolutions and matrix products by dtype.
+        build_seconds: duration of the build.
         contract: the state contract of the ONNX file.
         layers: kernels of the engine with their dtypes, as TensorRT listed them at the build.
         verified: by `stepcell verify`, the last time on each device and driver.
@@ -161,7 +159,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, checksum=_digest(blank._text()))
 
     def to_json(self) -> str:
-        """The file's text, sealed."""
+        """The text of the file, with its checksum."""
         return self.sealed()._text()
 
     def _text(self) -> str:
@@ -185,7 +183,7 @@ def this_platform() -> str:
 
 
 def read_sidecar(engine: Path) -> Sidecar:
-    """Read the document beside an engine and check that it is the one that was written.
+    """Read the sidecar of an engine and verify its checksum.
 
     Raises:
         EngineMismatchError: it is missing, damaged, changed, or of an unknown major version.
@@ -194,8 +192,8 @@ def read_sidecar(engine: Path) -> Sidecar:
     path = sidecar_path(engine)
     if not path.is_file():
         raise EngineMismatchError(
-            f"{path}: not found; without it nothing is known about {engine.name}: what built it, for which GPU, "
-            "and what its states are",
+            f"{path}: not found; without it {engine.name} cannot be loaded: it says what built the engine, for which "
+            "GPU, and what its states are",
             hint="copy the .json file along with the engine, or build the engine again with `stepcell build`",
         )
     data = read_bytes(path)
@@ -259,10 +257,10 @@ def require_verified(sidecar: Sidecar, engine: Path, *, device: str, driver: str
 
 
 def rebuild_command(sidecar: Sidecar, engine: Path, *, compute_capability: str | None = None) -> str:
-    """The `stepcell build` command that makes this engine again.
+    """The `stepcell build` command that rebuilds an engine.
 
     Args:
-        compute_capability: build for this GPU instead of those it was built for.
+        compute_capability: target instead of those that the engine was built for.
     """
     flavor = sidecar.fingerprint.flavor
     options = msgspec.structs.replace(sidecar.options, flavor=flavor)

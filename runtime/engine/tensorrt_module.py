@@ -1,7 +1,7 @@
-"""The TensorRT that is installed: Enterprise (`tensorrt`) or TensorRT-RTX (`tensorrt_rtx`).
+"""Import of TensorRT: Enterprise (`tensorrt`) or TensorRT-RTX (`tensorrt_rtx`); logger and error messages.
 
-Both have the same Python interface where stepcell uses it, so everything else takes the module
-from here and never asks which one it is, except where the flavours truly differ.
+Both have the same Python interface as far as stepcell uses it, so other modules take the imported module from here
+and check the flavour only where behaviour differs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _DTYPES = {
     "UINT8": "uint8",
     "BF16": "bfloat16",
 }
-# TensorRT's plugin registry goes on using a logger whose builder is long gone, and holds no reference to it.
+# TensorRT's plugin registry keeps using the logger of an earlier builder, without a reference: freeing one crashes.
 _loggers: list[Any] = []
-# Nodes of functions have the same names in every cell; nothing here looks one up by name.
+# Nodes of ONNX functions have the same names in every cell; stepcell never looks them up by name.
 _UNQUERYABLE = "already exists, the output tensors of this new instance will not be queryable"
 
 
@@ -47,7 +47,7 @@ class TensorRT:
     """An imported TensorRT.
 
     Attributes:
-        flavor: which one it is.
+        flavor: "tensorrt" or "tensorrt-rtx".
         module: the vendor's Python module.
     """
 
@@ -60,12 +60,12 @@ class TensorRT:
 
     @property
     def name(self) -> str:
-        """For people: "TensorRT-RTX"."""
+        """Display name, such as "TensorRT-RTX"."""
         return _NAMES[self.flavor]
 
     @property
     def version(self) -> str:
-        """As the module gives it: "1.7.1.116", "10.3.0"."""
+        """Version of the module, such as "1.7.1.116" or "10.3.0"."""
         return str(self.module.__version__)
 
 
@@ -73,12 +73,11 @@ def load_tensorrt(flavor: str = "auto") -> TensorRT:
     """Import a TensorRT flavour.
 
     Args:
-        flavor: "tensorrt", "tensorrt-rtx", or "auto": the Enterprise flavour where it imports,
-            else TensorRT-RTX.
+        flavor: "tensorrt", "tensorrt-rtx", or "auto": Enterprise if it can be imported, else TensorRT-RTX.
 
     Raises:
-        UsageError: no such flavour.
-        MissingDependencyError: it is not installed, or does not load.
+        UsageError: unknown flavour.
+        MissingDependencyError: it is not installed, or cannot be loaded.
     """
     for known in FLAVORS:
         if flavor == known:
@@ -93,7 +92,7 @@ def load_tensorrt(flavor: str = "auto") -> TensorRT:
         except MissingDependencyError as error:
             reasons.append(error.message)
             continue
-        if reasons and "does not load" in reasons[0]:  # it is there and broken: not to be passed over in silence
+        if reasons and "does not load" in reasons[0]:  # installed but broken: say so
             logger.warning(f"note: {reasons[0]}; {found.name} is used instead")
         return found
     raise MissingDependencyError(
@@ -103,22 +102,23 @@ def load_tensorrt(flavor: str = "auto") -> TensorRT:
 
 
 def dtype_name(dtype: Any) -> str:
-    """A TensorRT `DataType` as the contract spells it; its own name where the contract has none."""
+    """Name of a TensorRT `DataType` in the contract; TensorRT's own name for types that the contract lacks."""
     name = str(dtype.name)
     return _DTYPES.get(name, name.lower())
 
 
 @dataclass
 class Messages:
-    """What TensorRT said while it worked."""
+    """Messages that TensorRT logged during an operation."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)  # lists of an engine's layers, see `stepcell.runtime.engine.layers`
 
     def explain(self) -> str:
-        """The errors as one line. What only repeats that the machine has no driver is left out
-        when another error is there: TensorRT-RTX adds it to every error.
+        """The errors as one line.
+
+        TensorRT-RTX adds to every error that the machine has no driver; that is left out if there is another error.
         """
         about_model = [text for text in self.errors if "catchCudaError" not in text]
         return "; ".join(dict.fromkeys(about_model or self.errors)) or "TensorRT gave no reason"
@@ -169,14 +169,14 @@ def make_logger(trt: Any, messages: Messages, *, verbose: bool = False) -> Any:
 
     Args:
         trt: the vendor's module.
-        messages: where they are collected.
-        verbose: also show everything TensorRT says, as it says it.
+        messages: collects them.
+        verbose: also log every message immediately.
     """
     base: Any = trt.ILogger
 
-    class Logger(base):  # type: ignore[misc]  # the base is known only once a flavour is loaded
+    class Logger(base):  # type: ignore[misc]  # the base depends on the module
         def __init__(self) -> None:
-            base.__init__(self)  # the bindings require it by name; super() leaves it half made
+            base.__init__(self)  # required by the bindings; super() does not initialise the object fully
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):

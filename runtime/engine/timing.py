@@ -73,7 +73,7 @@ def step_milliseconds(
         events[-1].record(stream)
         stream.synchronize()
         rounds = [later.milliseconds_since(event) for event, later in itertools.pairwise(events)]
-        del context, engine, runtime  # in this order: each needs the next
+        del context, engine, runtime  # in this order: each depends on the next
     return statistics.median(rounds) / _STEPS
 
 

@@ -1,4 +1,4 @@
-"""`stepcell build`."""
+"""Command `stepcell build`."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ Examples:
     type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
     default="auto",
     show_default=True,
-    help="Which TensorRT builds, and later runs, the engine; auto prefers tensorrt where it is installed.",
+    help="TensorRT that builds, and later runs, the engine; auto prefers tensorrt if it is installed.",
 )
 @click.option(
     "--plugin",
     type=click.Choice(["auto", "on", "off", "portable"]),
     default="auto",
     show_default=True,
-    help="The fused gate kernel: where it is faster (both forms are timed), insisted on, not at all, or in a "
-    "form that other programs can load.",
+    help="The fused gate kernel: auto uses it if it is faster (both variants are timed), on requires it, off never "
+    "uses it, portable requires the form that other programs can load.",
 )
 @click.option(
     "--kernels",
     metavar="FOLDER",
-    help="The plugin's kernels, as `stepcell kernels compile` made them; missing ones are added [the user's cache].",
+    help="Folder of kernels from `stepcell kernels compile`; missing ones are added [the user's cache].",
 )
 @click.option("--minShapes", "--min-shapes", "min_shapes", metavar=_SHAPES, help="Smallest sizes [--optShapes].")
 @click.option("--optShapes", "--opt-shapes", "opt_shapes", metavar=_SHAPES, help="Sizes to tune for [as exported].")
@@ -80,7 +80,7 @@ Examples:
     is_flag=True,
     help="The engine also loads in later TensorRT versions; not with TensorRT-RTX.",
 )
-@click.option("--verbose", is_flag=True, help="Show everything TensorRT says.")
+@click.option("--verbose", is_flag=True, help="Show all messages of TensorRT.")
 @json_option
 def command(
     model: Path,
@@ -101,9 +101,9 @@ def command(
 ) -> None:
     """Build a TensorRT engine from MODEL, a file that `stepcell export` wrote.
 
-    Precision is what the model was exported with; shapes are given for data inputs only, those of
-    the states follow. The contract and the fingerprint go into a .json file beside the engine.
-    TensorRT-RTX needs no GPU to build.
+    The precision is that of the exported model. Shapes are given for data inputs only; those of the states
+    follow. The contract and the fingerprint are written to a .json file beside the engine. TensorRT-RTX needs
+    no GPU to build.
     """
     options = BuildOptions(
         flavor=flavor,

@@ -1,4 +1,4 @@
-"""`stepcell inspect`."""
+"""Command `stepcell inspect`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Examples:
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def command(file: Path, as_json: bool) -> None:
-    """Print what FILE, an .onnx model or a TensorRT engine, takes, returns and remembers.
+    """Print inputs, outputs and states of FILE, an .onnx model or a TensorRT engine.
 
     An engine is compared with its sidecar; TensorRT and a GPU are not needed.
     """

@@ -1,4 +1,4 @@
-"""`stepcell kernels`."""
+"""Command `stepcell kernels`."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ Examples:
 def compile_command(
     model: Path | None, compute_capability: str, labels: tuple[str, ...], output: Path | None, as_json: bool
 ) -> None:
-    """Compile kernels to machine code for GPUs that need not be here.
+    """Compile kernels to machine code; the GPUs need not be present.
 
-    Those of the cells in MODEL, a file that `stepcell export` wrote, and of every --cell; with
-    neither, those of a typical set. What the folder already has is not compiled again. Needs Triton
-    (stepcell[kernels]).
+    Compiles the kernels of the cells in MODEL, a file that `stepcell export` wrote, and of every --cell; without
+    both, those of a set of typical cells. Existing kernels are not compiled again. Needs Triton (stepcell[kernels]).
     """
     from stepcell.plugins.kernels.store import default_folder, images_for, wanted
     from stepcell.plugins.kernels.typical import TYPICAL
@@ -79,5 +78,7 @@ def _cells_of(path: Path) -> list[CellConfig]:
 
     cells = [cell for _, cell in plugin_model(read_onnx(path).model).cells]
     if not cells:
-        raise InputError(f"{path}: has no stepcell::ConvGRU or stepcell::ConvLSTM node", hint="nothing to compile")
+        raise InputError(
+            f"{path}: has no stepcell::ConvGRU or stepcell::ConvLSTM node", hint="there is nothing to compile"
+        )
     return cells

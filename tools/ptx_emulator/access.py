@@ -19,7 +19,7 @@ __all__ = ["access"]
 
 
 def access(instruction: Instruction) -> Run | None:
-    """How an instruction runs; None: it is of another kind."""
+    """Compile an instruction of this module to a function; None: another module handles it."""
     maker = _MAKERS.get(instruction.opcode[0])
     return None if maker is None else maker(instruction)
 
@@ -30,7 +30,7 @@ def _threads(cta: Cta, mask: Any) -> NDArray[np.int64]:
 
 
 def _parts(instruction: Instruction) -> tuple[int, int]:
-    """Parts of a load or store and bytes of each."""
+    """Number of elements of a load or store, and bytes of each."""
     count = next((int(word[1:]) for word in instruction.opcode if word in ("v2", "v4", "v8")), 1)
     return count, np.dtype(TYPES[instruction.opcode[-1]]).itemsize
 
@@ -86,7 +86,7 @@ def _store(instruction: Instruction) -> Run:
 
 
 def _copy(instruction: Instruction) -> Run:
-    """cp.async: so many bytes to shared memory, of which all are read, or none and they are zero."""
+    """cp.async: copy bytes to shared memory, or fill them with zeros if the source size is 0."""
     words = instruction.opcode
     if words[2] == "commit_group":
         return _each(lambda cta: cta.shared.commit())
@@ -114,7 +114,7 @@ def _copy(instruction: Instruction) -> Run:
 
 
 def _each(act: Callable[[Cta], None]) -> Run:
-    """What the whole program does at once."""
+    """An instruction that the whole program executes together."""
 
     def run(cta: Cta, mask: Any) -> None:
         if mask is not None:
@@ -154,7 +154,7 @@ def _products(instruction: Instruction) -> Run:
 
 
 def _fence(_: Instruction) -> Run:
-    """Orders what goes in order here anyway."""
+    """A fence; does nothing, because accesses are in order here."""
     return _each(lambda _: None)
 
 

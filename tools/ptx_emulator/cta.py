@@ -1,4 +1,4 @@
-"""One program (thread block): its registers, its shared memory, and the order of its instructions."""
+"""One program (thread block): registers, control flow and background work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONTAINERS: dict[str, Any] = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "
 
 
 class Code:
-    """A program made ready to run."""
+    """A parsed kernel with one function per instruction."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -33,7 +33,7 @@ class Code:
 
     @cached_property
     def meetings(self) -> dict[int, int]:
-        """Where threads that part ways at an instruction meet again: its immediate post-dominator."""
+        """Where threads that diverge at a branch reconverge: its immediate post-dominator."""
         graph, instructions = nx.DiGraph(), self.program.instructions
         for at, instruction in enumerate(instructions):
             branches = instruction.opcode[0] == "bra"
@@ -45,7 +45,7 @@ class Code:
 
 
 def _runner(instruction: Instruction) -> Run | None:
-    """None: control flow, which `Cta.run` knows itself."""
+    """The function of an instruction; None: control flow, which `Cta.run` handles."""
     name = instruction.opcode[0]
     if name in ("bra", "ret", "griddepcontrol"):
         return None
@@ -61,7 +61,7 @@ class Cta:
     Args:
         number: of the program in its launch, from 1.
         places: values of %ctaid and %nctaid.
-        arguments: the block of parameters.
+        arguments: the argument block.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Cta:
         self._sees = False
         self._stored: set[int] = set()  # warps that wrote to global memory since the last barrier
         self._registers: dict[str, Array] = {}
-        self._running: dict[str, int] = {}  # results of products in the background, with their group
-        self._operands: dict[str, int] = {}  # and what they read
+        self._running: dict[str, int] = {}  # result registers of background products -> group
+        self._operands: dict[str, int] = {}  # operand registers of background products -> group
         self._loading: set[str] = set()  # results of loads from tensor memory
         self._groups = 0
         self._arguments = arguments
@@ -91,11 +91,12 @@ class Cta:
                 self._special[f"%{name}.{axis}"] = np.full(self.threads, value, np.uint32)
 
     def run(self) -> Iterator[str]:
-        """Run to the end; yields where the program waits for the launch before it, or lets the next one start."""
+        """Run to the end; yields at a wait for the previous launch, and where the next launch may start."""
         instructions, steps, labels = self.code.program.instructions, self.code.steps, self.code.program.labels
         at = 0
-        active: Any = None  # threads that are here; None: all
-        apart: list[tuple[int, list[tuple[int, Any]], Any]] = []  # meeting, who comes there later, and all of them
+        active: Any = None  # mask of active threads; None: all
+        # Stack of divergent branches: where they reconverge, paths still to run, mask before the branch.
+        apart: list[tuple[int, list[tuple[int, Any]], Any]] = []
         while at < len(instructions):
             if apart and apart[-1][0] == at:
                 _, others, everyone = apart[-1]
@@ -122,7 +123,7 @@ class Cta:
                     target = labels[str(instruction.operands[0])]
                     if mask is active or (active is not None and (mask == active).all()):
                         at = target
-                    else:  # thread 0 goes first, since it starts what others wait for
+                    else:  # thread 0 goes first, because it starts what others wait for
                         rest = ~mask if active is None else active & ~mask
                         ways = sorted([(target, mask), (at, rest)], key=lambda way: int(way[1].argmax()))
                         apart.append((self.code.meetings[at - 1], ways[1:], active))
@@ -139,7 +140,7 @@ class Cta:
             raise Fault("the program ends with copies or products in flight, or tensor memory kept")
 
     def get(self, operand: Operand, kind: Any, *, running: bool = False) -> Array:
-        """A value per thread, or one for all."""
+        """Read an operand: one value per thread, or one for all."""
         if isinstance(operand, Register):
             if operand.name in self._loading or (operand.name in self._running and not running):
                 raise Fault(f"reads %{operand.name}, which is still written in the background")
@@ -160,13 +161,13 @@ class Cta:
         raise Fault(f"operand {operand} is not known")
 
     def _held(self, name: str) -> Array:
-        """A register; NaN where nobody has written it, as the compiler leaves what it knows to be of no use."""
+        """A register; NaN if it was never written (the compiler reads such registers where the value is unused)."""
         held = self._registers.get(name)
         container = _CONTAINERS[name.rstrip("0123456789")]
         return ~np.zeros(self.threads, container) if held is None else held
 
     def parts(self, operand: Operand, kind: Any) -> Array:
-        """As `get`, but a wider register holds several values, which lie side by side."""
+        """Like `get` for packed registers: the values of a register are adjacent."""
         if not isinstance(operand, Register):
             raise Fault(f"{operand} is not known as several values")
         return self.get(operand, self._held(operand.name).dtype).view(kind)
@@ -188,14 +189,14 @@ class Cta:
         self._registers[target.name] = value
 
     def uniform(self, operand: Operand) -> int:
-        """A 64-bit value that is the same in every thread of a warp; that of the first."""
+        """A 64-bit value that must be the same in all threads."""
         values = self.get(operand, np.uint64)
         if (values != values[0]).any():
             raise Fault("threads differ in what must be one value")
         return int(values[0])
 
     def first(self, operand: Operand, mask: Any) -> int:
-        """Of the first thread that takes part: an address in shared or tensor memory, or a value."""
+        """The value of an operand, or an address in shared or tensor memory, in the first active thread."""
         thread = 0 if mask is None else int(mask.argmax())
         if isinstance(operand, Address):
             return int(self.shared_addresses(operand)[thread])
@@ -214,19 +215,19 @@ class Cta:
         return np.broadcast_to(base + operand.offset, self.threads)
 
     def run_on(self, results: Sequence[Register], operands: Sequence[Register]) -> None:
-        """Results that may not be read, and operands that may not be written, before their products are waited for."""
+        """Mark results as unreadable, and operands as not writable, until their products have been waited for."""
         self._running.update((r.name, self._groups) for r in results)
         self._operands.update((r.name, self._groups) for r in operands)
 
     def products_wait(self, left: int) -> None:
-        """All groups of products but the last `left` are done."""
+        """Complete all groups of products except the last `left`."""
         first = self._groups - left
         self._running = {name: group for name, group in self._running.items() if group >= first}
         self._operands = {name: group for name, group in self._operands.items() if group >= first}
         self.shared.background_done(first, everyone=False)
 
     def load_runs(self, results: Sequence[Register]) -> None:
-        """Results that may not be read before `loads_wait`."""
+        """Mark results of loads as unreadable until `loads_wait`."""
         self._loading.update(r.name for r in results)
 
     def loads_wait(self) -> None:
@@ -237,7 +238,7 @@ class Cta:
 
     @property
     def group(self) -> int:
-        """Of products that is open."""
+        """Number of the open group of products."""
         return self._groups
 
     def barrier(self) -> None:
@@ -261,7 +262,7 @@ class Cta:
         self._stored |= set(np.unique(threads // 32).tolist())
 
     def add_atomically(self, operand: Operand, values: Array, threads: NDArray[np.int64]) -> Array:
-        """Old values; releases what this program has stored, and acquires what others have."""
+        """Atomic add; returns the old values. Releases stores of this program and acquires those of others."""
         old = np.zeros(self.threads, np.uint32)
         where = self._addresses(operand, np.uint64).astype(np.uint64)
         for thread in threads.tolist():

@@ -15,7 +15,7 @@ from tools.ptx_emulator.program import parse
 
 __all__ = ["CAPABILITIES", "Edit", "Emulated"]
 
-CAPABILITIES = ["8.7", "9.0", "11.0", "12.0"]  # four ways to multiply, or to load and store
+CAPABILITIES = ["8.7", "9.0", "11.0", "12.0"]  # each multiplies, loads or stores differently
 
 Edit = Callable[[str], str]
 
@@ -24,8 +24,8 @@ class Emulated:
     """Launches kernels in the emulator, for tools.kernel_steps.Steps.
 
     Attributes:
-        driver: in the place of CUDA's.
-        edit: changes the text of a kernel before it runs.
+        driver: replaces the CUDA driver.
+        edit: changes the PTX of a kernel before it runs.
     """
 
     def __init__(self, capability: str, driver: EmulatedDriver) -> None:

@@ -1,4 +1,4 @@
-"""Global memory: buffers that are known by name, and nothing else."""
+"""Global memory: named buffers of the host; every other address is a fault."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Region:
     """One buffer.
 
     Attributes:
-        writers: of every two bytes, the program (from 1) that wrote them in this launch; 0: none.
-        shared: programs of one launch may read what others of it wrote, behind an atomic.
+        writers: number of the program that wrote each pair of bytes in this launch; 0: none.
+        shared: programs of a launch may read what others of the same launch wrote, after an atomic.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Region:
 
 
 class Memory:
-    """All buffers of a launch. The host's own memory: addresses are real ones."""
+    """All buffers of a launch. Addresses are real addresses of the host."""
 
     def __init__(self) -> None:
         self._regions: list[Region] = []
 
     def add(self, name: str, address: int, nbytes: int, *, shared: bool = False) -> None:
-        """Make a buffer known, in the place of those that overlap it."""
+        """Add a buffer; replaces those that it overlaps."""
         keep: Any = (ctypes.c_uint8 * nbytes).from_address(address)
         self._regions = [
             r for r in self._regions if r.address + len(r.data) <= address or address + nbytes <= r.address
@@ -52,7 +52,7 @@ class Memory:
         bisect.insort(self._regions, Region(name, address, np.frombuffer(keep, np.uint8), shared), key=_address)
 
     def start_launch(self) -> None:
-        """Whatever was written before is nobody's."""
+        """Forget who wrote what in earlier launches."""
         for region in self._regions:
             region.writers[:] = 0
 
@@ -60,11 +60,11 @@ class Memory:
         """(n, size) bytes at n addresses.
 
         Args:
-            program: that reads, from 1.
-            acquired: an atomic and a barrier lie before.
+            program: number of the reading program, from 1.
+            acquired: the program has executed an atomic and a barrier.
 
         Raises:
-            Fault: outside every buffer, not aligned, or written by another program in this launch.
+            Fault: outside all buffers, unaligned, or written by another program of this launch.
         """
         result = np.empty((len(addresses), size), np.uint8)
         for region, rows, index in self._split(addresses, size):
@@ -81,7 +81,7 @@ class Memory:
         """Write (n, size) bytes at n addresses.
 
         Raises:
-            Fault: outside every buffer, not aligned, or two programs write one place.
+            Fault: outside all buffers, unaligned, or written by two programs.
         """
         for region, rows, index in self._split(addresses, values.shape[1]):
             places = index[:, ::2] // 2
@@ -92,7 +92,7 @@ class Memory:
             region.data[index] = values[rows]
 
     def _split(self, addresses: Addresses, size: int) -> list[tuple[Region, Any, NDArray[np.int64]]]:
-        """Region, rows of `addresses` that lie in it, (rows, size) offsets of their bytes."""
+        """Split by region: region, rows of `addresses` inside it, and (rows, size) offsets of their bytes."""
         if (addresses % np.uint64(size)).any():
             raise Fault(f"address {int(addresses[addresses % np.uint64(size) != 0][0]):#x} is no multiple of {size}")
         starts = np.array([r.address for r in self._regions], np.uint64)

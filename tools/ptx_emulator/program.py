@@ -1,4 +1,4 @@
-"""PTX as text -> instructions."""
+"""Parser of PTX: text to instructions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Address", "Fault", "Immediate", "Instruction", "Operand", "Program",
 
 
 class Fault(AssertionError):
-    """The code does what it must not, or what the emulator does not know."""
+    """The code breaks a rule, or uses something that the emulator does not implement."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Register:
 
 @dataclass(frozen=True)
 class Immediate:
-    """A number as bits, cut to the size it is used with."""
+    """A number as bits, truncated to the size that it is used with."""
 
     bits: int
 
@@ -34,7 +34,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """`{a, b}`; a part that nobody wants is the text `_`."""
+    """`{a, b}`; an unused element is the text `_`."""
 
     items: tuple[Register | Immediate | str, ...]
 
@@ -48,10 +48,10 @@ class Instruction:
 
     Attributes:
         line: in the text, from 1.
-        opcode: its words, such as ("add", "s32").
-        operands: in order; a label or a special register is its text.
-        guard: predicate it depends on; None: always.
-        negated: it runs where the guard is false.
+        opcode: its parts, such as ("add", "s32").
+        operands: in order; labels and special registers are text.
+        guard: predicate that it depends on; None: unconditional.
+        negated: it executes if the guard is false.
     """
 
     line: int
@@ -71,8 +71,8 @@ class Program:
 
     Attributes:
         parameters: offset and size of each, by name.
-        threads: of a program.
-        labels: number of the instruction that each stands before.
+        threads: per program.
+        labels: index of the instruction after each label.
     """
 
     parameters: dict[str, tuple[int, int]]
@@ -82,12 +82,12 @@ class Program:
 
 
 _NUMBER = re.compile(r"(-?(?:0x[0-9a-fA-F]+|\d+))U?$")
-_SCOPE = re.compile(r"\{\s*\.reg \.pred (\w+);\s*(\w+):[^}]*\}")  # a loop with names of its own
+_SCOPE = re.compile(r"\{\s*\.reg \.pred (\w+);\s*(\w+):[^}]*\}")  # a wait loop with local names
 _FLOAT = re.compile(r"0f([0-9a-fA-F]{8})$")
 
 
 def parse(text: str) -> Program:
-    """The kernel of a text that holds one."""
+    """Parse a text with one kernel."""
     parameters: dict[str, tuple[int, int]] = {}
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -111,7 +111,7 @@ def parse(text: str) -> Program:
 
 
 def _renamed(found: re.Match[str]) -> str:
-    """A scope as lines of the program, with names that no other line has."""
+    """Inline a scope, with unique names for its predicate and label."""
     predicate, label, where = found[1], found[2], found.start()
     body = re.sub(rf"\b{label}\b", f"$scope{where}", found[0])
     body = re.sub(rf"@!{predicate}\b", f"@!%p9{where}", body)

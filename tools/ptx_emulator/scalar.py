@@ -1,4 +1,4 @@
-"""Instructions that every thread runs on registers of its own."""
+"""Instructions that each thread executes on its own registers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["TYPES", "scalar"]
 
 Array = NDArray[Any]
-Run = Callable[["Cta", Any], None]  # the second: threads that take part, None: all
+Run = Callable[["Cta", Any], None]  # program and mask of active threads; None: all
 
 _FLOATS = {"f16": np.float16, "f16x2": np.float16, "f32": np.float32, "f32x2": np.float32}
 _SIGNED = {"s8": np.int8, "s16": np.int16, "s16x2": np.int16, "s32": np.int32, "s64": np.int64}
@@ -48,7 +48,7 @@ def _shift_right(value: Array, amount: Array) -> Array:
 
 
 def _quotient(a: Array, b: Array) -> Array:
-    """Rounded to zero; exact, since 32 bits fit a float64."""
+    """Rounded towards zero; exact, because 32 bits fit in a float64."""
     quotient: Array = np.trunc(a.astype(np.float64) / b.astype(np.float64)).astype(a.dtype)
     return quotient
 
@@ -59,7 +59,7 @@ def _remainder(a: Array, b: Array) -> Array:
 
 
 def _multiply_add(a: Array, b: Array, c: Array) -> Array:
-    if a.dtype == np.float32:  # one rounding, but for what float64 rounds away before
+    if a.dtype == np.float32:  # one rounding, except for what float64 rounds before
         return (a.astype(np.float64) * b + c).astype(np.float32)
     return a * b + c
 
@@ -93,7 +93,7 @@ _COMPARE: dict[str, Callable[..., Any]] = {
 
 
 def scalar(instruction: Instruction) -> Run | None:
-    """How an instruction runs; None: it is of another kind."""
+    """Compile an instruction of this module to a function; None: another module handles it."""
     words, operands = instruction.opcode, instruction.operands
     name, kind = words[0], TYPES.get(words[-1])
     if name in _SPECIAL:
@@ -173,7 +173,7 @@ def _shuffle(instruction: Instruction) -> Run:
 
 
 def _permute(instruction: Instruction) -> Run:
-    """Four bytes of eight, each chosen by a digit of the selector; 8 and more: its sign, eight times."""
+    """prmt: select four of eight bytes by the digits of the selector; a digit of 8 or more replicates the sign."""
     result, low, high, selector = instruction.operands
     if instruction.opcode != ("prmt", "b32"):
         raise instruction.fault("this permutation is not known")

@@ -1,10 +1,10 @@
-"""Shared memory of one program, which knows who wrote what since the last barrier.
+"""Shared memory of one program, with the accesses since the last barrier.
 
-A byte may be read by another warp than its writer's only behind a barrier, by another thread of the same
-warp only behind a barrier of the warp; it may be written by another warp than its readers' only behind a
-barrier. A copy in flight may be neither read nor written until it is waited for, and then it is as if the
-thread that started it had just written it. What a tensor core reads in the background may not be written
-until it is waited for, and then it is as if every warp had just read it.
+Rules: another warp may read a byte only after a barrier, another thread of the same warp only after a barrier of the
+warp. A warp may overwrite a byte that another warp has read only after a barrier. The target of a copy in flight may
+be neither read nor written until the copy has been waited for; then it counts as just written by the thread that
+started the copy. Memory that a tensor core reads in the background may not be written until the product has been
+waited for; then it counts as just read by every warp.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Copy:
 
 
 class Shared:
-    """Bytes, in units of two for who wrote and read them."""
+    """Bytes; writers and readers are tracked in units of two bytes."""
 
     def __init__(self, nbytes: int) -> None:
         self._data = np.zeros(nbytes, np.uint8)
@@ -54,7 +54,7 @@ class Shared:
         self._thread[:] = -1
 
     def read(self, addresses: NDArray[np.int64], size: int, threads: Threads) -> Bytes:
-        """(n, size) bytes."""
+        """Read (n, size) bytes."""
         offsets = self._offsets(addresses, size)
         units = offsets[:, ::2] // 2
         self._check_known(units)
@@ -73,7 +73,7 @@ class Shared:
         self._put(_Copy(offsets, values, threads))
 
     def copy(self, addresses: NDArray[np.int64], values: Bytes, threads: Threads) -> None:
-        """Start a copy; it is done when its group has been waited for."""
+        """Start a copy, which completes when its group has been waited for."""
         offsets = self._offsets(addresses, values.shape[1])
         units = offsets[:, ::2] // 2
         self._claim(units, threads)
@@ -85,13 +85,13 @@ class Shared:
         self._open = []
 
     def wait(self, left: int) -> None:
-        """All groups but the last `left` are done."""
+        """Complete all groups except the last `left`."""
         done, self._groups = self._groups[: len(self._groups) - left], self._groups[len(self._groups) - left :]
         for copy in (copy for group in done for copy in group):
             self._put(copy)
 
     def read_in_background(self, addresses: NDArray[np.int64], group: int) -> NDArray[np.uint16]:
-        """Two bytes at each address, for a tensor core, which reads on until its group is done."""
+        """Read two bytes at each address for a tensor core, which keeps reading until its group is complete."""
         offsets = self._offsets(addresses.ravel(), 2)
         units = offsets[:, 0] // 2
         self._check_known(units)
@@ -101,7 +101,7 @@ class Shared:
         return self._data.view(np.uint16)[units].reshape(addresses.shape)
 
     def background_done(self, first: int, *, everyone: bool) -> None:
-        """Groups of products before `first` are done, for everyone or in the warp that waited."""
+        """Complete groups of products before `first`, for all warps or only for the one that waited."""
         done = (self._background >= 0) & (self._background < first)
         if not everyone:
             self._readers[done] = 0xFFFF  # warps that have yet to come there may still read
@@ -129,7 +129,7 @@ class Shared:
             raise Fault("reads shared memory that nobody has written")
 
     def _claim(self, units: NDArray[np.int64], threads: Threads) -> None:
-        """These threads are about to write."""
+        """Check that these threads may write."""
         own = (threads // 32)[:, None]
         if (self._readers[units] & ~(1 << own)).any():
             raise Fault("writes shared memory that another warp reads, with no barrier between")

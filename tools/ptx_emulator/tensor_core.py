@@ -1,6 +1,6 @@
-"""Instructions of a whole warp: matrices from and to shared memory, and their products.
+"""Instructions of whole warps: matrices to and from shared memory, and matrix products.
 
-Products are summed in float32, in an order of NumPy's; a tensor core's own order and rounding differ.
+Products are summed in float32 in the order of NumPy; order and rounding of a tensor core differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LANE = np.arange(32)
 
 
 def tensor_core(instruction: Instruction) -> Run | None:
-    """How an instruction runs; None: it is of another kind."""
+    """Compile an instruction of this module to a function; None: another module handles it."""
     words = instruction.opcode
     if words[0] in ("ldmatrix", "stmatrix"):
         return _matrices(instruction)
@@ -36,7 +36,7 @@ def tensor_core(instruction: Instruction) -> Run | None:
 
 
 def registers_of(operand: Any) -> tuple[Register, ...]:
-    """Of a vector."""
+    """The registers of a vector operand."""
     assert isinstance(operand, Vector)
     return tuple(item for item in operand.items if isinstance(item, Register))
 
@@ -77,7 +77,7 @@ def _matrices(instruction: Instruction) -> Run:
 
 
 def _rows(cta: Cta, registers: tuple[Register, ...]) -> NDArray[np.float32]:
-    """(warps, 16, 16): what four registers hold of the left operand."""
+    """The left operand (warps, 16, 16) from its four registers."""
     result = np.empty((cta.threads // 32, 16, 16), np.float32)
     for number, register in enumerate(registers):
         i, k = number % 2 * 8, number // 2 * 8
@@ -105,7 +105,7 @@ def _mma(instruction: Instruction) -> Run:
 
 
 def _swizzled(addresses: NDArray[np.int64], row_bytes: int) -> NDArray[np.int64]:
-    """The 16-byte units of a row change places by the number of the row, in rows of 128, 64 or 32 bytes."""
+    """Swizzle: permute the 16-byte units of a row by the row number, for rows of 128, 64 or 32 bytes."""
     return addresses ^ (addresses >> 7 & row_bytes // 16 - 1) << 4
 
 
@@ -143,7 +143,7 @@ def _wgmma(instruction: Instruction) -> Run:
 def described(
     cta: Cta, description: int, rows: int, *, transposed: bool, blackwell: bool = False
 ) -> NDArray[np.float32]:
-    """(rows, 16) values in shared memory of an operand whose rows are those of A, or the columns of B.
+    """Operand (rows, 16) in shared memory by its matrix descriptor; rows are rows of A or columns of B.
 
     PTX ISA, "Matrix Descriptor Format" and "Strides": bits 0-13 the address, 16-29 the leading byte offset,
     32-45 the stride byte offset, all in units of 16 bytes; 62-63 the swizzle (1, 2, 3: 128, 64, 32 bytes), on
@@ -155,7 +155,7 @@ def described(
     if description >> 49 & 7 or row_bytes is None:
         raise Fault("a description with a base offset, or without a swizzle, is not known")
     row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
-    if transposed:  # rows of memory are values of k
+    if transposed:  # rows in memory run along k
         across = row_bytes // 2
         offsets = row // across * (16 * leading) + k // 8 * (16 * stride) + k % 8 * row_bytes + row % across * 2
     else:

@@ -1,8 +1,8 @@
-"""Tensor memory of compute capability 10 and 11: 128 lanes of 512 columns of 32 bits, and what runs on it.
+"""Tensor memory of compute capability 10 and 11 (128 lanes, 512 columns of 32 bits) and its instructions.
 
-A product runs in the background from its `tcgen05.mma` on; it is done when the barrier that its
-`tcgen05.commit` names has been waited for. Until then its result and its operands may not be touched. What
-a warp stored must be waited for, and a barrier lie behind it, before a product reads it.
+A product runs in the background from its `tcgen05.mma` until the barrier named by its `tcgen05.commit` has been waited
+for. Until then its result and operands may not be accessed. Data stored by a warp must be waited for, and followed by
+a barrier, before a product reads it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["TensorMemory", "tensor_memory"]
 
 _UNKNOWN, _READY, _STORING, _STORED = range(4)
-_FIRST = 128  # column that an allocation gets, as if others had been there before
+_FIRST = 128  # first column of an allocation; not 0, to find code that assumes so
 
 Cells = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 class TensorMemory:
-    """Values, and who is at work on them."""
+    """Values, and the background work that uses them."""
 
     def __init__(self) -> None:
         self.values = np.zeros((128, 512), np.uint32)
@@ -57,13 +57,13 @@ class TensorMemory:
         self._state[self._state == _STORED] = _READY
 
     def operand(self, cells: Cells) -> NDArray[np.uint32]:
-        """For the product that is about to be queued."""
+        """Read an operand of the next product."""
         self._check(cells, ready=(_READY,))
         self._read[cells] = self._products
         return self.values[cells]
 
     def accumulate(self, cells: Cells, product: NDArray[np.float32], *, keep: bool) -> None:
-        """Queue a product. Products follow one another in order."""
+        """Queue a product. Products complete in order."""
         self._outside(cells)
         if np.isin(self._state[cells], (_STORING, _STORED)).any():
             raise Fault("a product adds to tensor memory that a warp has written, with no wait and barrier since")
@@ -82,11 +82,11 @@ class TensorMemory:
             raise Fault("a barrier is taken away that a product has yet to come to")
 
     def commit(self, address: int) -> None:
-        """The barrier hears when all products so far are done."""
+        """Signal the barrier when all products so far are complete."""
         self._barriers[address].append(self._products)
 
     def wait(self, address: int, parity: int) -> int:
-        """Until the barrier's phase of this parity is over: products before the returned one are done."""
+        """Wait for the barrier's phase of this parity; products before the returned number are complete."""
         over, *coming = self._barriers[address]
         if over % 2 != parity:  # it is already
             return 0
@@ -120,7 +120,7 @@ class TensorMemory:
 
 
 def tensor_memory(instruction: Instruction) -> Run | None:
-    """How an instruction runs; None: it is of another kind."""
+    """Compile an instruction of this module to a function; None: another module handles it."""
     words, operands = instruction.opcode, instruction.operands
     if words[0] == "elect":
         return _elect(instruction)
@@ -156,7 +156,7 @@ def tensor_memory(instruction: Instruction) -> Run | None:
 
 
 def _elect(instruction: Instruction) -> Run:
-    """The first lane of every warp."""
+    """elect: true in the first lane of every warp."""
     _, predicate = str(instruction.operands[0]).split("|%")
 
     def run(cta: Cta, mask: Any) -> None:

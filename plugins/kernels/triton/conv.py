@@ -2,13 +2,12 @@
 
     acc[pixel, n] += sum over k of im2col(src)[pixel, k] * weight[k, n],  k = tap * LD + channel
 
-`src` is a half map (B, H, W, LD), LD the channels rounded up to 8 (TensorRT's kHWC8), zero outside
-the map ("same" padding). Padding channels of `src` may hold anything, NaN too, where others wrote them; what
-these kernels wrote is CLEAN, zero there. Cleaning sends a tile through registers, which Triton 3.7 overwrites
-while tensor cores still read them: on compute capability 9.0 (triton issue 9433), and on 10 and 11, in tensor
-memory, where two products share the tile. Such a loop needs STAGES = 1 (signature.py).
-`weight` is what packing.py makes: it is read past its last row and column, where it has zeros, so
-only pixels need a mask.
+`src` is a float16 map (B, H, W, LD), where LD is the channels rounded up to 8 (TensorRT's kHWC8), with zero
+"same" padding. Its padding channels may hold anything, including NaN, unless these kernels wrote them: then they
+are zero and the caller passes CLEAN. Otherwise each tile is masked, which sends it through registers. Triton 3.7
+overwrites such registers while tensor cores still read them: on compute capability 9.0 (triton issue 9433), and on
+10 and 11 in tensor memory, where two products share the tile. Such a loop needs STAGES = 1 (signature.py).
+`weight` comes from packing.py. It is read past its last row and column, where it has zeros, so only pixels are masked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What follows the convolution inside a kernel: activations, pre-activations, the state, stores.
+"""Epilogue of the kernels: activations, and loads and stores of maps and states.
 
-Two layouts meet here. Half maps are (B, H, W, LD) with LD the channels rounded up to 8. A wide state
-is float32 (B, C, H, W): it is read and written as a (channel, pixel) tile, so that neighbouring
-threads take neighbouring pixels, and turned over in registers and shared memory.
+There are two layouts. Float16 maps are (B, H, W, LD), where LD is the channels rounded up to 8. A wide state is
+float32 (B, C, H, W); it is read and written as a (channel, pixel) tile, so that accesses of neighbouring threads
+coalesce, and transposed through registers and shared memory.
 
 Offsets are int32, which saves registers; the launcher refuses maps of 2^31 values or more.
 """

@@ -1,10 +1,10 @@
 """ConvGRU kernels: one step in two launches (reset "before") or one (reset "after").
 
-Reset "before" needs two: the candidate convolves r . h, of which a pixel's neighbours must be ready.
-A program owns BM pixels and BC channels of every gate. Equations: docs/op-contract.md.
+Reset "before" needs two launches: the candidate convolves r . h, which must be complete at a pixel's neighbours.
+A program computes BM pixels and BC channels of every gate. Equations: docs/op-contract.md.
 
-Shapes: half maps x (B, H, W, LDX), h, z, rh, y (B, H, W, LDC), pre (B, H, W, LDP) with
-LDX, LDC, LDP = CX, C, 3C rounded up to 8. state (B, C, H, W) float32 if WIDE, else a half map.
+Shapes: float16 maps x (B, H, W, LDX), h, z, rh, y (B, H, W, LDC), pre (B, H, W, LDP) with
+LDX, LDC, LDP = CX, C, 3C rounded up to 8. state (B, C, H, W) float32 if WIDE, else a float16 map.
 """
 
 from __future__ import annotations

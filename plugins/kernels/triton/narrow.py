@@ -1,4 +1,4 @@
-"""The fp16 mirror of a float32 state, which the convolutions read."""
+"""Kernel that converts a float32 state to its fp16 mirror, which the convolutions read."""
 
 from __future__ import annotations
 

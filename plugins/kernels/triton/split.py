@@ -1,7 +1,7 @@
-"""Split K: the programs of a tile share its K loop, and the last of them to arrive finishes the tile.
+"""Split K: several programs share the K loop of a tile, and the last one to finish completes the tile.
 
-Each writes its partial sums, then counts itself in. Who finds that all others have done so adds the
-sums, always in the order of the splits, so that the result does not depend on who was last.
+Each program writes its partial sums, then increments the counter of the tile. The program that finds the counter
+complete adds the sums, always in the order of the splits, so the result does not depend on which one was last.
 
 A grid has the splits as its third axis. `partials` is float32 (tile, split, BM, WIDTH) and may hold
 anything before a launch; `arrivals` is int32 (tile), zero before a launch and zero after it.

@@ -203,7 +203,7 @@ def test_ptx_that_cannot_be_used_is_refused() -> None:
     with pytest.raises(BuildError, match=r"reads parameters that TensorRT does not pass: \[2\]"):
         portable_ptx("gru_gates", cell, declaration("gru_gates", "\tld.param.b64 %rd1, [gru_gates_param_2];\n"))
     for broken in ("", declaration("gru_gates").replace(".entry", ".func"), declaration("gru_candidate")):
-        with pytest.raises(BuildError, match="of another form"):
+        with pytest.raises(BuildError, match="does not have the expected form"):
             portable_ptx("gru_gates", cell, broken)
 
 

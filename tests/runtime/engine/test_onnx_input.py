@@ -123,7 +123,7 @@ def test_weights_outside_the_file_are_refused(denoiser_onnx: Path, tmp_path: Pat
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="weights.bin")
 
-    assert "lie outside the file" in refusal(denoiser_onnx, tmp_path, move_out).message
+    assert "stored outside the file" in refusal(denoiser_onnx, tmp_path, move_out).message
 
 
 def test_model_without_a_contract_is_refused(denoiser_onnx: Path, tmp_path: Path) -> None:

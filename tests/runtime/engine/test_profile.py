@@ -71,7 +71,7 @@ def test_a_level_that_is_not_given_takes_anothers(given: dict[str, Any], expecte
         (DYNAMIC, {"max_shapes": {"x": (1, 4, 64, 64)}}, "--maxShapes: x: expected shape (batch, 3, height, width)"),
         (DYNAMIC, {"opt_shapes": {"x": (1, 3, 64)}}, "got (1, 3, 64)"),
         (DYNAMIC, {"opt_shapes": {"x": (1, 3, 66, 64)}}, "multiples of 4, got (1, 3, 66, 64)"),
-        (DYNAMIC, {"opt_shapes": {"x": (1, 3, 64, 64), "state_in.h": (1, 8, 64, 64)}}, "as (1, 8, 16, 16), got"),
+        (DYNAMIC, {"opt_shapes": {"x": (1, 3, 64, 64), "state_in.h": (1, 8, 64, 64)}}, "determine (1, 8, 16, 16), got"),
         (DYNAMIC, {"opt_shapes": {"state_in.h": (1, 8, 16, 16)}}, "--optShapes: no shape for input 'x'"),
         (DYNAMIC, {"min_shapes": {"x": LARGE}, "opt_shapes": {"x": SMALL}}, "min <= opt <= max"),
         (FIXED, {"opt_shapes": {"x": (1, 3, 64, 64)}}, "expected shape (1, 3, 64, 96), got (1, 3, 64, 64)"),
