@@ -14,6 +14,7 @@ from onnxscript import ir, optimizer
 from onnxscript.rewriter import RewriteRuleSet, pattern
 
 from stepcell.exporter.cell_recognition.values import integers, is_float_cast
+from stepcell.exporter.quiet import errors_only
 
 __all__ = ["normalise"]
 
@@ -25,6 +26,11 @@ _SELECT = (*_RESHAPE, "Gather", "Slice", "Split")
 
 def normalise(model: ir.Model) -> None:
     """Rewrite a model in place; its inputs, outputs and results stay the same."""
+    with errors_only("onnxscript", "onnx_ir"):
+        _normalise(model)
+
+
+def _normalise(model: ir.Model) -> None:
     _optimise(model)
     if any(node.op_type in ("Loop", "SequenceAt") for node in model.graph):
         _unroll_loops(model.graph)

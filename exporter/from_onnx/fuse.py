@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,9 +158,8 @@ def _find(file: OnnxFile) -> _Found:
             )
     graph = ir.from_proto(model)
     try:
-        with _quiet("onnxscript", "onnx_ir"):
-            normalise(graph)
-            cells, near_misses = find_cells(graph)
+        normalise(graph)
+        cells, near_misses = find_cells(graph)
     except Exception as error:  # the optimizer may fail on graphs of any exporter
         notes.append(f"the graph could not be searched for cells: {_text(error)}")
         return _Found(ir.from_proto(file.model), [], [], {}, notes)
@@ -174,19 +171,6 @@ def _find(file: OnnxFile) -> _Found:
         return _Found(graph, cells, near_misses, evidence, [])
     notes = [f"{len(cells)} cell(s) stay as they are: {note}" for note in notes] if cells else []
     return _Found(ir.from_proto(file.model), [], near_misses, evidence, notes)
-
-
-@contextlib.contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    """Suppress the optimizer's messages about every node that it skips."""
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 def _text(error: Exception) -> str:

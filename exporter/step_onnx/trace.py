@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from stepcell.contract import StepContract
 from stepcell.dims import resolve
 from stepcell.errors import ExportError
+from stepcell.exporter.quiet import errors_only
 from stepcell.exporter.step_onnx.contract import TORCH_DTYPES, sizes_for_trace
 
 __all__ = ["example_tensors", "onnx_from_module"]
@@ -129,12 +129,6 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's exporter from printing its progress and unrelated warnings."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with errors_only("torch.onnx"), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

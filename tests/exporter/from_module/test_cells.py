@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -396,6 +397,49 @@ def test_a_cell_of_any_convention_becomes_the_op_through_both_doors(name: str, t
     fused = fuse(tmp_path / "plain.onnx", tmp_path / "fused.onnx").contract
     assert facts(fused.cells) == facts(contract.cells), fused.cells
     assert [cell.name.removeprefix("module.") for cell in fused.cells] == [cell.name for cell in contract.cells]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reset after",
+        "hard gates of another slope",
+        "peephole per channel",
+        "two passes on one state",
+        "torch.nn.GRU",
+        "torch.nn.LSTM",
+    ],
+)
+def test_cells_in_float16_keep_their_float32_states(name: str, tmp_path: Path) -> None:
+    make, expected = KNOWN[name]
+    torch.manual_seed(3)
+    model = lifted(make())
+    contract = export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes)
+    assert facts(contract.cells) == [{"gates": "soft", "peephole": False, **each} for each in expected]
+    assert not [node.name for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "Cast"]
+
+
+class Mixed(nn.Module):
+    """Two cells with the reset gate before the convolution and one with the gate after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.down = Separate(), ResetAfter(), Separate(), nn.Conv2d(C, CX, 1)
+
+    def forward(self, x: Tensor, states: Any = None) -> tuple[Tensor, list[Tensor]]:
+        states = states or [None] * 3
+        a = self.a(x, states[0])
+        b = self.b(self.down(a), states[1])
+        c = self.c(self.down(b), states[2])
+        return c, [a, b, c]
+
+
+def test_a_second_variant_of_an_op_is_listed_without_it(tmp_path: Path) -> None:
+    model = lift_states(Mixed(), {"x": (1, CX, 8, 9)})
+    contract = export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes)
+    assert [(cell.name, cell.op is None) for cell in contract.cells] == [("a", False), ("b", True), ("c", False)]
+    ops = [node.name for node in onnx.load(tmp_path / "m.onnx").graph.node if node.domain == "stepcell"]
+    assert ops == ["a/ConvGRU", "c/ConvGRU"]
 
 
 def write_onnx(model: LiftedModel, path: Path, *, dynamo: bool) -> None:

@@ -518,6 +518,22 @@ def test_the_module_is_left_as_it_is() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_the_default_dtype_of_the_process_is_not_touched() -> None:
+    """The module creates its first state with torch.zeros, which must fit weights in float64 all the same."""
+    seen = []
+
+    class Watching(Base):
+        def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            seen.append((torch.get_default_dtype(), x.dtype))
+            grid = torch.arange(x.shape[3] // 2) / 10
+            mask = (torch.zeros(1, C, 1, 1) > -1).float()
+            h = self.cell(self.features(x) * mask + grid, h)
+            return self.head(h), h
+
+    lift_states(Watching(), SHAPE)
+    assert set(seen) == {(torch.float32, torch.float64)}
+
+
 def test_outputs_in_a_dict_beside_the_state_keep_their_keys() -> None:
     class Named(Base):
         def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepcell.contract import METADATA_KEY, StateSpec, StepContract, TensorSpec
 from stepcell.errors import ExportError, OutputError, ParityError, UsageError
-from stepcell.exporter import export_onnx, parity
+from stepcell.exporter import export_onnx
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell, DenseStack, GRUCell, LSTMCell, run_sequence
 from stepcell.models.zoo.denoiser import Denoiser
 
@@ -253,11 +253,3 @@ def test_unwritable_output(denoiser: Denoiser, tmp_path: Path) -> None:
     for path in (tmp_path / "missing" / "m.onnx", tmp_path):
         with pytest.raises(OutputError):
             export_onnx(denoiser, path)
-
-
-def test_parity_frames_differ_in_kind() -> None:
-    spec, rng = TensorSpec(name="x", shape=("batch", 3, "height", "width"), range=(0.0, 1.0)), np.random.default_rng(0)
-    smooth = [parity._smooth_frame(spec, (1, 3, 16, 16), rng, t) for t in (0, 1)]
-    rough = [parity._random_frame(spec, (1, 3, 16, 16), rng, t) for t in (0, 1)]
-    assert np.abs(smooth[1] - smooth[0]).max() < 0.05 < np.abs(rough[1] - rough[0]).max()
-    assert 0 <= min(a.min() for a in smooth + rough) <= max(a.max() for a in smooth + rough) <= 1
