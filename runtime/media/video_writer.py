@@ -22,6 +22,10 @@ __all__ = ["VideoSink", "encoder_for"]
 
 # Visually close to lossless, and fast enough for a live stream on a small CPU.
 _H264 = ("libx264", {"crf": "18", "preset": "veryfast"})
+# The AVX-512 code of libx264 reads uninitialised memory (findings/x264-avx512-uninitialised.sh): sizes of the same clip
+# differ from run to run. Its AVX2 code is as fast within the noise of a measurement.
+_NO_AVX512 = {"x264-params": "asm=AVX2"}
+_CPU_INFO = Path("/proc/cpuinfo")
 _MPEG4 = ("mpeg4", {"qmin": "2", "qmax": "4"})
 # Files are written in fragments of one second, so that an incomplete file plays up to where it ends. A finished
 # hybrid-fragmented MP4 or QuickTime file also has the usual index. FFmpeg supports that from 7.1 on, but only from 8.1
@@ -104,4 +108,13 @@ class VideoSink:
 
 def encoder_for(available: Collection[str]) -> tuple[str, dict[str, str]]:
     """Name and options of the encoder to use, of those that FFmpeg has."""
-    return _H264 if _H264[0] in available else _MPEG4
+    if _H264[0] not in available:
+        return _MPEG4
+    name, options = _H264
+    return name, {**options, **(_NO_AVX512 if _has_avx512() else {})}
+
+
+def _has_avx512() -> bool:
+    with contextlib.suppress(OSError):
+        return b" avx512bw " in _CPU_INFO.read_bytes()
+    return False

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -39,6 +42,33 @@ def test_video_is_close_to_the_frames(clip_path: Path, tmp_path: Path) -> None:
     again = np.stack(list(VideoSource(str(tmp_path / "out.mp4"))))
     error = np.mean((again.astype(float) - frames) ** 2)
     assert 10 * np.log10(255**2 / error) > 33
+
+
+_WRITE = """
+import sys
+from fractions import Fraction
+from pathlib import Path
+import numpy as np
+from stepcell.runtime.media.video_writer import VideoSink
+rng = np.random.default_rng(0)
+y, x = np.mgrid[:144, :176]
+sink = VideoSink(Path(sys.argv[1]), Fraction(25))
+for t in range(60):
+    wave = 127 + 100 * np.sin((x + 3 * t) / 17) * np.cos((y - 2 * t) / 23)
+    sink.write((wave[..., None] + rng.integers(-20, 20, (144, 176, 3))).clip(0, 255).astype(np.uint8))
+sink.close()
+"""
+
+
+def test_the_same_frames_give_the_same_file_whatever_the_heap_holds(tmp_path: Path) -> None:
+    files = []
+    for fill in ("0", "1", "7"):  # glibc fills fresh memory with it
+        path = tmp_path / f"{fill}.mkv"
+        command = [sys.executable, "-c", _WRITE, str(path)]
+        subprocess.run(command, check=True, env={**os.environ, "MALLOC_PERTURB_": fill})
+        with av.open(str(path)) as container:
+            files.append(b"".join(bytes(packet) for packet in container.demux(video=0)))
+    assert len(set(files)) == 1, f"sizes {list(map(len, files))}"
 
 
 def test_encoder_is_chosen_from_what_there_is() -> None:
