@@ -45,12 +45,13 @@ kernels-report: setup
 kernels-emulate: setup
 	$(BIN)/python -m tools.ptx_emulator
 
-# Style, types, import rules ([tool.importlinter] in pyproject.toml) and the Dockerfile.
+# Style, types, import rules ([tool.importlinter] in pyproject.toml), types of the public API, and the Dockerfile.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.check_public_types
 	$(BIN)/hadolint Dockerfile
 
 # The guides and the API reference as a site in site/. Every link and anchor must exist.

@@ -135,9 +135,9 @@ class _Cell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, kernel_size: KernelSize, gates: Gates) -> None:
         super().__init__()
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.kernel_size = size_pair(kernel_size)
+        self.input_size: int = input_size
+        self.hidden_size: int = hidden_size
+        self.kernel_size: tuple[int, int] = size_pair(kernel_size)
         if any(k < 1 or k % 2 == 0 for k in self.kernel_size):
             raise ValueError(f"kernel_size: expected odd positive sizes, got {self.kernel_size}")
         if gates not in GATES:
@@ -195,7 +195,7 @@ class ConvGRUCell(_Cell):
     """
 
     op = CONV_GRU
-    states = CONV_GRU.states
+    states: ClassVar[tuple[str, ...]] = CONV_GRU.states
 
     def __init__(
         self,
@@ -210,11 +210,11 @@ class ConvGRUCell(_Cell):
         if reset not in RESETS:
             raise ValueError(f"reset: expected 'before' or 'after', got {reset!r}")
         self.reset: Reset = reset
-        self.weight_x = self._weight(3 * hidden_size, input_size)
-        self.weight_h = self._weight(2 * hidden_size, hidden_size)
-        self.weight_n = self._weight(hidden_size, hidden_size)
-        self.bias = nn.Parameter(torch.empty(3 * hidden_size))
-        self.bias_n = nn.Parameter(torch.empty(hidden_size)) if reset == "after" else None
+        self.weight_x: nn.Parameter = self._weight(3 * hidden_size, input_size)
+        self.weight_h: nn.Parameter = self._weight(2 * hidden_size, hidden_size)
+        self.weight_n: nn.Parameter = self._weight(hidden_size, hidden_size)
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(3 * hidden_size))
+        self.bias_n: nn.Parameter | None = nn.Parameter(torch.empty(hidden_size)) if reset == "after" else None
         self.reset_parameters()
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +246,7 @@ class ConvLSTMCell(_Cell):
     """
 
     op = CONV_LSTM
-    states = CONV_LSTM.states
+    states: ClassVar[tuple[str, ...]] = CONV_LSTM.states
 
     def __init__(
         self,
@@ -258,11 +258,11 @@ class ConvLSTMCell(_Cell):
         gates: Gates = "soft",
     ) -> None:
         super().__init__(input_size, hidden_size, kernel_size, gates)
-        self.weight_x = self._weight(4 * hidden_size, input_size)
-        self.weight_h = self._weight(4 * hidden_size, hidden_size)
-        self.bias = nn.Parameter(torch.empty(4 * hidden_size))
+        self.weight_x: nn.Parameter = self._weight(4 * hidden_size, input_size)
+        self.weight_h: nn.Parameter = self._weight(4 * hidden_size, hidden_size)
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(4 * hidden_size))
         size = (1, 1) if peephole == "channel" else peephole
-        self.peephole = None if size is None else nn.Parameter(torch.empty(3, hidden_size, *size))
+        self.peephole: nn.Parameter | None = None if size is None else nn.Parameter(torch.empty(3, hidden_size, *size))
         self.reset_parameters()
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

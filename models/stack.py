@@ -44,13 +44,17 @@ class CellStack(nn.Module):
         for below, above in itertools.pairwise(cells):
             if above.input_size != below.hidden_size:
                 raise ValueError(f"cells: {above} expects {above.input_size} channels, got {below.hidden_size}")
-        self.cells = nn.ModuleList(cells)
+        self.cells: nn.ModuleList = nn.ModuleList(cells)
         layout, shape = "NCHW" if self.map_shape else None, _peephole_size(cells) or self.map_shape
-        self.inputs = [TensorSpec(name="x", shape=("batch", cells[0].input_size, *shape), layout=layout)]
-        self.outputs = [TensorSpec(name="y", shape=("batch", cells[-1].hidden_size, *shape), layout=layout)]
+        self.inputs: list[TensorSpec] = [
+            TensorSpec(name="x", shape=("batch", cells[0].input_size, *shape), layout=layout)
+        ]
+        self.outputs: list[TensorSpec] = [
+            TensorSpec(name="y", shape=("batch", cells[-1].hidden_size, *shape), layout=layout)
+        ]
         hidden = [cell.hidden_size for cell in cells for _ in cell.states]
         names = names or state_names([cell.states for cell in cells], numbered=numbered)
-        self.states = [
+        self.states: list[StateSpec] = [
             StateSpec(name=name, shape=("batch", size, *shape)) for name, size in zip(names, hidden, strict=True)
         ]
 
@@ -68,7 +72,7 @@ class CellStack(nn.Module):
 class DenseStack(CellStack):
     """Stacked dense cells on feature vectors: x (batch, F), states (batch, C), y (batch, C)."""
 
-    map_shape = ()
+    map_shape: tuple[Dim, ...] = ()
 
     def __init__(self, cells: Sequence[CanonicalCell], *, numbered: bool = False) -> None:
         super().__init__(cells, numbered=numbered)

@@ -55,7 +55,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
         dtype: element type.
         layout: order of the axes, for example "NCHW"; None: the axes have no names.
         range: smallest and largest pixel value that the model was trained on; None: pixels are not scaled.
-        mean, std: per-channel normalisation applied after scaling to `range`, or None.
+        mean: per channel, subtracted after scaling to `range`, or None.
+        std: per channel, divided by after that, or None.
         pad_multiple: height and width are padded up to a multiple of this before the step.
         events: how the tensor is computed from the events of an event camera; unset: it is not.
     """
@@ -109,7 +110,8 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
         dtype: in which the state is stored between steps (float32 by default).
         batch_axis: number of the batch axis.
         init: value before the first step: "zeros", or a learned one.
-        original_input, original_output: names of the two tensors in the file that was fused.
+        original_input: name of the input tensor in the file that was fused.
+        original_output: name of the output tensor in that file.
     """
 
     name: str
@@ -179,7 +181,9 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         schema: version `major.minor`; an unknown major version is refused.
         family: name of the model family; "module" for a torch module, "adopted" for an ONNX file of another program.
         precision: compute dtype of the graph ("float16" or "float32").
-        inputs, outputs, states: in the order of the ONNX graph.
+        inputs: data inputs in the order of the ONNX graph.
+        outputs: data outputs in that order.
+        states: states in that order.
         cells: the recurrent cells of the graph.
         example: value of every symbol in the export.
         source: origin of the weights: hash of the checkpoint, arguments, versions of tools, opset.

@@ -33,7 +33,8 @@ class Checkpoint:
     Attributes:
         tensors: the state_dict, on the CPU, wrapper prefixes removed.
         sha256: hash of the file, in hexadecimal.
-        family, arguments: as written by `stepcell.models.save_checkpoint`; None and {} in other files.
+        family: as written by `stepcell.models.save_checkpoint`; None in other files.
+        arguments: of the family, from the same source; {} in other files.
     """
 
     path: Path

@@ -35,12 +35,14 @@ class LiftedModel(nn.Module):
 
     def __init__(self, module: nn.Module, interface: Interface, names: Sequence[str], memory: Sequence[Any]) -> None:
         super().__init__()
-        self.module, self.interface, self.names = module, interface, tuple(names)
+        self.module: nn.Module = module
+        self.interface: Interface = interface
+        self.names: tuple[str, ...] = tuple(names)
         self.trees: list[tuple[list[Any], Spec]] = []
         for value in memory:
             leaves, spec = flatten(value)
             self.trees.append(([None if is_state(leaf) else leaf for leaf in leaves], spec))
-        self.tensors = [
+        self.tensors: list[StateTensor] = [
             StateTensor(place, index)
             for place, value in enumerate(memory)
             for index, leaf in enumerate(flatten(value)[0])

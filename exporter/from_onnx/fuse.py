@@ -41,7 +41,8 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
             and `parity` the comparison with the original file.
         transforms: by cell, the exact transformation of its weights, where one was needed.
         notes: for a person: what may be a state and was not taken, cells that could not be replaced.
-        nodes_before, nodes_after: nodes of the graph, without those of graphs inside nodes.
+        nodes_before: nodes of the graph before, without those of graphs inside nodes.
+        nodes_after: the same after.
     """
 
     contract: StepContract

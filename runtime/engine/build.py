@@ -34,7 +34,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Result of a build.
 
     Attributes:
-        engine, sidecar: paths of the two files.
+        engine: path of the engine.
+        sidecar: path of its sidecar.
         warnings: TensorRT's warnings.
         contents: the sidecar.
     """

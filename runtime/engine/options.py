@@ -24,7 +24,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
             "portable" requires the form that programs without stepcell can load.
         kernels: folder with the plugin's compiled kernels; None: the user's cache. Missing kernels are compiled
             and added, which needs Triton.
-        min_shapes, opt_shapes, max_shapes: shapes by data input; those of states are derived.
+        min_shapes: smallest shapes by data input; those of states are derived.
+        opt_shapes: shapes to optimise for.
+        max_shapes: largest shapes.
         compute_capabilities: GPUs to build for, such as ("8.6", "8.9"); empty: the flavour's default.
         timing_cache: file that keeps kernel timings between builds, or None.
         optimization_level: 0 (fast build) to 5 (fast engine); None: TensorRT's default.

@@ -51,7 +51,7 @@ class StepLoop:
         self._slots = None if slots is None else SlotTable(backend.contract, slots)
         self._closed = False
         self.contract: StepContract = backend.contract
-        self.latency = Latency()
+        self.latency: Latency = Latency()
 
     @classmethod
     def open(

@@ -70,7 +70,8 @@ class Metrics:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"metrics: cannot listen on {address}:{port} ({reason})") from error
-        self.address, self.port = address, int(self._server.server_port)
+        self.address: str = address
+        self.port: int = int(self._server.server_port)
 
     def watch(self, streams: Sequence[StreamProgress]) -> None:
         """Serve the counters of these streams from now on; called by the run."""

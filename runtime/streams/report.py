@@ -31,7 +31,8 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
         resets: resets of the states, by cause.
         non_finite: frames after which NaN or Inf was found.
         reconnects: number of times the input was lost and reopened.
-        snapshots, failed_snapshots: snapshots written, and those that could not be.
+        snapshots: number of snapshots written.
+        failed_snapshots: number of snapshots that could not be written.
         stopped: why the stream ended.
         error: message of the failure; None: no failure.
         seconds: wall time from the first read to the closed output.

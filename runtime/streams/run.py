@@ -78,7 +78,10 @@ def run_streams(
         inputs: one input or several: a path, URL or `camera:N` as of `--input`, or a `Source`.
         outputs: None (frames are only stepped), or one output for each input: a path as of `--output`, a `Sink`
             or None.
-        device, allow_fallback, keep_float16, threads: see `model`.
+        device: see `model`.
+        allow_fallback: see `model`.
+        keep_float16: see `model`.
+        threads: see `model`.
         size: (width, height) in pixels of raw frames on stdin, or of an event sensor.
         event_window: events of one step, such as "30ms"; by default that of the contract.
         fps: frames per second of the outputs, 0.001 to 1000; by default those of the input, else 25.

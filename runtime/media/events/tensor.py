@@ -33,7 +33,8 @@ def event_tensor(events: Events, spec: EventSpec, height: int, width: int) -> ND
     Args:
         events: of one window, in order of time, all on the sensor.
         spec: representation, bins, polarity and normalisation.
-        height, width: of the sensor in pixels.
+        height: of the sensor in pixels.
+        width: of the sensor in pixels.
     """
     shape = (spec.channels, height, width)
     if not len(events):
