@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from stepcell.contract import Parity, StateSpec, StepContract, TensorSpec
 from stepcell.errors import ExportError, ParityError
+from stepcell.exporter.onnx_session import OnnxSession
 
 __all__ = [
     "OWN_RUNS",
@@ -29,6 +30,7 @@ __all__ = [
     "check_equal",
     "dead_states",
     "fed_back",
+    "file_step",
     "nudged",
     "random_clip",
     "smooth_clip",
@@ -99,6 +101,28 @@ def fed_back(step: Step) -> Model:
         return run
 
     return start
+
+
+def file_step(
+    session: OnnxSession,
+    contract: StepContract,
+    inputs: Mapping[str, str] | None = None,
+    outputs: Mapping[str, str] | None = None,
+) -> Step:
+    """A loaded file as a step.
+
+    Args:
+        inputs, outputs: by state, the names of its input and output in the file; the contract's by default.
+    """
+    inputs = inputs or {state.name: state.input for state in contract.states}
+    outputs = outputs or {state.name: state.output for state in contract.states}
+
+    def step(data: Arrays, states: Arrays) -> Arrays:
+        results = session({**data, **{inputs[name]: array for name, array in states.items()}})
+        new = {name: results[target] for name, target in outputs.items()}
+        return {**{spec.name: results[spec.name] for spec in contract.outputs}, **new}
+
+    return step
 
 
 def nudged(model: Model, precision: str, seed: int) -> Model:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from stepcell.dims import Dim
 from stepcell.errors import ExportError
+from stepcell.exporter.size_rules import rules
 
 __all__ = ["Shapes", "symbolic_shapes"]
 
@@ -103,18 +104,8 @@ def _rules(
 
 def _rule(symbol: str, sizes: Sequence[int], values: Sequence[int]) -> Dim | None:
     """A number, or an expression such as `height`, `height // 4`, `(height + 3) // 4`, `height * 2`."""
-    if len(set(values)) == 1:
-        return values[0]
-    pairs = list(zip(sizes, values, strict=True))
-    for k in range(1, 129):
-        for a in range(-k, k + 1):
-            if all(value == (size + a) // k for size, value in pairs):
-                shifted = symbol if a == 0 else f"{symbol} + {a}" if a > 0 else f"{symbol} - {-a}"
-                return shifted if k == 1 else f"{symbol} // {k}" if a == 0 else f"({shifted}) // {k}"
-    for k in range(2, 33):
-        if all(value == size * k for size, value in pairs):
-            return f"{symbol} * {k}"
-    return None
+    found = rules(values, [{symbol: size} for size in sizes], [symbol])
+    return found[0].dim if found else None
 
 
 def _axes(symbol: str, shape: Sequence[object]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from stepcell.contract import Parity, StepContract
 from stepcell.errors import ExportError
@@ -10,12 +10,11 @@ from stepcell.exporter.from_onnx.probe import Sample
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
     OWN_RUNS,
-    Arrays,
     Clip,
-    Step,
     check_equal,
     dead_states,
     fed_back,
+    file_step,
     nudged,
     random_clip,
     smooth_clip,
@@ -39,8 +38,9 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
         ExportError: the original returns NaN, or a state changes nothing.
     """
     states = contract.states
-    before = _step(original, contract, {s.name: str(s.original_input) for s in states}, _original_outputs(contract))
-    after = _step(fused, contract, {s.name: s.input for s in states}, {s.name: s.output for s in states})
+    inputs = {state.name: str(state.original_input) for state in states}
+    outputs = {state.name: str(state.original_output) for state in states}
+    before = file_step(original, contract, inputs, outputs)
     clips: list[Clip] = []
     for sample, make in ((samples[0], random_clip), (samples[min(1, len(samples) - 1)], smooth_clip)):
         shapes = {spec.name: sample.shapes[spec.name] for spec in contract.inputs}
@@ -48,7 +48,7 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
         clips += [make(contract, f"sizes {sample.symbols}", shapes, STEPS, scalars) for scalars in sample.scalars]
     parity = check_equal(
         fed_back(before),
-        fed_back(after),
+        fed_back(file_step(fused, contract)),
         clips,
         tolerance_of(contract.precision, states),
         own_runs=lambda: [nudged(fed_back(before), contract.precision, run) for run in range(1, OWN_RUNS + 1)],
@@ -61,18 +61,3 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
                 hint=f"if it is none: --state {state.original_input}=",
             )
     return parity
-
-
-def _original_outputs(contract: StepContract) -> dict[str, str]:
-    return {state.name: str(state.original_output) for state in contract.states}
-
-
-def _step(session: OnnxSession, contract: StepContract, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Step:
-    """A file as a step; `inputs` and `outputs` say what it calls the two ends of a state."""
-
-    def step(data: Arrays, states: Arrays) -> Arrays:
-        results = session({**data, **{inputs[name]: array for name, array in states.items()}})
-        new = {name: results[target] for name, target in outputs.items()}
-        return {**{spec.name: results[spec.name] for spec in contract.outputs}, **new}
-
-    return step

@@ -14,7 +14,7 @@ from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
-from stepcell.exporter.step_onnx.graph import embed_contract
+from stepcell.exporter.step_onnx.graph import embed_contract, set_shape
 
 __all__ = ["FAMILY", "contract_of", "rename", "write_contract"]
 
@@ -89,14 +89,7 @@ def rename(model: ir.Model, file: OnnxFile, contract: StepContract) -> onnx.Mode
         by_name = {port.name: port for port in ports}
         ordered = [by_name[name] for name in specs]
         for port, spec in zip(ordered, specs.values(), strict=True):
-            port.type.tensor_type.ClearField("shape")
-            port.type.tensor_type.shape.SetInParent()
-            for size in spec.shape:
-                dim = port.type.tensor_type.shape.dim.add()
-                if isinstance(size, int):
-                    dim.dim_value = size
-                else:
-                    dim.dim_param = size
+            set_shape(port, spec.shape)
         copies = [onnx.ValueInfoProto.FromString(port.SerializeToString()) for port in ordered]
         del ports[:]
         ports.extend(copies)

@@ -18,6 +18,7 @@ from stepcell.errors import ExportError
 from stepcell.exporter.from_onnx.onnx_file import Array, OnnxFile, tensors_of
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.onnx_session import OnnxSession
+from stepcell.exporter.step_onnx.graph import set_shape
 
 __all__ = ["Partial", "Prober", "Sample"]
 
@@ -208,7 +209,7 @@ def _inferred(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int | None]]
     sized.CopyFrom(model)
     for value in sized.graph.input:
         if value.name in inputs:
-            _write(value, inputs[value.name])
+            set_shape(value, inputs[value.name])
     for value in sized.graph.output:
         value.type.tensor_type.ClearField("shape")
     del sized.graph.value_info[:]
@@ -219,12 +220,3 @@ def _inferred(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int | None]]
     return {
         value.name: [dim.dim_value or None for dim in value.type.tensor_type.shape.dim] for value in sized.graph.output
     }
-
-
-def _write(value: onnx.ValueInfoProto, shape: Sequence[int | None]) -> None:
-    value.type.tensor_type.ClearField("shape")
-    for size in shape:
-        dim = value.type.tensor_type.shape.dim.add()
-        if size is not None:
-            dim.dim_value = size
-    value.type.tensor_type.shape.SetInParent()

@@ -12,8 +12,8 @@ from stepcell.errors import ContractError, ExportError, UsageError
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, Port
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.probe import Partial, Prober, Sample
-from stepcell.exporter.from_onnx.size_rules import Rule, rules, telling_size
 from stepcell.exporter.onnx_session import OnnxSession
+from stepcell.exporter.size_rules import Rule, rules, telling_size
 from stepcell.shapes import format_shapes
 
 __all__ = ["Sizes", "find_sizes"]

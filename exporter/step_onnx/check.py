@@ -20,6 +20,7 @@ from stepcell.exporter.parity import (
     check_equal,
     dead_states,
     fed_back,
+    file_step,
     nudged,
     random_clip,
     smooth_clip,
@@ -48,7 +49,7 @@ def check_export(model: nn.Module, data: bytes, contract: StepContract, steps: i
         ExportError: ONNX Runtime does not load the file, or a state changes nothing.
     """
     reference = _torch_step(copy.deepcopy(model).double(), contract, wide=True)
-    exported = _file_step(data, contract)
+    exported = file_step(OnnxSession(data, "the exported file"), contract)
 
     def own_runs() -> Sequence[Model]:
         narrow = copy.deepcopy(model).half() if contract.precision == "float16" else model
@@ -73,17 +74,6 @@ def check_export(model: nn.Module, data: bytes, contract: StepContract, steps: i
     for state in dead_states(exported, clips[-2], contract.states):
         raise ExportError(f"state {state.name}: changes no output and no state; is it wired in forward?")
     return parity
-
-
-def _file_step(data: bytes, contract: StepContract) -> Step:
-    session = OnnxSession(data, "the exported file")
-
-    def step(inputs: Arrays, states: Arrays) -> Arrays:
-        results = session({**inputs, **{state.input: states[state.name] for state in contract.states}})
-        outputs = {spec.name: results[spec.name] for spec in contract.outputs}
-        return {**outputs, **{state.name: results[state.output] for state in contract.states}}
-
-    return step
 
 
 def _torch_step(model: nn.Module, contract: StepContract, *, wide: bool) -> Step:

@@ -16,7 +16,7 @@ from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.dims import Dim
 from stepcell.exporter.step_onnx.op_functions import DOMAIN, Variant, function_for, variant_of
 
-__all__ = ["attach_functions", "embed_contract", "tidy"]
+__all__ = ["attach_functions", "embed_contract", "set_shape", "tidy"]
 
 _INLINED = "a file holds one variant of an op, and another one is more frequent"
 
@@ -32,7 +32,7 @@ def tidy(model: onnx.ModelProto, contract: StepContract) -> None:
     del model.graph.value_info[:]  # they hold the tracer's symbols; readers infer them again
     specs = {**contract.graph_inputs, **contract.graph_outputs}
     for value in _values(model.graph):
-        _set_shape(value, specs[value.name].shape)
+        set_shape(value, specs[value.name].shape)
     model.graph.name = contract.family
     model.producer_name, model.producer_version = DOMAIN, __version__
 
@@ -97,11 +97,13 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         node.doc_string = ""
 
 
-def _set_shape(value: onnx.ValueInfoProto, shape: Sequence[Dim]) -> None:
-    dims = value.type.tensor_type.shape.dim
-    for dim, size in zip(dims, shape, strict=True):
-        dim.Clear()
+def set_shape(value: onnx.ValueInfoProto, shape: Sequence[Dim | None]) -> None:
+    """Write a shape of numbers and symbols into an input or output of a graph; None: a dynamic size without a name."""
+    value.type.tensor_type.ClearField("shape")
+    value.type.tensor_type.shape.SetInParent()
+    for size in shape:
+        dim = value.type.tensor_type.shape.dim.add()
         if isinstance(size, int):
             dim.dim_value = size
-        else:
+        elif size is not None:
             dim.dim_param = size

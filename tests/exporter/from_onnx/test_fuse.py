@@ -17,9 +17,9 @@ from stepcell.errors import ExportError, ParityError, UsageError
 from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
 from stepcell.exporter.from_onnx.onnx_file import read_onnx_file
 from stepcell.exporter.from_onnx.pairs import Pair
-from stepcell.exporter.from_onnx.size_rules import Rule, rules
 from stepcell.exporter.from_onnx.sizes import find_sizes
 from stepcell.exporter.onnx_session import OnnxSession
+from stepcell.exporter.size_rules import Rule, rules
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from tests.exporter.from_onnx.cases import RECORDED, Case, find_cases, is_replaced

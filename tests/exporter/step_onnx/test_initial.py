@@ -41,7 +41,7 @@ def test_parity_starts_there_on_both_sides(tmp_path: Path, monkeypatch: pytest.M
     path, value = tmp_path / "model.onnx", torch.tensor([1.0, -2.0, 0.5, 3.0]).reshape(4, 1, 1)
     contract = export_onnx(stack(h=value), path, precision="float32")
     starts: list[np.ndarray] = []
-    for name in ("_torch_step", "_file_step"):
+    for name in ("_torch_step", "file_step"):
         make = getattr(check, name)
 
         def recording(*arguments: Any, make: Any = make, **options: Any) -> Any:
