@@ -1,7 +1,7 @@
-"""What benchmarks/kernels.py computes: the cells and sizes, their weights, and the work in a step.
+"""Cases of benchmarks/kernels.py: cells and sizes, weights, and the work of a step.
 
-A case is one step of a model's recurrent part: one cell, or several that take the same x and hand the
-state on (RAFT's separable ConvGRU: 1x5, then 5x1).
+A case is one step of the recurrent part of a model: one cell, or several that take the same x and pass the state on
+(RAFT's separable ConvGRU: 1x5, then 5x1).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Step: TypeAlias = Callable[[Tensor, States], States]
 
 @dataclass(frozen=True)
 class Case:
-    """One step: batch, map, and the cells that run one after the other; all of one kind and one size of state."""
+    """One step: batch, map, and the cells that run in sequence; all of one variant, with states of one size."""
 
     name: str
     batch: int
@@ -43,18 +43,18 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the convolutions."""
+        """Floating-point operations of the convolutions."""
         return 2 * self.pixels * sum(map(_weight_count, self.cells))
 
     @property
     def nbytes(self) -> int:
-        """Of x, the states in and out, and the weights, each moved once, in half."""
+        """Bytes of x, the states in and out, and the weights, each moved once, in float16."""
         first = self.cells[0]
         channels = first.inputs + 2 * self.state_count * first.hidden
         return 2 * (self.pixels * channels + sum(map(_weight_count, self.cells)))
 
     def floor(self, bytes_per_second: float, flop_per_second: float) -> dict[str, float]:
-        """Microseconds below which no step can be: of arithmetic, of memory, and the longer one."""
+        """Lower bounds of a step in microseconds: arithmetic, memory, and the larger of the two."""
         compute, memory = self.flops / flop_per_second * 1e6, self.nbytes / bytes_per_second * 1e6
         return {"compute": compute, "memory": memory, "floor": max(compute, memory)}
 
@@ -84,12 +84,12 @@ CASES = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A case with its numbers on one device.
+    """A case with its tensors on one device.
 
     Attributes:
-        weights: of each cell, half.
-        xs: four inputs, half, channels-last memory; steps of a chain take them in turn.
-        states: before the step, half, channels-last memory.
+        weights: of each cell, float16.
+        xs: four inputs, float16, channels-last memory; the steps of a chain use them in turn.
+        states: before the step, float16, channels-last memory.
         exact: states after a step with the first input, float64.
     """
 
@@ -105,7 +105,7 @@ class Problem:
 
 
 def make_problem(case: Case, device: str) -> Problem:
-    """Random weights that keep every gate awake, inputs and states; always the same ones."""
+    """Random weights that saturate no gate, inputs and states; the same in every run."""
     generator = torch.Generator().manual_seed(0)
     weights = tuple(_random_weights(cell, generator, device) for cell in case.cells)
     first, size = case.cells[0], (case.height, case.width)
@@ -123,7 +123,7 @@ def make_problem(case: Case, device: str) -> Problem:
 
 
 def in_turn(steps: list[Step]) -> Step:
-    """Steps of the cells of a case as one."""
+    """Combine the steps of a case's cells."""
 
     def step(x: Tensor, states: States) -> States:
         for each in steps:

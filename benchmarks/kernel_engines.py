@@ -1,7 +1,7 @@
-"""The step as a file in somebody else's runtime: ONNX Runtime, TensorRT, TensorRT-RTX.
+"""The step as an exported file in ONNX Runtime, TensorRT and TensorRT-RTX.
 
-The file is what `stepcell export` writes for the cell: a node whose definition travels with it as a
-function of standard operators. States are bound on the device and change places.
+The file is what `stepcell export` writes for the cell: a node with its definition as a function of standard operators.
+States are bound on the device, in two buffers that are swapped.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _CellsInTurn(nn.Module):
 
 
 def exported(problem: Problem, state: StateDtype, path: Path) -> StepContract:
-    """Write the case as a float16 ONNX file for any batch and map; its contract."""
+    """Write the case as a float16 ONNX file for any batch and map; returns its contract."""
     from stepcell.exporter import export_onnx  # needs onnx, the other contenders do not
 
     first = problem.case.cells[0]
@@ -74,13 +74,13 @@ def exported(problem: Problem, state: StateDtype, path: Path) -> StepContract:
 
 
 def onnx_runtime(problem: Problem, *, nhwc: bool = False) -> Runs:
-    """ONNX Runtime with float16 states; on CUDA there is a CUDA graph for every second step.
+    """ONNX Runtime with float16 states; on CUDA with one CUDA graph per parity of the step.
 
     Args:
-        nhwc: let it choose channels-last convolutions.
+        nhwc: allow channels-last convolutions.
 
     Raises:
-        DeviceError: this ONNX Runtime has no CUDA.
+        DeviceError: this ONNX Runtime has no CUDA provider.
     """
     import onnxruntime as ort
 
@@ -96,7 +96,7 @@ def onnx_runtime(problem: Problem, *, nhwc: bool = False) -> Runs:
     bound = _Bound(ort, session, contract, problem)
 
     def check() -> States:
-        for way in (1, 0, 1, 0, 1, 0):  # it captures in the first runs, and each way by itself
+        for way in (1, 0, 1, 0, 1, 0):  # the first runs capture, each direction separately
             for tensor, start in zip(bound.banks[way], problem.states, strict=True):
                 tensor.copy_(start)
             if on_cuda:
@@ -114,12 +114,12 @@ def onnx_runtime(problem: Problem, *, nhwc: bool = False) -> Runs:
 
 
 class _Bound:
-    """A session with its tensors: two banks of states, which change places from one `way` to the other."""
+    """A session with its tensors: two banks of states; `way` says which one is read."""
 
     def __init__(self, ort: Any, session: Any, contract: StepContract, problem: Problem) -> None:
         self._session, self._device = session, problem.device.type
         self.banks = [tuple(state.contiguous().clone() for state in problem.states) for _ in range(2)]
-        # Kept: a binding has no more than their addresses.
+        # Keep the tensors alive: a binding has only their addresses.
         self._xs = [x.contiguous().clone() for x in problem.xs[:2]]
         self._y = torch.empty_like(self.banks[0][0])
         self._bindings, self._options = [], []
@@ -135,7 +135,7 @@ class _Bound:
             options = ort.RunOptions()
             if self._device == "cuda":
                 options.add_run_config_entry("gpu_graph_id", str(way + 1))
-                # The host does not wait in run(): the events around it are all that takes the time.
+                # run() does not wait on the host; the time is taken by the events around it.
                 options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             self._bindings.append(binding)
             self._options.append(options)
@@ -166,9 +166,9 @@ def tensorrt(
     flavor: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt",
     plugin: Literal["on", "off"] = "off",
 ) -> Runs:
-    """An engine as `stepcell build` makes it, for exactly this size, in one CUDA graph per chain.
+    """An engine as `stepcell build` makes it, for exactly this size, with one CUDA graph per chain.
 
-    Behind the op's states stand the fp16 mirrors that an engine with the plugin keeps.
+    The states are followed by the fp16 mirrors that an engine with the plugin has.
 
     Args:
         kernels: folder of compiled kernels, for the plugin.
@@ -176,7 +176,7 @@ def tensorrt(
     Raises:
         StepcellError: TensorRT is not installed, or does not build or load the engine here.
     """
-    load_tensorrt(flavor)  # before the work of an export
+    load_tensorrt(flavor)  # fails early, before the export
     case, first = problem.case, problem.case.cells[0]
     sizes: dict[str, tuple[int, ...]] = {"x": (case.batch, first.inputs, case.height, case.width)}
     options = BuildOptions(

@@ -1,4 +1,4 @@
-"""The step by our own kernels, launched without TensorRT, and the time of each kernel with each tile."""
+"""The step by the fused kernels, launched without TensorRT, and the time of each kernel with each tile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Launch = Callable[[str, CellConfig, Tile, Mapping[str, Tensor], tuple[int, int, 
 
 
 class Device:
-    """Launches kernels on torch's current stream; loads, and if need be compiles, them first.
+    """Launches kernels on torch's current stream; loads and, if necessary, compiles them first.
 
     Args:
         capability: of the current device, such as "9.0".
@@ -45,7 +45,7 @@ class Device:
     def launch(
         self, kernel: str, cell: CellConfig, tile: Tile, buffers: Mapping[str, Tensor], size: tuple[int, int, int]
     ) -> None:
-        """Queue one kernel; the first time it must not be while a graph is captured."""
+        """Queue one kernel; the first call must not happen during a graph capture."""
         key = (kernel, cell, tile)
         if key not in self._launchers:
             self._launchers[key] = Launcher(image_for(kernel, cell, tile, self.capability, self._folder))
@@ -60,9 +60,9 @@ class Device:
 
 
 def ours(problem: Problem, state: Any, chosen: Sequence[Mapping[str, Tile]], launch: Launch) -> tuple[Step, States]:
-    """The step, and the states it starts from: those of the op, then the fp16 mirror of a float32 h.
+    """The step and its initial states: those of the op, then the fp16 mirror of a float32 h.
 
-    A loop keeps that copy (it is y of the last step), so no kernel has to make it.
+    A loop keeps the mirror (it is y of the last step), so no kernel has to convert the state.
 
     Args:
         state: "float16" or "float32".
@@ -96,8 +96,9 @@ def _cell_step(
 
 
 def _step_buffers(cell: CellConfig, x: Tensor, states: States) -> dict[str, Tensor]:
-    """Memory of a step but for the weights. Maps in channels-last memory are as the kernels read them
-    where the channels are a multiple of 8, as they are here.
+    """Memory of a step without the weights.
+
+    Channels-last maps have the layout of the kernels if the channels are a multiple of 8, as they are here.
     """
     wide = cell.state_dtype == "float32"
     h = states[-1] if wide else states[0]
@@ -110,10 +111,10 @@ def _step_buffers(cell: CellConfig, x: Tensor, states: States) -> dict[str, Tens
 
 
 def _tiles_to_time(kernel: str, cell: CellConfig, capability: str, pixels: int, *, tune: bool) -> list[Tile]:
-    """The table's tiles, the default first; with `tune` also all others that may be worth a try.
+    """Tiles of the table, the default first; with `tune` also all others that are worth trying.
 
-    A candidate that starts early is not timed by itself: behind another candidate it would overlap with
-    that, and look faster than behind the gates. It has contenders of its own.
+    A candidate that starts early is not timed separately: after another candidate it would overlap with that one and
+    look faster than after the gates. It is timed as a contender of whole steps.
     """
     offered = [t for t in tiles(kernel, cell, capability, pixels) if not (t.overlap and kernel == "gru_candidate")]
     if tune:
@@ -136,7 +137,7 @@ def defaults(problem: Problem, state: Any, capability: str) -> list[dict[str, Ti
 
 
 def launch_time(run: Callable[[], None]) -> dict[str, float]:
-    """Microseconds of one launch among many on end, in one graph."""
+    """Microseconds per launch of many consecutive launches in one graph."""
     run()  # compiled and loaded before the capture
 
     def many() -> None:
@@ -156,7 +157,7 @@ def tile_times(
     tune: bool = False,
     clock: Callable[[Callable[[], None]], dict[str, float]] = launch_time,
 ) -> list[dict[str, Any]]:
-    """Microseconds of every kernel of a step by itself, with every tile: what tiles.py is corrected from."""
+    """Microseconds of every kernel of a step with every tile, timed separately; input for correcting tiles.py."""
     rows = []
     calls: list[tuple[Any, ...]] = []
 
@@ -181,7 +182,7 @@ def tile_times(
 
 
 def overlapping(problem: Problem, state: Any, capability: str, chosen: Sequence[Mapping[str, Tile]]) -> Any:
-    """`chosen` with candidates that start while the gates still run, where the table has such a tile."""
+    """`chosen` with candidates that start while the gates still run, if the table has such a tile."""
     result = []
     for cell, tiles_of_cell in zip(problem.case.cells, chosen, strict=True):
         early = dict(tiles_of_cell)
@@ -196,7 +197,7 @@ def overlapping(problem: Problem, state: Any, capability: str, chosen: Sequence[
 def fastest(
     rows: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, Tile]], cells: Sequence[CellConfig]
 ) -> Any:
-    """`chosen` with the tile of the smallest median for every kernel that was timed."""
+    """`chosen` with the fastest tile (by median) of every kernel that was timed."""
     result = []
     for cell, tiles_of_cell in zip(cells, chosen, strict=True):
         best = dict(tiles_of_cell)

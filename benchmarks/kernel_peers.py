@@ -1,7 +1,7 @@
-"""What the kernels are compared with: the same step as others would run it in torch.
+"""Peers that the kernels are compared with: the same step in torch, written as usual.
 
-Every peer is built from one cell and its weights and steps half tensors (B, C, H, W) in
-channels-last memory. Soft gates, no peepholes.
+Every peer is built from one cell and its weights, and steps float16 tensors (B, C, H, W) in channels-last memory. Soft
+gates, no peepholes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fewest_convolutions(cell: CellConfig, weights: Weights) -> Step:
 
 
 def convolution_per_gate(cell: CellConfig, weights: Weights) -> Step:
-    """As RAFT writes its ConvGRU (reset "before")."""
+    """The formulation of RAFT's ConvGRU (reset "before")."""
     z_and_r, candidate = _joined(weights)
     w_z, w_r = z_and_r.chunk(2)
     b_z, b_r, b_n = weights["b"].chunk(3)
@@ -64,7 +64,7 @@ def convolution_per_gate(cell: CellConfig, weights: Weights) -> Step:
 
 
 def compiled(cell: CellConfig, weights: Weights) -> Step:
-    """torch.compile with every choice timed; the graph is captured outside, as for all others."""
+    """torch.compile with max-autotune; the graph is captured outside, as for all others."""
     step: Step = torch.compile(fewest_convolutions(cell, weights), mode="max-autotune-no-cudagraphs", dynamic=False)
     return step
 
@@ -72,8 +72,8 @@ def compiled(cell: CellConfig, weights: Weights) -> Step:
 def fused_pointwise(cell: CellConfig, weights: Weights) -> Step:
     """Convolutions of cuDNN with one fused pointwise kernel after each: the strongest honest baseline.
 
-    The kernels work on channels-last memory as it lies; r . h goes straight into the operand of the
-    second convolution, so the concatenation is done once.
+    The kernels work on channels-last memory directly; r . h is written into the operand of the second
+    convolution, so the concatenation is done once.
     """
     import kernel_pointwise as fused  # needs Triton, the other peers do not
 
@@ -107,7 +107,7 @@ def fused_pointwise(cell: CellConfig, weights: Weights) -> Step:
 
 
 def convolutions_alone(cell: CellConfig, weights: Weights) -> Step:
-    """Only the convolutions, over operands that lie ready: a bound for whatever uses these convolutions."""
+    """Only the convolutions, with their operands prepared: a bound for everything that uses these convolutions."""
     convolutions = _convolutions(cell, weights)
     operands: list[Tensor] = []
 
@@ -123,7 +123,7 @@ def convolutions_alone(cell: CellConfig, weights: Weights) -> Step:
 
 
 def peers_of(cell: CellConfig) -> dict[str, Build]:
-    """Those that compute the step of this kind of cell."""
+    """The peers that can compute this variant of cell."""
     peers: dict[str, Build] = {
         "torch, fewest convolutions": fewest_convolutions,
         "torch, a convolution per gate": convolution_per_gate,
@@ -143,7 +143,7 @@ def _joined(weights: Weights) -> tuple[Tensor, Tensor]:
 
 
 def _convolutions(cell: CellConfig, weights: Weights) -> list[Convolution]:
-    """The fewest convolutions of a step.
+    """The convolutions of a step in the formulation with the fewest.
 
     Reset "before": over concat(x, h) and concat(x, r . h); "after": over x and over h; ConvLSTM: over concat(x, h).
     """

@@ -1,6 +1,6 @@
-"""The benchmark's result as a picture: per case, how many times the floor and the best peer everybody takes.
+"""Plot of the benchmark's result: per case, the time of every contender relative to the floor and the best peer.
 
-Written as SVG by hand: it is a few bars, and no plotting package is needed on the device.
+The SVG is written directly: it has a few bars, and the device needs no plotting package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OURS, _PEER, _BOUND = "#76b900", "#8a8a8a", "#d0d0d0"
 
 
 def svg(result: dict[str, Any]) -> str:
-    """Bars of the isolated median over the floor; a bar longer than the picture is cut and says its number."""
+    """Bars of the isolated median over the floor; a bar longer than the picture is cut and labelled."""
     rows = list(_rows(result))
     longest = min(max((ratio for _, _, ratio, _ in rows if ratio), default=1.0), 20.0)
     scale = (_WIDTH - _LABEL - 240) / longest

@@ -1,6 +1,6 @@
-"""The pointwise parts of a step, for the peer that leaves the convolutions to cuDNN.
+"""Pointwise parts of a step as Triton kernels, for the peer that uses cuDNN's convolutions.
 
-Maps are half, channels last: (pixels, channels). Gates are computed in float32.
+Maps are float16, channels last: (pixels, channels). Gates are computed in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py found, as Markdown: the comparison, the targets, every contender, the tiles."""
+"""Report of benchmarks/kernels.py as Markdown: the comparison, the targets, every contender, the tiles."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 __all__ = ["Verdict", "report", "strongest", "verdicts"]
 
 OURS = {"float16": "stepcell, float16 state", "float32": "stepcell, float32 state"}
-HALF_AGAIN = ("S1 small", "S2 medium", "S5 matting")  # 1.5 times as fast is wanted
-LAUNCH_BOUND = 5.0  # microseconds: below such a floor a step is mostly launches
-FLOOR_COUNTS = 10.0  # microseconds: above such a floor it can be come near to
+HALF_AGAIN = ("S1 small", "S2 medium", "S5 matting")  # target: a speedup of 1.5
+LAUNCH_BOUND = 5.0  # microseconds: with a lower floor, launches dominate the step
+FLOOR_COUNTS = 10.0  # microseconds: with a higher floor, the floor is a realistic target
 WAYS = ("isolated", "chain")
 
 
@@ -20,8 +20,8 @@ class Verdict:
     """One target on one case.
 
     Attributes:
-        value: what was reached, in the worse of both ways of timing; None: not run.
-        wanted: at least this much, or at most where `target` is about the floor.
+        value: the result, by the worse of the two timings; None: not run.
+        wanted: minimum, or maximum if `target` is about the floor.
     """
 
     target: str
@@ -36,11 +36,11 @@ class Verdict:
             return None
         if "floor" in self.target:
             return self.value <= self.wanted
-        return self.value >= self.wanted and self.value > 1  # as fast is not faster
+        return self.value >= self.wanted and self.value > 1  # equal is not faster
 
 
 def strongest(case: dict[str, Any], way: str = "isolated") -> tuple[str, float] | None:
-    """The fastest contender that others would run, and its median in microseconds."""
+    """The fastest peer, and its median in microseconds."""
     ran = {name: _median(each, way) for name, each in case["contenders"].items() if each["role"] == "peer"}
     known = {name: value for name, value in ran.items() if value is not None}
     return min(known.items(), key=lambda item: item[1]) if known else None
@@ -68,7 +68,7 @@ def verdicts(result: dict[str, Any]) -> list[Verdict]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The whole result; of one that was not run, the reason."""
+    """The whole report; if the benchmark was not run, the reason."""
     if "not_run" in result:
         return f"Not run: {result['not_run']}.\n"
     parts = [_conditions(result), _comparison(result), _targets(result), _contenders(result), _tiles(result)]
@@ -80,14 +80,14 @@ def _median(contender: dict[str, Any], way: str) -> float | None:
 
 
 def _best(case: dict[str, Any], name: str, way: str) -> float | None:
-    """Our median of all ways to run it, of which TensorRT would choose: tiles, overlapping launches."""
+    """Our smallest median over the variants among which TensorRT would choose: tiles, overlapping launches."""
     tried = (each for key, each in case["contenders"].items() if f"{key}, ".startswith(f"{name}, "))
     known = [value for each in tried if (value := _median(each, way)) is not None]
     return min(known, default=None)
 
 
 def _speed(case: dict[str, Any], name: str, way: str) -> float | None:
-    """How many times as fast as the strongest baseline."""
+    """Speedup over the strongest baseline."""
     own, rival = _best(case, name, way), strongest(case, way)
     return rival[1] / own if own is not None and rival is not None else None
 
@@ -105,7 +105,7 @@ def _conditions(result: dict[str, Any]) -> str:
 
 
 def _rtx(result: dict[str, Any]) -> str:
-    """Whether TensorRT-RTX, whose support matrix leaves out some GPUs, runs here at all."""
+    """Whether TensorRT-RTX runs on this GPU; its support matrix excludes some."""
     found = [each for c in result["cases"] for name, each in c["contenders"].items() if name.startswith("TensorRT-RTX")]
     if any("microseconds" in each for each in found):
         return "runs"
@@ -185,7 +185,7 @@ def _cell(contender: dict[str, Any] | None) -> str:
 
 
 def _tiles(result: dict[str, Any]) -> str:
-    """Kernels whose default tile is not the fastest: what to change in tiles.py."""
+    """Kernels whose default tile is not the fastest: changes to make in tiles.py."""
     rows = []
     for case in result["cases"]:
         for kernel, cell in dict.fromkeys((row["kernel"], row["cell"]) for row in case["tiles"]):

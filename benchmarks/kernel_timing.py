@@ -1,4 +1,4 @@
-"""How benchmarks/kernels.py takes times on the device: graph replays, isolated and as a chain of steps."""
+"""Timing of benchmarks/kernels.py on the device: graph replays, isolated and as a chain of steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CHAIN", "Runs", "captured", "ceilings", "microseconds", "runs_of", "
 
 CHAIN = 16  # steps
 REPLAYS = 300
-# Clock ticks for which the device waits before a timed run, so that all of it is submitted by then:
+# Clock ticks that the device waits before a timed run, so that all of it has been submitted:
 # about 0.2 ms for one submission, 1 ms for a chain that is submitted step by step.
 _WAIT, _LONG_WAIT = 400_000, 2_000_000
 
@@ -26,15 +26,15 @@ Spread = dict[str, float]
 
 @dataclass(frozen=True)
 class Runs:
-    """What is checked and timed of a contender. The timed ones queue their work and return.
+    """Functions of a contender that are checked and timed. The timed ones queue their work and return.
 
     Attributes:
-        check: one step of the problem's states with its first input; the new states.
-        isolated: the same step again and again.
-        chain: CHAIN steps, of which each needs the one before.
-        eager: a step without a CUDA graph, where that is of interest.
-        stream: where they queue it; None: torch's current stream.
-        notes: about this contender, for the result.
+        check: one step of the problem's states with its first input; returns the new states.
+        isolated: the same step repeatedly.
+        chain: CHAIN steps, each depending on the previous one.
+        eager: a step without a CUDA graph, if that is of interest.
+        stream: that they use; None: torch's current stream.
+        notes: remarks for the result.
     """
 
     check: Callable[[], States]
@@ -48,7 +48,7 @@ class Runs:
 def runs_of(
     step: Step, xs: Sequence[Tensor], states: States, *, eager: bool = False, notes: tuple[str, ...] = ()
 ) -> Runs:
-    """A step that allocates its outputs in torch, captured."""
+    """Capture a step that allocates its outputs in torch."""
 
     def chain() -> States:
         new = states
@@ -59,7 +59,7 @@ def runs_of(
     def once() -> States:
         return step(xs[0], states)
 
-    graphs: dict[str, Any] = {}  # captured when they are first timed, after the check
+    graphs: dict[str, Any] = {}  # captured when first timed, after the check
 
     def replay(name: str, run: Run) -> None:
         if name not in graphs:
@@ -76,7 +76,7 @@ def runs_of(
 
 
 def captured(run: Run) -> Any:
-    """A graph of what `run` launches, after warming up."""
+    """Warm up, then capture the launches of `run`."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -92,8 +92,7 @@ def captured(run: Run) -> Any:
 def microseconds(run: Run, count: int = REPLAYS, *, wait: int = _WAIT) -> Spread:
     """Median and spread of single runs on the device.
 
-    `wait`: 0 lets the device start at once; the host's share is then in the time, as a caller without
-    a graph sees it.
+    With `wait` = 0 the device starts at once, so the time includes the host's share, as for a caller without a graph.
     """
     run()
     times = []
@@ -112,7 +111,7 @@ def microseconds(run: Run, count: int = REPLAYS, *, wait: int = _WAIT) -> Spread
 
 
 def times_of(runs: Runs) -> dict[str, Spread]:
-    """Microseconds per step: isolated, in a chain, and eager where the contender has that."""
+    """Microseconds per step: isolated, in a chain, and eager if the contender has it."""
     with torch.cuda.stream(runs.stream) if runs.stream is not None else contextlib.nullcontext():
         times = {"isolated": microseconds(runs.isolated)}
         whole = microseconds(runs.chain, REPLAYS // 3, wait=_LONG_WAIT)
@@ -123,7 +122,7 @@ def times_of(runs: Runs) -> dict[str, Spread]:
 
 
 def ceilings() -> dict[str, float]:
-    """What this device does at most: bytes per second of a copy, half FLOP per second of a matrix product."""
+    """Limits of this device: bytes per second of a copy, float16 FLOP per second of a matrix product."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, dtype=torch.float16, device="cuda") for _ in range(2))

@@ -1,12 +1,12 @@
-"""Time the fused kernels and what else could compute the step, side by side on one GPU.
+"""Benchmark of the fused kernels and of other implementations of the step, side by side on one GPU.
 
     python benchmarks/kernels.py                  # writes benchmarks/results/kernels-DEVICE.json and .svg
     python benchmarks/kernels.py --table benchmarks/results/kernels-DEVICE.json
 
-Every contender takes the same half x and states, is checked against float64, captured into a CUDA graph
-and timed twice: isolated replays of one step, and a chain of steps of which each needs the one before.
-Floors come from the copy bandwidth and the matrix rate measured in the same run. Each of our kernels is
-also timed by itself with every tile. Without a GPU nothing is run, and it says so.
+Every contender gets the same float16 x and states, is checked against float64, captured into a CUDA graph and timed
+twice: isolated replays of one step, and a chain of steps that depend on each other. Floors are computed from copy
+bandwidth and matrix rate, measured in the same run. Each of our kernels is also timed separately with every tile.
+Without a GPU the script says so and runs nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stepcell.cli.console import log
 from stepcell.files import read_bytes, write_atomic
 from stepcell.plugins.kernels.store import default_folder
 
-TOLERANCE = 5e-3  # of one step in half, relative to max(1, |value|)
+TOLERANCE = 5e-3  # of one step in float16, relative to max(1, |value|)
 PACKAGES = ("torch", "triton", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx")
 STATES: tuple[Any, ...] = ("float16", "float32")
 
@@ -72,8 +72,8 @@ def runtime_contenders(problem: Problem, kernels: Path) -> Contenders:
 
 
 def our_contenders(problem: Problem, capability: str, launch: Launch, rows: list[dict[str, Any]]) -> Contenders:
-    """Our kernels with the table's tiles and, where others were faster in `rows`, with those; both also
-    with launches that overlap, where the GPU can.
+    """Our kernels with the table's tiles and with tiles that were faster in `rows`; both also with overlapping launches
+    if the GPU supports them.
     """
     found: dict[str, tuple[str, Callable[[], Runs]]] = {}
 
@@ -99,12 +99,12 @@ def our_contenders(problem: Problem, capability: str, launch: Launch, rows: list
 def run_contenders(
     problem: Problem, contenders: Contenders, clock: Callable[[Runs], dict[str, dict[str, float]]] = times_of
 ) -> dict[str, Any]:
-    """Check and time every contender; what cannot run is listed with the reason."""
+    """Check and time every contender; those that cannot run are listed with the reason."""
     results: dict[str, Any] = {}
     for name, (role, build) in contenders.items():
         try:
             results[name] = {"role": role, **_checked(problem, role, build(), clock)}
-        except Exception as error:  # a peer may fail in any way, and the others are to be run all the same
+        except Exception as error:  # a peer may fail in any way; go on with the others
             lines = str(error).strip().splitlines() or [type(error).__name__]
             results[name] = {"role": role, "not_run": lines[0]}
         found = results[name]
@@ -117,7 +117,7 @@ def _checked(problem: Problem, role: str, runs: Runs, clock: Any) -> dict[str, A
     error = None
     new = runs.check()
     if role != "bound":
-        pairs = zip(new, problem.exact, strict=False)  # behind the op's states stand contenders' own
+        pairs = zip(new, problem.exact, strict=False)  # the op's states come first, then those of the contender
         error = max(float(((a.double() - b).abs() / b.abs().clamp(min=1)).max()) for a, b in pairs)
         if not error <= TOLERANCE:
             return {"not_run": f"wrong: differs from float64 by {error:.1e}"}
@@ -125,7 +125,7 @@ def _checked(problem: Problem, role: str, runs: Runs, clock: Any) -> dict[str, A
 
 
 def case_result(problem: Problem, limits: Mapping[str, float], results: Any, rows: list[dict[str, Any]]) -> Any:
-    """A case as the JSON has it."""
+    """A case for the JSON file."""
     case = problem.case
     return {
         "name": case.name,
@@ -160,7 +160,7 @@ def measure(arguments: argparse.Namespace) -> int:
         for state in STATES:
             try:
                 rows += tile_times(problem, state, capability, device.launch, tune=arguments.tune)
-            except Exception as error:  # the contenders below say the same
+            except Exception as error:  # reported by the contenders too
                 log(f"{case.name:<16} tiles, {state} state: not run: {error}")
         all_of_them = {
             **our_contenders(problem, capability, device.launch, rows),
@@ -175,7 +175,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed here."""
+    """Versions of the installed packages."""
     found = {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
     for name in PACKAGES:
         try:
@@ -186,7 +186,7 @@ def versions() -> dict[str, str]:
 
 
 def main() -> int:
-    """Measure, or show an older result; returns the exit code."""
+    """Measure, or show an existing result; returns the exit code."""
     parser = argparse.ArgumentParser(description="Time the fused kernels against their peers on a GPU.")
     parser.add_argument("--output", type=Path, help="JSON; .svg beside it; named after the device by default")
     parser.add_argument("--kernels", type=Path, default=default_folder(), help="folder of compiled kernels")

@@ -1,7 +1,7 @@
-"""What of benchmarks/kernels.py needs no GPU: every contender's arithmetic, the result, table, picture, verdicts.
+"""The parts of benchmarks/kernels.py that need no GPU: arithmetic of every contender, result, table, plot, verdicts.
 
-Only the clock is made up: kernels run in Triton's interpreter, exported files in ONNX Runtime on the CPU,
-and TensorRT-RTX builds its engine, which it then cannot load.
+Only times are made up: kernels run in Triton's interpreter, exported files in ONNX Runtime on the CPU, and TensorRT-RTX
+builds its engine, which it then cannot load.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CAPABILITY = "9.0"
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Any]:
-    """Its modules, whose pointwise kernels Triton interprets, and which are forgotten afterwards."""
+    """The benchmark's modules, with pointwise kernels that Triton interprets; removed from sys.modules afterwards."""
     sys.path.insert(0, str(FOLDER))
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True

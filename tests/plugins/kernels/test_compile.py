@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here, read back with NVIDIA's own tool."""
+"""Kernels compiled without a GPU, inspected with NVIDIA's cuobjdump."""
 
 from __future__ import annotations
 

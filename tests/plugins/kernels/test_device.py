@@ -1,8 +1,8 @@
-"""Kernels on a device: every cell of the report with every tile, a hundred steps, graphs, sanitizer.
+"""Kernels on a device: every cell of the report with every tile, a hundred steps, CUDA graphs, compute-sanitizer.
 
-`make gpu-check` runs the rows that need a GPU. The row on the CPU runs the same code on few pixels, so
-a mistake in a test shows without one. Cubins are taken from the folder STEPCELL_KERNELS; those that it
-lacks are compiled, which needs Triton.
+`make gpu-check` runs the tests that need a GPU. One test runs the same code on the CPU with few pixels, so mistakes in
+the tests themselves show without a GPU. Cubins are taken from the folder STEPCELL_KERNELS; missing ones are compiled,
+which needs Triton.
 """
 
 from __future__ import annotations

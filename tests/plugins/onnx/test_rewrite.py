@@ -1,5 +1,5 @@
-"""From an ONNX node to numbers: the model is rewritten, the plugin made by TensorRT-RTX's own registry,
-carried by a plan's fields, and stepped. Only the GPU is replaced: `tests.fakes.interpreted_driver`."""
+"""From an ONNX node to numbers: the model is rewritten, the plugin is created by TensorRT-RTX's registry, serialised
+to a plan's fields and back, and stepped. Only the GPU is replaced: `tests.fakes.interpreted_driver`."""
 
 from __future__ import annotations
 

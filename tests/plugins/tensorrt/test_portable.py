@@ -1,5 +1,5 @@
-"""The portable form: a chain of nodes in the interpreter; PTX through NVIDIA's assembler; the operators
-through the vendor's own `tensorrt.plugin`, as far as the lean bindings carry it."""
+"""The portable form: its chain of nodes in the interpreter, its PTX through NVIDIA's assembler, and its operators
+through the vendor's `tensorrt.plugin`, as far as the lean bindings include it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The fp16 mirrors of states as tensors of an engine, which TensorRT-RTX's own builder makes with no GPU.
+"""Fp16 mirrors of states as tensors of an engine that TensorRT-RTX builds without a GPU.
 
-It cannot host the plugin, so convolutions that read and write the copy stand where the plugin would: what TensorRT
-puts around such tensors can be seen in the list of the engine's kernels.
+It cannot host the plugin, so convolutions that read and write the mirror take its place. The list of the engine's
+kernels shows what TensorRT adds around such tensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which form of its cells goes into an engine, and how both are timed.
+"""Choice between plugin and native layers, and the timing of both.
 
-No TensorRT that hosts plugins installs here. TensorRT-RTX stands in for it: registry, creators and fields
-are real, its builder makes the native form, and only for the form with the plugin the builder is replaced.
+No TensorRT that hosts plugins can be installed here, so TensorRT-RTX takes its place: registry, creators and fields are
+real, its builder builds the native plan, and only the build of the plan with the plugin is replaced.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def fill(folder: Path, cell: CellConfig) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Plugins that the builder of the form with the plugin has made."""
+    """Plugins that the replaced build has created."""
     plugins: list[Any] = []
 
     def build(library: Any, prepared: PreparedModel, **rest: Any) -> BuiltPlan:
@@ -117,7 +117,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`times(plugin=0.2, native=0.3)`: milliseconds that either form takes."""
+    """`times(plugin=0.2, native=0.3)`: milliseconds of a step with the plugin and without."""
 
     def fix(*, plugin: float, native: float) -> None:
         def milliseconds(library: Any, plan: bytes, profiles: Any) -> float:
