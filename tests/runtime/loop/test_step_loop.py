@@ -281,7 +281,7 @@ def test_closed_loop_refuses_everything(accumulator: Model) -> None:
             call()
 
 
-def test_statistics_keep_the_first_step_apart(accumulator: Model) -> None:
+def test_the_first_step_is_in_no_other_figure(accumulator: Model) -> None:
     with StepLoop.open(accumulator()) as loop:
         for _ in range(11):
             loop.step(x=ONES)
