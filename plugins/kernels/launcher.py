@@ -45,7 +45,7 @@ class Launcher:
 
     A split kernel counts the programs that have arrived (triton/split.py) in memory of the launcher, which is set to
     zero once; every launch leaves it at zero. Two launches at a time may not share it, so every execution context has
-    launchers of its own.
+    its own launchers.
 
     Args:
         image: compiled for this device's compute capability.

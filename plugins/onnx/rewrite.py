@@ -94,7 +94,7 @@ def _refuse_nested(model: ModelProto) -> None:
     inside = [node for function in model.functions for node in all_nodes(function.node)]
     inside += [node for top in model.graph.node for node in all_nodes([top]) if node is not top]
     if any(_is_cell(node) for node in inside):
-        raise PluginError("a cell lies inside a function or a subgraph, where the plugin does not take it")
+        raise PluginError("a cell is inside a function or a subgraph; the plugin runs cells of the main graph only")
 
 
 def _types(onnx: Any, model: ModelProto) -> dict[str, int]:

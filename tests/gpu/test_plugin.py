@@ -18,6 +18,7 @@ import torch
 
 from stepcell import StepLoop
 from stepcell.models.cells import conv_gru, conv_lstm
+from stepcell.plugins import prepare
 from stepcell.plugins.fp16_mirrors import half_map
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.image import KernelImage
@@ -28,7 +29,6 @@ from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION
 from stepcell.plugins.tensorrt.registry import kernels_offered, register
 from stepcell.plugins.tensorrt.tensors import inputs_of, outputs_of, weights_of
 from stepcell.runtime import cuda
-from stepcell.runtime.engine import plugin_choice as form
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 
@@ -245,7 +245,7 @@ def test_an_engine_with_fp16_mirrors_equals_one_without(
     options = BuildOptions(flavor="tensorrt", plugin="on", opt_shapes={"x": (3, 3, 64, 96)})
     given = build_engine(denoiser_onnx, tmp_path / "given.engine", options).contents
     with monkeypatch.context() as patch:
-        patch.setattr(form, "plugin_model", lambda model, _: plugin_model(model))
+        patch.setattr(prepare, "plugin_model", lambda model, _: plugin_model(model))
         made = build_engine(denoiser_onnx, tmp_path / "made.engine", options).contents
     assert (len(given.fp16_mirrors), len(made.fp16_mirrors)) == (1, 0)
     xs = np.random.default_rng(0).random((STEPS, 3, 3, 64, 96), np.float32).astype(np.float16)

@@ -126,7 +126,7 @@ class Shared:
         if (state == _IN_FLIGHT).any():
             raise Fault("reads shared memory to which a copy is in flight")
         if (state == _UNKNOWN).any():
-            raise Fault("reads shared memory that nobody has written")
+            raise Fault("reads shared memory that was never written")
 
     def _claim(self, units: NDArray[np.int64], threads: Threads) -> None:
         """Check that these threads may write."""

@@ -68,7 +68,7 @@ class TensorMemory:
         if np.isin(self._state[cells], (_STORING, _STORED)).any():
             raise Fault("a product adds to tensor memory that a warp has written, with no wait and barrier since")
         if keep and (self._state[cells] == _UNKNOWN).any():
-            raise Fault("a product adds to tensor memory that nobody has written")
+            raise Fault("a product adds to tensor memory that was never written")
         old = self.values[cells].view(np.float32) if keep else np.float32(0)
         self.values[cells] = (old + product).astype(np.float32).view(np.uint32)
         self._state[cells], self._written[cells] = _READY, self._products
@@ -112,7 +112,7 @@ class TensorMemory:
         if (self._written[cells] >= 0).any():
             raise Fault("reads tensor memory that a product in the background writes")
         if not np.isin(self._state[cells], ready).all():
-            raise Fault("reads tensor memory that nobody has written, or with no wait and barrier since")
+            raise Fault("reads tensor memory that was never written, or with no wait and barrier since")
 
     def _outside(self, cells: Cells) -> None:
         if ((cells[1] < _FIRST) | (cells[1] >= _FIRST + self.allocated)).any():

@@ -219,7 +219,7 @@ def test_a_damaged_or_foreign_file_is_refused(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_the_report_holds_and_no_default_tile_spills() -> None:
-    # Triton's cache goes by source, options and version, so what it has is what would be compiled.
+    # Triton's cache is keyed by source, options and version, so a cached kernel equals a compiled one.
     found = python("-m", "tools.kernels_report", "--check")
     assert found.returncode == 0, found.stderr
 

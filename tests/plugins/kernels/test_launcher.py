@@ -1,4 +1,4 @@
-"""What reaches the CUDA driver, through the real cuda-bindings and a driver that only writes it down."""
+"""Arguments that reach the CUDA driver, through the real cuda-bindings and a driver that records its calls."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ with registry.kernels_offered({sys.argv[2]: ()}):
 @pytest.mark.parametrize("by_attributes", [True, False])
 def test_a_real_parser_finds_the_plugin(tmp_path: Path, by_attributes: bool) -> None:
     """TensorRT-RTX's parser asks our creator, with fields that it made, and then ends the process: it can
-    make a plugin but not host it. So this needs a process of its own, and shows how far it gets."""
+    make a plugin but not host it. So this runs in a separate process, and checks how far it gets."""
     cell = CellConfig.from_label(CELLS[3])
     model = plugin_model(cell_model(cell), [H]).model
     node = model.graph.node[0]

@@ -1,4 +1,4 @@
-"""What stepcell logs while a block runs, for tests that call a build several times."""
+"""Context manager that collects log messages, for tests that run several builds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def lines_logged() -> Iterator[list[str]]:
-    """The list grows by every message of level INFO or above."""
+    """Collect messages of level INFO and above while the block runs."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

@@ -175,7 +175,7 @@ def test_file_that_is_no_model_is_refused(denoiser_onnx: Path, tmp_path: Path, c
 def test_no_garbage_is_collected_while_tensorrt_talks(
     op: str, denoiser_onnx: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
-    """It talks while it holds a lock, which a builder found in the garbage would wait for: a build hung for ever."""
+    """It logs while it holds a lock that a builder found by the collector would wait for: a build hung forever."""
     collecting: list[bool] = []
 
     def listen(record: logging.LogRecord) -> bool:

@@ -202,7 +202,7 @@ def test_portable(denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert not info.contents.fp16_mirrors  # others run it
 
 
-def test_off_asks_nobody(denoiser_onnx: Path, tmp_path: Path, made: list[Any]) -> None:
+def test_off_needs_no_plugin(denoiser_onnx: Path, tmp_path: Path, made: list[Any]) -> None:
     info, said = build(denoiser_onnx, tmp_path, plugin="off")
     assert info.contents.plugin is None
     assert not made
