@@ -1,8 +1,8 @@
 """From a module to numbers over many steps, in an engine with fp16 mirrors of the states and in one without.
 
 `stepcell build` rewrites the model and writes the sidecar; the back end keeps the buffers, on a fake GPU; the plugin,
-created by TensorRT-RTX's registry, launches the kernels, which Triton's interpreter runs. Only TensorRT's part is faked:
-it allocates each tensor in its format and calls the nodes in order.
+created by TensorRT-RTX's registry, launches the kernels, which Triton's interpreter runs. Only TensorRT's part is
+faked: it allocates each tensor in its format and calls the nodes in order.
 """
 
 from __future__ import annotations
