@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own: make PYTHON=python3.12 VENV=/elsewhere/env
+# All targets use one virtual environment: make PYTHON=python3.12 VENV=/elsewhere/env
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m tools.demo
 
-# Two to four files at a time, each on one thread: most of the work is Python's. What crashes or hangs is run once: a
-# fresh process would run it again, up to 16 times.
+# Two to four test files in parallel, one thread each. A worker that crashes or hangs is not restarted: xdist would repeat
+# the test that crashed it, up to 16 times.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
@@ -32,7 +32,7 @@ build/test-models/.ready: $(VENV)/.ready $(wildcard exporter/*/*.py models/*.py 
 	$(BIN)/python -m tests.exported_models $(@D)
 	touch $@
 
-# The same promises on a GPU; without one it says what was not run.
+# Tests and measurements that need a GPU; skipped with a message on a machine without one.
 gpu-check: setup
 	$(BIN)/python -m pytest tests/gpu tests/plugins/kernels/test_device.py -v -s
 	$(BIN)/python benchmarks/kernels.py --kernels $${STEPCELL_KERNELS:-build/kernels}

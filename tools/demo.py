@@ -1,7 +1,7 @@
-"""The main job, end to end: `make demo`.
+"""Demonstration, run by `make demo`: exports, builds and runs the denoiser of the zoo.
 
-Adds noise to a real clip the denoiser never saw, then calls the three commands a user would call
-(export, build, run), and measures what came out. Everything lands in `demo-output/`.
+Adds noise to a real clip that the denoiser was not trained on, calls `stepcell export`, `build` and `run`, and measures
+the result. All files are written to `demo-output/`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from stepcell.models.zoo.clips import HELD_OUT, add_noise, psnr, read_clip, read
 
 SIGMA = 25.0  # standard deviation of the noise, in 0 to 255
 SEED = 2026
-SHOWN = 60  # frame of the picture
+SHOWN = 60  # frame number of the comparison image
 ZOOM = 2
 CHECKPOINT = Path(__file__).parent.parent / "models" / "zoo" / "denoiser.safetensors"
-SMALLEST, LARGEST = "x:1x3x64x64", "x:1x3x1080x1920"  # sizes the engine takes
+SMALLEST, LARGEST = "x:1x3x64x64", "x:1x3x1080x1920"  # range of sizes of the engine
 
 Frames = NDArray[np.uint8]
 
@@ -60,7 +60,7 @@ def main(output: Path) -> None:
 
 
 def stepcell(*arguments: str | Path) -> float:
-    """Call the command line as a user does; returns the seconds it took."""
+    """Run the command line in a process of its own; returns the seconds it took."""
     words = [str(argument) for argument in arguments]
     log(f"\n$ stepcell {' '.join(words)}")
     started = time.monotonic()
@@ -71,7 +71,7 @@ def stepcell(*arguments: str | Path) -> float:
 
 
 def write_lossless(path: Path, frames: Frames, rate: Fraction) -> None:
-    """A clip that keeps the noise bit by bit (FFV1)."""
+    """Write frames as a lossless video (FFV1)."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=rate)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "bgr0"
@@ -81,7 +81,7 @@ def write_lossless(path: Path, frames: Frames, rate: Fraction) -> None:
 
 
 def compare(path: Path, *pictures: Frames) -> None:
-    """Pictures side by side, enlarged, with their names: noisy, denoised, clean."""
+    """Write an image of three frames side by side, enlarged and labelled: noisy, denoised, clean."""
     tiles = []
     for picture, name in zip(pictures, ("noisy", "denoised", "clean"), strict=True):
         tile = cv2.resize(picture, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_NEAREST)
@@ -94,10 +94,10 @@ def compare(path: Path, *pictures: Frames) -> None:
 
 
 def summarise(seconds: dict[Path, float], before: float, after: float, report: dict[str, object]) -> None:
-    """The table at the end of the demonstration."""
+    """Print the table of the files: size, time, quality."""
     notes: Sequence[str] = (
         "one step, hidden state as input and output",
-        "float16 plan for RTX GPUs, built without one",
+        "float16 engine for RTX GPUs, built without one",
         f"PSNR {before:.2f} dB before, {after:.2f} dB after; {report['frames_per_second']:.0f} frames/s",
     )
     rows = [
