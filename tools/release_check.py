@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -45,11 +46,22 @@ def check_version() -> str:
 
 
 def build(folder: Path, *options: str) -> tuple[Path, Path]:
-    """Wheel, built from the sdist, and sdist."""
-    command = [sys.executable, "-m", "build", *options, "--outdir", str(folder), str(ROOT)]
+    """Wheel, built from the sdist, and sdist. They are built from a copy: setuptools writes into the source folder."""
+    source, dist = folder / "source", folder / "dist"
+    for name in tracked_files():
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    command = [sys.executable, "-m", "build", *options, "--outdir", str(dist), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     return wheel, sdist
+
+
+def tracked_files(*folders: str) -> list[str]:
+    """What git tracks, and new files that it does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def compare(archive: Path) -> tuple[set[str], set[str]]:
@@ -70,11 +82,8 @@ def compare(archive: Path) -> tuple[set[str], set[str]]:
 
 
 def packaged_files() -> set[str]:
-    """Every tracked module, by its path in the package, and the data files."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "stepcell", *ROOMS], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    modules = {name for name in tracked if name.endswith(".py")}
+    """Every module, by its path in the package, and the data files."""
+    modules = {name for name in tracked_files("stepcell", *ROOMS) if name.endswith(".py") and (ROOT / name).exists()}
     return DATA | {name if name.startswith("stepcell/") else f"stepcell/{name}" for name in modules}
 
 
