@@ -79,11 +79,17 @@ class Plan:
 
 @dataclass
 class Findings:
-    """What was found; becomes a `Report`."""
+    """What was found; becomes a `Report`.
+
+    Attributes:
+        warm, moving: errors from warm states on, with the last frame held and along the clip.
+        states: of the reference, warm.
+    """
 
     verdicts: list[Verdict] = field(default_factory=list)
     growth: tuple[Growth, ...] = ()
     warm: tuple[WarmError, ...] = ()
+    moving: tuple[WarmError, ...] = ()
     storage: tuple[Storage, ...] = ()
     forgetting: Forgetting | None = None
     bound: Bound | None = None
@@ -131,14 +137,16 @@ def verify(
     logger.debug("warm window")
     # with the frame held, where storage loses most: a moving scene shakes a stalled state loose
     found.warm, _ = warm_errors(subject, exact, still, warm.losing, plan.window)
-    moving, _ = warm_errors(subject, exact, clip, found.states, plan.window)
+    found.moving, _ = warm_errors(subject, exact, clip, found.states, plan.window)
     sizes = {name: int(np.size(array)) for name, array in found.states.items()}
 
     if reference.differentiable:
         logger.debug("largest Lyapunov factor over %d steps", plan.lyapunov)
         found.forgetting = forgetting(exact, exact, clip, found.states, plan.lyapunov)  # type: ignore[arg-type]
         outputs, errors = _output_errors(subject, exact, clip, found.states, plan.window)
-        found.bound = derive_bound(found.forgetting, (*_aligned(found.warm, moving),), {**sizes, **outputs}, errors)
+        found.bound = derive_bound(
+            found.forgetting, (*_aligned(found.warm, found.moving),), {**sizes, **outputs}, errors
+        )
 
     verdicts.append(_identity(in_float64, reference, clip, found.states))
     verdicts.append(
@@ -150,7 +158,7 @@ def verify(
             tolerance=plan.tolerance,
         )
     )
-    verdicts.append(_worse(prediction_verdict(found.warm, sizes), prediction_verdict(moving, sizes)))
+    verdicts.append(_worse(prediction_verdict(found.warm, sizes), prediction_verdict(found.moving, sizes)))
     verdicts.append(storage_verdict(found.storage))
     if found.forgetting is None:
         verdicts.append(unchecked("bound", "the reference has no Jacobian here"))

@@ -22,9 +22,10 @@ QUESTIONS = {
     "isolation": "Are the rows of a batch apart?",
     "reset": "Does a reset forget everything?",
     "resume": "Does the step depend on its inputs and states alone?",
-    "precision": "Does the engine compute in what the contract says?",
+    "precision": "Is it computed as wide as the contract says?",
 }
 
+_NOTHING = 1e-300  # a limit that says "none" or "any", and is no figure to be shown
 _STYLE = """
 :root{--ink:#1b2230;--soft:#5b6474;--rule:#dfe3ea;--back:#fff;--card:#f6f7f9;
 --good:#0f7a4d;--bad:#c2251d;--open:#7a6a12}
@@ -45,7 +46,8 @@ padding:.6rem .8rem;margin:.5rem 0;border-radius:0 6px 6px 0}
 th,td{text-align:right;padding:.25rem .5rem;border-bottom:1px solid var(--rule);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;font-size:.9rem}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}svg{width:100%;height:auto;display:block;margin:.4rem 0}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+svg{width:100%;max-width:38rem;height:auto;display:block;margin:.4rem 0}
 """
 
 
@@ -118,7 +120,7 @@ def _ordered(verdicts: Sequence[Verdict]) -> list[Verdict]:
 def _verdict(verdict: Verdict) -> str:
     kind, mark = {True: ("good", "✓"), False: ("bad", "✗"), None: ("open", "·")}[verdict.passed]
     numbers = ""
-    if verdict.value is not None and verdict.limit is not None:
+    if verdict.value is not None and verdict.limit is not None and abs(verdict.limit) > _NOTHING:
         relation = "at least" if verdict.at_least else "at most"
         numbers = f'<div class="soft">{_figure(verdict.value)}, {relation} {_figure(verdict.limit)}</div>'
     question = html.escape(QUESTIONS.get(verdict.name, ""))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 __all__ = ["Series", "line_plot"]
 
-WIDTH, HEIGHT = 640, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 124, 34, 44
+WIDTH, HEIGHT = 500, 320  # small, so that its text can be read where it is shrunk to a phone
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 96, 34, 44
 _COLOURS = ("#2f6fdb", "#d9622b", "#15926d", "#9a4fc0", "#b78a12", "#64748b")
 _MOST = len(_COLOURS)
 _LABEL = 15  # px between two labels
@@ -42,7 +42,7 @@ def line_plot(title: str, series: Sequence[Series], *, x_label: str, y_label: st
     drawn = [(each, points) for each, points in drawn if points]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="var(--ink, #1b2230)">',
+        f'font-family="system-ui, sans-serif" font-size="14" fill="var(--ink, #1b2230)">',
         f"<title>{html.escape(title)}</title>",
         f'<text x="{_LEFT}" y="20" font-weight="600">{html.escape(title)}</text>',
     ]
@@ -97,9 +97,14 @@ def _points(series: Series) -> list[tuple[float, float]]:
 
 
 def _ticks(low: float, high: float, base: int) -> list[float]:
-    """Powers of the base around the range, no more than eight."""
+    """Powers of the base around the range, no more than eight; within two decades also 2 and 5 times them."""
     first, last = math.floor(math.log(low, base) + 1e-9), math.ceil(math.log(high, base) - 1e-9)
     last = max(last, first + 1)
+    if base == 10 and last - first <= 2:
+        fine = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+        below = max(tick for tick in fine if tick <= low * (1 + 1e-9))
+        above = min(tick for tick in fine if tick >= high * (1 - 1e-9) and tick > below)
+        return [tick for tick in fine if below <= tick <= above]
     stride = -(-(last - first) // 7)
     return [float(base) ** power for power in range(first, last + stride, stride)]
 

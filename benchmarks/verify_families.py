@@ -1,6 +1,6 @@
 """Verify exported models of many families, and how well their error is foretold; writes one JSON file.
 
-    python benchmarks/families.py --golden ../shared/golden --output benchmarks/results/verify.json
+    python benchmarks/verify_families.py --golden ../shared/golden --output benchmarks/results/verify.json
 
 For every kept or recorded checkpoint: exported in float16 with float32 states, verified as written against its torch
 module in float64. For the families named with --long also a run of 10^4 steps against the bound, and the same file with
@@ -72,13 +72,16 @@ def look(family: str, checkpoint: Path, settings: dict[str, Any], folder: Path, 
 def row(found: Findings, seconds: float) -> dict[str, Any]:
     """What is kept of one verification."""
     ends = {
-        each.name: {
-            "measured": each.measured[-1],
-            "predicted": each.predicted[-1],
-            "defect": each.missed[-1] / each.measured[-1] if each.measured[-1] else 0.0,
-            "explained_by_rounding": each.noise[-1] / each.measured[-1] if each.measured[-1] else 0.0,
+        window: {
+            each.name: {
+                "measured": each.measured[-1],
+                "predicted": each.predicted[-1],
+                "defect": each.missed[-1] / each.measured[-1] if each.measured[-1] else 0.0,
+                "explained_by_rounding": each.noise[-1] / each.measured[-1] if each.measured[-1] else 0.0,
+            }
+            for each in errors
         }
-        for each in found.warm
+        for window, errors in (("still", found.warm), ("moving", found.moving))
     }
     return {
         "seconds": round(seconds, 1),
