@@ -23,7 +23,7 @@ __all__ = ["accumulate", "accumulate_two", "pixel_block"]
 def pixel_block(
     H: tl.tensor, W: tl.tensor, P: tl.tensor, BM: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Number, existence, row and column of the pixels of this program; P = B * H * W of them exist."""
+    """Index, validity, row and column of the pixels of this program; P = B * H * W pixels are valid."""
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
     return pixel, pixel < P, (pixel // W) % H, pixel % W
 
@@ -49,7 +49,7 @@ def _im2col(
     base = src + pixel[:, None] * LD
     lane = tl.arange(0, BK)
     if LD % BK == 0:
-        # A block lies within one tap: its shift is one number, and masks are per pixel.
+        # A block is within one tap: it has a single offset, and masks are per pixel.
         tap = t // (LD // BK)
         dy = tap // KW - KH // 2
         dx = tap % KW - KW // 2
@@ -59,7 +59,7 @@ def _im2col(
         offset = (dy * W + dx) * LD + first
         tile = tl.load(base + (offset + lane)[None, :], mask=inside[:, None], other=0.0)
     else:
-        # Few channels: a block holds several taps, so that no lane is spent on padding.
+        # Few channels: a block covers several taps, so that no lanes are wasted on padding.
         k = t * BK + lane
         tap = k // LD
         dy = tap // KW - KH // 2
@@ -71,7 +71,7 @@ def _im2col(
         offset = (dy * W + dx) * LD + channel
         tile = tl.load(base + offset[None, :], mask=inside, other=0.0)
     if CIN % 8 != 0 and not CLEAN:
-        # Not part of the load's mask, which would no longer be the same for 16 bytes.
+        # Not part of the load's mask, which must be uniform over 16 bytes for vector loads.
         tile = tl.where((channel < CIN)[None, :], tile, 0.0)
     return tile
 
@@ -97,12 +97,11 @@ def accumulate(
     SPLITS: tl.constexpr,  # programs that share the blocks of k
     CLEAN: tl.constexpr = False,  # padding channels of src are zero
 ) -> tl.tensor:
-    """`acc` plus the convolution of src with the chosen columns of weight, or the share of one split of it."""
+    """`acc` plus the convolution of src with these columns of weight, or one split's share of it."""
     blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
     weights = weight + tl.arange(0, BK)[:, None] * LDN + columns[None, :]
     first = tl.program_id(2) if SPLITS > 1 else 0
-    # H >> 30 is 0. The assembler cannot know it, so it does not unroll the whole loop, which costs
-    # registers and spills.
+    # H >> 30 is 0, which the assembler does not know; otherwise it would unroll the whole loop and spill.
     for t in tl.range(first, blocks + (H >> 30), SPLITS, num_stages=STAGES):
         tile = _im2col(src, t, pixel, exists, row, column, H, W, CIN, KH, KW, BK, CLEAN)
         acc = tl.dot(tile, tl.load(weights + t * (BK * LDN)), acc)
@@ -132,7 +131,7 @@ def accumulate_two(
     SPLITS: tl.constexpr,  # programs that share the blocks of k
     CLEAN: tl.constexpr = False,  # padding channels of src are zero
 ) -> tuple[tl.tensor, tl.tensor]:
-    """`accumulate` for two sets of columns, which share every tile of src."""
+    """`accumulate` for two sets of columns that share the tiles of src."""
     blocks: tl.constexpr = (KH * KW * ((CIN + 7) // 8 * 8) + BK - 1) // BK
     rows = weight + tl.arange(0, BK)[:, None] * LDN
     first = tl.program_id(2) if SPLITS > 1 else 0

@@ -18,7 +18,7 @@ __all__ = ["load_map", "load_state", "sigmoid", "store_map", "store_state", "tan
 
 @jit
 def sigmoid(x: tl.tensor, HARD: tl.constexpr) -> tl.tensor:
-    """1 / (1 + exp(-x)), or clamp(x/2 + 1/2, 0, 1). A NaN stays a NaN: a broken stream is seen."""
+    """1 / (1 + exp(-x)), or clamp(x/2 + 1/2, 0, 1). NaN is propagated, so that broken inputs are noticed."""
     return _clamp(0.5 * x + 0.5, 0.0, 1.0) if HARD else 1.0 / (1.0 + tl.exp(-x))
 
 
@@ -38,7 +38,7 @@ def _clamp(x: tl.tensor, low: tl.constexpr, high: tl.constexpr) -> tl.tensor:
 def load_map(
     src: tl.tensor, pixel: tl.tensor, exists: tl.tensor, channel: tl.tensor, C: tl.constexpr, LD: tl.constexpr
 ) -> tl.tensor:
-    """Tile (pixel, channel) of a half map, as float32; channels from C on are 0."""
+    """Tile (pixel, channel) of a float16 map, as float32; channels from C on are 0."""
     offset = pixel[:, None] * LD + channel[None, :]
     return tl.load(src + offset, mask=exists[:, None] & (channel < C)[None, :], other=0.0).to(tl.float32)
 
@@ -53,9 +53,9 @@ def store_map(
     C: tl.constexpr,
     LD: tl.constexpr,
 ) -> None:
-    """Store a tile into a half map, with zeros in the padding channels C to LD - 1.
+    """Store a tile into a float16 map, with zeros in the padding channels C to LD - 1.
 
-    The next layer multiplies them by zero weights, and 0 * NaN would be NaN.
+    The next layer multiplies them by zero weights; 0 * NaN would be NaN.
     """
     offset = pixel[:, None] * LD + channel[None, :]
     value = tl.where((channel < C)[None, :], value, 0.0)
@@ -80,7 +80,7 @@ def load_state(
     LD: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> tl.tensor:
-    """Tile (pixel, channel) of the state as float32: float32 (B, C, H, W) if WIDE, else a half map."""
+    """Tile (pixel, channel) of the state as float32: float32 (B, C, H, W) if WIDE, else a float16 map."""
     if WIDE:
         mask = (channel < C)[:, None] & exists[None, :]
         tile = tl.trans(tl.load(src + _wide_offset(pixel, channel, HW, C), mask=mask, other=0.0))

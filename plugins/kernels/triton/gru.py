@@ -24,7 +24,7 @@ __all__ = ["gru_after", "gru_candidate", "gru_gates"]
 def gru_gates(
     x: tl.tensor,
     h: tl.tensor,  # fp16 mirror of the state
-    pre: tl.tensor,  # half pre-activations to add, gates z, r, n; not read unless HAS_PRE
+    pre: tl.tensor,  # float16 pre-activations to add, gates z, r, n; not read unless HAS_PRE
     wx: tl.tensor,  # packed, columns z, r of every channel in turn
     wh: tl.tensor,
     bias: tl.tensor,  # float32, ordered like the columns
@@ -47,7 +47,7 @@ def gru_gates(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
-    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
+    RAGGED_STAGES: tl.constexpr,  # stages of a loop that masks padding channels (conv.py)
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launch 2 may start before this one is done
 ) -> None:
@@ -56,12 +56,14 @@ def gru_gates(
     LDN: tl.constexpr = (2 * C + 7) // 8 * 8
     LDP: tl.constexpr = (3 * C + 7) // 8 * 8
     X_STAGES: tl.constexpr = STAGES if CX % 8 == 0 else RAGGED_STAGES
-    H_STAGES: tl.constexpr = STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES  # a wide state's copy is clean
+    H_STAGES: tl.constexpr = (
+        STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES
+    )  # the mirror of a wide state has zero padding
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     columns = tl.program_id(1) * (2 * BC) + tl.arange(0, 2 * BC)
     if OVERLAP:
-        gdc_launch_dependents()  # once every program is here or done; it waits for what we write
+        gdc_launch_dependents()  # takes effect once all programs are here or done; launch 2 waits for our writes
 
     acc = tl.full((BM, 2 * BC), 0.0, tl.float32)
     if CX > 0:
@@ -113,7 +115,7 @@ def gru_candidate(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
-    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
+    RAGGED_STAGES: tl.constexpr,  # stages of a loop that masks padding channels (conv.py)
     SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,  # launch 1 may still run
 ) -> None:
@@ -131,8 +133,8 @@ def gru_candidate(
     if CX > 0:
         acc = accumulate(acc, x, wx, channel, pixel, exists, row, column, H, W, CX, LDC, KH, KW, BK, X_STAGES, SPLITS)
     if OVERLAP:
-        # Above, only x and weights are read. Below are r . h and z, which launch 1 writes, the memory of
-        # partial sums, which it uses too, and all that this one writes.
+        # Only x and weights are read before this point. After it come r . h and z, which launch 1 writes, the
+        # partial sums, whose memory it uses too, and all outputs.
         gdc_wait()
     acc = accumulate(
         acc, rh, wh, channel, pixel, exists, row, column, H, W, C, LDC, KH, KW, BK, STAGES, SPLITS, CLEAN=True
@@ -179,16 +181,18 @@ def gru_after(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
-    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
+    RAGGED_STAGES: tl.constexpr,  # stages of a loop that masks padding channels (conv.py)
     SPLITS: tl.constexpr,
 ) -> None:
     """The whole step: n = tanh(a_n + r . (W_n * h + b_hn)). state_out must not be state or h."""
     LDC: tl.constexpr = (C + 7) // 8 * 8
-    LDG: tl.constexpr = (2 * C + 7) // 8 * 8  # where the columns of n begin
+    LDG: tl.constexpr = (2 * C + 7) // 8 * 8  # first column of n
     LDN: tl.constexpr = LDG + LDC
     LDP: tl.constexpr = (3 * C + 7) // 8 * 8
     X_STAGES: tl.constexpr = STAGES if CX % 8 == 0 else RAGGED_STAGES
-    H_STAGES: tl.constexpr = STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES  # a wide state's copy is clean
+    H_STAGES: tl.constexpr = (
+        STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES
+    )  # the mirror of a wide state has zero padding
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     gates = tl.program_id(1) * (2 * BC) + tl.arange(0, 2 * BC)

@@ -34,17 +34,17 @@ def _peephole(
 
 @jit
 def lstm_step(
-    x: tl.tensor,  # half (B, H, W, LDX)
-    h: tl.tensor,  # half (B, H, W, LDC), copy of the state h
-    pre: tl.tensor,  # half (B, H, W, LDP), gates i, f, o, g, to add; not read unless HAS_PRE
+    x: tl.tensor,  # float16 (B, H, W, LDX)
+    h: tl.tensor,  # float16 (B, H, W, LDC), fp16 mirror of the state h
+    pre: tl.tensor,  # float16 (B, H, W, LDP), gates i, f, o, g, to add; not read unless HAS_PRE
     wx: tl.tensor,  # packed, columns i, f, o, g of every channel in turn
     wh: tl.tensor,
     bias: tl.tensor,  # float32, ordered like the columns
     peephole: tl.tensor,  # float32 (3, C) or (3, C, H, W), i, f, o; not read unless PEEPHOLE
-    cell: tl.tensor,  # (B, C, H, W) float32 if WIDE, else half (B, H, W, LDC)
+    cell: tl.tensor,  # (B, C, H, W) float32 if WIDE, else float16 (B, H, W, LDC)
     state_out: tl.tensor,  # h', like cell
     cell_out: tl.tensor,  # c', may be cell itself
-    y_out: tl.tensor,  # h', half (B, H, W, LDC)
+    y_out: tl.tensor,  # h', float16 (B, H, W, LDC)
     partials: tl.tensor,
     arrivals: tl.tensor,
     H: tl.tensor,
@@ -62,14 +62,16 @@ def lstm_step(
     BC: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
-    RAGGED_STAGES: tl.constexpr,  # of a loop over a map that conv.py has to clean
+    RAGGED_STAGES: tl.constexpr,  # stages of a loop that masks padding channels (conv.py)
     SPLITS: tl.constexpr,
 ) -> None:
     """The whole step: c' = f . c + i . tanh(a_g), h' = o . tanh(c'). y_out and state_out must not be h."""
     LDC: tl.constexpr = (C + 7) // 8 * 8
     LDN: tl.constexpr = (4 * C + 7) // 8 * 8
     X_STAGES: tl.constexpr = STAGES if CX % 8 == 0 else RAGGED_STAGES
-    H_STAGES: tl.constexpr = STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES  # a wide state's copy is clean
+    H_STAGES: tl.constexpr = (
+        STAGES if WIDE or C % 8 == 0 else RAGGED_STAGES
+    )  # the mirror of a wide state has zero padding
     pixel, exists, row, column = pixel_block(H, W, P, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     columns = tl.program_id(1) * (4 * BC) + tl.arange(0, 4 * BC)

@@ -13,7 +13,7 @@ __all__ = ["narrow_state"]
 @jit
 def narrow_state(
     state: tl.tensor,  # float32 (B, C, H, W)
-    h_out: tl.tensor,  # half (B, H, W, LDC)
+    h_out: tl.tensor,  # float16 (B, H, W, LDC)
     H: tl.tensor,
     W: tl.tensor,
     P: tl.tensor,
@@ -21,7 +21,7 @@ def narrow_state(
     BM: tl.constexpr,
     BC: tl.constexpr,
 ) -> None:
-    """Round to half and turn channels last. Not needed where the last step's y is at hand: it is this copy."""
+    """Convert to float16, channels last. Not needed if the caller has y of the last step, which is this mirror."""
     LDC: tl.constexpr = (C + 7) // 8 * 8
     pixel = tl.program_id(0) * BM + tl.arange(0, BM)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)

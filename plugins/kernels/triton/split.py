@@ -31,7 +31,7 @@ def _offset(BM: tl.constexpr, N: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.co
 def store_partial(
     acc: tl.tensor, partials: tl.tensor, FIRST: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr
 ) -> None:
-    """Write this program's part of an accumulator (BM, N)."""
+    """Write this program's partial accumulator (BM, N)."""
     BM: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     mine = (_tile() * SPLITS + tl.program_id(2)).to(tl.int64) * (BM * WIDTH)
@@ -40,8 +40,8 @@ def store_partial(
 
 @jit
 def arrived_last(arrivals: tl.tensor, SPLITS: tl.constexpr) -> tl.tensor:
-    """Count this program in; whether it is the last of its tile. If so, the count is zero again."""
-    tl.debug_barrier()  # one thread counts, for all: their sums must be written by then
+    """Increment the tile's counter; returns whether this program is the last, and then resets the counter."""
+    tl.debug_barrier()  # one thread counts for all, whose sums must have been written
     last = tl.atomic_add(arrivals + _tile(), 1, sem="acq_rel") == SPLITS - 1
     tl.store(arrivals + _tile(), 0, mask=last)
     return last
@@ -51,13 +51,13 @@ def arrived_last(arrivals: tl.tensor, SPLITS: tl.constexpr) -> tl.tensor:
 def sum_partials(
     acc: tl.tensor, partials: tl.tensor, FIRST: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr
 ) -> tl.tensor:
-    """The whole accumulator, of which `acc` is this program's part."""
+    """The complete accumulator, of which `acc` is this program's part."""
     BM: tl.constexpr = acc.shape[0]
     N: tl.constexpr = acc.shape[1]
     first = (_tile() * SPLITS).to(tl.int64) * (BM * WIDTH)
     offset = _offset(BM, N, FIRST, WIDTH)
     whole = tl.full((BM, N), 0.0, tl.float32)
-    # As many as SPLITS. A number that the assembler does not know keeps it from loading all at a time.
+    # num_programs(2) is SPLITS, but unknown to the assembler, which would otherwise load everything at once.
     for split in tl.range(tl.num_programs(2), num_stages=1):
         whole += tl.load(partials + first + split * (BM * WIDTH) + offset)
     return whole

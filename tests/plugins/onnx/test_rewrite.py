@@ -449,7 +449,7 @@ def test_steps_of_the_plugin_equal_the_reference(
             difference = float((got.double() - wanted).abs().max())
             worst = max(worst, difference) if difference == difference else float("inf")
         old, new, copy, y = new, old, y, copy
-    tolerance = 3e-3 if wide else 2e-2  # as in test_kernels.py
+    tolerance = 3e-3 if wide else 2e-2  # as in tools/kernel_steps.py
     assert worst < tolerance, f"worst difference over 16 steps {worst:.2e}, allowed {tolerance:.0e}"
     assert driver.launches == expected * 16
     split_kernels = sum(name.endswith(TILES[2].label) for name in expected)
