@@ -16,7 +16,7 @@ class OnnxSession:
     """Call it with arrays by name; it returns the outputs by name.
 
     Args:
-        data: the serialised model.
+        data: the serialised model, which is kept as `data`.
         subject: what error messages call it.
 
     Raises:
@@ -26,6 +26,7 @@ class OnnxSession:
     def __init__(self, data: bytes, subject: str) -> None:
         import onnxruntime
 
+        self.data = data
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         try:

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from stepcell.contract import Parity, StateSpec, StepContract, TensorSpec
 from stepcell.errors import ExportError, ParityError
-from stepcell.exporter.onnx_session import OnnxSession
 
 __all__ = [
     "OWN_RUNS",
     "TOLERANCE",
     "Arrays",
     "Clip",
+    "FileRun",
     "Model",
     "Run",
     "Step",
@@ -54,6 +54,7 @@ _LIVE_STEPS = 5  # within which a state must change something: a gate may start 
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+FileRun = Callable[[Mapping[str, Array]], Arrays]  # inputs of a file -> its outputs, by the names in the file
 Step = Callable[[Arrays, Arrays], Arrays]  # data inputs and states -> outputs and new states, by name
 
 
@@ -104,7 +105,7 @@ def fed_back(step: Step) -> Model:
 
 
 def file_step(
-    session: OnnxSession,
+    run: FileRun,
     contract: StepContract,
     inputs: Mapping[str, str] | None = None,
     outputs: Mapping[str, str] | None = None,
@@ -112,13 +113,14 @@ def file_step(
     """A loaded file as a step.
 
     Args:
+        run: the file as a function of arrays by name, such as an `OnnxSession`.
         inputs, outputs: by state, the names of its input and output in the file; the contract's by default.
     """
     inputs = inputs or {state.name: state.input for state in contract.states}
     outputs = outputs or {state.name: state.output for state in contract.states}
 
     def step(data: Arrays, states: Arrays) -> Arrays:
-        results = session({**data, **{inputs[name]: array for name, array in states.items()}})
+        results = run({**data, **{inputs[name]: array for name, array in states.items()}})
         new = {name: results[target] for name, target in outputs.items()}
         return {**{spec.name: results[spec.name] for spec in contract.outputs}, **new}
 

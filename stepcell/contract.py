@@ -163,6 +163,7 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         steps: number of steps.
         reference: what the model was compared with.
+        arithmetic: how the file was computed; None: not recorded.
         max_abs_error: by name of the output or state.
         amplified: the difference exceeds the usual limit, and PyTorch in the same precision does so too; see
             docs/export.md.
@@ -172,6 +173,7 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
     reference: str
     max_abs_error: dict[str, float]
     amplified: bool = False
+    arithmetic: str | None = None
 
 
 class StepContract(msgspec.Struct, frozen=True, kw_only=True):

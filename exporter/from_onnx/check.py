@@ -1,16 +1,20 @@
-"""Check of a fused file against the original one, both in ONNX Runtime."""
+"""Check of a fused file against the original one: both in ONNX Runtime, and in float16 as they are written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from stepcell.contract import Parity, StepContract
 from stepcell.errors import ExportError
+from stepcell.exporter.arithmetic import AS_WRITTEN, IN_ONNX_RUNTIME, evaluated_step, holds_float16
 from stepcell.exporter.from_onnx.probe import Sample
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
     OWN_RUNS,
     Clip,
+    Step,
     check_equal,
     dead_states,
     fed_back,
@@ -34,7 +38,7 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
 
     Raises:
         ParityError: the fused file differs by more than `parity.TOLERANCE` and by more than the
-            original with its inputs off by their last bit.
+            original in the same precision with its inputs off by their last bit.
         ExportError: the original returns NaN, or a state changes nothing.
     """
     states = contract.states
@@ -46,14 +50,26 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
         shapes = {spec.name: sample.shapes[spec.name] for spec in contract.inputs}
         shapes |= {state.name: sample.shapes[str(state.original_input)] for state in states}
         clips += [make(contract, f"sizes {sample.symbols}", shapes, STEPS, scalars) for scalars in sample.scalars]
-    parity = check_equal(
-        fed_back(before),
-        fed_back(file_step(fused, contract)),
-        clips,
-        tolerance_of(contract.precision, states),
-        own_runs=lambda: [nudged(fed_back(before), contract.precision, run) for run in range(1, OWN_RUNS + 1)],
-        subject="the original file in ONNX Runtime",
-    )
+
+    def compared(reference: Step, other: Step, own: Step, subject: str) -> Parity:
+        return check_equal(
+            fed_back(reference),
+            fed_back(other),
+            clips,
+            tolerance_of(contract.precision, states),
+            own_runs=lambda: [nudged(fed_back(own), contract.precision, run) for run in range(1, OWN_RUNS + 1)],
+            subject=subject,
+        )
+
+    parity = compared(before, file_step(fused, contract), before, "the original file in ONNX Runtime")
+    parity = msgspec.structs.replace(parity, arithmetic=IN_ONNX_RUNTIME)
+    if holds_float16(contract):
+        exact = evaluated_step(original.data, "float64", contract, clips[0], inputs, outputs)
+        own = evaluated_step(original.data, "as_written", contract, clips[0], inputs, outputs)
+        after = evaluated_step(fused.data, "as_written", contract, clips[0])
+        if exact and own and after:
+            parity = compared(exact, after, own, "the original file in float64")
+            parity = msgspec.structs.replace(parity, arithmetic=AS_WRITTEN)
     for clip in clips:
         for state in dead_states(before, clip, states):
             raise ExportError(

@@ -11,6 +11,7 @@ import onnx
 import onnx.parser
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from stepcell import StepLoop
 from stepcell.errors import ExportError, ParityError, UsageError
@@ -129,7 +130,34 @@ def test_a_cell_becomes_one_node_and_the_contract_says_all(tmp_path: Path) -> No
     assert set(contract.source) >= {"onnx_sha256", "producer", "stepcell", "onnx", "opset", "original_opset"}
     assert contract.parity is not None
     assert contract.parity.reference == "the original file in ONNX Runtime"
+    assert contract.parity.arithmetic == "float32 in ONNX Runtime"
     onnx.checker.check_model(onnx.load(tmp_path / "b.onnx"), full_check=True)
+
+
+def halved(source: Path) -> Path:
+    """The file with every float in float16."""
+    model = onnx.load(source)
+    constants = [a.t for node in model.graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
+    for tensor in (*model.graph.initializer, *constants):
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    del model.graph.value_info[:]
+    path = source.with_name("half.onnx")
+    onnx.save(model, path)
+    return path
+
+
+def test_a_float16_file_is_computed_as_it_is_written(tmp_path: Path) -> None:
+    report = fuse(halved(gru(tmp_path / "a.onnx")), tmp_path / "b.onnx")
+    assert len(report.fused) == 1
+    parity = report.contract.parity
+    assert parity is not None
+    assert parity.reference == "the original file in float64"
+    assert parity.arithmetic == "float16 as written, accumulated in float32"
+    assert 1e-5 < max(parity.max_abs_error.values()) < 2e-2
 
 
 def test_an_old_opset_is_converted_for_a_cell_and_else_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
