@@ -1,0 +1,1 @@
+"""Recogniser of recurrent cells in ONNX graphs, and their replacement by the ops."""

@@ -30,7 +30,7 @@ class Activation:
 
     Attributes:
         role: "gate" for functions onto 0 to 1, else "candidate".
-        kind: "sigmoid", "hard sigmoid", "tanh", "hard tanh", or the operator that stands in their place.
+        kind: "sigmoid", "hard sigmoid", "tanh", "hard tanh", or the operator that is used instead.
         argument: the value it is computed from.
         channels: the range of the argument's channels that is taken; None: all.
         scale, offset: other than 1 and 0 for hard activations only.

@@ -41,7 +41,7 @@ def states_of_cells(model: ir.Model, cells: Sequence[Cell], operators: frozenset
 
     Args:
         model: the graph before its cells are replaced.
-        operators: that may lie on the way.
+        operators: those that may be on the way.
     """
     befores = {after: before for cell in cells for before, after in cell.states}
 

@@ -79,7 +79,7 @@ class OnnxFile:
 
 
 def read_onnx_file(path: Path) -> OnnxFile:
-    """Read a file, and the weights that lie beside it.
+    """Read a file, and the weights that are stored beside it.
 
     Raises:
         InputError: it cannot be read or is not an ONNX model.
@@ -119,7 +119,7 @@ def _in_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
 
 
 def _load_external_weights(tensors: Iterable[onnx.TensorProto], path: Path) -> None:
-    """Read weights that lie in files beside an ONNX file, as torch's exporter writes them: `model.onnx.data`.
+    """Read weights that are stored in files beside an ONNX file, as torch's exporter writes them: `model.onnx.data`.
 
     The ONNX file names them, and it is not trusted: only a plain file of its own folder is opened.
 
@@ -158,7 +158,7 @@ def _beside(path: Path, location: str, tensor: str) -> Path:
     plain = location not in ("", ".", "..") and Path(location).name == location and "\\" not in location
     if not plain or beside.is_symlink() or (beside.exists() and not beside.is_file()):
         raise ExportError(
-            f"{path}: weights {tensor!r} lie in {location!r}; only a plain file in the same folder is opened",
+            f"{path}: weights {tensor!r} are in {location!r}; only a plain file in the same folder is opened",
             hint="if you trust the file, save it as one: onnx.save(onnx.load(path), path)",
         )
     return beside

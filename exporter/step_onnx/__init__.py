@@ -1,0 +1,1 @@
+"""Export of step models to ONNX: tracing, op functions, contract, check."""

@@ -150,7 +150,7 @@ class Counts(Net):
 """
 
 
-def test_any_module_is_adopted_and_its_checkpoint_loaded(checkpoint: Path) -> None:
+def test_the_states_of_any_module_are_lifted_and_its_checkpoint_loaded(checkpoint: Path) -> None:
     Path("notebook.py").write_text(NOTEBOOK)
     weights = {"conv_rz.weight": (8, 7, 3, 3), "conv_rz.bias": (8,), "conv_n.weight": (4, 7, 3, 3), "conv_n.bias": (4,)}
     torch.save({name: torch.randn(shape) for name, shape in weights.items()}, "n.pth")

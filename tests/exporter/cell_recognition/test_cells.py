@@ -1,4 +1,4 @@
-"""Cells in files of public code: each one found, or left alone for the true reason, and exact."""
+"""Cells in recorded files of public code: each is found, or left alone for the recorded reason, and exact."""
 
 from __future__ import annotations
 

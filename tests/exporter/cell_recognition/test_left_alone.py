@@ -1,4 +1,4 @@
-"""What looks like a cell and is none, or one that the ops do not compute: left alone, with the reason."""
+"""Near misses: graphs that resemble a cell but are not computed by an op are left alone, with the reason."""
 
 from __future__ import annotations
 

@@ -461,7 +461,7 @@ REFUSED: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], type[S
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_adopted_says_where_and_why(name: str) -> None:
+def test_a_module_that_cannot_be_lifted_is_refused_with_the_reason(name: str) -> None:
     make, shapes, positions, error, message = REFUSED[name]
     torch.manual_seed(1)
     with pytest.raises(error) as caught:

@@ -1,4 +1,4 @@
-"""Somebody else's files, adopted: those of other exporters (see `cases`), and small ones written here."""
+"""Fusing of ONNX files: recorded files of other exporters (see `cases`), and small ones written here."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ gru (float[{sizes_x}] {x}, float[{sizes_h}] {before}) => (float[{sizes_h}] {afte
 
 
 def gru(path: Path, **changes: Any) -> Path:
-    """A ConvGRU of 4 channels, one number per weight, as a file of somebody else."""
+    """A ConvGRU of 4 channels, one number per weight, as another program would write it."""
     rng = np.random.default_rng(0)
     weights = {name: ", ".join(f"{v:.3f}" for v in rng.uniform(-0.3, 0.3, 4 * 7 * 9)) for name in ("wz", "wr", "wn")}
     sizes = {"sizes_x": "batch,3,height,width", "sizes_h": "batch,4,height,width"}

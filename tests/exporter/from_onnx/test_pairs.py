@@ -1,4 +1,4 @@
-"""States from names and cells: every spelling seen in the field, and what must be asked."""
+"""State pairs from names and cells: spellings of public exporters, and cases in which the user is asked."""
 
 from __future__ import annotations
 

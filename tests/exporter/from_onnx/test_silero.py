@@ -41,14 +41,14 @@ def speech() -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module")
-def adopted(tmp_path_factory: pytest.TempPathFactory) -> tuple[FuseReport, Path]:
+def fused(tmp_path_factory: pytest.TempPathFactory) -> tuple[FuseReport, Path]:
     with resources.as_file(resources.files("silero_vad.data") / "silero_vad.onnx") as source:
         target = tmp_path_factory.mktemp("silero") / "vad.onnx"
         return fuse(source, target), target
 
 
-def test_contract(adopted: tuple[FuseReport, Path]) -> None:
-    contract = adopted[0].contract
+def test_contract(fused: tuple[FuseReport, Path]) -> None:
+    contract = fused[0].contract
     (state,) = contract.states
     assert (state.name, state.original_input, state.original_output) == ("state", "state", "stateN")
     assert (state.shape, state.batch_axis) == ((2, "batch", 128), 1)
@@ -68,11 +68,11 @@ def test_it_is_compared_at_the_rate_that_its_graph_knows() -> None:
 
 
 def test_speech_probability_equals_the_packages_own(
-    adopted: tuple[FuseReport, Path], speech: NDArray[np.float32]
+    fused: tuple[FuseReport, Path], speech: NDArray[np.float32]
 ) -> None:
     theirs = silero_vad.load_silero_vad(onnx=True)
     probabilities: list[tuple[float, float]] = []
-    with StepLoop.open(adopted[1]) as loop:
+    with StepLoop.open(fused[1]) as loop:
         for clip in (speech, speech[100:]):  # the second after a reset, in the middle of a word
             theirs.reset_states()
             loop.reset()
@@ -89,10 +89,10 @@ def test_speech_probability_equals_the_packages_own(
     assert np.abs(got - expected).max() <= 1e-6
 
 
-def test_two_streams_of_which_one_is_reset(adopted: tuple[FuseReport, Path], speech: NDArray[np.float32]) -> None:
+def test_two_streams_of_which_one_is_reset(fused: tuple[FuseReport, Path], speech: NDArray[np.float32]) -> None:
     def run(clip: NDArray[np.float32], forget: list[bool] | None) -> NDArray[Any]:
         results = []
-        with StepLoop.open(adopted[1]) as loop:
+        with StepLoop.open(fused[1]) as loop:
             for t, chunks in enumerate(clip):
                 if t == 50 and forget is not None:
                     loop.reset(slots=forget)
@@ -118,7 +118,7 @@ def test_its_other_files(name: str, shape: tuple[int | str, ...], tmp_path: Path
     assert [state.shape for state in report.contract.states] == [shape]
 
 
-# TensorRT-RTX 1.7.1 parses the package's other files and fails inside (graphScope.cpp), adopted or not.
+# TensorRT-RTX 1.7.1 parses the package's other files and fails inside (graphScope.cpp), fused or not.
 @pytest.mark.parametrize(
     ("name", "shapes"),
     [("silero_vad_op18_ifless", {"input": (1, CHUNK + CONTEXT), "sr": ()}), ("silero_vad_openvino_16k", {})],
