@@ -1,4 +1,4 @@
-"""Verify exported models of many families, and how well their error is foretold; writes one JSON file.
+"""Verify exported models of many families, and how well their error is predicted; writes one JSON file.
 
     python benchmarks/verify_families.py --golden ../shared/golden --output benchmarks/results/verify.json
 

@@ -1,4 +1,4 @@
-"""Behaviour of the states: each matters, none is taken for another, rows are apart, reset and resume are exact."""
+"""Tests of state handling: liveness, pairing, isolation of rows, reset and resume."""
 
 from __future__ import annotations
 
@@ -55,9 +55,11 @@ def liveness(subject: Stepper, clip: Clip, states: States, *, start: int = 0, se
     weakest = min(effects, key=lambda name: effects[name])
     dead = [name for name, effect in effects.items() if not effect > 0]
     if dead:
-        says = f"{', '.join(dead)}: changed, it changes nothing else within {_STEPS} steps: not fed back, or not used"
+        says = (
+            f"{', '.join(dead)}: a perturbation changes nothing else within {_STEPS} steps: not fed back, or not used"
+        )
     else:
-        says = f"every state matters; the weakest is {weakest}, of whose change {effects[weakest]:.1e} comes through"
+        says = f"every state matters; smallest effect of a perturbation: {effects[weakest]:.1e} of it, of {weakest}"
     return judged("liveness", effects[weakest], float(np.nextafter(0, 1)), says, dead or [weakest], at_least=True)
 
 
@@ -76,7 +78,7 @@ def pairing(subject: Stepper, exact: Stepper, clip: Clip, states: States, *, sta
         if rms(difference(states[a], states[b])) > 0
     ]
     if not pairs:
-        return unchecked("pairing", "no two states have the same shape and different values")
+        return unchecked("pairing", "no two states have the same shape")
     frame = clip[start]
     truth, own = _all(exact.step(frame, states)), _all(subject.step(frame, states))
     as_they_are = _distance(own, truth)
@@ -93,16 +95,16 @@ def pairing(subject: Stepper, exact: Stepper, clip: Clip, states: States, *, sta
                 says=f"{a} and {b} can be swapped without any effect: neither is used",
                 subjects=(a, b),
             )
-        forms = {"taken": taken, "returned": _crossed(own, a, b), "taken and returned": _crossed(taken, a, b)}
+        forms = {"inputs": taken, "outputs": _crossed(own, a, b), "inputs and outputs": _crossed(taken, a, b)}
         for form, tensors in forms.items():
             ratio = _distance(tensors, truth) / as_they_are if as_they_are else np.inf
             found.append((float(ratio), a, b, form))
     ratio, a, b, form = min(found)
     if ratio < 1:
-        says = f"{a} and {b} are swapped where they are {form}: the other way round the error is {ratio:.1e} of it"
+        says = f"{a} and {b} are swapped as {form}: exchanged, the error is {ratio:.1e} times as large"
     else:
         count = f"{len(pairs)} pair{'s' * (len(pairs) > 1)} of equal shape"
-        says = f"{count}, told apart: swapped, the error is {ratio:.1e} times as large or more"
+        says = f"{count}, all distinct: swapping two makes the error at least {ratio:.1e} times as large"
     return judged("pairing", min(ratio, 1e300), 1.0, says, [a, b], at_least=True)
 
 
@@ -127,7 +129,7 @@ def isolation(subject: Stepper, clip: Clip) -> Verdict:
             for (_, name), row, *_ in _different_rows(got, expected[t], axes, set(range(rows)) - {spoiled}):
                 says = f"{what} in row {spoiled} changes row {row} of {name} at step {t + 1}"
                 return judged("isolation", 1.0, 0.0, says, [name])
-    says = f"NaN and huge values in one of {rows} rows leave the others as they are, bit by bit"
+    says = f"NaN and huge values in one of {rows} rows leave the other rows bit-identical"
     return judged("isolation", 0.0, 0.0, says)
 
 
@@ -147,7 +149,7 @@ def reset(subject: Stepper, clip: Clip) -> Verdict:
                 return judged("reset", off, 0.0, says, [name])
     axes = _row_axes(subject.contract, clip)
     if axes is None or not subject.contract.states:
-        return judged("reset", 0.0, 0.0, "a run that was reset goes on as a fresh one, bit by bit")
+        return judged("reset", 0.0, 0.0, "after a reset the run is bit-identical to a fresh one")
     last, rows = clip[_STEPS], _rows(axes, clip)
     run = subject.run()
     for t in range(_STEPS):
@@ -160,7 +162,9 @@ def reset(subject: Stepper, clip: Clip) -> Verdict:
         for (_, name), row, off in _different_rows(cleared, truth, axes, which):
             says = f"after a reset of row {rows - 1} alone, row {row} of {name} {what}"
             return judged("reset", off, 0.0, says, [name])
-    return judged("reset", 0.0, 0.0, f"a reset of the run, and of one of {rows} rows, is a fresh start, bit by bit")
+    return judged(
+        "reset", 0.0, 0.0, f"after a reset, of the run or of one of {rows} rows, it is bit-identical to a fresh start"
+    )
 
 
 def resume(subject: Stepper, clip: Clip, *, steps: int) -> Verdict:
@@ -173,11 +177,11 @@ def resume(subject: Stepper, clip: Clip, *, steps: int) -> Verdict:
         for (kind, name), array in _all(outcome).items():
             if _digest(array) != whole[t][kind, name]:
                 says = (
-                    f"{name} at step {t + 1} is not the same in a run and in one resumed from its states: the step "
-                    "depends on more than its inputs and states"
+                    f"{name} at step {t + 1} differs between the run and one resumed from its states: the step depends "
+                    "on more than its inputs and states"
                 )
                 return judged("resume", float(t + 1), 0.0, says, [name])
-    says = f"resumed from its states before each of {steps} steps, the run is the same, bit by bit"
+    says = f"resumed from its states before each of {steps} steps, the run is bit-identical"
     return judged("resume", 0.0, 0.0, says)
 
 

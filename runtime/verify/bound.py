@@ -1,4 +1,4 @@
-"""A bound for runs of any length: how fast the model forgets, and what that makes of a constant supply of rounding.
+"""Error bound for runs of any length, from the contraction rate of the step.
 
 To first order the error of a run obeys e(t+1) = J(t) e(t) + eps(t). If products of k Jacobians along the clip shrink
 like C rho^k, no run is ever off by more than C max|eps| / (1 - rho), in the Euclidean norm of all states together.
@@ -29,11 +29,11 @@ _DIRECTIONS = 2  # perturbations to start with
 
 
 class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
-    """How perturbations of the states develop along the clip.
+    """Growth of perturbations of the states along the clip.
 
     Attributes:
-        rho: growth a step of the slowest one to vanish.
-        transient: C, at least 1.
+        rho: largest Lyapunov factor per step.
+        transient: C, at least 1: growth above that rate.
         gains: by output, the largest change of it over the change of the states.
         steps: Jacobians that went into it.
     """
@@ -55,7 +55,7 @@ class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bound(msgspec.Struct, frozen=True, kw_only=True):
-    """What no run exceeds, however long, as an rms error per state and output.
+    """Bound of the rms error of every state and output, for a run of any length.
 
     Attributes:
         forgetting: where it comes from.
@@ -146,7 +146,7 @@ def derive_bound(
 
 
 def bound_verdict(found: Forgetting, bound: Bound | None, measured: Mapping[str, float]) -> Verdict:
-    """Whether the errors that were measured stay below the bound; without one it says what that means and passes.
+    """Whether measured errors stay below the bound; without a bound nothing is judged.
 
     Args:
         measured: largest rms error of the free run, by output and state.
@@ -157,23 +157,23 @@ def bound_verdict(found: Forgetting, bound: Bound | None, measured: Mapping[str,
             passed=None,
             value=found.rho,
             limit=1.0,
-            says=f"there is no bound: a perturbation of the states is {found.rho:.4g} times as large after a step, so "
-            "what rounding adds is never forgotten, in any precision: reset the states now and then",
+            says=f"no bound exists: perturbations of the states grow by a factor of {found.rho:.4g} per step, so "
+            "rounding errors are never forgotten, in any precision; reset the states periodically",
         )
-    memory = f"a perturbation is {found.rho:.4f} times as large after a step, a memory of {found.memory:.0f} frames"
+    memory = f"perturbations shrink by a factor of {found.rho:.4f} per step, a memory of {found.memory:.0f} frames"
     if bound is None:
-        return unchecked("bound", f"{memory}; there is no state of floats to be off")
+        return unchecked("bound", f"{memory}; the model has no float states")
     ratios = {name: measured[name] / limit for name, limit in bound.rms.items() if name in measured and limit > 0}
     if not ratios:
-        return Verdict(name="bound", passed=True, value=0.0, limit=1.0, says=f"{memory}; no step differs at all")
+        return Verdict(name="bound", passed=True, value=0.0, limit=1.0, says=f"{memory}; no step has an error")
     worst = max(ratios, key=lambda name: ratios[name])
     return Verdict(
         name="bound",
         passed=bool(ratios[worst] <= 1),
         value=ratios[worst],
         limit=1.0,
-        says=f"{memory}; however long a run, {worst} is off by at most {bound.rms[worst]:.1e} (rms); "
-        f"{measured[worst]:.1e} was measured",
+        says=f"{memory}; in a run of any length the rms error of {worst} is at most {bound.rms[worst]:.1e}, "
+        f"measured {measured[worst]:.1e}",
         subjects=(worst,),
     )
 

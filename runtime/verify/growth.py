@@ -71,7 +71,7 @@ def growth_verdict(
     bound: dict[str, float] | None = None,
     tolerance: float | None = None,
 ) -> Verdict:
-    """Whether the error stays where it belongs. The number is the worst error over its limit.
+    """Whether the error stays within its limit. The value is the worst error divided by its limit.
 
     The limit is, by what is known: the user's tolerance for outputs (largest absolute difference); `AMPLIFIED` times
     what the peer was off by until then; the bound for runs of any length; else the tensor's own scale, beyond which
@@ -117,7 +117,7 @@ def growth_verdict(
             if peer is not None
             else "the bound for runs of any length"
             if bound is not None
-            else "the signal itself"
+            else "the size of the signal"
         )
         error = f"rms error {found.rms[place]:.1e} of a signal up to {found.scale:.2g}"
     relation = "within" if worst <= 1 else "beyond"

@@ -1,7 +1,7 @@
 """Identity: the file's graph in float64 against its source in float64 with the same rounded weights.
 
-Both sides compute without rounding to speak of, so that what is left of a difference is a mistake: half a bias, gates
-in another order, a state shifted by a pixel. No tolerance of a precision hides it.
+Both sides compute without significant rounding, so a difference is a mistake: half a bias, gates in another order, a
+state shifted by a pixel. No tolerance for rounding can hide it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def identity(file: Stepper, source: Stepper, clip: Clip, states: Mapping[str, ND
                 if not off <= worst and not math.isnan(worst):
                     worst, name_of_worst = off, name
     if worst <= LIMIT:
-        says = f"in float64 the graph is its source, to {worst:.0e}"
+        says = f"in float64 the graph equals its source to {worst:.0e}"
     else:
         says = (
             f"in float64 {name_of_worst} differs from its source by {worst:.1e}: other weights or another computation"

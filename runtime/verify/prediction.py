@@ -1,19 +1,19 @@
-"""Predicted growth: the error of a free run, foretold from the errors of single steps.
+"""Prediction of the error of a free run from the errors of its single steps.
 
-Inside a window of warm states the reference run is disturbed by each step's own error:
+In a window of warm states, the reference run is perturbed by each step's own error:
 
     g(t+1) = R(g(t)) + eps(t),   eps(t) = S(h(t)) - R(h(t))
 
 with h the reference run, R its step in float64 and S the step of the subject. To first order g - h follows
 e'(t+1) = J(t) e'(t) + eps(t) with J the Jacobian of R; running R itself costs less than J and has no second-order
-error. If rounding is all that happens, the subject's free run is where g is. If it stalls or leans to one side, its
-errors depend on where it is, and it is elsewhere: the difference over the measured error is the defect.
+error. If rounding is the only cause of errors, the subject's free run follows g. If the subject stalls or is biased,
+its errors depend on its own states, and it does not: the difference, divided by the measured error, is the defect.
 
-What rounding alone makes of that difference is measured too: eps is taken a second time at the mirror image
-h - (s - h) of the subject's state s, where rounding falls otherwise by as much, and the reference is disturbed by that.
+Rounding alone causes a defect too, since it is different at different states. It is measured: eps is computed a second
+time at the mirror image h - (s - h) of the subject's state s, and the reference is perturbed by that.
 
-Where a state is stored narrower than float64, the rounding of its stored value is the one of R(h), not the one of an
-update that starts from a rounded h: the latter would contain the very loss that is looked for.
+For a state that is stored in float16, eps contains the rounding of R(h), not that of R(rounded h), which would include
+the lost updates that this test looks for.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from stepcell.runtime.verify.stepper import Arrays, Stepper, rounded
 __all__ = ["WINDOW", "prediction_verdict", "warm_errors"]
 
 WINDOW = 16  # compared steps
-_LEAST = 0.05  # of the measured error: a smaller defect is none
+_LEAST = 0.05  # smaller defects pass
 _SPREAD = 1.5  # of the noise, for a state of many elements
-_HARMLESS = 0.05  # of the way a state went meanwhile, as in `stepcell.runtime.verify.storage`
+_HARMLESS = 0.05  # of the path of the state, as in `stepcell.runtime.verify.storage`
 
 
 def warm_errors(
@@ -48,7 +48,7 @@ def warm_errors(
     start: int = 0,
     tick: Callable[[int], None] = lambda _: None,
 ) -> tuple[tuple[WarmError, ...], Arrays]:
-    """Measured and predicted errors from warm states on.
+    """Measured and predicted errors from warm states.
 
     Args:
         states: of the reference, warm.
@@ -79,10 +79,10 @@ def warm_errors(
         true = next_true
         for name in names:
             measured = difference(own[name], true[name])
-            foretold = difference(predicted[name], true[name])
+            forecast = difference(predicted[name], true[name])
             missed = difference(own[name], predicted[name])
             noise = difference(mirrored[name], predicted[name])
-            found[name].append((rms(measured), rms(foretold), rms(missed), rms(noise), rms(eps[name]), path[name]))
+            found[name].append((rms(measured), rms(forecast), rms(missed), rms(noise), rms(eps[name]), path[name]))
         tick(t - start + 1)
     return tuple(
         WarmError(
@@ -99,10 +99,10 @@ def warm_errors(
 
 
 def prediction_verdict(warm: Sequence[WarmError], sizes: Mapping[str, int]) -> Verdict:
-    """Whether the free run is where its one-step errors lead. The number is the worst defect over its limit.
+    """Whether one-step errors predict the free run. The value is the worst defect divided by its limit.
 
-    The limit of a defect is 5 %, or what rounding explains: `noise` times 1.5, more for states of few elements; or what
-    is 5 % of the way the state went meanwhile, since rounding of one sign over a long sum is no stall.
+    The limit is the largest of: 5 %; the defect that rounding explains (`noise`) times 1.5, more for states of few
+    elements; 5 % of the path of the state, because rounding with a constant sign in a long sum is not a stall.
 
     Args:
         sizes: elements of each state.
@@ -121,21 +121,20 @@ def prediction_verdict(warm: Sequence[WarmError], sizes: Mapping[str, int]) -> V
             if not ratio <= worst_ratio:
                 worst, worst_ratio, at = each, ratio, t
     if worst_ratio < 0:
-        return judged("prediction", 0.0, 1.0, "no state differs from the reference by anything in the warm window")
+        return judged("prediction", 0.0, 1.0, "no state differs from the reference in the warm window")
     last = len(worst.measured) - 1
     defect = worst.missed[at] / worst.measured[at]
     explained = worst.noise[at] / worst.measured[at]
     end = worst.predicted[last] / worst.measured[last] if worst.measured[last] else 1.0
     if worst_ratio <= 1:
         says = (
-            f"{worst.name}: the error is the one its single steps foretell: {end:.1%} of the measured size after "
-            f"{last + 1} warm steps, defect {defect:.1%} at step {at + 1}, of which rounding explains {explained:.1%}"
+            f"{worst.name}: single-step errors predict {end:.1%} of the error after {last + 1} warm steps; "
+            f"largest defect {defect:.1%} at step {at + 1}, rounding explains {explained:.1%}"
         )
     else:
-        kind = "stalls or leans to one side" if worst.predicted[at] < worst.measured[at] else "behaves differently"
         says = (
-            f"{worst.name} {kind}: at step {at + 1} of the warm window {defect:.0%} of its error is not foretold by "
-            f"its single steps, rounding explains {explained:.0%}"
+            f"{worst.name} stalls or is biased: its single-step errors do not predict {defect:.0%} of the error at "
+            f"step {at + 1} of the warm window, rounding explains {explained:.0%}"
         )
     return judged("prediction", worst_ratio, 1.0, says, [worst.name])
 

@@ -1,10 +1,9 @@
-"""Storage of states: how much of the true movement of a state is lost when it is rounded after every step.
+"""Storage of states: how much of the movement of a state is lost because it is rounded after every step.
 
-Only the reference runs, in float64. Where its update of an element is smaller than half the last bit of the stored
-value, the stored value does not move. One such step is harmless; a state that is always slower than that stops, and
-no later step brings the rest. An element's loss is therefore the net sum of its lost updates over the whole length
-of the path it went: a state at rest after a fast rise has lost next to nothing, one that froze halfway up has lost
-half.
+Only the reference runs, in float64. An update smaller than half an ulp of the stored value leaves the stored value as
+it is. One such step does no harm, but a state whose updates are always that small stops moving. The loss of an element
+is therefore the absolute value of the sum of its lost updates, divided by the length of its path: close to zero for a
+state at rest after a fast rise, one half for a state that froze halfway.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from stepcell.runtime.verify.stepper import Arrays, Stepper
 
 __all__ = ["LOSS", "SHARE", "Storage", "StorageTrace", "WarmUp", "as_stored", "storage_verdict", "warm_up"]
 
-LOSS = 0.05  # of its path; for float16 a memory of some 200 frames loses as much
+LOSS = 0.05  # of the path of an element; float16 loses this much with a memory of about 200 frames
 SHARE = 0.01  # of a state's elements may lose more
 _STILL = 64  # steps between two looks at whether the state still moves
-_LEAST_PATH = 8.0  # last bits that an element must have moved to be counted
+_LEAST_PATH = 8.0  # ulps; elements with a shorter path are not counted
 
 
 class Storage(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +54,7 @@ class Storage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StorageTrace:
-    """Counts, update by update.
+    """Accumulates lost updates along a run of the reference.
 
     Args:
         states: with the dtypes that the subject stores them in.
@@ -74,7 +73,7 @@ class StorageTrace:
         """One step of the reference, from `before` to `after`.
 
         Returns:
-            How much this step loses: the lost updates in last bits, averaged over a state; of the worst state.
+            Mean of the lost updates in ulps over the elements of a state; the largest over all states.
         """
         worst = 0.0
         for state in self._states:
@@ -129,7 +128,7 @@ class WarmUp:
 
     Attributes:
         states: after the last step.
-        losing: where storage loses most with the frame held; the same, where it never does.
+        losing: before the step that loses most with the frame held; equal to `states` if no step loses anything.
         steps: how many it took.
         storage: what it would have lost on the way, by state.
     """
@@ -150,15 +149,15 @@ def warm_up(
     seconds: float = 60.0,
     tick: Callable[[int], None] = lambda _: None,
 ) -> WarmUp:
-    """Run the reference until its states are warm and full: along the clip, then with the last frame held.
+    """Run the reference until its states are warm: along the clip, then with the last frame held.
 
-    A scene that stands still is the hardest case for the storage of a state, and the usual one for a fixed camera.
+    A static scene is the hardest case for the storage of a state, and the usual one for a fixed camera.
 
     Args:
         states: as the subject stores them.
         live: steps along the clip.
-        still: at most so many more with the frame held; fewer where no state moves any more by its last bit.
-        seconds: after which it is warm enough.
+        still: largest number of steps with the frame held; they end earlier if no state moves by an ulp.
+        seconds: time limit of the steps with the frame held.
     """
     run, trace, deadline = exact.run(), StorageTrace(states), time.monotonic() + seconds
     before: Arrays | None = None
@@ -184,7 +183,7 @@ def warm_up(
 
 
 def _moves(states: Sequence[StateSpec], before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether an element moved by more than its last bit."""
+    """Whether an element moved by more than an ulp."""
     for state in states:
         if state.dtype.startswith("float"):
             old, new = wide(before[state.name]), wide(after[state.name])
@@ -195,9 +194,9 @@ def _moves(states: Sequence[StateSpec], before: Mapping[str, NDArray[Any]], afte
 
 
 def as_stored(subject: Stepper, clip: Clip, states: Mapping[str, NDArray[Any]]) -> list[StateSpec]:
-    """The states with the dtypes they are really stored in: float16 where all values that come back are.
+    """The states with their effective dtypes: float16 if all returned values are float16 values.
 
-    A state that is declared float32 and whose update is computed in float16 is as narrow as one stored in float16.
+    A state that is declared float32 but computed in float16 is as narrow as one stored in float16.
     """
     run = subject.run()
     run.load(states)
@@ -218,7 +217,7 @@ def storage_verdict(storage: Sequence[Storage]) -> Verdict:
     if not storage:
         return unchecked("storage", "the model has no state of floats")
     worst = max(storage, key=lambda each: (each.losing, each.worst))
-    lost = f"{worst.lost_movement:.1%} of all movement of {worst.name} is lost in steps too small for {worst.dtype}"
+    lost = f"{worst.lost_movement:.1%} of the movement of {worst.name} is lost to rounding in {worst.dtype}"
     if worst.losing > SHARE:
         where = "" if worst.frozen_at is None else f" (typically at {worst.frozen_at:.3g})"
         says = (

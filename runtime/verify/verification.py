@@ -211,7 +211,7 @@ def now() -> str:
 
 def _identity(in_float64: Stepper | None, reference: Reference, clip: Clip, states: Arrays) -> Verdict:
     if in_float64 is None or reference.rounded is None:
-        return unchecked("identity", "the graph cannot be compared with its source in float64 here")
+        return unchecked("identity", "needs the ONNX file and its source (--against)")
     return identity(in_float64, reference.rounded, clip, states)
 
 

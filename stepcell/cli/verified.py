@@ -21,10 +21,9 @@ def check_verified(model: Path, device: str, *, required: bool) -> None:
         UsageError: required of an .onnx file, which keeps no such record.
         ParityError: required, and there is no record of it, or it failed.
     """
-    from stepcell.runtime import cuda
-    from stepcell.runtime.backends.base import Device
     from stepcell.runtime.engine.sidecar import read_sidecar, require_verified
     from stepcell.runtime.loop.open_backend import ENGINE_SUFFIXES
+    from stepcell.runtime.verify.place import place_of
 
     if model.suffix not in ENGINE_SUFFIXES:
         if required:
@@ -39,12 +38,11 @@ def check_verified(model: Path, device: str, *, required: bool) -> None:
         if required:
             raise
         return
-    found, index = cuda.discover(), Device.parse(device).index
-    name = next((gpu.name for gpu in found.devices if gpu.index == index), device)
+    place = place_of(device)
     if required:
-        log(f"verified: {require_verified(sidecar, model, device=name, driver=found.driver or '')}")
+        log(f"verified: {require_verified(sidecar, model, device=place.name, driver=place.driver)}")
     elif sidecar.verified:
-        here = [each for each in sidecar.verified if each.device == name]
+        here = [each for each in sidecar.verified if each.device == place.name]
         log(f"verified: {(here or sidecar.verified)[-1]}")
     else:
         log(f"verified: never; `stepcell verify {model}` does it on this device")

@@ -22,6 +22,7 @@ from stepcell.shapes import parse_shapes
 if TYPE_CHECKING:
     from stepcell.runtime.engine.sidecar import Sidecar
     from stepcell.runtime.verify.clips import Clip
+    from stepcell.runtime.verify.place import Place
     from stepcell.runtime.verify.recorded import RecordedRun
     from stepcell.runtime.verify.results import Report
     from stepcell.runtime.verify.stepper import Stepper
@@ -110,10 +111,11 @@ def command(
 ) -> None:
     """Verify MODEL, an .onnx file or an engine, over many steps with its states fed back.
 
-    Beside the error of a free run it asks whether that error is the one single steps foretell, whether a state stalls
-    where it is stored, how large the error of a run of any length can be, and whether every state is alive, in its
-    place, apart from other rows, reset and resumed exactly. Exit code 3 where a verdict fails. An engine's sidecar
-    keeps the result: `stepcell inspect` shows it, `stepcell run --require-verified` asks for it.
+    MODEL and its reference run in lockstep, each feeding back its own states. The verdicts say how the error grows,
+    whether single-step errors predict it or a state stalls, how large it can be in a run of any length, and whether
+    states are stored and computed precisely enough, matter, are not swapped, and reset and resume exactly. The exit
+    code is 3 if a verdict fails. The sidecar of an engine records the result: `stepcell inspect` shows it, `stepcell
+    run --require-verified` requires it.
     """
     from stepcell.cli.plots import check_plot
     from stepcell.runtime.verify.recorded import record_reference, verify_recorded, write_record
@@ -155,7 +157,7 @@ def command(
     _show(report)
     _write(report, report_path, plot_path)
     if is_engine:
-        _remember(model, report, where, device)
+        _remember(model, report, where)
     if as_json:
         print_json(report)
     wrong = [verdict for verdict in report.verdicts if verdict.passed is False]
@@ -209,28 +211,20 @@ def _clip(contract: StepContract, sidecar: Sidecar | None, text: str, seed: int,
 
 
 @contextlib.contextmanager
-def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[Stepper, str]]:
+def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[Stepper, Place]]:
     """What is verified, and where it runs."""
     from stepcell.runtime.loop.step_loop import StepLoop
+    from stepcell.runtime.verify.place import Place, place_of
     from stepcell.runtime.verify.references import as_written
     from stepcell.runtime.verify.stepper import LoopStepper
 
     if device == WRITTEN:
         if model.suffix in _ENGINES:
             raise UsageError("--device written: is for an .onnx file; an engine runs on a GPU")
-        yield as_written(model), "NumPy, as written"
+        yield as_written(model), Place("NumPy, as written")
         return
     with StepLoop.open(model, device, keep_float16=keep_float16, check_finite=False) as loop:
-        yield LoopStepper(loop), _device_name(loop.device)
-
-
-def _device_name(device: str) -> str:
-    from stepcell.runtime import cuda
-
-    if device == "cpu":
-        return "CPU"
-    index = int(device.partition(":")[2] or 0)
-    return next((gpu.name for gpu in cuda.discover().devices if gpu.index == index), device)
+        yield LoopStepper(loop), place_of(loop.device)
 
 
 def _reference(
@@ -278,24 +272,22 @@ def _report(
     clip: Clip,
     subject: str,
     reference: str,
-    where: str,
+    where: Place,
 ) -> Report:
     import numpy as np
 
-    from stepcell.runtime import cuda
     from stepcell.runtime.verify.results import Report
     from stepcell.runtime.verify.verification import now
 
     versions = {"stepcell": __version__, "numpy": np.__version__}
-    driver = cuda.discover().driver
-    if driver is not None:
-        versions["driver"] = driver
+    if where.driver:
+        versions["driver"] = where.driver
     return Report(
         model=model.name,
         reference=str(against.name if against is not None else reference),
         subject_runs=subject,
         reference_runs=reference,
-        device=where,
+        device=where.name,
         input=clip.name,
         shapes=clip.shapes,
         steps=findings.growth[0].steps[-1] if findings.growth else plan.steps,
@@ -335,13 +327,9 @@ def _write(report: Report, page_path: Path | None, plot_path: Path | None) -> No
     log(f"plot:    {plot_path}")
 
 
-def _remember(engine: Path, report: Report, where: str, device: str) -> None:
-    from stepcell.runtime import cuda
+def _remember(engine: Path, report: Report, where: Place) -> None:
     from stepcell.runtime.engine.sidecar import Verification, read_sidecar, record_verification
 
-    found = cuda.discover()
-    index = int(device.partition(":")[2] or 0)
-    capability = next((gpu.compute_capability for gpu in found.devices if gpu.index == index), "")
     sidecar = read_sidecar(engine)
     record_verification(
         engine,
@@ -349,9 +337,9 @@ def _remember(engine: Path, report: Report, where: str, device: str) -> None:
             passed=report.passed,
             failed=tuple(verdict.name for verdict in report.verdicts if verdict.passed is False),
             date=report.date,
-            device=where,
-            compute_capability=capability,
-            driver=found.driver or "",
+            device=where.name,
+            compute_capability=where.compute_capability,
+            driver=where.driver,
             tensorrt=sidecar.fingerprint.tensorrt,
             steps=report.steps,
             input=report.input,

@@ -13,16 +13,16 @@ __all__ = ["QUESTIONS", "growth_plot", "page", "warm_plot"]
 
 QUESTIONS = {
     "identity": "Is the graph what its checkpoint says?",
-    "growth": "How far does a free run get from the truth?",
-    "prediction": "Is that what single steps foretell, or does a state stall?",
-    "storage": "Is the state stored wide enough for its updates?",
-    "bound": "What is the error of a run of any length?",
+    "growth": "How large is the error of a free run?",
+    "prediction": "Do single-step errors predict it, or does a state stall?",
+    "storage": "Is the state stored precisely enough for its updates?",
+    "bound": "How large can the error of a run of any length be?",
     "liveness": "Does every state matter?",
     "pairing": "Is each state fed back to its own input?",
-    "isolation": "Are the rows of a batch apart?",
-    "reset": "Does a reset forget everything?",
+    "isolation": "Are the rows of a batch independent?",
+    "reset": "Does a reset clear everything?",
     "resume": "Does the step depend on its inputs and states alone?",
-    "precision": "Is it computed as wide as the contract says?",
+    "precision": "Is it computed in the precision of the contract?",
 }
 
 _NOTHING = 1e-300  # a limit that says "none" or "any", and is no figure to be shown
@@ -80,7 +80,7 @@ def page(report: Report) -> str:
         parts += [
             "<h2>Measured and predicted</h2>",
             f"<p>From warm states on, after {report.warm_up} steps of the reference: the error of the free run, and "
-            "dashed the one that its single steps foretell. Where they part, a state stalls.</p>",
+            "dashed the one that its single steps predict. Where they differ, a state stalls.</p>",
             warm_plot(report.warm),
         ]
     parts += ["<h2>What was compared</h2>", _facts(report), "</body></html>"]
@@ -106,7 +106,7 @@ def warm_plot(warm: Sequence[WarmError]) -> str:
     for index, each in enumerate(ordered):
         steps = range(1, len(each.measured) + 1)
         series.append(Series(each.name, steps, each.measured))
-        series.append(Series(f"{each.name}, foretold", steps, each.predicted, like=index))
+        series.append(Series(f"{each.name}, predicted", steps, each.predicted, like=index))
     solid = [each for each in series if each.like is None]
     dashed = [each for each in series if each.like is not None]
     return line_plot("rms error of a state", [*solid, *dashed], x_label="step of the warm window", y_label="")

@@ -16,6 +16,7 @@ from stepcell.runtime import cuda
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.layers import EngineLayer, LayerTensor, layers_of_inspector
 from stepcell.runtime.engine.sidecar import read_sidecar, sidecar_path
+from stepcell.runtime.verify import place
 from stepcell.runtime.verify.audit import audit_layers, precision_verdict
 from tests.fakes.fake_engine import Machine
 
@@ -30,6 +31,7 @@ def call(*arguments: object) -> Result:
 
 @pytest.fixture
 def plain(denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setattr(place, "_MODULE_VERSION", tmp_path / "no driver")
     return Machine(denoiser_onnx, tmp_path, monkeypatch)
 
 
@@ -45,9 +47,9 @@ def test_an_engine_passes_and_its_sidecar_says_where(plain: Machine, denoiser_on
     passed = {verdict["name"] for verdict in json.loads(result.stdout)["verdicts"] if verdict["passed"]}
     assert passed >= {"growth", "prediction", "storage", "precision", "liveness", "isolation", "reset", "resume"}
     (line,) = read_sidecar(plain.path).verified
-    assert (line.passed, line.device, line.driver, line.steps) == (True, "Fake GPU", "13.0", 16)
+    assert (line.passed, line.device, line.driver, line.steps) == (True, "Fake GPU", "CUDA 13.0", 16)
 
-    assert "passed on Fake GPU, driver 13.0" in call("inspect", plain.path).stdout
+    assert "passed on Fake GPU, driver CUDA 13.0" in call("inspect", plain.path).stdout
     accepted = call("run", plain.path, "--device", "cuda", "--input", clip, "--require-verified")
     assert accepted.exit_code == 0, accepted.stderr
     assert "verified: passed on Fake GPU" in accepted.stderr
@@ -59,7 +61,7 @@ def test_another_driver_is_another_device(plain: Machine, denoiser_onnx: Path, m
     monkeypatch.setattr(cuda, "discover", lambda: newer)
     refused = call("run", plain.path, "--device", "cuda", "--input", "clip.mp4", "--require-verified")
     assert refused.exit_code == 3
-    assert "driver 13.1 (verified: Fake GPU, driver 13.0)" in refused.stderr
+    assert "driver CUDA 13.1 (verified: Fake GPU, driver CUDA 13.0)" in refused.stderr
 
 
 def test_an_engine_that_forgets_its_state_fails_and_says_so_everywhere(

@@ -20,7 +20,7 @@ SIZE = 12
 
 
 @pytest.mark.parametrize("family", ["jacobkimmel_convgru", "ndrplz_convlstm", "raft_convgru"])
-def test_a_family_passes_and_its_error_is_foretold(family: str, tmp_path: Path) -> None:
+def test_a_family_passes_and_its_error_is_predicted(family: str, tmp_path: Path) -> None:
     case = Case(next(iter(sorted((KEPT / family).glob("*/case.json")))).parent)
     model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), family, case.settings)
     path = tmp_path / "model.onnx"
