@@ -68,8 +68,8 @@ def _print_contract(contract: StepContract, title: str) -> None:
     if contract.parity:
         worst = ", ".join(f"{name} {error:.1e}" for name, error in contract.parity.max_abs_error.items())
         parity = contract.parity
-        how = f" in {parity.arithmetic}" if parity.arithmetic else ""
-        facts.append(["parity", f"{parity.steps} steps{how} against {parity.reference}: max error {worst}"])
+        how = f" ({parity.arithmetic})" if parity.arithmetic else ""
+        facts.append(["parity", f"{parity.steps} steps against {parity.reference}: max error {worst}{how}"])
     table("\nsource", ["", ""], facts, to_stdout=True)
 
 
