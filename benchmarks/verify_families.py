@@ -2,9 +2,9 @@
 
     python benchmarks/verify_families.py --golden ../shared/golden --output benchmarks/results/verify.json
 
-For every kept or recorded checkpoint: exported in float16 with float32 states, verified as written against its torch
-module in float64. For the families named with --long also a run of 10^4 steps against the bound, and the same file with
-float16 states.
+Each kept or recorded checkpoint is exported in float16 with float32 states and verified as written against its torch
+module in float64. Families named with --long also run 10^4 steps, compared with their bound, and are verified with
+float16 states. The results are added to those in the file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from stepcell.cli.console import log
 from stepcell.errors import StepcellError
@@ -69,10 +66,10 @@ def look(family: str, checkpoint: Path, settings: dict[str, Any], folder: Path, 
     return found, subject, exact, clip
 
 
-def row(found: Findings, seconds: float) -> dict[str, Any]:
-    """What is kept of one verification."""
+def row(found: Findings, window: int) -> dict[str, Any]:
+    """What is kept of one verification; errors are rms over a state, at the last step of the window."""
     ends = {
-        window: {
+        name: {
             each.name: {
                 "measured": each.measured[-1],
                 "predicted": each.predicted[-1],
@@ -81,18 +78,27 @@ def row(found: Findings, seconds: float) -> dict[str, Any]:
             }
             for each in errors
         }
-        for window, errors in (("still", found.warm), ("moving", found.moving))
+        for name, errors in (("still", found.warm), ("moving", found.moving))
     }
     return {
-        "seconds": round(seconds, 1),
         "failed": [verdict.name for verdict in failed(found.verdicts)],
-        "verdicts": [msgspec.to_builtins(verdict) for verdict in found.verdicts],
         "rho": None if found.forgetting is None else found.forgetting.rho,
-        "bound": None if found.bound is None else found.bound.rms,
         "warm_up": found.warm_up,
+        "window_steps": window,
+        "verdicts": {v.name: {"passed": v.passed, "value": v.value, "limit": v.limit} for v in found.verdicts},
         "window": ends,
-        "growth": [msgspec.to_builtins(each) for each in found.growth],
+        "bound": None if found.bound is None else found.bound.rms,
+        "growth": {g.name: {"steps": g.steps, "rms": g.rms, "scale": g.scale} for g in found.growth},
     }
+
+
+def short(value: Any) -> Any:
+    """Floats to four digits."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: short(each) for key, each in value.items()}
+    return [short(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def main() -> int:
@@ -105,7 +111,9 @@ def main() -> int:
     parser.add_argument("--long", nargs="*", default=[], help="families to run for --long-steps as well")
     parser.add_argument("--long-steps", type=int, default=10_000)
     options = parser.parse_args()
-    result: dict[str, Any] = {"window": options.window, "size": SMALL, "families": {}}
+    result: dict[str, Any] = {"size": SMALL, "families": {}}
+    if options.output.is_file():
+        result = json.loads(options.output.read_text())
     plan = Plan(steps=100, still=512, window=options.window, warm_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,19 +122,18 @@ def main() -> int:
                 continue
             entry: dict[str, Any] = {}
             try:
-                started = time.perf_counter()
                 found, subject, exact, clip = look(family, checkpoint, settings, folder, plan, "float32")
-                entry = row(found, time.perf_counter() - started)
+                entry = row(found, options.window)
                 if family in options.long:
                     growth = error_growth(subject, exact, clip, options.long_steps)
                     entry["long"] = over_the_bound(found, growth, options.long_steps)
                     narrow, *_ = look(family, checkpoint, settings, folder, plan, "float16")
-                    entry["float16_state"] = row(narrow, 0.0)
+                    entry["float16_state"] = row(narrow, options.window)
             except StepcellError as error:
                 entry["error"] = error.message
             result["families"][family] = entry
             log(f"{family}: {entry.get('error') or entry['failed'] or 'passed'}")
-            write_atomic(options.output, json.dumps(result, indent=1) + "\n")
+            write_atomic(options.output, json.dumps(short(result), indent=1) + "\n")
     passed = sum(not entry.get("failed", ["error"]) for entry in result["families"].values())
     sys.stdout.write(f"{passed} of {len(result['families'])} passed\n")
     return 0

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
-from stepcell.dims import resolve
+from stepcell.dims import bind, resolve
 from stepcell.errors import InputError
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.preprocess import Preprocessor, event_input, image_input
@@ -79,21 +79,18 @@ def sizes_for(contract: StepContract, shapes: Mapping[str, Sequence[int]] | None
 
     A batch is 1, any other symbol at most 64 (or the next multiple that the model needs).
     """
-    multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
-    found: dict[str, int] = {}
-    for symbol in contract.symbols:
-        example = contract.example.get(symbol, SMALL)
-        if any(symbol == state.shape[state.batch_axis] for state in contract.states) or symbol == "batch":
-            found[symbol] = 1
-        else:
-            found[symbol] = min(example, math.ceil(SMALL / multiple) * multiple)
-    for spec in contract.inputs:
-        for dim, size in zip(spec.shape, (shapes or {}).get(spec.name, ()), strict=False):
-            if isinstance(dim, str) and dim.isidentifier():
-                found[dim] = size
     unknown = sorted(set(shapes or {}) - {spec.name for spec in contract.inputs})
     if unknown:
         raise InputError(f"--shape {unknown[0]}: the model has no such input")
+    found: dict[str, int] = {}
+    for spec in contract.inputs:
+        if shapes is not None and spec.name in shapes:
+            found = bind(spec.name, spec.shape, shapes[spec.name], found)
+    multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
+    batch = {state.shape[state.batch_axis] for state in contract.states} | {"batch"}
+    for symbol in contract.symbols:
+        small = min(contract.example.get(symbol, SMALL), math.ceil(SMALL / multiple) * multiple)
+        found.setdefault(symbol, 1 if symbol in batch else small)
     contract.bind({spec.name: resolve(spec.shape, found) for spec in contract.inputs})
     return found
 

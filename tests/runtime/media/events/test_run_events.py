@@ -77,3 +77,10 @@ def test_what_does_not_fit(firenet_onnx: Path, recording: Path, denoiser_onnx: P
     assert pictures.exit_code == 1
     assert "the model takes pictures" in pictures.stderr
     assert run(denoiser_onnx, "--input", recording, "--event-window", "5ms").exit_code == 2
+
+
+def test_a_model_of_events_is_verified_over_a_recording(firenet_onnx: Path, recording: Path) -> None:
+    wanted = ["verify", str(firenet_onnx), "--input", str(recording), "--steps", "4", "--warm-up", "16"]
+    result = CliRunner().invoke(main, wanted)
+    assert result.exit_code == 0, result.output
+    assert "verified " in result.output
