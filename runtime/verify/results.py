@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from stepcell.runtime.engine.layers import EngineLayer
+
 __all__ = ["Growth", "Report", "Verdict", "failed", "judged", "unchecked"]
 
 
@@ -88,6 +90,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         versions: of stepcell, numpy, the back end, the driver.
         verdicts, growth, warm: the findings.
         seconds: the whole run took.
+        layers: of the engine, where one was verified.
     """
 
     model: str
@@ -106,6 +109,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     growth: tuple[Growth, ...]
     warm: tuple[WarmError, ...]
     seconds: float
+    layers: tuple[EngineLayer, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from stepcell import __version__
 from stepcell.cli.common import json_option
@@ -154,6 +155,7 @@ def command(
                 findings = verify(subject, reference, clip, plan, in_float64=own, layers=layers)
                 name = reference.exact.name
     report = _report(model, against, findings, plan, clip, subject.name, name, where)
+    report = msgspec.structs.replace(report, layers=layers)
     _show(report)
     _write(report, report_path, plot_path)
     if is_engine:

@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 
+from stepcell.runtime.engine.layers import EngineLayer, LayerTensor
 from stepcell.runtime.verify.report.plot import Series, line_plot
 from stepcell.runtime.verify.results import Growth, Report, Verdict, WarmError
 
@@ -83,6 +84,8 @@ def page(report: Report) -> str:
             "dashed the one that its single steps predict. Where they differ, a state stalls.</p>",
             warm_plot(report.warm),
         ]
+    if report.layers:
+        parts += ["<h2>Kernels of the engine</h2>", _layer_table(report.layers)]
     parts += ["<h2>What was compared</h2>", _facts(report), "</body></html>"]
     return "\n".join(parts) + "\n"
 
@@ -144,6 +147,22 @@ def _growth_table(growth: Sequence[Growth]) -> str:
         '<p class="soft">Largest absolute difference at each step; the second column is the largest value of the '
         f'reference.</p><div class="wide"><table><tr><th></th><th>size</th>{head}</tr>{rows}</table></div>'
     )
+
+
+def _layer_table(layers: Sequence[EngineLayer]) -> str:
+    """What every kernel reads, holds and writes, by dtype."""
+    rows = "".join(
+        f"<tr><td>{html.escape(layer.name)}</td><td>{html.escape(layer.kind)}</td>"
+        + "".join(f"<td>{_dtypes(tensors)}</td>" for tensors in (layer.inputs, layer.constants, layer.outputs))
+        + "</tr>"
+        for layer in layers
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("kernel", "kind", "reads", "holds", "writes"))
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _dtypes(tensors: Sequence[LayerTensor]) -> str:
+    return html.escape(", ".join(dict.fromkeys(tensor.dtype for tensor in tensors)))
 
 
 def _facts(report: Report) -> str:

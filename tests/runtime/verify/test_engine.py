@@ -42,8 +42,10 @@ def test_an_engine_passes_and_its_sidecar_says_where(plain: Machine, denoiser_on
     assert refused.exit_code == 3
     assert "was not verified on Fake GPU" in refused.stderr
 
-    result = call("verify", plain.path, "--against", denoiser_onnx, "--json", *FAST)
+    page = tmp_path / "page.html"
+    result = call("verify", plain.path, "--against", denoiser_onnx, "--report", page, "--json", *FAST)
     assert result.exit_code == 0, result.stderr
+    assert "<td>correlation</td><td>float16</td>" in page.read_text()  # the kernels of the engine
     passed = {verdict["name"] for verdict in json.loads(result.stdout)["verdicts"] if verdict["passed"]}
     assert passed >= {"growth", "prediction", "storage", "precision", "liveness", "isolation", "reset", "resume"}
     (line,) = read_sidecar(plain.path).verified
