@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ from stepcell.files import read_bytes
 from stepcell.optional_imports import require
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-__all__ = ["OnnxFile", "read_model", "read_onnx"]
+__all__ = ["OnnxFile", "external_files", "read_model", "read_onnx", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,30 @@ def read_onnx(path: Path) -> OnnxFile:
         )
     contract = StepContract.from_json(text, subject=f"{path}: contract")
     return OnnxFile(path, data, hashlib.sha256(data).hexdigest(), model, contract)
+
+
+def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """Every constant tensor of a model: of its graph, of graphs inside nodes, and of its functions."""
+    yield from _in_graph(model.graph)
+    for function in model.functions:
+        yield from _in_nodes(function.node)
+
+
+def _in_graph(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
+    yield from _in_nodes(graph.node)
+
+
+def _in_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _in_graph(inner)
+
+
+def external_files(model: ModelProto) -> set[str]:
+    """Names of the files in which a model says that its weights lie, as it spells them; they are not trusted."""
+    entries = (entry for tensor in tensors_of(model) for entry in tensor.external_data)
+    return {entry.value for entry in entries if entry.key == "location" and entry.value}

@@ -13,7 +13,7 @@ from onnxscript import ir
 
 from stepcell import __version__
 from stepcell.contract import CellSpec, StepContract
-from stepcell.errors import ContractError, ExportError, UsageError
+from stepcell.errors import ContractError, ExportError
 from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
@@ -27,6 +27,7 @@ from stepcell.exporter.from_onnx.sizes import find_sizes
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.step_onnx.graph import attach_functions
 from stepcell.files import atomic_path
+from stepcell.overwrite import check_output, is_exported_model
 
 __all__ = ["FuseReport", "fuse"]
 
@@ -63,28 +64,30 @@ def fuse(
     *,
     states: Mapping[str, str] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    overwrite: bool = False,
 ) -> FuseReport:
     """Find the states of an ONNX file, replace its recurrent cells by the ops, and write it with a contract.
 
     Args:
         source: an ONNX file of one step with its states as inputs and outputs.
-        target: the file to write, not the same as `source`.
+        target: the file to write, neither `source` nor a file with its weights.
         states: by state input the output that is its next value, where names and cells do not
             determine it; an empty output: the input is not a state.
         shapes: sizes to fix, by input.
+        overwrite: replace an existing file that is no model with a contract.
 
     Returns:
         The contract as written, and a report.
 
     Raises:
-        UsageError: the states are ambiguous, an argument does not fit, or the file has a contract.
+        UsageError: the states are ambiguous, an argument does not fit, the file has a contract, or `target` is an
+            input or a foreign file.
         InputError: the file cannot be read or is not an ONNX model.
         ExportError: it cannot be converted; the message says why.
         ParityError: the result differs from the original over 100 steps; nothing is written.
         OutputError: `target` cannot be written.
     """
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UsageError(f"{target}: is the file to read; the original is kept", hint="choose another output path")
+    check_output(target, is_exported_model, reads={source: "the model"}, overwrite=overwrite)
     with atomic_path(target) as temporary:  # first, so that an invalid path is reported before the work
         report, model = _fuse(read_onnx_file(source), states or {}, shapes or {})
         temporary.write_bytes(model.SerializeToString())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from stepcell.contract import METADATA_KEY, DType
 from stepcell.errors import ExportError, UsageError
 from stepcell.files import read_bytes
-from stepcell.onnx_model import read_model
+from stepcell.onnx_model import read_model, tensors_of
 
-__all__ = ["Array", "OnnxFile", "Port", "read_onnx_file", "tensors_of"]
+__all__ = ["Array", "OnnxFile", "Port", "read_onnx_file"]
 
 Array = NDArray[Any]
 
@@ -95,27 +95,6 @@ def read_onnx_file(path: Path) -> OnnxFile:
         data = model.SerializeToString()
     inputs, outputs = _ports_of(model, path)
     return OnnxFile(path, data, digest, model, inputs, outputs)
-
-
-def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every constant tensor of a model: of its graph, of graphs inside nodes, and of its functions."""
-    yield from _in_graph(model.graph)
-    for function in model.functions:
-        yield from _in_nodes(function.node)
-
-
-def _in_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
-    yield from _in_nodes(graph.node)
-
-
-def _in_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _in_graph(inner)
 
 
 def _load_external_weights(tensors: Iterable[onnx.TensorProto], path: Path) -> None:

@@ -21,6 +21,7 @@ from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, 
 from stepcell.exporter.step_onnx.trace import onnx_from_module
 from stepcell.files import atomic_path
 from stepcell.models.step import StepModule, is_step_module
+from stepcell.overwrite import check_output, is_exported_model
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
 
@@ -46,6 +47,7 @@ def export_onnx(
     opset: int = DEFAULT_OPSET,
     family: str = "module",
     source: Mapping[str, object] | None = None,
+    overwrite: bool = False,
 ) -> StepContract:
     """Export a step model; the file is written only if it equals the module.
 
@@ -60,12 +62,13 @@ def export_onnx(
         opset: ONNX opset, 18 to 23.
         family: name of the model family, recorded in the contract.
         source: where the weights come from (checkpoint hash, arguments), recorded in the contract.
+        overwrite: replace an existing file that is no exported model.
 
     Returns:
         The contract as written into the file, with the worst error of the comparison.
 
     Raises:
-        UsageError: sizes, symbols or opset that do not fit.
+        UsageError: sizes, symbols or opset that do not fit, or a foreign file at `path`.
         ExportError: the module cannot be traced, or the result is not a valid model.
         ParityError: the file differs from the module by more than `parity.TOLERANCE`.
         OutputError: the file cannot be written.
@@ -78,6 +81,7 @@ def export_onnx(
     assert isinstance(model, StepModule)
     if opset not in OPSETS:
         raise UsageError(f"--opset: expected {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
+    check_output(path, is_exported_model, reads={}, overwrite=overwrite)
     with atomic_path(path) as temporary:  # first, so that an invalid path is reported before the work
         proto, contract = _onnx_and_contract(
             copy.deepcopy(model).float().eval(),

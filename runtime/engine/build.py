@@ -13,6 +13,7 @@ import msgspec
 from stepcell.errors import DeviceError, OutputError, UsageError
 from stepcell.files import atomic_path, read_bytes, write_atomic
 from stepcell.onnx_model import read_onnx
+from stepcell.overwrite import check_output, is_engine, is_no_model, is_sidecar
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.options import BuildOptions, check_options
 from stepcell.runtime.engine.plan import build_plan
@@ -46,7 +47,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     contents: Sidecar
 
 
-def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) -> EngineInfo:
+def build_engine(
+    onnx: Path, engine: Path, options: BuildOptions | None = None, *, overwrite: bool = False
+) -> EngineInfo:
     """Build an engine from an exported model; both files are moved into place once everything has succeeded.
 
     Choices that are made for the user are logged.
@@ -55,10 +58,12 @@ def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) 
         onnx: a model exported by stepcell, with its contract in the metadata.
         engine: path of the plan to write; the sidecar is written beside it.
         options: None: the defaults, for the flavour's default GPUs.
+        overwrite: replace existing files that no build wrote.
 
     Raises:
         InputError, ContractError: the model cannot be read, or has no contract.
-        UsageError: an option does not fit the model or the flavour.
+        UsageError: an option does not fit the model or the flavour, or an output is an input or a foreign
+            file.
         MissingDependencyError: TensorRT is not installed.
         PluginError: the plugin was required and is not available.
         DeviceError: the flavour builds on a GPU and there is none.
@@ -68,7 +73,14 @@ def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) 
     options = options or BuildOptions()
     library = load_tensorrt(options.flavor)
     check_options(options, library)
-    _check_output(onnx, engine)
+    reads: dict[str | Path, str] = {onnx: "the model"}
+    check_output(engine, is_engine, reads=reads, overwrite=overwrite)
+    check_output(sidecar_path(engine), is_sidecar, reads=reads, overwrite=overwrite)
+    if options.timing_cache is not None:
+        reads |= {engine: "--output", sidecar_path(engine): "the sidecar"}
+        check_output(
+            Path(options.timing_cache), is_no_model, reads=reads, option="--timingCacheFile", overwrite=overwrite
+        )
     file = read_onnx(onnx)
     profiles = derive_profiles(file.contract, options)
     targets = _targets(library, options)
@@ -119,12 +131,6 @@ def build_engine(onnx: Path, engine: Path, options: BuildOptions | None = None) 
         warnings=plan.warnings,
         contents=sidecar,
     )
-
-
-def _check_output(onnx: Path, engine: Path) -> None:
-    for written in (engine, sidecar_path(engine)):
-        if written.resolve() == onnx.resolve():
-            raise UsageError(f"--output: {written} is the model itself", hint="such as -o model.engine")
 
 
 def _timing_cache(library: TensorRT, options: BuildOptions) -> Path | None:

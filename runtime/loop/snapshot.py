@@ -21,10 +21,10 @@ from stepcell.contract import InitialValue, StateSpec, StepContract
 from stepcell.errors import InputError, OutputError, StateError
 from stepcell.family_names import first_name
 from stepcell.files import atomic_path, read_bytes
+from stepcell.overwrite import SNAPSHOT_KEY, check_output, is_snapshot
 
 __all__ = ["Snapshot", "contract_hash", "read_snapshot", "write_snapshot"]
 
-METADATA_KEY = "stepcell.snapshot"
 SCHEMA = "1.0"
 
 States = Mapping[str, NDArray[Any]]
@@ -76,20 +76,23 @@ def contract_hash(contract: StepContract) -> str:
     return hashlib.sha256(msgspec.json.encode(identity(contract), order="deterministic")).hexdigest()
 
 
-def write_snapshot(path: Path, states: States, snapshot: Snapshot) -> None:
+def write_snapshot(path: Path, states: States, snapshot: Snapshot, *, overwrite: bool = False) -> None:
     """Write a snapshot atomically: also after a power failure the file is the old one or the new one.
 
     Args:
         snapshot: its `checksum` is computed here.
+        overwrite: replace an existing file that is no snapshot.
 
     Raises:
+        UsageError: there is a file that is no snapshot.
         OutputError: it cannot be written.
     """
     from safetensors.numpy import save
 
+    check_output(path, is_snapshot, reads={}, option="snapshot", overwrite=overwrite)
     arrays = {name: np.ascontiguousarray(array) for name, array in states.items()}
     snapshot = msgspec.structs.replace(snapshot, checksum=_checksum(arrays))
-    data = save(arrays, {METADATA_KEY: msgspec.json.encode(snapshot).decode()})
+    data = save(arrays, {SNAPSHOT_KEY: msgspec.json.encode(snapshot).decode()})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     try:
@@ -128,11 +131,11 @@ def _parse(path: Path) -> tuple[dict[str, NDArray[Any]], Snapshot]:
         states = load(data)
         # `load` has checked the layout: the length of the header in eight bytes, then the header.
         header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        text = header.get("__metadata__", {}).get(METADATA_KEY)
+        text = header.get("__metadata__", {}).get(SNAPSHOT_KEY)
     except (SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{path}: is not a complete .safetensors file ({error})") from error
     if text is None:
-        raise InputError(f"{path}: is not a snapshot: its metadata has no key {METADATA_KEY}")
+        raise InputError(f"{path}: is not a snapshot: its metadata has no key {SNAPSHOT_KEY}")
     try:
         snapshot = msgspec.json.decode(text, type=Snapshot)
     except msgspec.DecodeError as error:

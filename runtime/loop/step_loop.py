@@ -259,16 +259,20 @@ class StepLoop:
         self._require_open()
         self._states.load(as_states(self.contract, state, None if self._slots is None else self._slots.count))
 
-    def save(self, path: str | Path, *, frame: int = 0, metadata: Mapping[str, str] | None = None) -> None:
+    def save(
+        self, path: str | Path, *, frame: int = 0, metadata: Mapping[str, str] | None = None, overwrite: bool = False
+    ) -> None:
         """Write all states and the names of the slots to a snapshot file, for `restore`.
 
         Args:
-            path: a .safetensors file. It is replaced atomically.
+            path: a .safetensors file. A snapshot there is replaced atomically.
             frame: number of frames stepped so far, or any number that the caller continues from.
             metadata: of the caller; returned by `restore`.
+            overwrite: replace an existing file that is no snapshot.
 
         Raises:
             StateError: no step has run yet.
+            UsageError: there is a file that is no snapshot.
             OutputError: the file cannot be written.
         """
         states = self.state()
@@ -279,7 +283,7 @@ class StepLoop:
             rows=None if self._slots is None else self._slots.count,
             metadata=dict(metadata or {}),
         )
-        write_snapshot(Path(path), states, snapshot)
+        write_snapshot(Path(path), states, snapshot, overwrite=overwrite)
 
     def restore(self, path: str | Path) -> Snapshot:
         """Load a snapshot of the same model, taken on any back end. It may be called before the first step.

@@ -107,9 +107,15 @@ class ArraySink:
                 self._file.seek(0)
                 self._write_all(_header(self._first, self._count))
             self._file.close()
-        self._temporary.keep()
+        try:
+            self._temporary.keep()
+        finally:
+            if self._temporary.kept:
+                self.name = str(self._temporary.path)
 
     def salvage(self) -> int:
+        if self._temporary.kept:
+            return self._count
         if self._first is not None and self._count:
             with contextlib.suppress(OSError, ValueError, OutputError):  # ValueError: `close` had closed the file
                 self._file.truncate(len(_header(self._first, self._count)) + self._count * self._first.nbytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
-from stepcell.files import temporary_path
+from stepcell.files import Temporary
 from stepcell.optional_imports import require
+from stepcell.runtime.media.recovery import recover_recordings
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.video_reader import VideoSource
@@ -77,8 +77,8 @@ class FolderSink:
             if self._folder.is_mount() or self._folder == Path.cwd():
                 what = "a mount point" if self._folder.is_mount() else "the working folder"
                 raise OutputError(f"{folder}: is {what}, which cannot be replaced", hint="name a new folder in it")
-            self._temporary = temporary_path(self._folder)
-            self._temporary.mkdir()
+            recover_recordings(self._folder.parent)
+            self._temporary = Temporary(self._folder, folder=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"{folder}: cannot be written ({reason})") from error
@@ -100,26 +100,29 @@ class FolderSink:
         self._count += 1
 
     def _next_picture(self) -> Path:
-        return self._temporary / f"{self._count:06d}.png"
+        return self._temporary.path / f"{self._count:06d}.png"
 
     def close(self) -> None:
+        name = self.name
         try:
-            self._temporary.replace(self._folder)  # fails if the folder is no longer empty
-        except OSError as error:
-            self.abandon()
-            raise OutputError(f"{self.name}: cannot be written ({error.strerror})") from error
+            self._temporary.move_into_place()  # fails if the folder is no longer empty
+        except OutputError as error:
+            self.name = str(self._temporary.path)
+            reason = getattr(error.__cause__, "strerror", None)
+            raise OutputError(f"{name}: cannot be written ({reason})", hint=error.hint) from error
 
     def salvage(self) -> int:
-        if self._count:
-            with contextlib.suppress(OSError, OutputError):
+        if not self._count:
+            self.abandon()
+        elif self._temporary.kept is None:
+            with contextlib.suppress(OSError):
                 self._next_picture().unlink(missing_ok=True)  # it is incomplete
+            with contextlib.suppress(OutputError):
                 self.close()
-                return self._count
-        self.abandon()
-        return 0
+        return self._count
 
     def abandon(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.delete()
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:

@@ -80,14 +80,22 @@ class VideoSink:
             if self._stream is not None:
                 self._container.mux(self._stream.encode(None))
             self._container.close()
-        self._temporary.keep()
+        self._keep()
+
+    def _keep(self) -> None:
+        try:
+            self._temporary.keep()
+        finally:
+            if self._temporary.kept:
+                self.name = str(self._temporary.path)
 
     def salvage(self) -> int:
         with contextlib.suppress(self._av.FFmpegError, OSError):
             self._container.close()
         with contextlib.suppress(self._av.FFmpegError, OSError, OutputError):
             if count := repair_video(self._temporary.path):
-                self._temporary.keep()
+                with contextlib.suppress(OutputError):  # if the file is elsewhere, its name says so
+                    self._keep()
                 return count
         self._temporary.delete()
         return 0

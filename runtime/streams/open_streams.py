@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from stepcell.contract import TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
+from stepcell.overwrite import check_output, is_no_model
 from stepcell.runtime.media.open_sink import STDOUT, open_sink
 from stepcell.runtime.media.open_source import STDIN, is_remote, open_source
 from stepcell.runtime.media.sink import Sink
@@ -70,17 +71,24 @@ def stream_names(inputs: Sequence[Input]) -> list[str]:
 
 
 def check_names(
-    model: str | None, inputs: Sequence[Input], outputs: Sequence[Output], files: Mapping[str, Path | None]
+    model: str | None,
+    inputs: Sequence[Input],
+    outputs: Sequence[Output],
+    files: Mapping[str, tuple[Path | None, Callable[[Path], bool]]],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Check that no file is read and written, or written twice, and that one stream at most uses stdin or stdout.
 
     Args:
         model: path of the model, if it is a file.
         inputs, outputs: of the streams; objects are not checked.
-        files: further files to write, by the option that names them.
+        files: further files to write, by the option that names them, with recognisers of what may be replaced.
+        overwrite: replace existing files of other kinds, which are no inputs.
 
     Raises:
-        UsageError: a name is used twice, or the number of outputs differs from that of the inputs.
+        UsageError: a name is used twice, a file of another kind would be replaced, or the number of outputs differs
+            from that of the inputs.
         OutputError: the folder of one of `files` does not exist or cannot be written.
     """
     if outputs and len(outputs) != len(inputs):
@@ -92,18 +100,19 @@ def check_names(
     for option, names in (("--input", reads), ("--output", writes)):
         if names.count(STDIN) > 1:
             raise UsageError(f"{option} -: given {names.count(STDIN)} times, and one stream can use it")
-    taken = {**({} if model is None else {model: "the model"}), **dict.fromkeys(reads, "--input")}
-    written = [("--output", name) for name in writes if name != STDOUT]
-    written += [(option, str(path)) for option, path in files.items() if path is not None]
-    for option, name in written:
-        for other, user in taken.items():
-            # Unlike Path.resolve, realpath accepts a loop of symbolic links.
-            if os.path.realpath(name) == os.path.realpath(other):
-                raise UsageError(f"{option} {name}: also used as {user}", hint="choose another name")
-        taken[name] = option
-        if option in files and not os.access(Path(name).absolute().parent, os.W_OK | os.X_OK):
+    taken: dict[str | Path, str] = {
+        **({} if model is None else {model: "the model"}),
+        **dict.fromkeys(reads, "--input"),
+    }
+    written: list[tuple[str, Path, Callable[[Path], bool]]]
+    written = [("--output", Path(name), is_no_model) for name in writes if name != STDOUT]
+    written += [(option, path, ours) for option, (path, ours) in files.items() if path is not None]
+    for option, path, ours in written:
+        check_output(path, ours, reads=taken, option=option, overwrite=overwrite)
+        taken[path] = option
+        if option in files and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             # Checked now, because these files are written after the run.
-            raise OutputError(f"{option} {name}: its folder does not exist or cannot be written")
+            raise OutputError(f"{option} {path}: its folder does not exist or cannot be written")
 
 
 def open_streams(

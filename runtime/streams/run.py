@@ -11,6 +11,7 @@ from typing import TypeVar, cast, get_args
 
 from stepcell.errors import OutputError, UsageError
 from stepcell.files import write_atomic
+from stepcell.overwrite import is_report, is_snapshot
 from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.preprocess import event_input, image_input
 from stepcell.runtime.media.source import FRAME_RATES, display_name
@@ -64,6 +65,7 @@ def run_streams(
     resume: bool = False,
     metrics: Metrics | int | None = None,
     report: str | Path | None = None,
+    overwrite: bool = False,
     progress: Callable[[RunProgress], None] | None = None,
     control: RunControl | None = None,
 ) -> RunReport:
@@ -99,6 +101,7 @@ def run_streams(
         resume: continue from `snapshot`, if the file exists, at the next frame.
         metrics: port of a Prometheus endpoint on this machine, or a `Metrics` server, which stays open.
         report: file to which the report is written as JSON, also if streams failed.
+        overwrite: replace existing files that no run wrote; inputs, and what belongs to them, never.
         progress: called in this thread at the start, after every step, at least ten times a second, and at the end.
         control: stops the run or resets states from another thread.
 
@@ -106,7 +109,8 @@ def run_streams(
         The report, with one entry per input.
 
     Raises:
-        UsageError: options that contradict each other or are out of range.
+        UsageError: options that contradict each other or are out of range, or an output that is an input or a foreign
+            file.
         RunError: a stream failed, or the report could not be written; `report` of the error has the report, and
             its exit code is that of the cause.
         InputError: an input cannot be opened, or the model takes neither pictures nor events.
@@ -133,8 +137,12 @@ def run_streams(
     if is_loop and (device, allow_fallback, keep_float16, threads) != ("cpu", False, False, None):
         raise UsageError("device, allow_fallback, keep_float16, threads: expected with the path of a model, got a loop")
     snapshot_path = None if snapshot is None else Path(snapshot)
-    files = {"--report": None if report is None else Path(report), "--snapshot": snapshot_path}
-    check_names(None if is_loop else str(model), inputs, outputs, files)
+    files: dict[str, tuple[Path | None, Callable[[Path], bool]]] = {
+        "--report": (None if report is None else Path(report), is_report),
+        "--snapshot": (snapshot_path, is_snapshot),
+    }
+    name = model.name if isinstance(model, StepLoop) else str(model)
+    check_names(name, inputs, outputs, files, overwrite=overwrite)
     options = StreamOptions(
         size=size,
         fps=None if fps is None else Fraction(fps),
@@ -165,7 +173,9 @@ def run_streams(
         starts = resume_streams(loop, snapshot_path, names) if resume and snapshot_path else {}
         snapshots = None
         if snapshot_path is not None:
-            snapshots = SnapshotWriter(snapshot_path, snapshot_every or SNAPSHOT_EVERY, ", ".join(names))
+            snapshots = SnapshotWriter(
+                snapshot_path, snapshot_every or SNAPSHOT_EVERY, ", ".join(names), overwrite=overwrite
+            )
         if isinstance(metrics, int):
             metrics = stack.enter_context(Metrics(metrics))
         events = event_input(spec, event_window)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from stepcell.errors import InputError, OutputError
+from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.runtime.loop.snapshot import Snapshot
 from stepcell.runtime.loop.step_loop import StepLoop
 
@@ -31,13 +31,15 @@ class SnapshotWriter:
         path: a .safetensors file.
         every: frames, or steps of several streams, between two snapshots.
         source: names of the streams, stored in the file.
+        overwrite: replace an existing file that is no snapshot.
 
     Attributes:
         written, failed: number of snapshots.
     """
 
-    def __init__(self, path: Path, every: int, source: str) -> None:
+    def __init__(self, path: Path, every: int, source: str, *, overwrite: bool = False) -> None:
         self._path, self._every, self._source = path, every, source
+        self._overwrite = overwrite
         self._saved: int | None = None  # frames in the last snapshot
         self.written = self.failed = 0
 
@@ -59,8 +61,8 @@ class SnapshotWriter:
             metadata = {"input": self._source}
             if streams is not None:
                 metadata[_FRAMES] = msgspec.json.encode(streams).decode()
-            loop.save(self._path, frame=frames, metadata=metadata)
-        except OutputError as error:
+            loop.save(self._path, frame=frames, metadata=metadata, overwrite=self._overwrite)
+        except (OutputError, UsageError) as error:  # UsageError: a foreign file was put there since the start
             logger.warning(f"frame {frames}: snapshot not written: {error.message}")
             self.failed += 1
         else:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract
 from stepcell.errors import InputError
 from stepcell.files import atomic_path
+from stepcell.overwrite import REFERENCE_KEY
 from stepcell.runtime.engine.layers import EngineLayer
 from stepcell.runtime.loop.snapshot import contract_hash
 from stepcell.runtime.verify.behaviour import isolation, liveness, pairing, reset, resume
@@ -34,7 +35,6 @@ from stepcell.runtime.verify.verification import Findings, Plan, Reference, prec
 
 __all__ = ["Record", "RecordedRun", "read_record", "record_reference", "verify_recorded", "write_record"]
 
-_HEADER = "stepcell.reference"
 _FRAME, _TRUE, _WARM = "frame", "true", "warm"
 
 
@@ -146,7 +146,7 @@ def write_record(path: Path, record: Record, arrays: Mapping[str, NDArray[Any]])
     """Write a reference; the file is put in place whole or not at all."""
     header = np.frombuffer(msgspec.json.encode(record), np.uint8)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **{_HEADER: header}, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, **{REFERENCE_KEY: header}, **arrays)  # type: ignore[arg-type]
 
 
 def verify_recorded(
@@ -266,7 +266,7 @@ def read_record(path: Path, contract: StepContract) -> RecordedRun:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        record = msgspec.json.decode(arrays[_HEADER].tobytes(), type=Record)
+        record = msgspec.json.decode(arrays[REFERENCE_KEY].tobytes(), type=Record)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, msgspec.DecodeError) as error:
         raise InputError(
             f"{path}: not a reference that `stepcell verify --record` wrote ({error})",

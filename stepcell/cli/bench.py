@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from stepcell.cli.common import json_option
+from stepcell.cli.common import json_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
+from stepcell.overwrite import check_output, is_no_model, is_report
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ Examples:
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.svg",
     help="Write throughput over streams as a picture.",
 )  # fmt: skip
+@overwrite_option
 @json_option
 def command(
     models: tuple[Path, ...],
@@ -91,6 +93,7 @@ def command(
     no_floor: bool,
     times_path: Path | None,
     plot_path: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Time the steps of one model or several, on random frames.
@@ -104,6 +107,13 @@ def command(
     from stepcell.runtime.benchmark.bench import Effort
 
     check_svg(plot_path)
+    reads: dict[str | Path, str] = {} if against is None else {against: "--against"}
+    reads |= dict.fromkeys(models, "a model")
+    if plot_path is not None:
+        check_output(plot_path, is_no_model, reads=reads, option="--plot", overwrite=overwrite)
+        reads[plot_path] = "--plot"
+    if times_path is not None:
+        check_output(times_path, is_report, reads=reads, option="--exportTimes", overwrite=overwrite)
     effort = Effort(
         warm_up=warm_up / 1e3,
         steps=steps,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from stepcell.cli.common import json_option
+from stepcell.cli.common import json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, working
 from stepcell.runtime.engine.build import EngineInfo, build_engine
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
@@ -81,6 +81,7 @@ Examples:
     help="The engine also loads in later TensorRT versions; not with TensorRT-RTX.",
 )
 @click.option("--verbose", is_flag=True, help="Show all messages of TensorRT.")
+@overwrite_option
 @json_option
 def command(
     model: Path,
@@ -97,6 +98,7 @@ def command(
     memory_pool: str | None,
     version_compatible: bool,
     verbose: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Build a TensorRT engine from MODEL, a file that `stepcell export` wrote.
@@ -121,7 +123,7 @@ def command(
     )
     engine = output or model.with_suffix(".engine")
     with working(f"building {engine}"):
-        info = build_engine(model, engine, options)
+        info = build_engine(model, engine, options, overwrite=overwrite)
     _report(info)
     if as_json:
         print_json(info)

@@ -16,9 +16,12 @@ import click
 
 from stepcell.errors import StepcellError, UsageError
 
-__all__ = ["json_option", "leaving", "parse_settings"]
+__all__ = ["json_option", "leaving", "overwrite_option", "parse_settings"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an existing file although another program wrote it; never an input."
+)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

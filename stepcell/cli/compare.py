@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from stepcell.cli.common import json_option
+from stepcell.cli.common import json_option, overwrite_option
 from stepcell.cli.console import log, print_json, table
 from stepcell.errors import ParityError
+from stepcell.overwrite import check_output, is_no_model
 
 __all__ = ["command"]
 
@@ -32,8 +33,9 @@ Examples:
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.svg",
     help="Write the error growth as a picture: .svg, or .png where matplotlib is installed.",
 )  # fmt: skip
+@overwrite_option
 @json_option
-def command(a: Path, b: Path, tolerance: float | None, plot_path: Path | None, as_json: bool) -> None:
+def command(a: Path, b: Path, tolerance: float | None, plot_path: Path | None, overwrite: bool, as_json: bool) -> None:
     """Compare the outputs A and B, such as of an engine and of the file it was built from.
 
     Each is a .npy with time first, as `stepcell run --output out.npy` writes it, a video, or a folder of pictures.
@@ -43,6 +45,9 @@ def command(a: Path, b: Path, tolerance: float | None, plot_path: Path | None, a
     from stepcell.runtime.verify.compare import compare_outputs
 
     check_plot(plot_path)
+    if plot_path is not None:
+        reads: dict[str | Path, str] = {a: "an input", b: "an input"}
+        check_output(plot_path, is_no_model, reads=reads, option="--plot", overwrite=overwrite)
     found = compare_outputs(a, b, tolerance=tolerance)
     growth = found.growth
     table("difference at frame", ["", *map(str, growth.steps)], [

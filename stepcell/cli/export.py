@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepcell.cli.common import json_option, parse_settings
+from stepcell.cli.common import json_option, overwrite_option, parse_settings
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
+from stepcell.overwrite import check_output, is_exported_model
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ Examples:
 )
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 18 to 23.")
 @click.option("--list-families", is_flag=True, is_eager=True, expose_value=False, callback=_list_families)
+@overwrite_option
 @json_option
 def command(
     checkpoint: Path | None,
@@ -84,6 +86,7 @@ def command(
     precision: Any,
     state_dtype: Any,
     opset: int,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Export CHECKPOINT as a single-step ONNX model with explicit hidden state.
@@ -104,6 +107,12 @@ def command(
     if positions and module is None:
         raise UsageError("--state: is for --module; a family knows its states")
     _require_torch()
+    check_output(
+        output,
+        is_exported_model,
+        reads={} if checkpoint is None else {checkpoint: "the checkpoint"},
+        overwrite=overwrite,
+    )
     from stepcell.exporter import export_onnx
     from stepcell.models.step import is_step_module
 
@@ -121,6 +130,7 @@ def command(
             opset=opset,
             family=name,
             source=source,
+            overwrite=overwrite,
         )
     for line in lifted.describe(contract) if lifted else ():
         log(line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepcell.cli.common import json_option
+from stepcell.cli.common import json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
@@ -37,8 +37,11 @@ Examples:
     help="Output OUT is the next value of input IN; an empty OUT: IN is no state.",
 )
 @click.option("--shape", metavar="x:1x3x256x256", help="Fix the sizes of an input; without it all stay as they are.")
+@overwrite_option
 @json_option
-def command(model: Path, output: Path, states: Sequence[str], shape: str | None, as_json: bool) -> None:
+def command(
+    model: Path, output: Path, states: Sequence[str], shape: str | None, overwrite: bool, as_json: bool
+) -> None:
     """Convert MODEL, an ONNX file of one step that another program exported.
 
     States are found by name and by the cells of the graph, recurrent cells become one op each, and
@@ -53,7 +56,7 @@ def command(model: Path, output: Path, states: Sequence[str], shape: str | None,
 
     started = time.monotonic()
     with working(f"fusing {model}"):
-        report = fuse(model, output, states=pairs, shapes=shapes)
+        report = fuse(model, output, states=pairs, shapes=shapes, overwrite=overwrite)
     _print_report(report)
     parity = report.contract.parity
     assert parity is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from stepcell.cli.common import json_option, leaving
+from stepcell.cli.common import json_option, leaving, overwrite_option
 from stepcell.cli.console import log, print_json
 from stepcell.cli.signals import signal_control
 from stepcell.cli.verified import check_verified
@@ -143,6 +143,7 @@ Examples:
     help="Refuse an engine that `stepcell verify` has not passed on this device with this driver.",
 )  # fmt: skip
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this JSON file.")
+@overwrite_option
 @json_option
 @leaving()
 def command(

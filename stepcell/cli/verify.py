@@ -12,12 +12,13 @@ import click
 import msgspec
 
 from stepcell import __version__
-from stepcell.cli.common import json_option
+from stepcell.cli.common import json_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.contract import StepContract
 from stepcell.errors import InputError, ParityError, UsageError
 from stepcell.files import read_bytes, write_atomic
 from stepcell.optional_imports import require
+from stepcell.overwrite import check_output, is_no_model, is_reference
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ Examples:
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.svg",
     help="Write the error growth as a picture: .svg, or .png where matplotlib is installed.",
 )  # fmt: skip
+@overwrite_option
 @json_option
 def command(
     model: Path,
@@ -108,6 +110,7 @@ def command(
     record_path: Path | None,
     report_path: Path | None,
     plot_path: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Verify MODEL, an .onnx file or an engine, over many steps with its states fed back.
@@ -123,6 +126,14 @@ def command(
     from stepcell.runtime.verify.verification import Plan, verify
 
     check_plot(plot_path)
+    reads: dict[str | Path, str] = {model: "the model", input_text: "--input"}
+    if against is not None:
+        reads[against] = "--against"
+    for option, path in {"--record": record_path, "--report": report_path, "--plot": plot_path}.items():
+        if path is not None:
+            ours = is_reference if option == "--record" else is_no_model
+            check_output(path, ours, reads=reads, option=option, overwrite=overwrite)
+            reads[path] = option
     is_engine = model.suffix in _ENGINES
     onnx, contract, sidecar = _opened(model)
     layers = () if sidecar is None else sidecar.layers

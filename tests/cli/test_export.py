@@ -206,3 +206,24 @@ def test_settings_are_json_or_literals_of_python(text: str, expected: object) ->
     (found,) = parse_settings([f"key={text}"]).values()
     assert found == expected
     assert type(found) is type(expected)
+
+
+def test_a_checkpoint_is_never_the_output(checkpoint: Path) -> None:
+    before = checkpoint.read_bytes()
+    Path("hard.safetensors").hardlink_to(checkpoint)
+    for name in ("d.safetensors", "./d.safetensors", "hard.safetensors"):
+        for extra in ([], ["--overwrite"]):
+            result = call("export", checkpoint, "-o", name, *extra)
+            assert result.exit_code == 2, result.output
+            assert "also used as the checkpoint" in " ".join(result.stderr.split())
+    assert checkpoint.read_bytes() == before
+
+
+def test_foreign_files_are_replaced_with_overwrite_only(checkpoint: Path) -> None:
+    Path("other.pth").write_bytes(b"another network")
+    result = call("export", checkpoint, "-o", "other.pth", "--precision", "float32")
+    assert result.exit_code == 2
+    assert "--overwrite" in result.stderr
+    assert Path("other.pth").read_bytes() == b"another network"
+    assert call("export", checkpoint, "-o", "other.pth", "--precision", "float32", "--overwrite").exit_code == 0
+    assert call("export", checkpoint, "-o", "other.pth", "--precision", "float32").exit_code == 0  # its own file

@@ -125,7 +125,7 @@ def _spoil(edit: str) -> None:
 def test_files_that_are_refused(model: Path, edit: str, code: int, message: str) -> None:
     Path("fused.onnx").write_text("what was there")
     _spoil(edit)
-    result = call("fuse", model, "-o", "fused.onnx", "--state", "feat=feat_out")
+    result = call("fuse", model, "-o", "fused.onnx", "--state", "feat=feat_out", "--overwrite")
     assert result.exit_code == code, result.output
     assert message in result.output
     assert "Traceback" not in result.output
@@ -157,7 +157,7 @@ def test_damaged_files(model: Path, exported_bytes: bytes) -> None:
     [
         (["missing.onnx", "-o", "b.onnx"], 1, "missing.onnx: cannot be read"),
         (["model.onnx"], 2, "Missing option '-o'"),
-        (["model.onnx", "-o", "model.onnx"], 2, "is the file to read"),
+        (["model.onnx", "-o", "model.onnx"], 2, "also used as the model"),
         (["model.onnx", "-o", "nowhere/b.onnx"], 1, "nowhere/b.onnx: cannot be written"),
         (["model.onnx", "-o", "."], 1, "is a folder"),
         (["model.onnx", "-o", "b.onnx", "--state", "feat"], 2, "--state: expected IN=OUT"),
@@ -228,6 +228,7 @@ def test_killed_half_way_leaves_what_was_there(model: Path) -> None:
         "fused.onnx",
         "--state",
         "feat=feat_out",
+        "--overwrite",
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -242,3 +243,12 @@ def test_help_has_an_example() -> None:
     result = call("fuse", "--help")
     assert result.exit_code == 0
     assert "stepcell fuse model.onnx -o fused.onnx" in result.output.partition("Examples:")[2]
+
+
+def test_weights_beside_the_model_are_not_replaced(model: Path) -> None:
+    onnx.save(onnx.load(model), model, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    before = Path("model.onnx.data").read_bytes()
+    for name in ("model.onnx.data", "./model.onnx.data", "model.onnx"):
+        result = call("fuse", model, "-o", name, "--overwrite", "--state", "feat=feat_out")
+        assert result.exit_code == 2, result.output
+    assert Path("model.onnx.data").read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from stepcell.models.zoo.clips import clip_path as find_clip
 from stepcell.runtime.media.open_source import open_source
@@ -285,3 +287,28 @@ def test_run_needs_no_torch(accumulator: Model, small_clip: Path) -> None:
     code = "import sys; sys.modules['torch'] = sys.modules['triton'] = None\nfrom stepcell.cli import main; main()"
     command = [sys.executable, "-c", code, "run", str(accumulator()), "-i", str(small_clip)]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
+
+
+def test_no_output_replaces_a_checkpoint_a_model_or_a_snapshot(
+    accumulator: Model, small_clip: Path, tmp_path: Path
+) -> None:
+    model = accumulator()
+    checkpoint = tmp_path / "net.safetensors"
+    checkpoint.write_bytes(save({"w": np.zeros(4, np.float32)}))
+    snapshot = tmp_path / "state.safetensors"
+    assert run(model, "-i", small_clip, "--snapshot", snapshot).exit_code == 0
+    os.link(small_clip, tmp_path / "hard.npy")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    refused: list[tuple[str, Path]] = [
+        *(("--snapshot", path) for path in (checkpoint, model, small_clip)),
+        *(("--report", path) for path in (checkpoint, model, small_clip, snapshot)),
+        ("--output", tmp_path / "hard.npy"),
+    ]
+    for option, path in refused:
+        result = run(model, "-i", small_clip, option, path)
+        assert result.exit_code == 2, (option, path, result.output)
+    (tmp_path / "other.npy").write_bytes(checkpoint.read_bytes())
+    assert run(model, "-i", small_clip, "-o", tmp_path / "other.npy").exit_code == 2
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert run(model, "-i", small_clip, "--snapshot", checkpoint, "--overwrite").exit_code == 0
+    assert run(model, "-i", small_clip, "--snapshot", small_clip, "--overwrite").exit_code == 2

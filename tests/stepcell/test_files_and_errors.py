@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,55 @@ def test_shapes_as_trtexec_spells_them() -> None:
 def test_bad_shapes(text: str) -> None:
     with pytest.raises(UsageError, match="--shape"):
         parse_shapes(text, option="--shape")
+
+
+LEAVE = """
+import os, sys
+from pathlib import Path
+from stepcell.files import atomic_path
+with atomic_path(Path(sys.argv[1])) as temporary:
+    temporary.write_bytes(b"half")
+    print("ready", flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
+    sys.stdin.read()
+"""
+
+
+def started(path: Path, end: str) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAVE, str(path), end], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_those_in_use_stay(tmp_path: Path) -> None:
+    used = started(tmp_path / "used.onnx", "waits")
+    started(tmp_path / "killed.onnx", "killed").communicate()
+    foreign = tmp_path / ".killed.0123abcd.onnx"
+    foreign.write_text("of another program")
+    assert len(list(tmp_path.glob(".killed.*.stepcell.onnx"))) == 1
+    write_atomic(tmp_path / "other.json", "{}")
+    assert not list(tmp_path.glob(".killed.*.stepcell.onnx"))
+    assert len(list(tmp_path.glob(".used.*"))) == 1
+    used.communicate(b"")
+    assert sorted(tmp_path.iterdir()) == [foreign, tmp_path / "other.json", tmp_path / "used.onnx"]
+
+
+def test_a_result_is_kept_when_it_cannot_be_moved_into_place(tmp_path: Path) -> None:
+    target = tmp_path / "m.onnx"
+
+    def collide() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(b"result")
+            target.mkdir()
+            (target / "foreign").touch()
+
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        collide()
+    (kept,) = (path for path in tmp_path.iterdir() if path.is_file())
+    assert kept.read_bytes() == b"result"
+    assert not kept.name.startswith(".")
+    assert str(kept) in str(caught.value.hint)

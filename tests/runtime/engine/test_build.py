@@ -185,7 +185,7 @@ def test_output_that_cannot_be_written_is_refused_before_the_build(denoiser_onnx
         build(denoiser_onnx, tmp_path)
     copy = tmp_path / "model.onnx"
     copy.write_bytes(denoiser_onnx.read_bytes())
-    with pytest.raises(UsageError, match="is the model itself"):
+    with pytest.raises(UsageError, match="also used as the model"):
         build_engine(copy, tmp_path / "." / "model.onnx")
     assert copy.read_bytes() == denoiser_onnx.read_bytes()
 

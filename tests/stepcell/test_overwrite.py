@@ -1,0 +1,171 @@
+"""Which existing files an output may replace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from safetensors.numpy import save
+
+from stepcell.errors import UsageError
+from stepcell.overwrite import (
+    REFERENCE_KEY,
+    SNAPSHOT_KEY,
+    check_output,
+    is_engine,
+    is_exported_model,
+    is_no_model,
+    is_reference,
+    is_report,
+    is_sidecar,
+    is_snapshot,
+)
+
+Model = Callable[..., Path]
+
+
+def nothing(_: Path) -> bool:
+    return False
+
+
+def anything(_: Path) -> bool:
+    return True
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("spelling", ["net.pth", "./net.pth", "sub/../net.pth", "symbolic", "hard", "sub/symbolic"])
+def test_an_input_is_never_replaced_however_it_is_spelled(folder: Path, spelling: str) -> None:
+    Path("net.pth").write_bytes(b"weights")
+    Path("sub").mkdir()
+    Path("symbolic").symlink_to("net.pth")
+    Path("sub/symbolic").symlink_to(folder / "net.pth")
+    os.link("net.pth", "hard")
+    with pytest.raises(UsageError, match="also used as the checkpoint"):
+        check_output(Path(spelling), anything, reads={Path("net.pth"): "the checkpoint"}, overwrite=True)
+
+
+def test_an_input_that_does_not_exist_yet_counts_too(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"--report out\.json: also used as --snapshot"):
+        check_output(Path("out.json"), anything, reads={folder / "out.json": "--snapshot"}, option="--report")
+
+
+def test_a_loop_of_links_and_names_that_are_no_files(folder: Path) -> None:
+    Path("loop").symlink_to("loop")
+    reads = {"loop": "--input", "rtsp://host/a": "--input", "x" * 5000: "--input", "a\0b": "--input"}
+    check_output(Path("out.npy"), nothing, reads=reads)
+
+
+def test_weights_beside_a_model_belong_to_it(folder: Path, accumulator: Model) -> None:
+    path = accumulator("m.onnx")
+    model = onnx.load(path)
+    inner = onnx.helper.make_graph([], "inner", [], [], [numpy_helper.from_array(np.zeros(300, np.float32), "deep")])
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(300, np.float32), "w"))
+    model.graph.node[0].attribute.append(onnx.helper.make_attribute("body", inner))
+    onnx.save(model, path, save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    deep = model.graph.node[0].attribute[0].g.initializer[0]
+    deep.data_location = onnx.TensorProto.EXTERNAL
+    deep.external_data.append(onnx.StringStringEntryProto(key="location", value="deep.bin"))
+    path.write_bytes(model.SerializeToString())
+    Path("deep.bin").write_bytes(b"1234")
+    for name in ("m.onnx.data", "deep.bin"):
+        with pytest.raises(UsageError, match=f"{name}: belongs to the model"):
+            check_output(Path(name), anything, reads={path: "the model"}, overwrite=True)
+
+
+def test_what_belongs_to_an_engine(folder: Path) -> None:
+    Path("m.engine").write_bytes(b"plan")
+    Path("m.engine.json").write_bytes(msgspec.json.encode(sidecar()))
+    Path("m.onnx").write_bytes(b"graph")
+    for name in ("m.engine.json", "m.onnx"):
+        with pytest.raises(UsageError, match="belongs to the model"):
+            check_output(Path(name), anything, reads={"m.engine": "the model"}, overwrite=True)
+
+
+def test_pictures_of_an_input_folder(folder: Path) -> None:
+    Path("frames").mkdir()
+    Path("frames/0.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UsageError, match="belongs to --input frames"):
+        check_output(Path("frames/0.png"), anything, reads={"frames": "--input"}, overwrite=True)
+
+
+def test_a_foreign_file_needs_overwrite_and_an_empty_one_does_not(folder: Path) -> None:
+    Path("thesis").write_text("text")
+    with pytest.raises(UsageError, match="thesis: exists already, and not as") as caught:
+        check_output(Path("thesis"), nothing, reads={})
+    assert "--overwrite" in str(caught.value.hint)
+    check_output(Path("thesis"), nothing, reads={}, overwrite=True)
+    Path("thesis").write_text("")
+    check_output(Path("thesis"), nothing, reads={})
+    check_output(Path("new"), nothing, reads={})
+
+
+def sidecar() -> dict[str, Any]:
+    return {"fingerprint": {}, "profiles": {}, "contract": {}, "onnx": "m.onnx"}
+
+
+def test_kinds_are_told_apart_by_their_content(folder: Path, accumulator: Model) -> None:
+    model = accumulator("ours.onnx")
+    plain = onnx.load(model)
+    del plain.metadata_props[:]
+    plain.doc_string = "stepcell.contract"  # a mention is no contract
+    onnx.save(plain, "plain.onnx")
+    tensors = {"h": np.zeros(2, np.float32)}
+    Path("snapshot.safetensors").write_bytes(save(tensors, {SNAPSHOT_KEY: "{}"}))
+    Path("checkpoint.safetensors").write_bytes(save(tensors, {"format": SNAPSHOT_KEY}))
+    Path("a.engine").write_bytes(b"plan")
+    Path("a.engine.json").write_bytes(msgspec.json.encode(sidecar()))
+    Path("b.engine").write_bytes(b"plan")
+    Path("run.json").write_text('{"model": "m", "frames_per_second": 1}')
+    Path("settings.json").write_text('{"name": 1}')
+    Path("list.json").write_text("[1]")
+    Path("timing.cache").write_bytes(b"TRT cache")
+    Path("net.pth").write_bytes(b"PK\3\4")
+    Path("net.bin").write_bytes(b"\x80\2}q\0.")
+    ours = {
+        is_exported_model: ["ours.onnx"],
+        is_snapshot: ["snapshot.safetensors"],
+        is_engine: ["a.engine"],
+        is_sidecar: ["a.engine.json"],
+        is_report: ["run.json"],
+    }
+    names = sorted(each.name for each in folder.iterdir())
+    for recognise, expected in ours.items():
+        assert [name for name in names if recognise(Path(name))] == expected, recognise
+    for name in ("checkpoint.safetensors", "ours.onnx", "a.engine", "net.pth", "net.bin", "snapshot.safetensors"):
+        assert not is_no_model(Path(name)), name
+    assert is_no_model(Path("timing.cache"))
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.mp4", "a.mkv", "a.svg", "a.html", "a.png", "timing.cache"])
+def test_formats_without_a_mark(folder: Path, accumulator: Model, name: str) -> None:
+    for plain in (b"\x93NUMPY", b"\0\0\0\x1cftypisom", b"\x1aE\xdf\xa3", b"<svg", b"an older recording"):
+        Path(name).write_bytes(plain + bytes(50))
+        assert is_no_model(Path(name))
+    models = [b"PK\3\4", b"\x80\2", save({"h": np.zeros(2, np.float32)}), accumulator().read_bytes()]
+    models += [b"\x08\x08\x12\x07pytorch", msgspec.json.encode(sidecar())]
+    for model in models:
+        Path(name).write_bytes(model)
+        assert not is_no_model(Path(name)), model[:20]
+    Path(name).write_bytes(b"plan")
+    Path(f"{name}.json").write_bytes(msgspec.json.encode(sidecar()))
+    assert not is_no_model(Path(name))
+
+
+def test_a_reference_is_told_from_other_archives(folder: Path) -> None:
+    np.savez("data.npz", x=np.zeros(2))
+    np.savez("reference.npz", **{REFERENCE_KEY: np.zeros(2)})
+    assert not is_reference(Path("data.npz"))
+    assert is_reference(Path("reference.npz"))
