@@ -59,7 +59,7 @@ def liveness(subject: Stepper, clip: Clip, states: States, *, start: int = 0, se
             f"{', '.join(dead)}: a perturbation changes nothing else within {_STEPS} steps: not fed back, or not used"
         )
     else:
-        says = f"every state matters; smallest effect of a perturbation: {effects[weakest]:.1e} of it, of {weakest}"
+        says = f"every state matters; the smallest effect: {effects[weakest]:.2g} of a perturbation of {weakest}"
     return judged("liveness", effects[weakest], float(np.nextafter(0, 1)), says, dead or [weakest], at_least=True)
 
 

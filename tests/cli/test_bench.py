@@ -11,7 +11,10 @@ from click.testing import CliRunner, Result
 
 from stepcell.cli import main
 from stepcell.onnx_model import read_onnx
-from stepcell.runtime.benchmark.floor import Machine, floor, work_of
+from stepcell.runtime.benchmark.floor import Machine as Processor
+from stepcell.runtime.benchmark.floor import floor, work_of
+from stepcell.runtime.engine.sidecar import read_sidecar
+from tests.fakes.fake_engine import Machine
 
 FAST = ("--shape", "x:1x3x16x16", "--duration", "0.1", "--warmUp", "10", "--iterations", "10", "--threads", "1")
 
@@ -66,7 +69,7 @@ def test_the_work_of_the_denoiser_is_what_its_layers_say(denoiser_onnx_float32: 
     assert work.operations == 2 * 2 * per_row
     states_and_frames = 4 * (2 * 2 * 3 * 32 * 48 + 2 * 2 * hidden * low)
     assert states_and_frames < work.bytes < states_and_frames + 4 * 12000
-    found = floor(work, Machine(bytes_per_second=1e9, operations_per_second=1e9, threads=1))
+    found = floor(work, Processor(bytes_per_second=1e9, operations_per_second=1e9, threads=1))
     assert found.milliseconds == found.compute_ms > found.memory_ms
     np.testing.assert_allclose(found.compute_ms, work.operations / 1e6)
 
@@ -83,3 +86,19 @@ def test_a_fixed_batch_has_one_number_of_streams(denoiser_onnx_fixed: Path) -> N
     result = bench(denoiser_onnx_fixed, "--streams", "1,2", "--no-floor", "--duration", "0.05", "--iterations", "4")
     assert result.exit_code == 1
     assert "its batch is fixed" in result.stderr
+
+
+def test_an_engine_is_timed_at_the_sizes_it_was_tuned_for(
+    denoiser_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(denoiser_onnx, tmp_path, monkeypatch)
+    result = bench(
+        machine.path, "--streams", "1,3", "--duration", "0.05", "--iterations", "4", "--warmUp", "1", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    (model,) = report["models"]
+    assert model["runs"].endswith(", Fake GPU")
+    assert model["shapes"]["x"][2:] == list(read_sidecar(machine.path).profiles["x"].opt[2:])
+    assert [times["streams"] for times in model["times"]] == [1, 3]
+    assert report["machine"] is None  # the floor is that of the processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -114,3 +115,39 @@ def test_what_does_not_fit_is_named(files: Path, arguments: list[str], message: 
     result = verify(files / "model.onnx", *arguments)
     assert result.exit_code not in (0, 3)
     assert message in result.stderr
+
+
+TRACKER = """
+import torch
+from torch import nn
+
+class Tracker(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.channels = channels
+        self.cell = nn.Conv2d(3 + channels, channels, 3, padding=1)
+
+    def forward(self, x, h=None):
+        if h is None:
+            h = x.new_zeros(x.shape[0], self.channels, *x.shape[2:])
+        h = torch.tanh(self.cell(torch.cat([x, h], 1)))
+        return h.mean(1, keepdim=True), h
+"""
+
+
+def test_a_module_of_ones_own_is_built_again_from_its_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_tracker.py").write_text(TRACKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    factory = importlib.import_module("own_tracker").Tracker
+    weights, model = tmp_path / "weights.pth", tmp_path / "tracker.onnx"
+    torch.save(factory(4).state_dict(), weights)
+    wanted = ["--module", "own_tracker:Tracker", "--set", "channels=4", "--shape", "x:1x3x8x8", "--dynamic", "batch"]
+    made = CliRunner().invoke(main, ["export", str(weights), *wanted, "-o", str(model)])
+    assert made.exit_code == 0, made.output
+    result = verify(model, "--against", weights, "--steps", "16", "--warm-up", "32", "--json")
+    assert result.exit_code == 0, result.stderr
+    says = {verdict["name"]: verdict["says"] for verdict in json.loads(result.stdout)["verdicts"]}
+    assert "equals its source" in says["identity"]
+    # declared float32, computed in float16: stored as narrowly as that
+    assert "computed in float16 by the module's own code" in says["precision"]
+    assert "lost to rounding in float16" in says["storage"]
