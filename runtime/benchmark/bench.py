@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell import __version__
+from stepcell.runtime.benchmark.copies import Parts
 from stepcell.runtime.benchmark.floor import Floor, Machine
 from stepcell.runtime.loop.step_loop import StepLoop
 
@@ -92,6 +93,7 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
         frames_per_second: of all streams together.
         ratio: to the first model; None: this is the first one.
         floor: None: not measured.
+        parts: of a step on a GPU; None: not measured.
         times_ms: every step, in order.
     """
 
@@ -105,6 +107,7 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
     frames_per_second: float
     ratio: Ratio | None = None
     floor: Floor | None = None
+    parts: Parts | None = None
     times_ms: tuple[float, ...] = ()
 
 

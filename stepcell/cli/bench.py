@@ -164,6 +164,7 @@ def _measured(
         measure,
         versions,
     )
+    from stepcell.runtime.benchmark.copies import parts_of
     from stepcell.runtime.benchmark.floor import measure_machine
     from stepcell.runtime.loop.open_backend import ENGINE_SUFFIXES
     from stepcell.runtime.loop.step_loop import StepLoop
@@ -188,7 +189,11 @@ def _measured(
                     contender.loop.reset()
                     contender.frames = random_clip(contender.loop.contract, sizes, count=_FRAMES).frames
                 for index, times in enumerate(measure(contenders, count, effort)):
-                    found[index].append(_with_floor(times, paths[index], contenders[index], shape, machine))
+                    times = _with_floor(times, paths[index], contenders[index], shape, machine)
+                    if paths[index].suffix in ENGINE_SUFFIXES:
+                        parts = parts_of(contenders[index].loop, contenders[index].frames, effort.steps)
+                        times = msgspec.structs.replace(times, parts=parts)
+                    found[index].append(times)
         results = [
             ModelTimes(
                 name=path.name,
@@ -266,6 +271,14 @@ def _show(report: BenchReport, effort: Effort) -> None:
             f"floor: {machine.bytes_per_second / 1e9:.1f} GB/s of copying, "
             f"{machine.operations_per_second / 1e9:.0f} GFLOP/s of float32 matrix products, measured here"
         )
+    for model in report.models:
+        for times in model.times:
+            if times.parts is not None:
+                parts = times.parts
+                log(
+                    f"parts: {model.name}, {times.streams} streams: copy in {parts.copy_in_ms:.3f} ms, "
+                    f"compute {parts.compute_ms:.3f} ms, copy out {parts.copy_out_ms:.3f} ms"
+                )
     if max(report.load) > report.cores / 2:
         log(f"note:  the machine is busy (load {report.load[0]:.1f} to {report.load[1]:.1f} on {report.cores} cores)")
     best_model = max(report.models, key=_fastest)

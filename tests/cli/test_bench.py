@@ -101,4 +101,9 @@ def test_an_engine_is_timed_at_the_sizes_it_was_tuned_for(
     assert model["runs"].endswith(", Fake GPU")
     assert model["shapes"]["x"][2:] == list(read_sidecar(machine.path).profiles["x"].opt[2:])
     assert [times["streams"] for times in model["times"]] == [1, 3]
+    for times in model["times"]:
+        assert set(times["parts"]) == {"copy_in_ms", "compute_ms", "copy_out_ms"}
+        assert times["parts"]["compute_ms"] > 0
+    assert "copy out" in result.stderr
+    assert not machine.gpu.allocations, "memory that was never freed"
     assert report["machine"] is None  # the floor is that of the processor
