@@ -10,7 +10,8 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from stepcell.contract import StateSpec, TensorSpec
+from stepcell import StepLoop
+from stepcell.contract import InitialValue, StateSpec, TensorSpec
 from stepcell.errors import ContractError, EvaluationError, InputError, StateError, UsageError
 from stepcell.runtime.evaluate import GraphEvaluator
 from tests.runtime.evaluate.step_models import slow_memory, step_model
@@ -58,6 +59,45 @@ def _free_run(step: Any) -> float:
     for _ in range(10000):
         (h,) = step(["state_out.h"], {"x": X, "state_in.h": h})
     return float(h.max())
+
+
+def test_float32_equals_the_form_that_the_loop_runs(denoiser_onnx: Path) -> None:
+    evaluator, rng = GraphEvaluator(denoiser_onnx, "float32"), np.random.default_rng(0)
+    states = evaluator.initial_states({"x": (2, 3, 12, 16)})
+    with StepLoop.open(denoiser_onnx) as loop:
+        for _ in range(5):
+            x = rng.random((2, 3, 12, 16)).astype(np.float32)
+            outputs, states = evaluator.step({"x": x}, states)
+            assert np.allclose(outputs["y"], loop.step(x=x)["y"], rtol=0, atol=1e-5)
+        assert np.allclose(states["h"], loop.state()["h"], rtol=0, atol=1e-5)
+
+
+def test_a_whole_model_in_float16_is_that_of_onnx_reference(denoiser_onnx: Path) -> None:
+    """But for a second rounding, which onnx.reference does before it adds the bias of a convolution."""
+    evaluator, rng = GraphEvaluator(denoiser_onnx), np.random.default_rng(0)
+    reference = ReferenceEvaluator(onnx.load(denoiser_onnx))
+    x, h = rng.random((1, 3, 12, 16)).astype(np.float16), rng.uniform(-1, 1, (1, 8, 6, 8)).astype(np.float32)
+    outputs, states = evaluator.step({"x": x}, {"h": h})
+    y, new = reference.run(["y", "state_out.h"], {"x": x, "state_in.h": h})
+    assert (outputs["y"].dtype, states["h"].dtype) == (y.dtype, new.dtype) == (np.float16, np.float32)
+    assert np.abs(outputs["y"].astype(float) - y).max() < 2e-3
+    assert np.abs(states["h"] - new).max() < 1e-3
+
+
+def test_a_learned_initial_state_is_where_it_starts() -> None:
+    model = step_model(
+        """
+        g (float[batch, 2] x, float[batch, 2] "state_in.h") => (float[batch, 2] y, float[batch, 2] "state_out.h") {
+          y = Add(x, "state_in.h")
+          "state_out.h" = Identity(y)
+        }""",
+        [TensorSpec(name="x", shape=("batch", 2))],
+        [TensorSpec(name="y", shape=("batch", 2))],
+        [StateSpec(name="h", shape=("batch", 2), init=InitialValue.of(np.array([0.5, -1], np.float32)))],
+    )
+    states = GraphEvaluator(model, "float64").initial_states({"x": (3, 2)})
+    assert states["h"].dtype == np.float64
+    assert states["h"].tolist() == [[0.5, -1]] * 3
 
 
 def test_names_shapes_and_kinds_are_checked(tmp_path: Path) -> None:
