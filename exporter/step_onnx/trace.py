@@ -17,7 +17,7 @@ from stepcell.contract import StepContract
 from stepcell.dims import resolve
 from stepcell.errors import ExportError
 from stepcell.exporter.quiet import errors_only
-from stepcell.exporter.step_onnx.contract import TORCH_DTYPES, sizes_for_trace
+from stepcell.exporter.step_onnx.contract import TORCH_DTYPES, sizes_for_check, sizes_for_trace
 
 __all__ = ["example_tensors", "onnx_from_module"]
 
@@ -47,7 +47,7 @@ def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> on
         {axis: auto for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
         for spec in contract.graph_inputs.values()
     ]
-    _check_forward(model, tensors, contract, sizes)
+    _check_forward(model, contract)
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -80,12 +80,12 @@ def _like_signature(model: nn.Module, per_tensor: list[dict[int, Any]]) -> tuple
     return tuple(per_tensor)
 
 
-def _check_forward(
-    model: nn.Module, tensors: tuple[Tensor, ...], contract: StepContract, sizes: dict[str, int]
-) -> None:
+def _check_forward(model: nn.Module, contract: StepContract) -> None:
+    """One forward pass, at small sizes: torch has no fast convolutions in float16 on most CPUs."""
+    sizes = sizes_for_check(contract)[0]
     try:
         with torch.no_grad():
-            results = model(*tensors)
+            results = model(*example_tensors(contract, sizes))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         hint = None
         if contract.precision == "float16":
