@@ -21,7 +21,7 @@ from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import DeviceError
 from stepcell.models import ConvGRUCell, ConvLSTMCell
 from stepcell.runtime.engine.build import build_engine
-from stepcell.runtime.engine.check import check_engine, register_plugins
+from stepcell.runtime.engine.engine_check import check_engine, register_plugins
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.tensorrt_module import load_tensorrt
 

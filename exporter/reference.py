@@ -35,8 +35,8 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
     from stepcell.exporter.from_checkpoint.step_model import load_strictly, step_model
     from stepcell.exporter.from_module.factory import module_from_factory
     from stepcell.exporter.from_module.lift import lift_states
-    from stepcell.family_names import current_name
     from stepcell.models.step import is_step_module
+    from stepcell.renamed_families import current_name
 
     source, arguments = contract.source, dict(contract.source.get("arguments") or {})
     content = None if checkpoint is None else load_checkpoint(checkpoint)

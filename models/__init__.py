@@ -9,7 +9,7 @@ from stepcell.lazy import lazy_names
 
 if TYPE_CHECKING:
     from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, conv_gru, conv_lstm
-    from stepcell.models.checkpoint import save_checkpoint
+    from stepcell.models.checkpoint_writer import save_checkpoint
     from stepcell.models.sequence import batch_to_time, seq_wise, time_to_batch
     from stepcell.models.stack import CellStack, DenseStack, GRUCell, LSTMCell, conv_gru_stack, conv_lstm_stack
     from stepcell.models.step import StepModule, initial_states, is_step_module, run_sequence
@@ -37,7 +37,7 @@ __all__ = [
 
 _NAMES = {
     "cells": "ConvGRUCell ConvLSTMCell conv_gru conv_lstm",
-    "checkpoint": "save_checkpoint",
+    "checkpoint_writer": "save_checkpoint",
     "sequence": "batch_to_time seq_wise time_to_batch",
     "stack": "CellStack DenseStack GRUCell LSTMCell conv_gru_stack conv_lstm_stack",
     "step": "StepModule initial_states is_step_module run_sequence",

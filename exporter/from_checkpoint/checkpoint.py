@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepcell.errors import CheckpointError
 from stepcell.files import read_bytes, sha256_file
-from stepcell.models.checkpoint import ARGUMENTS_KEY, FAMILY_KEY
+from stepcell.models.checkpoint_writer import ARGUMENTS_KEY, FAMILY_KEY
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 

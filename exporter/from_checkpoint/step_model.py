@@ -12,8 +12,8 @@ from stepcell.errors import CheckpointError, UsageError
 from stepcell.exporter.from_checkpoint.checkpoint import Checkpoint, load_checkpoint
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily
 from stepcell.exporter.from_checkpoint.families.registry import FAMILIES, find_family
-from stepcell.family_names import current_name
-from stepcell.models.checkpoint import set_family
+from stepcell.models.checkpoint_writer import set_family
+from stepcell.renamed_families import current_name
 
 __all__ = ["load_model", "load_strictly", "step_model"]
 

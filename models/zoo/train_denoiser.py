@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepcell.models.checkpoint import save_checkpoint
+from stepcell.models.checkpoint_writer import save_checkpoint
 from stepcell.models.step import run_sequence
 from stepcell.models.zoo.clips import TRAINING, read_clip
 from stepcell.models.zoo.denoiser import Denoiser

@@ -16,7 +16,7 @@ import numpy as np
 from stepcell.contract import TensorSpec
 from stepcell.errors import InputError
 from stepcell.runtime.cuda.devices import ensure_device
-from stepcell.runtime.cuda.dlpack import CUDA_DEVICES, from_capsule, to_capsule
+from stepcell.runtime.cuda.dlpack_capsule import CUDA_DEVICES, from_capsule, to_capsule
 from stepcell.runtime.cuda.memory import device_of
 from stepcell.runtime.cuda.streams import DEFAULT_STREAM, Event, wait_on
 

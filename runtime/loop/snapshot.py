@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from stepcell.contract import InitialValue, StateSpec, StepContract
 from stepcell.errors import InputError, OutputError, StateError
-from stepcell.family_names import first_name
 from stepcell.files import atomic_path, read_bytes
 from stepcell.overwrite import SNAPSHOT_KEY, check_output, is_snapshot
+from stepcell.renamed_families import first_name
 
 __all__ = ["Snapshot", "contract_hash", "read_snapshot", "write_snapshot"]
 

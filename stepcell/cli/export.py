@@ -28,7 +28,7 @@ def _list_families(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         return
     _require_torch()
     from stepcell.exporter import FAMILIES
-    from stepcell.family_names import first_name
+    from stepcell.renamed_families import first_name
 
     rows = []
     for family in FAMILIES.values():

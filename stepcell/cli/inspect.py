@@ -31,7 +31,7 @@ def command(file: Path, as_json: bool) -> None:
     An engine is compared with its sidecar; TensorRT and a GPU are not needed.
     """
     from stepcell.onnx_model import read_onnx
-    from stepcell.runtime.engine.check import read_engine
+    from stepcell.runtime.engine.engine_check import read_engine
 
     if file.suffix == ".onnx":
         model = read_onnx(file)

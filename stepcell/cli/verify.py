@@ -181,7 +181,7 @@ def command(
 def _opened(model: Path) -> tuple[Path | None, StepContract, Sidecar | None]:
     """The ONNX file, where there is one, the contract, and the sidecar of an engine."""
     from stepcell.onnx_model import read_onnx
-    from stepcell.runtime.engine.check import read_engine
+    from stepcell.runtime.engine.engine_check import read_engine
 
     if model.suffix == ".onnx":
         return model, read_onnx(model).contract, None

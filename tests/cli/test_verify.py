@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from stepcell.cli import main
 from stepcell.exporter import export_onnx
-from stepcell.models.checkpoint import save_checkpoint
+from stepcell.models.checkpoint_writer import save_checkpoint
 from stepcell.models.zoo.denoiser import Denoiser
 
 FAST = ("--steps", "16", "--warm-up", "64", "--shape", "x:1x3x16x16")

@@ -28,7 +28,7 @@ from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.tensorrt import backend as tensorrt
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from stepcell.runtime.engine.build import build_engine
-from stepcell.runtime.engine.check import CheckedEngine, check_engine
+from stepcell.runtime.engine.engine_check import CheckedEngine, check_engine
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.sidecar import read_sidecar, sidecar_path
 from stepcell.runtime.engine.tensorrt_module import TensorRT

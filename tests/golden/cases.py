@@ -24,7 +24,7 @@ from torch import nn
 from stepcell import StepContract, StepLoop
 from stepcell.errors import StepcellError
 from stepcell.exporter import export_onnx, find_family, load_checkpoint, step_model
-from stepcell.family_names import current_name
+from stepcell.renamed_families import current_name
 from stepcell.runtime.verify.references import as_written
 from stepcell.runtime.verify.stepper import LoopStepper, Running
 

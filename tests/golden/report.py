@@ -15,7 +15,7 @@ import onnx
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.exporter import FAMILIES
-from stepcell.family_names import first_name
+from stepcell.renamed_families import first_name
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from tests.golden.cases import RECORDED, ROOT, Case, find_cases, worst_error

@@ -30,7 +30,7 @@ from stepcell.exporter.from_checkpoint.families.stacks import (
     mangrick_gru_rcn,
     ndrplz_convlstm,
 )
-from stepcell.family_names import current_name
+from stepcell.renamed_families import current_name
 
 __all__ = ["FAMILIES", "PUBLISHED", "find_family"]
 

@@ -29,7 +29,7 @@ from stepcell.runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from stepcell.runtime.backends.tensorrt.state_buffers import StateBuffers
 from stepcell.runtime.backends.tensorrt.step_buffers import HostAndDevice, StepBuffers
 from stepcell.runtime.cuda import DeviceArray
-from stepcell.runtime.engine.check import CheckedEngine, check_engine, register_plugins
+from stepcell.runtime.engine.engine_check import CheckedEngine, check_engine, register_plugins
 from stepcell.runtime.engine.sidecar import rebuild_command
 from stepcell.runtime.engine.tensorrt_module import Messages, dtype_name, make_logger, no_collection
 

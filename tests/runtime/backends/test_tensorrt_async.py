@@ -16,7 +16,7 @@ from stepcell import StepLoop
 from stepcell.errors import DeviceError, InputError, StepcellError, UsageError
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from stepcell.runtime.cuda import DeviceArray
-from stepcell.runtime.cuda.dlpack import from_capsule, to_capsule
+from stepcell.runtime.cuda.dlpack_capsule import from_capsule, to_capsule
 from tests.fakes.counting_driver import ALLOCATING, CREATING, WAITING
 from tests.fakes.fake_engine import INVALIDATED, LAUNCH_FAILED, SYMBOLS, Machine, frames, reference
 

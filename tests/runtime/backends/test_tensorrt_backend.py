@@ -15,7 +15,7 @@ from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.tensorrt import backend as tensorrt
 from stepcell.runtime.backends.tensorrt import runtime_cache
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
-from stepcell.runtime.engine import check, plan
+from stepcell.runtime.engine import engine_check, plan
 from stepcell.runtime.engine import onnx_input as graph
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.sidecar import sidecar_path
@@ -88,7 +88,10 @@ def _accesses(module: Any) -> set[tuple[str, str]]:
             },
         ),
         (graph, {"network": tensorrt_rtx.INetworkDefinition, "tensor": tensorrt_rtx.ITensor}),
-        (check, {"trt": tensorrt_rtx, "runtime": tensorrt_rtx.Runtime, "EngineValidity": tensorrt_rtx.EngineValidity}),
+        (
+            engine_check,
+            {"trt": tensorrt_rtx, "runtime": tensorrt_rtx.Runtime, "EngineValidity": tensorrt_rtx.EngineValidity},
+        ),
         (
             tensorrt,
             {

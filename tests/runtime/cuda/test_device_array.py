@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from stepcell.runtime.cuda import dlpack, is_on_device
-from stepcell.runtime.cuda.dlpack import from_capsule, to_capsule
+from stepcell.runtime.cuda import dlpack_capsule, is_on_device
+from stepcell.runtime.cuda.dlpack_capsule import from_capsule, to_capsule
 
 CPU = (1, 0)
 
@@ -36,18 +36,18 @@ def test_numpy_and_torch_read_our_capsules_in_place(dtype: str) -> None:
     np.testing.assert_array_equal(read, array)
     assert (read.dtype, read.ctypes.data) == (array.dtype, array.ctypes.data)
     assert tensor.data_ptr() == array.ctypes.data
-    assert len(dlpack._exported) == 2, "both are exported"
+    assert len(dlpack_capsule._exported) == 2, "both are exported"
     assert from_capsule(tensor.__dlpack__())[:3] == (array.ctypes.data, array.shape, array.dtype)
     del read, tensor
     gc.collect()
-    assert not dlpack._exported, "both have been deleted"
+    assert not dlpack_capsule._exported, "both have been deleted"
 
 
 def test_a_capsule_that_is_not_consumed_is_deleted() -> None:
     capsule = Ours(np.zeros(3)).__dlpack__()
-    assert len(dlpack._exported) == 1
+    assert len(dlpack_capsule._exported) == 1
     del capsule
-    assert not dlpack._exported
+    assert not dlpack_capsule._exported
 
 
 def test_strides_and_offsets_of_others() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from stepcell.errors import BuildError, MissingDependencyError, OutputError, PluginError, UsageError
 from stepcell.runtime.engine.build import EngineInfo, build_engine
-from stepcell.runtime.engine.check import check_engine
+from stepcell.runtime.engine.engine_check import check_engine
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
 from stepcell.runtime.engine.sidecar import read_sidecar, rebuild_command, sidecar_path, this_platform

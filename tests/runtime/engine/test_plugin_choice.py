@@ -29,7 +29,7 @@ from stepcell.runtime import cuda
 from stepcell.runtime.engine import build as engine_build
 from stepcell.runtime.engine import plugin_choice, timing
 from stepcell.runtime.engine.build import EngineInfo, build_engine
-from stepcell.runtime.engine.check import check_engine, register_plugins
+from stepcell.runtime.engine.engine_check import check_engine, register_plugins
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.plan import BuiltPlan, build_plan
 from stepcell.runtime.engine.profile import Profile, engine_profiles

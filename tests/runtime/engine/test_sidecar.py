@@ -14,9 +14,9 @@ import pytest
 
 from stepcell.errors import EngineMismatchError, InputError, MissingDependencyError
 from stepcell.runtime import cuda
-from stepcell.runtime.engine import check
+from stepcell.runtime.engine import engine_check
 from stepcell.runtime.engine.build import build_engine
-from stepcell.runtime.engine.check import check_engine, covers
+from stepcell.runtime.engine.engine_check import check_engine, covers
 from stepcell.runtime.engine.sidecar import Sidecar, read_sidecar, sidecar_path
 from stepcell.runtime.engine.tensorrt_module import TensorRT
 
@@ -170,7 +170,7 @@ def test_gpu_is_compared_where_there_is_one(
         EngineValidity=SimpleNamespace(INVALID="INVALID"),
     )
     gpu = cuda.Gpu(0, "Test GPU", capability, 1 << 30)
-    monkeypatch.setattr(check, "load_tensorrt", lambda _: TensorRT(flavor, module))
+    monkeypatch.setattr(engine_check, "load_tensorrt", lambda _: TensorRT(flavor, module))
     monkeypatch.setattr(cuda, "discover", lambda: cuda.Discovery((gpu,), "13.0", ""))
     monkeypatch.setattr(cuda, "use_device", lambda _: None)
     rewrite(engine, flavor=flavor)
@@ -194,7 +194,7 @@ def test_version_compatible_engine_loads_in_later_versions(
     sidecar_path(engine).write_text(msgspec.structs.replace(sidecar, options=options).to_json())
     rewrite(engine, flavor="tensorrt", tensorrt="10.3.0")
     library = TensorRT("tensorrt", SimpleNamespace(__version__=installed))
-    monkeypatch.setattr(check, "load_tensorrt", lambda _: library)
+    monkeypatch.setattr(engine_check, "load_tensorrt", lambda _: library)
     if fits:
         check_engine(engine)
         return

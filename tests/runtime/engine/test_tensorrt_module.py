@@ -13,7 +13,7 @@ import tensorrt_rtx
 from stepcell.errors import DeviceError, MissingDependencyError, PluginError, UsageError
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.build import build_engine
-from stepcell.runtime.engine.check import check_engine
+from stepcell.runtime.engine.engine_check import check_engine
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
 from stepcell.runtime.engine.tensorrt_module import (
     Messages,
