@@ -106,7 +106,7 @@ def prepare(
         portable: prepare the form that TensorRT runs without stepcell.
 
     Raises:
-        PluginError: a cell that the plugin cannot take, or kernels that cannot be had.
+        PluginError: a cell that the plugin cannot take, or kernels that can be neither compiled nor found.
         UsageError: a compute capability that is not compiled for.
         BuildError, InputError, OutputError, MissingDependencyError: as `images_for` and `portable_kernels`.
     """
@@ -158,7 +158,7 @@ def _sizes(
 def _images(cell: CellConfig, capability: str, folder: Path, pixels: int | None) -> tuple[KernelImage, ...]:
     try:
         images = tuple(images_for(cell, capability, folder, pixels))
-    except PluginError:  # no Triton here, and the folder was filled by someone who did not know the sizes
+    except PluginError:  # no Triton here, and the kernels were precompiled without the map sizes
         images = tuple(images_for(cell, capability, folder))
     logger.info(f"kernels: {len(images)} for {cell.label} on {capability}, from {folder}")
     return images

@@ -1,7 +1,9 @@
 """Table of the ops stepcell::ConvGRU and stepcell::ConvLSTM: inputs, weights, gate order, attributes, variants.
 
-The one place where the layout of an op is written down. The torch cells, the ONNX functions, the
-recogniser and the TensorRT plugin read it; docs/op-contract.md has the equations.
+Names, order and shapes of the weights are read from here by the ONNX functions, the recogniser and the TensorRT
+plugin. The arithmetic is written elsewhere and must follow a change of this table: models/cells.py,
+exporter/step_onnx/op_functions.py, exporter/cell_recognition/ and the kernels (docs/adding-a-cell.md lists the files).
+docs/op-contract.md has the equations.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Weight:
     """One weight input of an op.
 
     Attributes:
-        name: of the op's input.
+        name: name of the op's input.
         kind: decides the shape, where G is the number of gates: "conv_x" (G * C, Cx, kh, kw),
             "conv_h" (G * C, C, kh, kw), "bias" (G * C), "peephole" (G, C, 1, 1) or (G, C, H, W).
         gates: gates that the weight holds, in the order in which they are stacked along the first axis.
@@ -67,7 +69,7 @@ class Weight:
             inputs: channels Cx of x.
             hidden: channels C of the state.
             kernel: height and width of the convolution.
-            variant: of the op.
+            variant: variant of the op.
         """
         rows = len(self.gates) * hidden
         if self.kind == "bias":
@@ -119,14 +121,16 @@ class Op:
         """Names of all inputs of a variant, such as ("x", "h", "W_x", "b", "W_h", "W_n")."""
         return ("x", *self.states, *(weight.name for weight in self.weights_of(variant)))
 
-    def variant(self, attributes: Mapping[str, Any], weight_shapes: Sequence[Sequence[int]]) -> OpVariant:
-        """The variant of a node, from its attributes and the shapes of its weights in order."""
+    def variant(self, attributes: Mapping[str, Any], weight_shapes: Mapping[str, Sequence[int]]) -> OpVariant:
+        """The variant of a node, from its attributes and the shapes of its weights by name."""
         if "reset" in self.attributes:
             reset: OpVariant = attributes["reset"]
             return reset
-        if len(weight_shapes) < len(self.weights):
+        names = (weight.name for weight in self.weights if weight.kind == "peephole")
+        peephole = next((weight_shapes[name] for name in names if name in weight_shapes), None)
+        if peephole is None:
             return "none"
-        return "channel" if tuple(weight_shapes[-1][2:]) == (1, 1) else "map"
+        return "channel" if tuple(peephole[2:]) == (1, 1) else "map"
 
 
 CONV_GRU = Op(

@@ -1,8 +1,8 @@
-"""Table of the tiles that each kernel is compiled with, per GPU and map size.
+"""Choice of the tiles that each kernel is compiled with, by kernel, compute capability and map size.
 
-The table is an estimate: it is based on register counts and on the GPUs' architecture, and no tile has been timed
+The choice is an estimate: it is based on register counts and on the GPUs' architecture, and no tile has been timed
 on a device yet. `make gpu-check` times every tile on the benchmark's shapes (`benchmarks/kernels.py --tune` some
-more); correct the table from its results.
+more); correct the choice from its results.
 
 All tiles have four warps: with eight, a convolution loop of this form has been reported to compute wrong results
 (pytorch issue 173068), and ours has not been tried on a device.

@@ -139,7 +139,7 @@ def _cell(onnx: Any, node: NodeProto, arrays: Mapping[str, Any], types: Mapping[
             inputs=int(w_x.shape[1]),
             hidden=int(arrays["W_h"].shape[1]),
             kernel=kernel,
-            variant=op.variant(texts, [array.shape for array in arrays.values()]),
+            variant=op.variant(texts, {name: array.shape for name, array in arrays.items()}),
             gates=texts["gates"],
             state_dtype="float32" if states == {_FLOAT} else "float16",
         )

@@ -79,7 +79,7 @@ def _with_plugin(
 
 
 def _faster(library: TensorRT, plan: BuiltPlan, native: BuiltPlan) -> tuple[BuiltPlan, PluginUse]:
-    """Time a step of both plans; the native one where the times are equal or cannot be taken."""
+    """Time a step of both plans; take the native one on a tie or if timing fails."""
     cells = plan.source.cells
     try:
         plugin_time, native_time = (step_milliseconds(library, each.data, each.profiles) for each in (plan, native))

@@ -22,12 +22,12 @@ def is_image(spec: TensorSpec) -> bool:
     return spec.layout == "NCHW" and len(spec.shape) == 4 and spec.shape[1] in _PIXELS
 
 
-def image_input(contract: StepContract, streams: int = 1) -> TensorSpec:
+def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
     """The only data input of a model that takes pictures or events.
 
     Args:
-        contract: of the model.
-        streams: rows of the batch.
+        contract: contract of the model.
+        rows: rows of the batch.
 
     Raises:
         InputError: the model has several inputs, takes neither pictures nor events, or has a fixed batch of
@@ -42,9 +42,9 @@ def image_input(contract: StepContract, streams: int = 1) -> TensorSpec:
             hint=hint,
         )
     spec = contract.inputs[0]
-    if isinstance(spec.shape[0], int) and spec.shape[0] != streams:
+    if isinstance(spec.shape[0], int) and spec.shape[0] != rows:
         raise InputError(
-            f"{spec.name}: the batch is fixed at {spec.shape[0]}, got {streams} stream{'s' * (streams > 1)}",
+            f"{spec.name}: the batch is fixed at {spec.shape[0]}, got {rows} stream{'s' * (rows > 1)}",
             hint=f"run as many, export the model with --dynamic batch, or {hint}",
         )
     return spec
@@ -54,7 +54,7 @@ def event_input(spec: TensorSpec, window: str | None = None) -> EventSpec | None
     """Encoding of the events of an input; None: it takes pictures.
 
     Args:
-        spec: of the input.
+        spec: the input of the model.
         window: replaces the window of the contract, in the form of `--event-window`, such as `30ms`.
 
     Raises:
@@ -74,12 +74,12 @@ class Preprocessor:
     """Converts frames of one size to the input tensor of a model.
 
     Args:
-        spec: of the model's input of pictures or events.
+        spec: the input of the model, of pictures or events.
         frame: the first frame: pixels (H, W, C) uint8, RGB or grey, which are scaled and normalised; or a float
             tensor (C, H, W), of pictures that are scaled already or of events.
 
     Attributes:
-        shape: of every frame.
+        shape: shape of every frame.
         size: (height, width) of a frame.
         padded: (height, width) of the input tensor.
 
@@ -163,8 +163,6 @@ def _check_channels(spec: TensorSpec, channels: int) -> None:
 
 def _pixel_table(spec: TensorSpec, channels: int) -> NDArray[Any]:
     """(C, 256): the tensor value of each pixel value, computed in float64 and rounded once."""
-    low, high = spec.range or (0.0, 255.0)
-    _, offset = gain_and_offset(spec, channels)
-    std = np.broadcast_to(spec.std or 1.0, channels).reshape(-1, 1)
-    table: NDArray[Any] = np.arange(256) / 255 * (high - low) / std + offset[:, :, 0]
+    gain, offset = gain_and_offset(spec, channels)
+    table: NDArray[Any] = np.arange(256) * gain[:, :, 0] + offset[:, :, 0]
     return (np.rint(table) if np.dtype(spec.dtype).kind in "iu" else table).astype(spec.dtype)

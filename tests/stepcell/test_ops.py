@@ -48,7 +48,7 @@ def test_torch_cells_have_weights_of_the_tables_shapes(cell: ConvGRUCell | ConvL
         actual = tuple(parameters[names[weight.name]].shape)
         assert len(shape) == len(actual)
         assert all(want in (None, got) for want, got in zip(shape, actual, strict=True))
-    shapes = [parameters[names[weight.name]].shape for weight in weights]
+    shapes = {weight.name: parameters[names[weight.name]].shape for weight in weights}
     assert cell.op.variant({"gates": "soft", "reset": variant}, shapes) == variant
 
 

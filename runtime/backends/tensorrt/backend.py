@@ -263,7 +263,7 @@ class TensorRTBackend:
     ) -> None:
         """Queue a step without its download.
 
-        If this fails half-way, the parity stays: what was queued writes only what the next step writes again.
+        If this fails half-way, `_parity` is not flipped, and the next step overwrites everything this one wrote.
         """
         buffers.upload(inputs, self._uploads)
         self._compute.wait(buffers.uploaded)
