@@ -87,7 +87,7 @@ class Problem:
     """A case with its tensors on one device.
 
     Attributes:
-        weights: of each cell, float16.
+        weights: weights of each cell, float16.
         xs: four inputs, float16, channels-last memory; the steps of a chain use them in turn.
         states: before the step, float16, channels-last memory.
         exact: states after a step with the first input, float64.

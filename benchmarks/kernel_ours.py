@@ -32,8 +32,8 @@ class Device:
     """Launches kernels on torch's current stream; loads and, if necessary, compiles them first.
 
     Args:
-        capability: of the current device, such as "9.0".
-        folder: of compiled kernels.
+        capability: compute capability of the current device, such as "9.0".
+        folder: folder of compiled kernels.
     """
 
     def __init__(self, capability: str, folder: Path) -> None:

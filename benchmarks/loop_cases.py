@@ -28,7 +28,7 @@ class Case:
         module: a step model whose float32 weights are exact in float16, so that both files have the same weights.
         exported: the file that `stepcell export` writes by default, in float16.
         wide: the same in float32, as StepLoop runs it on a CPU; for the other loops.
-        shape: of a frame (batch, channels, height, width).
+        shape: shape of a frame (batch, channels, height, width).
         threads: number of threads for one step.
     """
 

@@ -158,14 +158,15 @@ def check_equal(
 
     A model may amplify rounding, within a step and from step to step. Where the difference is beyond
     the tolerance, the reference is run again in the precision of the other side, with its inputs
-    off by their last bit: the difference may be `AMPLIFIED` times what this causes up to that step.
+    off by their last bit: the difference may then reach `AMPLIFIED` times the largest error of those runs up to that
+    step.
 
     Args:
         reference: the model that is right.
         tolerance: relative to max(1, largest value of the tensor).
         own_runs: runs of the reference in the other's precision, made only where they are needed.
         subject: what messages call the reference, such as "the original file".
-        hint: of the error.
+        hint: hint in the error.
 
     Returns:
         Worst absolute difference per output and state; `amplified` where the tolerance was not kept.
@@ -209,7 +210,7 @@ def random_clip(
 
     Args:
         sizes: for messages.
-        shapes: of every data input and every state, by name.
+        shapes: shapes of every data input and every state, by name.
         scalars: inputs that keep one value.
     """
     return _clip(f"random frames, {sizes}", _random_frame, contract, shapes, steps, scalars)
@@ -218,7 +219,7 @@ def random_clip(
 def smooth_clip(
     contract: StepContract, sizes: str, shapes: Mapping[str, Sequence[int]], steps: int, scalars: Arrays | None = None
 ) -> Clip:
-    """A slowly moving wave: the state converges, so a stalled or drifting one shows. Arguments as in `random_clip`."""
+    """A slowly moving wave: the state converges, so stalls and drift become visible. Arguments as in `random_clip`."""
     return _clip(f"smooth frames, {sizes}", _smooth_frame, contract, shapes, steps, scalars)
 
 

@@ -236,7 +236,7 @@ class ConvLSTMCell(_Cell):
     Args:
         input_size: channels of x.
         hidden_size: channels of h and c.
-        kernel_size: of the convolutions: an odd number, or (height, width).
+        kernel_size: kernel size of the convolutions: an odd number, or (height, width).
         gates: "soft" or "hard", as in `ConvGRUCell`.
         peephole: None; "channel" for one weight per channel; (H, W) for one per position, which
             fixes the map size (Shi et al. 2015).

@@ -40,7 +40,7 @@ class PreparedModel:
     """An ONNX model in the form that TensorRT's parser gets.
 
     Attributes:
-        path: of the file it was made from.
+        path: the file it was made from.
         model, data: the model, and its bytes.
         inputs, outputs: tensors of the engine by name: the contract's, then fp16 mirrors.
         operators: (domain, name) of the nodes that a registered plugin takes.
@@ -81,7 +81,7 @@ def plugin_unavailable(flavor: str, module: Any = None) -> str:
 
 
 def unchanged(file: OnnxFile) -> PreparedModel:
-    """The model as it is: its cells run as TensorRT's own layers."""
+    """The unchanged model: its cells run as TensorRT's own layers."""
     return PreparedModel(file.path, file.model, file.data, file.contract.graph_inputs, file.contract.graph_outputs)
 
 
@@ -99,7 +99,7 @@ def prepare(
 
     Args:
         file: the exported model.
-        shapes: of the inputs and states by input name, to choose tiles for.
+        shapes: shapes of the inputs and states by input name, to choose tiles for.
         module: the vendor's TensorRT module.
         capability: compute capability to build for, such as "8.7".
         kernels: folder of compiled kernels, completed where some are missing; None: the user's cache.

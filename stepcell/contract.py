@@ -76,8 +76,8 @@ class InitialValue(msgspec.Struct, frozen=True, kw_only=True):
     """The value of a state before the first step, where it is not zero. It is the same for all streams.
 
     Attributes:
-        shape: of the state without its batch axis; 1 for an axis along which the value is constant, as in (C, 1, 1).
-        dtype: of `data`.
+        shape: the state's shape without its batch axis; 1 for an axis along which it is constant, as in (C, 1, 1).
+        dtype: dtype of `data`.
         data: the values in C order, little-endian; base64 in JSON.
     """
 

@@ -81,7 +81,7 @@ def bind(name: str, shape: Sequence[Dim], actual: Sequence[int], symbols: Mappin
     """Values of the symbols in `shape` for which it equals `actual`.
 
     Args:
-        name: of the tensor, for messages.
+        name: name of the tensor, for messages.
         shape: declared shape; a dimension that is a single symbol gets its value from `actual`.
         actual: shape of the array.
         symbols: values that are known already, from other inputs.

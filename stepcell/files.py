@@ -59,7 +59,7 @@ class Temporary:
         folder: create a folder.
 
     Attributes:
-        path: of the temporary file; of the result once `move_into_place` was called.
+        path: path of the temporary file; of the result once `move_into_place` was called.
         kept: where the result is if it could not be moved to `target`; None: nothing was moved elsewhere.
 
     Raises:
@@ -185,7 +185,7 @@ def _remove(path: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor with the lock of a file or folder; None: held by somebody else, gone, or no locks there."""
+    """A descriptor with the lock of a file or folder; None: held by another process, gone, or no locks there."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:

@@ -24,7 +24,7 @@ class OnnxFile:
     """An exported model.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         data: its bytes.
         sha256: of the bytes.
         model: `data`, decoded.

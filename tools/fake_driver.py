@@ -41,7 +41,7 @@ class FakeDriver(types.ModuleType):
         live: handles of streams, events and graphs that are not closed.
         limit: size in bytes above which an allocation fails.
         failures: status that a call returns, by name of the call; the calls that look here say so.
-        version: of CUDA, as `cuDriverGetVersion` returns it.
+        version: version of CUDA, as `cuDriverGetVersion` returns it.
     """
 
     def __init__(self) -> None:

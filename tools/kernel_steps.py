@@ -146,7 +146,7 @@ class Steps:
         tile: for every kernel of the step, or one for each.
         launch: runs one kernel on tensors of `device`.
         fp16_mirror: y of the last step is given as the fp16 mirror of the state.
-        weights: of the op; None: random.
+        weights: weights of the op; None: random.
     """
 
     cell: CellConfig

@@ -203,7 +203,7 @@ class AffineReader:
         return Affine(product.kernels, product.bias + offset, notes=notes)
 
     def _compose(self, outer: Array, x: ir.Value) -> Affine:
-        """One convolution (or matrix product) over x, with what x itself is a sum of multiplied in."""
+        """One convolution (or matrix product) over x, composed with the sum that x itself is."""
         self._learn_width(x, outer.shape[1])
         inner = self._read(x, self.through)
         if (reason := _inexact(outer, inner)) is not None:

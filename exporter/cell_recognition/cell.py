@@ -27,7 +27,7 @@ class Cell:
 
     Attributes:
         name: its path ("encoder.gru"), numbered where two cells have one path; "cell0" without a path.
-        path: of its module, where the names of its nodes hold one; else "".
+        path: path of its module, where the names of its nodes hold one; else "".
         kernel: height and width of the op's kernel.
         states: (before, after) of h, then of c; values of the graph, not necessarily its inputs.
         x: values that make up the op's x, along the channels: [N, C_i, H, W], or [N, C_i] of a dense cell.

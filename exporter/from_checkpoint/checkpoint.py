@@ -34,7 +34,7 @@ class Checkpoint:
         tensors: the state_dict, on the CPU, wrapper prefixes removed.
         sha256: hash of the file, in hexadecimal.
         family: as written by `stepcell.models.save_checkpoint`; None in other files.
-        arguments: of the family, from the same source; {} in other files.
+        arguments: arguments of the family, from the same source; {} in other files.
     """
 
     path: Path

@@ -41,7 +41,7 @@ def lift_states(
     Args:
         module: it is not changed; a copy in eval mode is used.
         shapes: example shape of every data input, by the name of `forward`'s argument.
-        dynamic: of batch, height, width: sizes that are not fixed.
+        dynamic: the sizes out of batch, height, width that are not fixed.
         returned: state arguments that do not follow the rule (default None, returned last), each
             with its position in what `forward` returns. One that has a shape too starts as zeros.
 

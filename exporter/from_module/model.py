@@ -30,7 +30,7 @@ class LiftedModel(nn.Module):
     Attributes:
         inputs, outputs, states: as in `stepcell.models.step.StepModule`. States are named after their
             attribute or argument here; `rewrite_graph` renames those of cells.
-        example_shapes: of the inputs, by name.
+        example_shapes: shapes of the inputs, by name.
     """
 
     def __init__(self, module: nn.Module, interface: Interface, names: Sequence[str], memory: Sequence[Any]) -> None:

@@ -31,7 +31,7 @@ class Owner:
 
     Attributes:
         cells: their names; several for the layers that share one tensor.
-        path: of the module that holds them; "" for the model itself.
+        path: path of the module that holds them; "" for the model itself.
         role: "h" or "c".
     """
 

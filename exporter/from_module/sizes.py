@@ -24,8 +24,8 @@ class Shapes:
 
     Attributes:
         inputs: by name.
-        measured: of all outputs and states.
-        batch_axes: of the same, their batch axis; 0 where it could not be determined.
+        measured: measured sizes of all outputs and states.
+        batch_axes: batch axis of each output and state; 0 where it could not be determined.
         pad_multiple: height and width must be multiples of it.
     """
 
@@ -40,7 +40,7 @@ def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str],
 
     Args:
         inputs: example shapes; axis 0 is the batch, axes 2 and 3 of four are height and width.
-        dynamic: of batch, height, width.
+        dynamic: the sizes out of batch, height, width that are not fixed.
         measure: shapes of outputs and states for given input shapes; may raise anything.
 
     Raises:

@@ -42,7 +42,7 @@ class Sample:
     Attributes:
         symbols: value of every symbol of the data inputs.
         scalars: values of the integer data inputs that have one element, each set a valid one.
-        shapes: of every input and output, by its name in the file.
+        shapes: shapes of every input and output, by its name in the file.
     """
 
     symbols: dict[str, int]

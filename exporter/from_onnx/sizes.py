@@ -30,7 +30,7 @@ class Sizes:
     """Shapes of a file, and sizes at which it runs.
 
     Attributes:
-        shapes: of every input and output, by its name in the file.
+        shapes: shapes of every input and output, by its name in the file.
         samples: sizes at which the file runs, at least one; small ones first.
         example: sizes closer to those of a camera, if the file runs at them.
     """

@@ -39,7 +39,7 @@ class CellConfig:
         inputs: channels of x; 0: x contributes through the pre-activations only.
         hidden: channels of the state.
         kernel: height and width of the convolution, odd.
-        variant: of the op, see `stepcell.ops.Op`.
+        variant: variant of the op, see `stepcell.ops.Op`.
         gates: "soft" or "hard" activations.
         state_dtype: "float32", laid out (B, C, H, W), or "float16", laid out (B, H, W, padded C).
         pre: float16 pre-activations (B, H, W, padded gates * C) are added before the activations.

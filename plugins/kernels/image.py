@@ -41,7 +41,7 @@ class ImageInfo(msgspec.Struct, frozen=True):
     """Contents of KEY.json.
 
     Attributes:
-        schema: of this structure.
+        schema: schema version of this structure.
         key: hash of everything that changes the code.
         source: `source_digest` it was compiled from; an image with another digest is not used.
         kernel: such as "gru_gates".

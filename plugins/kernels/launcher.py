@@ -52,7 +52,7 @@ class Launcher:
         device: CUDA number of the current device.
 
     Attributes:
-        info: of the image.
+        info: description of the image.
         buffers: the memory that `launch` takes, in this order (signature.py).
 
     Raises:
@@ -104,7 +104,7 @@ class Launcher:
 
         Args:
             stream: the CUDA stream's handle.
-            addresses: of `buffers`, each a multiple of 16; 0 for a buffer that the cell does not use.
+            addresses: addresses of `buffers`, each a multiple of 16; 0 for a buffer that the cell does not use.
 
         Raises:
             InputError: an address is not a multiple of 16, the map is too large, or the kernel is split and

@@ -32,7 +32,7 @@ class Parameter:
 
     Attributes:
         name: as in the kernel.
-        dtype: of the memory pointed to: "float16", "float32", "state" (the cell's state dtype) or "count"
+        dtype: dtype of the memory pointed to: "float16", "float32", "state" (the cell's state dtype) or "count"
             (int32); "int32" is a number, not a pointer.
         buffer: name of the memory; empty: memory of the launcher; for a number H, W or P.
     """

@@ -30,7 +30,7 @@ def add_fp16_mirrors(
         onnx: the module.
         graph: gets an input and an output for every state that one cell reads and one cell writes, both directly.
         cells: nodes of the ops with a float32 state.
-        states: of the contract.
+        states: states of the contract.
 
     Returns:
         The name of the mirror by name of the float32 tensor, and the input/output pairs that were added.

@@ -47,7 +47,7 @@ class Contender:
     """A model that is timed.
 
     Attributes:
-        name: of the file.
+        name: name of the file.
         loop: open, without slots.
         frames: enough for the processor's caches not to hold them all; used in turn.
     """
@@ -87,13 +87,13 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         streams: rows of the batch.
-        first_ms: of the very first step, in which buffers are allocated; in no other figure.
+        first_ms: time of the very first step, in which buffers are allocated; in no other figure.
         count: steps in the other figures.
         percentiles_ms: by percentage, as text.
-        frames_per_second: of all streams together.
+        frames_per_second: rate of all streams together.
         ratio: to the first model; None: this is the first one.
         floor: None: not measured.
-        parts: of a step on a GPU; None: not measured.
+        parts: consecutive parts of a step on a GPU; None: not measured.
         times_ms: every step, in order.
     """
 
@@ -116,7 +116,7 @@ class ModelTimes(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         runs: back end, version and device.
-        shapes: of its data inputs with one stream.
+        shapes: shapes of its data inputs with one stream.
     """
 
     name: str

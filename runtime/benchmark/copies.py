@@ -38,8 +38,8 @@ def parts_of(loop: StepLoop, frames: Sequence[Mapping[str, NDArray[Any]]], steps
     """Time the parts of the steps of an engine.
 
     Args:
-        frames: of the loop's sizes; the first one is used.
-        steps: of each kind.
+        frames: frames of the loop's sizes; the first one is used.
+        steps: number of steps of each kind.
 
     Raises:
         UsageError: the loop runs in ONNX Runtime.

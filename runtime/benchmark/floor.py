@@ -34,8 +34,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """What one step has to do, at given sizes.
 
     Attributes:
-        operations: of convolutions and matrix products, two a multiplication.
-        bytes: of weights, data inputs and outputs, and every state twice.
+        operations: operations of convolutions and matrix products, two a multiplication.
+        bytes: bytes of weights, data inputs and outputs, and every state twice.
     """
 
     operations: int
@@ -47,7 +47,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         bytes_per_second: read and written by a copy of a large array.
-        operations_per_second: of a float32 matrix product in ONNX Runtime.
+        operations_per_second: rate of a float32 matrix product in ONNX Runtime.
         threads: it was measured with; None: ONNX Runtime's default.
     """
 

@@ -35,7 +35,7 @@ class DeviceArray:
     """A C-contiguous array in the memory of a GPU, readable by DLPack or `__cuda_array_interface__`.
 
     Attributes:
-        address: of the first element.
+        address: address of the first element.
         shape, dtype: as in numpy.
         device: CUDA number of the GPU.
         stream: handle of the stream on which its contents are computed; None: they are complete.

@@ -74,7 +74,7 @@ class Rows:
     """One axis of a C-contiguous array on the device, for copying or clearing single indices of it.
 
     Attributes:
-        address: of the array.
+        address: address of the array.
         outer: product of the sizes before the axis.
         count: size of the axis.
         inner: bytes of one index of the axis within one of `outer`.

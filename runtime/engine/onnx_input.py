@@ -27,7 +27,7 @@ _STANDARD = ("", "ai.onnx")
 def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> None:
     """Refuse a model that TensorRT cannot take.
 
-    That is an unknown operator, in subgraphs and function bodies too, weights outside the file, or an
+    Causes are an unknown operator, in subgraphs and function bodies too, weights outside the file, or an
     invalid graph.
 
     Args:

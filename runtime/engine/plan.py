@@ -30,8 +30,8 @@ class BuiltPlan:
         timing_cache: kernel timings to keep for the next build; None: none were asked for.
         warnings: TensorRT's warnings, each once.
         source: the model it was built from.
-        profiles: of every input of the engine.
-        layers: of the engine, with their dtypes; none, where TensorRT did not list them.
+        profiles: size ranges of every input of the engine.
+        layers: layers of the engine, with their dtypes; none, where TensorRT did not list them.
     """
 
     data: bytes
@@ -54,7 +54,7 @@ def build_plan(
     """Parse a model and build its plan.
 
     Args:
-        profiles: of the contract's inputs.
+        profiles: size ranges of the contract's inputs.
         timing_cache: timings of earlier builds, empty for none yet; None: keep none.
 
     Raises:

@@ -67,8 +67,8 @@ def engine_profiles(profiles: Mapping[str, Profile], inputs: Mapping[str, Spec])
     """Profiles of all inputs of an engine. Additional inputs of a state have the state's profile.
 
     Args:
-        profiles: of the contract's inputs.
-        inputs: of the engine, by name.
+        profiles: size ranges of the contract's inputs.
+        inputs: inputs of the engine, by name.
     """
     return {name: profiles[spec.input if isinstance(spec, StateSpec) else name] for name, spec in inputs.items()}
 

@@ -71,7 +71,7 @@ class PluginUse(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         used: whether the plugin is used.
         portable: it is used in the form that needs no stepcell to run.
-        reason: of the decision, as text.
+        reason: reason of the decision, as text.
         cells: labels of the model's cells; empty if they were not determined.
         plugin_milliseconds, native_milliseconds: time of a step with and without the plugin on the device that
             built the engine; None: not timed.
@@ -86,7 +86,7 @@ class PluginUse(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """That an engine was verified: where, when, for how long, by what.
+    """Record of an engine's verification: place, time, duration and tool.
 
     Attributes:
         passed: no verdict failed.
@@ -127,7 +127,7 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
         onnx: name of the ONNX file.
         fingerprint: compared before the plan is loaded.
         profiles: sizes by graph input, data inputs first, then states.
-        options: of the build.
+        options: options of the build.
         plugin: whether the fused plugin is used, and why; None: it was switched off, or the model has no cells.
         fp16_mirrors: inputs and outputs of the engine that are not in the contract; "half_copies" on disk.
         compute_layers: number of convolutions and matrix products by dtype.

@@ -33,7 +33,7 @@ def step_milliseconds(
     """Median time of a step at the `opt` sizes in milliseconds, queued one by one as the step loop does it.
 
     Args:
-        profiles: of every input of the engine.
+        profiles: size ranges of every input of the engine.
         device: CUDA number of the GPU.
 
     Raises:

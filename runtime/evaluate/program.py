@@ -30,7 +30,7 @@ class _Call:
 
     Attributes:
         constants: by input, widened to float32 where the operator computes; None where it is a value.
-        dtype: of the first input as the graph has it, where that is a constant.
+        dtype: dtype of the first input as the graph has it, where that is a constant.
         last_use: the values that nothing reads after it.
     """
 
@@ -213,7 +213,7 @@ def _compute(node: Node, arguments: Sequence[Any], dtype: np.dtype[Any] | None =
     """The results of a node, in the types that the graph gives them.
 
     Args:
-        dtype: of the first argument in the graph, where it was widened beforehand.
+        dtype: dtype of the first argument in the graph, where it was widened beforehand.
     """
     operator = OPERATORS[node.op]
     narrow = None

@@ -40,7 +40,7 @@ class SlotTable:
     """Assignment of rows to slots.
 
     Args:
-        contract: of a model whose inputs, outputs and states all have the batch axis.
+        contract: contract of a model whose inputs, outputs and states all have the batch axis.
         count: number of rows of the batch.
 
     Raises:

@@ -40,7 +40,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         frame: number of frames that had been stepped, as given to `StepLoop.save`.
         slots: row of each attached slot, by name; None: a loop without slots.
         rows: batch size of a loop with slots.
-        metadata: of the user.
+        metadata: the caller's own metadata.
     """
 
     schema: str = SCHEMA

@@ -20,7 +20,7 @@ class LoopStates:
 
     Args:
         backend: holds the states.
-        name: of the model, for messages.
+        name: name of the model, for messages.
 
     Attributes:
         input_shapes: shapes of the data inputs by name; None: not fixed yet.

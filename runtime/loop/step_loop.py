@@ -164,7 +164,7 @@ class StepLoop:
         """Occupy a free slot, with its states at their initial values.
 
         Args:
-            name: of the stream, for messages, reports and snapshots; None: the number of the row.
+            name: name of the stream, for messages, reports and snapshots; None: the number of the row.
 
         Raises:
             StateError: all slots are in use, or the name is taken.
@@ -267,7 +267,7 @@ class StepLoop:
         Args:
             path: a .safetensors file. A snapshot there is replaced atomically.
             frame: number of frames stepped so far, or any number that the caller continues from.
-            metadata: of the caller; returned by `restore`.
+            metadata: the caller's own; returned by `restore`.
             overwrite: replace an existing file that is no snapshot.
 
         Raises:

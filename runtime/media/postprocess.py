@@ -20,7 +20,7 @@ class OutputPostprocessor:
     """Converts the outputs of one step to a frame for a sink.
 
     Args:
-        contract: of the model.
+        contract: contract of the model.
         sink: takes pixels or tensors; not written to.
         replace_non_finite: pixels show NaN and Inf as 0; otherwise they raise an error.
 
@@ -39,8 +39,8 @@ class OutputPostprocessor:
         """The frame: pixels (H, W, C) uint8; else a picture (C, H, W) without the padding, or the tensor itself.
 
         Args:
-            outputs: of one stream, by name, with a batch of one.
-            preprocessor: of the same stream, for the size of its frames.
+            outputs: outputs of one stream, by name, with a batch of one.
+            preprocessor: preprocessor of the same stream, for the size of its frames.
 
         Raises:
             StepcellError: pixels of NaN or Inf, unless these are replaced.
@@ -78,7 +78,7 @@ def crop(output: NDArray[Any], size: tuple[int, int], padded: tuple[int, int]) -
     """(1, C, H', W') -> (C, H, W) without the padding of the input; the model may scale the size.
 
     Args:
-        output: of the model.
+        output: output of the model.
         size: (height, width) of the frame.
         padded: (height, width) of the input tensor.
     """

@@ -50,7 +50,7 @@ def output_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
     """Re-raise OSError, and errors of these kinds, as OutputError.
 
     Args:
-        name: of the output, for the message.
+        name: name of the output, for the message.
     """
     caught: tuple[type[Exception], ...] = (OSError, *kinds)
     try:

@@ -48,13 +48,13 @@ class FrameReader:
     Args:
         source: to read, starting at once. None: it could not be opened yet, and `reconnect` keeps trying.
         changed: notified when a frame arrives or the source ends; may be shared by several readers.
-        name: of the source, for messages.
+        name: name of the source, for messages.
         drop_oldest: when the queue is full, drop its oldest frame and count it, instead of blocking the source.
         depth: length of the queue.
         reconnect: how the source is reopened when it ends or fails; None: the reader ends with it.
 
     Attributes:
-        name: of the source.
+        name: name of the source.
         dropped: frames dropped because the queue was full.
         reconnects: number of times the source was lost and reopened.
     """

@@ -44,7 +44,7 @@ class StreamOptions:
         reset: when to reset the states.
         size: (width, height) in pixels of raw frames or of an event sensor.
         fps: frames per second of the outputs; None: those of the input.
-        deadline: of the frames of live sources.
+        deadline: deadline of the frames of live sources.
         reconnect: seconds for which a lost camera or URL is reopened; 0: not at all.
         limit: frames after which a stream ends.
     """
@@ -128,10 +128,10 @@ def open_streams(
     """Open all inputs and outputs, or none.
 
     Args:
-        inputs: of the streams.
+        inputs: inputs of the streams.
         outputs: none, or one for each input; None: the frames are only stepped.
-        options: of every stream.
-        spec: of the input of the model.
+        options: the same for every stream.
+        spec: input of the model.
         events: encoding of its events; None: it takes pictures.
         starts: frames that were stepped before, by the name of the stream.
         control: after a request to stop, cameras and URLs that do not answer are not waited for.

@@ -98,7 +98,7 @@ class RunError(StepcellError):
     and the exit code are theirs if all agree, else none and 1.
 
     Attributes:
-        report: of the run.
+        report: report of the run.
     """
 
     def __init__(self, cause: StepcellError, report: RunReport) -> None:

@@ -62,7 +62,7 @@ class ResetMonitor:
         """The cause for which to reset before this frame; call exactly once per frame, in order.
 
         Args:
-            number: of the frame in its stream, from 0; the first frame starts from the initial states anyway.
+            number: number of the frame in its stream, from 0; the first frame starts from the initial states anyway.
             frame: pixels (H, W, C) uint8 or a float tensor (C, H, W).
             seconds: timestamp on the clock of the source; None: not known.
             connection: number of reconnections before the frame.

@@ -24,7 +24,7 @@ _FRAMES = "frames"  # metadata key of the frames of each stream, if there are se
 class SnapshotWriter:
     """Overwrites one file periodically.
 
-    A snapshot that cannot be written, such as on a full disk, is logged and counted; the run goes on, and the
+    A snapshot that cannot be written, such as on a full disk, is logged and counted; the run continues, and the
     previous snapshot stays.
 
     Args:

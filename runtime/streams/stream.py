@@ -49,7 +49,7 @@ class Stream:
         start: frames of this stream that were stepped before the states were restored. A source that is not live
             is read up to there without stepping.
         limit: end after stepping this many frames.
-        deadline: of the frames of a live source; other frames are never late.
+        deadline: deadline of the frames of a live source; other frames are never late.
         reconnect: how a lost source is reopened; None: the stream ends with it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Stream:
         decode, convert, latency: times per frame, as in the report.
         stopped: why the stream ended; None: it has not.
         failure: the error that ended it, if any.
-        prefix: of log messages; set if there are several streams.
+        prefix: prefix of log messages; set if there are several streams.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Stream:
         """Start the threads that read and write.
 
         Args:
-            contract: of the model.
+            contract: contract of the model.
             changed: notified when `ready` or `has_room` may have changed.
 
         Raises:
@@ -227,7 +227,7 @@ class Stream:
         """The inputs of the step for the current frame, and the cause for which to reset the states before it.
 
         Args:
-            spec: of the model's input.
+            spec: input of the model.
 
         Raises:
             InputError: the frame does not fit the model, or differs in size from the frames before.

@@ -50,7 +50,7 @@ class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def forgets(self) -> bool:
-        """Whether rho is below 1, by more than it can be measured to."""
+        """Whether rho is below 1, by more than the measurement error."""
         return self.rho < 1 - _UNMEASURED
 
 
@@ -100,7 +100,7 @@ def forgetting(
                 if name in along_outputs:
                     gains[name] = max(gains[name], norm({name: along_outputs[name]}))
             length = norm({name: along_states[name] for name in names})
-            if not 0 < length < math.inf:  # nothing is remembered along this direction, or the run has left the reals
+            if not 0 < length < math.inf:  # nothing is remembered along this direction, or the run overflowed
                 logs[index].append(-math.inf if length == 0 else math.inf)
                 tangents[index] = _unit({name: rng.standard_normal(now[name].shape) for name in names})
                 continue

@@ -51,7 +51,7 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
 
     Args:
         a, b: a .npy with time first, a video, or a folder of pictures.
-        tolerance: of absolute differences.
+        tolerance: tolerance of absolute differences.
 
     Raises:
         InputError: one cannot be read, or a frame has another shape than its counterpart.

@@ -29,7 +29,7 @@ def error_growth(
     """Run the sides in lockstep from the initial states and compare at steps 1, 2, 4, ..., N.
 
     Args:
-        peer: of the subject's precision and trusted: shows what that precision costs.
+        peer: trusted implementation in the subject's precision; it shows what that precision costs.
         tick: called after every step with its number.
     """
     compared = compared_steps(steps)

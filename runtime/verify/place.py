@@ -19,7 +19,7 @@ class Place:
 
     Attributes:
         name: "CPU", the name of the GPU, or the device as asked for if there is no such GPU.
-        compute_capability: of the GPU; empty for a CPU.
+        compute_capability: compute capability of the GPU; empty for a CPU.
         driver: release of the driver where the system tells it, else the CUDA version that it supports; empty: none.
     """
 

@@ -51,7 +51,7 @@ def warm_errors(
     """Measured and predicted errors from warm states.
 
     Args:
-        states: of the reference, warm.
+        states: states of the reference, warm.
         start: number of the clip's frame to begin with.
 
     Returns:

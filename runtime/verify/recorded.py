@@ -42,11 +42,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What a recorded reference says beside its arrays.
 
     Attributes:
-        contract_hash: of the model it belongs to; see `stepcell.runtime.loop.snapshot`.
+        contract_hash: hash of the model it belongs to; see `stepcell.runtime.loop.snapshot`.
         reference: what computed it.
         input: name of the clip.
-        frames: of the clip.
-        steps: of the free run.
+        frames: frames of the clip.
+        steps: steps of the free run.
         compared: steps whose outputs and states are held.
         window: steps of the warm window.
         warm_up: steps before it.
@@ -79,7 +79,7 @@ class RecordedRun:
         clip: what it was run over.
         true: outputs and states after each compared step, by step.
         warm: frames aside, states before each step of the warm window and after the last.
-        warm_outputs: of the same steps.
+        warm_outputs: outputs of the same steps.
     """
 
     def __init__(self, record: Record, arrays: Mapping[str, NDArray[Any]], name: str) -> None:
@@ -152,7 +152,7 @@ def write_record(path: Path, record: Record, arrays: Mapping[str, NDArray[Any]])
 def verify_recorded(
     subject: Stepper, recorded: RecordedRun, plan: Plan, layers: Sequence[EngineLayer] = ()
 ) -> Findings:
-    """Ask what can be asked without the reference itself."""
+    """Run the checks that need no live reference."""
     started, record, clip = time.perf_counter(), recorded.record, recorded.clip
     found = Findings(storage=record.storage, warm_up=record.warm_up, forgetting=record.forgetting)
     found.states = recorded.warm[0]

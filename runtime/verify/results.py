@@ -16,7 +16,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one question about a model.
 
     Attributes:
-        name: of the question: "growth", "prediction", "storage", ...
+        name: name of the check: "growth", "prediction", "storage", ...
         passed: None: the question could not be asked here, and `says` gives the reason.
         value, limit: the number that was found and the largest one that passes (the smallest, where `at_least`).
         says: one sentence for a person.
@@ -62,7 +62,7 @@ class WarmError(msgspec.Struct, frozen=True, kw_only=True):
             for each step of the window.
         noise: what `missed` may be by rounding alone.
         one_step: rms of the error of a single step from the reference's state.
-        path: rms length of the way the reference has gone since the window began.
+        path: rms distance the reference state has travelled since the window began.
     """
 
     name: str
@@ -82,15 +82,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         subject_runs, reference_runs: what computed each side, with versions.
         device: where the subject ran.
         input: name of the clip, with its seed or path.
-        shapes: of the data inputs.
+        shapes: shapes of the data inputs.
         steps: compared from the initial states.
         warm_up: steps of the reference before the warm window.
         model_sha256: of the file that was verified.
         date: ISO 8601, UTC.
-        versions: of stepcell, numpy, the back end, the driver.
+        versions: versions of stepcell, numpy, the back end, the driver.
         verdicts, growth, warm: the findings.
         seconds: the whole run took.
-        layers: of the engine, where one was verified.
+        layers: layers of the engine, where one was verified.
     """
 
     model: str

@@ -1,7 +1,7 @@
 """Steppers: one interface for everything that computes a step, so that any two of them can be compared.
 
 A stepper has no state of its own as far as `step` is concerned: the caller hands the states in and gets the new ones
-back. `Running` feeds states back as the thing itself does, which is what a stream sees.
+back. `Running` feeds states back as the implementation under test does, which is what a stream sees.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def initial_states(contract: StepContract, inputs: Mapping[str, Array], dtype: A
     """States before the first step for inputs of these shapes.
 
     Args:
-        dtype: of the arrays; the contract's by default.
+        dtype: dtype of the arrays; the contract's by default.
     """
     shapes = contract.state_shapes(contract.bind({name: array.shape for name, array in inputs.items()}))
     return {
@@ -177,7 +177,7 @@ class LoopStepper:
     """A `StepLoop` on whatever back end, driven through its public methods alone.
 
     Args:
-        loop: opened without slots and without the check for finite inputs; it stays the caller's to close.
+        loop: opened without slots and without the check for finite inputs; the caller closes it.
     """
 
     def __init__(self, loop: StepLoop) -> None:

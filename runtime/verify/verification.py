@@ -57,13 +57,13 @@ class Plan:
     """How much is compared.
 
     Attributes:
-        steps: of the free run from the initial states.
+        steps: steps of the free run from the initial states.
         still: steps of the reference with the last frame held, at most, until its states are warm.
-        warm_seconds: the same as a time.
+        warm_seconds: the same limit as a duration, in seconds.
         window: steps from warm states.
         lyapunov: Jacobians for the bound.
         resumed: steps of the run that is interrupted at each of them.
-        rows: of a batch, to see that they are apart, where the model leaves their number open.
+        rows: batch rows for the isolation check, if the model does not fix their number.
         tolerance: largest absolute difference of an output; None: derived.
     """
 
@@ -83,7 +83,7 @@ class Findings:
 
     Attributes:
         warm, moving: errors from warm states on, with the last frame held and along the clip.
-        states: of the reference, warm.
+        states: states of the reference, warm.
     """
 
     verdicts: list[Verdict] = field(default_factory=list)
@@ -107,12 +107,12 @@ def verify(
     in_float64: Stepper | None = None,
     layers: Sequence[EngineLayer] = (),
 ) -> Findings:
-    """Ask everything.
+    """Run every check.
 
     Args:
         subject: what is verified.
         clip: one row, or as many as the model is fixed at; where the batch is free, rows are added by themselves.
-        layers: of the engine that the subject runs.
+        layers: layers of the engine that the subject runs.
         in_float64: the subject's own graph in float64, to be compared with `reference.rounded`.
 
     Raises:

@@ -98,7 +98,7 @@ def command(
 ) -> None:
     """Time the steps of one model or several, on random frames.
 
-    Several models are timed in one process, in turns drawn anew in each round, and compared within a round: ratios hold
+    Several models are timed in one process, in a random order per round, and compared within a round: ratios hold
     where a busy machine makes times useless. A time is that of `StepLoop.step`: frames on the host in, outputs on the
     host out. Beside it stands the floor, what the step's bytes and operations would take at the best rate that this
     processor reaches.

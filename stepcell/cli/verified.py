@@ -1,4 +1,4 @@
-"""What an engine's sidecar says of its verification, for `stepcell run`."""
+"""Verification recorded in an engine's sidecar, for `stepcell run`."""
 
 from __future__ import annotations
 

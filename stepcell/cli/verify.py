@@ -201,7 +201,7 @@ def _recorded(against: Path | None, contract: StepContract) -> RecordedRun | Non
 
 
 def _most_rows(contract: StepContract, sidecar: Sidecar | None) -> int:
-    """Rows of a batch to see that they are apart: three, or what an engine takes."""
+    """Number of batch rows for the isolation check: three, or the fixed batch of an engine."""
     if sidecar is None or not contract.states:
         return ROWS
     state = contract.states[0]

@@ -59,7 +59,7 @@ class Cta:
     """Runs one program of a launch.
 
     Args:
-        number: of the program in its launch, from 1.
+        number: number of the program in its launch, from 1.
         places: values of %ctaid and %nctaid.
         arguments: the argument block.
     """

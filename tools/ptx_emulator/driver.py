@@ -41,7 +41,7 @@ class EmulatedDriver(FakeDriver):
     """A fake driver that runs PTX, and names the memory that launches may reach.
 
     Args:
-        seed: of the random order in which the programs of a launch run.
+        seed: seed of the random order in which the programs of a launch run.
 
     Attributes:
         overlapped: number of launches that started before the previous one had finished.

@@ -39,7 +39,7 @@ class SpecializedSessions:
         path: the file, for messages.
         model: the model as bytes.
         threads: as in `open_session`.
-        session: of the model as it is.
+        session: session of the unchanged model.
     """
 
     def __init__(self, path: Path, model: bytes, threads: int | None, session: Any) -> None:
@@ -100,7 +100,7 @@ def open_session(
 
 
 def _for_cpu(path: Path, keep_float16: bool) -> bytes | None:
-    """The model with its weights, in float32, for `SpecializedSessions`; None: run the file as it is."""
+    """The model with its weights, in float32, for `SpecializedSessions`; None: run the unchanged file."""
     onnx = require("onnx", extra="ort", purpose="running a model")
     _, model = read_model(path)
     text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)

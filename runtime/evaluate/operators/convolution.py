@@ -47,7 +47,7 @@ def windows(
     """For each element of the kernel, in C order: what it meets of a padded input.
 
     Args:
-        sizes: of the result.
+        sizes: sizes of the result.
     """
     for offsets in product(*(range(size) for size in kernel)):
         yield tuple(

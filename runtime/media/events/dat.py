@@ -63,7 +63,7 @@ def write_dat(path: Path, parts: Iterable[Events], size: tuple[int, int]) -> int
     """Write events to a DAT file; returns their number.
 
     Args:
-        path: of the file.
+        path: path of the file.
         parts: events in order of time.
         size: (width, height) of the sensor in pixels.
 

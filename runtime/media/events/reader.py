@@ -23,7 +23,7 @@ class EventReader(Protocol):
     A reader is made with the path, for messages, and the open file, which it closes.
 
     Attributes:
-        name: of the file.
+        name: name of the file.
         size: (width, height) of the sensor in pixels; None: the file does not say.
     """
 
@@ -39,7 +39,7 @@ def validated(reader: EventReader, size: tuple[int, int]) -> Iterator[Events]:
     """The non-empty parts of a file, each checked.
 
     Args:
-        reader: of the file.
+        reader: reader of the file.
         size: (width, height) of the sensor in pixels.
 
     Raises:

@@ -31,10 +31,10 @@ def event_tensor(events: Events, spec: EventSpec, height: int, width: int) -> ND
     Accumulated in float64 in the order of the events, so the result is reproducible bit by bit.
 
     Args:
-        events: of one window, in order of time, all on the sensor.
+        events: events of one window, in order of time, all on the sensor.
         spec: representation, bins, polarity and normalisation.
-        height: of the sensor in pixels.
-        width: of the sensor in pixels.
+        height: height of the sensor in pixels.
+        width: width of the sensor in pixels.
     """
     shape = (spec.channels, height, width)
     if not len(events):

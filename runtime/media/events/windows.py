@@ -19,7 +19,7 @@ def split_windows(parts: Iterable[Events], window: EventWindow, pixels: int) -> 
     may be shorter. Windows by number omit the events at the end that fill no window.
 
     Args:
-        parts: of a stream, in order of time, of any length.
+        parts: consecutive parts of a stream, in order of time, of any length.
         window: the size of a window.
         pixels: number of pixels of the sensor.
     """
