@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stepcell.dims import bind, resolve
 from stepcell.errors import ExportError, StepcellError, UsageError
 from stepcell.exporter.from_module.attributes import Inputs, Starts, demote_buffers, is_state, random, state_leaves
+from stepcell.exporter.from_module.find_states import Interface, find_interface
 from stepcell.exporter.from_module.float64 import Float64
-from stepcell.exporter.from_module.interface import Interface, find_interface
 from stepcell.exporter.from_module.model import LiftedModel
 from stepcell.exporter.from_module.replacements import replace_modules
 from stepcell.exporter.from_module.sequences import remove_time_axis

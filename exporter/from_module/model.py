@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.dims import symbols_of
 from stepcell.exporter.from_module.attributes import StateAttribute, is_state
+from stepcell.exporter.from_module.find_states import Interface
 from stepcell.exporter.from_module.graph_cells import replace_cells_of_module
-from stepcell.exporter.from_module.interface import Interface
 from stepcell.exporter.from_module.names import StateTensor, names_of_states
 from stepcell.exporter.from_module.trees import Spec, flatten, map_leaves
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from stepcell.contract import state_names
 from stepcell.errors import ExportError
 from stepcell.exporter.from_module.attributes import StateAttribute
-from stepcell.exporter.from_module.interface import Argument
+from stepcell.exporter.from_module.find_states import Argument
 from stepcell.exporter.from_module.trees import flatten
 
 __all__ = ["Owner", "StateTensor", "names_of_outputs", "names_of_states"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from stepcell.errors import ExportError
 from stepcell.exporter.from_module.attributes import Inputs, Starts, random, state_leaves
-from stepcell.exporter.from_module.interface import Interface
+from stepcell.exporter.from_module.find_states import Interface
 
 __all__ = ["remove_time_axis"]
 

@@ -44,7 +44,7 @@ def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str],
         measure: shapes of outputs and states for given input shapes; may raise anything.
 
     Raises:
-        ExportError: the module does not run at other sizes, or its sizes follow no simple rule.
+        ExportError: the module does not run at other sizes, or its sizes are no fixed multiple or fraction of it.
     """
     base = measure(inputs)
     shapes: list[list[Dim]] = [list(shape) for shape in base]
@@ -61,7 +61,8 @@ def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str],
             continue
         if rules is None:
             raise ExportError(
-                f"--dynamic {symbol}: the module does not run at other sizes, or its sizes follow no simple rule",
+                f"--dynamic {symbol}: the module does not run at other sizes, or its sizes are no fixed multiple or "
+                "fraction of it",
                 hint="omit it; --shape then fixes the size",
             )
         multiple = max(multiple, rules[0])

@@ -11,7 +11,7 @@ from torch import nn
 
 from stepcell.contract import StateSpec, TensorSpec
 from stepcell.exporter.from_module.attributes import Inputs, Starts, random, state_leaves
-from stepcell.exporter.from_module.interface import outputs_of
+from stepcell.exporter.from_module.find_states import outputs_of
 from stepcell.exporter.from_module.model import LiftedModel
 from stepcell.exporter.from_module.names import names_of_outputs, names_of_states
 from stepcell.exporter.from_module.sizes import symbolic_shapes
@@ -25,7 +25,8 @@ def fill_in_specs(
     """Set inputs, outputs, states and example shapes of a model, from calls of the original module.
 
     Raises:
-        ExportError: an output is no tensor, or a size that should be dynamic follows no simple rule.
+        ExportError: an output is no tensor, or a size that should be dynamic is no fixed multiple or
+            fraction of an input size.
     """
     interface = model.interface
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stepcell.errors import UsageError
-from stepcell.exporter.from_onnx.names import Mark, core_of, numbered, read, says_data, says_state
 from stepcell.exporter.from_onnx.onnx_file import Port
+from stepcell.exporter.from_onnx.state_name_words import Mark, core_of, numbered, read, says_data, says_state
 
 __all__ = ["Pair", "Pairing", "find_pairs"]
 

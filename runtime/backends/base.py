@@ -120,7 +120,7 @@ class Backend(Protocol):
         """
         ...
 
-    def reset(self, slots: Sequence[bool] | None = None) -> None:
+    def reset(self, rows: Sequence[bool] | None = None) -> None:
         """Set the states to their initial values: all rows, or the rows of the batch axis that are True."""
         ...
 

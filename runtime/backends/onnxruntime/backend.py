@@ -179,12 +179,12 @@ class OrtBackend:
         binding.synchronize_outputs()
         return {name: buffer.read() for name, buffer in self._outputs.items()}
 
-    def reset(self, slots: Sequence[bool] | None = None) -> None:
-        rows = slice(None) if slots is None else np.flatnonzero(slots)
+    def reset(self, rows: Sequence[bool] | None = None) -> None:
+        chosen = slice(None) if rows is None else np.flatnonzero(rows)
         for spec in self.contract.states:
             # Assign instead of multiplying by a mask: 0 * NaN is NaN.
             initial = spec.initial(self._states[spec.name][0].shape)
-            index = (slice(None),) * spec.batch_axis + (rows,)
+            index = (slice(None),) * spec.batch_axis + (chosen,)
             self._states[spec.name][self._parity].assign(index, initial[index])
 
     def read_state(self) -> dict[str, NDArray[Any]]:

@@ -300,11 +300,11 @@ class TensorRTBackend:
         """GPU time of the last step, which must be done, in ms: "copy_in", "compute" and "copy_out"."""
         return self._step_buffers[1 - self._parity].milliseconds()
 
-    def reset(self, slots: Sequence[bool] | None = None) -> None:
+    def reset(self, rows: Sequence[bool] | None = None) -> None:
         """Set the states to their initial values; see `Backend.reset`."""
         cuda.use_device(self._index)
         for state in self._states.values():
-            state.reset(self._parity, slots)
+            state.reset(self._parity, rows)
 
     def read_state(self) -> dict[str, NDArray[Any]]:
         """A copy of every state on the host, after all steps that were queued."""

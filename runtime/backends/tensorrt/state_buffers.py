@@ -55,12 +55,12 @@ class StateBuffers:
             yield pair.input, pair.buffers[parity]
             yield pair.output, pair.buffers[1 - parity]
 
-    def reset(self, parity: int, slots: Sequence[bool] | None) -> None:
+    def reset(self, parity: int, rows: Sequence[bool] | None) -> None:
         """Queue a write of the initial value to the rows of the batch axis that are True; None: to all rows."""
-        if slots is not None and len(slots) != self._count:
-            raise StateError(f"reset: expected {self._count} slots, got {len(slots)}")
+        if rows is not None and len(rows) != self._count:
+            raise StateError(f"reset: expected {self._count} rows, got {len(rows)}")
         for pair in self._pairs:
-            pair.reset(parity, None if slots is None else np.flatnonzero(slots).tolist())
+            pair.reset(parity, None if rows is None else np.flatnonzero(rows).tolist())
 
     def keep(self, parity: int, idle: Sequence[int]) -> None:
         """Queue copies of idle rows from the buffer that the step reads to the one that it writes."""

@@ -126,7 +126,7 @@ def _verdict(verdict: Verdict) -> str:
     if verdict.value is not None and verdict.limit is not None and abs(verdict.limit) > _NOTHING:
         relation = "at least" if verdict.at_least else "at most"
         numbers = f'<div class="soft">{_figure(verdict.value)}, {relation} {_figure(verdict.limit)}</div>'
-    question = html.escape(QUESTIONS.get(verdict.name, ""))
+    question = html.escape(QUESTIONS[verdict.name])
     return (
         f'<div class="verdict {kind}">{mark} <b>{html.escape(verdict.name)}</b> <span class="soft">{question}</span>'
         f"<div>{html.escape(verdict.says)}</div>{numbers}</div>"

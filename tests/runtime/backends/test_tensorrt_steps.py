@@ -87,7 +87,7 @@ def test_reset_selects_slots_and_keeps_the_others(machine: Machine, backend: Ten
     state = backend.read_state()["h"]
     np.testing.assert_array_equal(state[0], poisoned["h"][0])
     np.testing.assert_array_equal(state[1], 0)
-    with pytest.raises(StateError, match="expected 2 slots, got 3"):
+    with pytest.raises(StateError, match="expected 2 rows, got 3"):
         backend.reset([True] * 3)
 
 
