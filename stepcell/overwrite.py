@@ -5,7 +5,7 @@ replaced if the same command wrote it, which its content shows:
 
 - an ONNX file by the contract in its metadata, a snapshot by the key in its metadata, a sidecar by its fingerprint, an
   engine by the sidecar beside it, a recorded reference and a report by their fields;
-- videos, arrays, pages, plots and timing caches have no mark, so nobody can tell: a file is replaced unless it is a
+- videos, arrays, pages, plots and timing caches have no mark that identifies them: a file is replaced unless it is a
   checkpoint, a model, an engine or a snapshot;
 - an empty file is replaced by all of them.
 

@@ -38,7 +38,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
     """Result of `fuse`.
 
     Attributes:
-        contract: as written; `cells` has the replaced cells and those left alone, with the reason,
+        contract: as written; `cells` has the replaced cells and those not replaced, with the reason,
             and `parity` the comparison with the original file.
         transforms: by cell, the exact transformation of its weights, where one was needed.
         notes: for a person: what may be a state and was not taken, cells that could not be replaced.

@@ -31,7 +31,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def widened(array: Array) -> Array:
-    """A float of 16 bits as float32, exactly; anything else as it is."""
+    """A float of 16 bits as float32, exactly; anything else unchanged."""
     return array.astype(np.float32) if is_narrow(array.dtype) else array
 
 

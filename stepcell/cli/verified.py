@@ -34,7 +34,7 @@ def check_verified(model: Path, device: str, *, required: bool) -> None:
         return
     try:
         sidecar = read_sidecar(model)
-    except StepcellError:  # said by whoever opens the engine
+    except StepcellError:  # reported when the engine is opened
         if required:
             raise
         return

@@ -48,7 +48,7 @@ class SpecializedSessions:
         self._inputs: dict[str, list[int | str | None]] = {tensor.name: tensor.shape for tensor in session.get_inputs()}
 
     def session(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-        """A session specialised for inputs of these shapes, or of the model as it is if that fails."""
+        """A session specialised for inputs of these shapes, or of the unchanged model if that fails."""
         ort = require("onnxruntime", extra="ort", purpose="running a model")
         cpu = Device("cpu", 0)
         try:
