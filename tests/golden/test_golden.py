@@ -29,8 +29,10 @@ def test_exported_file_equals_upstream(case: Case, tmp_path: Path) -> None:
     print(f"{case.name}: " + ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
     assert worst, "nothing was compared"
     assert max(worst.values()) <= case.tolerance
-    # float64 has no rounding to hide behind; epsilons of norms are float32 in the file
-    assert max(differences_in_float64(case, tmp_path / f"{case.path.name}-float32.onnx")) <= 1e-9
+    # float64 has no rounding to hide behind, but constants are float32 in the file: epsilons of norms, and the mean and
+    # standard deviation of pixels in rvm_full
+    limit = 1e-6 if case.family == "rvm_full" else 1e-9
+    assert max(differences_in_float64(case, tmp_path / f"{case.path.name}-float32.onnx")) <= limit
 
 
 def test_the_document_lists_every_family() -> None:

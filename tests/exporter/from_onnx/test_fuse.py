@@ -303,7 +303,7 @@ def test_a_wrong_cell_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(fuse_module, "replace_cells", wrong)
     with pytest.raises(ParityError, match="differs from the original file"):
-        fuse(source, target)
+        fuse(source, target, overwrite=True)
     assert target.read_text() == "what was there"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "b.onnx"]
 

@@ -244,7 +244,7 @@ def test_a_wrong_file_is_caught_and_nothing_is_left(
     kept = tmp_path / "model.onnx"
     kept.write_text("the user's older file")
     with pytest.raises(ParityError, match="differs from torch float64"):
-        export_onnx(denoiser, kept)
+        export_onnx(denoiser, kept, overwrite=True)
     assert kept.read_text() == "the user's older file"
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
