@@ -13,11 +13,13 @@ import msgspec
 
 from stepcell.errors import InputError
 from stepcell.files import read_bytes, write_atomic
+from stepcell.seal import ZEROS, check_seal, sealed
 
-__all__ = ["Argument", "ImageInfo", "KernelImage", "read_image", "write_image"]
+__all__ = ["Argument", "ImageInfo", "KernelImage", "is_outdated", "read_image", "write_image"]
 
 _AGAIN = "delete both files of the kernel; the next build compiles it again if Triton is installed"
-SCHEMA = 1  # raise it when a field changes its meaning
+SCHEMA = 2  # raise it when a field changes its meaning; 2: checksum
+_FIELD = b'"checksum": "'
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -63,6 +65,7 @@ class ImageInfo(msgspec.Struct, frozen=True):
         splits: programs that share the K loop of a tile (triton/split.py).
         partial_bytes: partial sums per program; 0: the tile is not split.
         overlaps: launched before its predecessor has finished, and waits for it itself.
+        checksum: SHA-256 of KEY.json with zeros in place of this field.
     """
 
     schema: int
@@ -87,6 +90,7 @@ class ImageInfo(msgspec.Struct, frozen=True):
     splits: int = 1
     partial_bytes: int = 0
     overlaps: bool = False
+    checksum: str = ZEROS
 
     def tiles(self, pixels: int) -> int:
         """Number of tiles of a launch over `pixels` = batch * height * width: programs / splits."""
@@ -112,22 +116,40 @@ def write_image(image: KernelImage, folder: Path) -> Path:
     """
     path = folder / f"{image.info.key}.cubin"
     write_atomic(path, image.cubin)
-    write_atomic(path.with_suffix(".json"), msgspec.json.format(msgspec.json.encode(image.info), indent=2) + b"\n")
+    info = msgspec.structs.replace(image.info, checksum=ZEROS)
+    text = msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n"
+    write_atomic(path.with_suffix(".json"), sealed(text, _FIELD))
     return path
+
+
+def is_outdated(path: Path) -> bool:
+    """Whether KEY.json was written by an older version, which is no damage: such an image is compiled again."""
+    try:
+        return msgspec.json.decode(read_bytes(path), type=_Head).schema < SCHEMA
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+
+
+class _Head(msgspec.Struct):
+    schema: int
 
 
 def read_image(path: Path) -> KernelImage:
     """Read KEY.json and the cubin beside it.
 
     Raises:
-        InputError: a file cannot be read or parsed, or the cubin does not match its description.
+        InputError: a file cannot be read or parsed, its checksum does not match, or the cubin does not match its
+            description.
     """
+    data = read_bytes(path)
     try:
-        info = msgspec.json.decode(read_bytes(path), type=ImageInfo)
-    except msgspec.MsgspecError as error:
+        info = msgspec.json.decode(data, type=ImageInfo)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is no kernel description ({error})", hint=_AGAIN) from error
     if info.schema != SCHEMA:
         raise InputError(f"{path}: has schema {info.schema}, expected {SCHEMA}", hint=_AGAIN)
+    if check_seal(data, _FIELD, info.checksum):
+        raise InputError(f"{path}: is damaged: it does not match its checksum", hint=_AGAIN)
     cubin = read_bytes(path.with_suffix(".cubin"))
     if hashlib.sha256(cubin).hexdigest() != info.sha256:
         raise InputError(

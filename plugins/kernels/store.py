@@ -12,7 +12,7 @@ from pathlib import Path
 from stepcell.errors import MissingDependencyError, OutputError, PluginError
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import cell_word, check_capability, compile_kernel, source_digest
-from stepcell.plugins.kernels.image import KernelImage, read_image, write_image
+from stepcell.plugins.kernels.image import KernelImage, is_outdated, read_image, write_image
 from stepcell.plugins.kernels.signature import kernels_of
 from stepcell.plugins.kernels.tiles import Tile, tiles
 
@@ -59,7 +59,8 @@ def image_for(kernel: str, cell: CellConfig, tile: Tile, capability: str, folder
         BuildError: Triton or its assembler failed.
         OutputError: the folder cannot be written.
     """
-    found = (read_image(path) for path in sorted(folder.glob(f"{kernel}-sm{capability.replace('.', '')}-*.json")))
+    paths = sorted(folder.glob(f"{kernel}-sm{capability.replace('.', '')}-*.json"))
+    found = (read_image(path) for path in paths if not is_outdated(path))
     name = (source_digest(), cell_word(kernel, cell), tile.label)
     image = next((i for i in found if (i.info.source, i.info.cell, i.info.tile) == name), None)
     return image or _compiled_into(folder, kernel, cell, tile, capability)

@@ -7,7 +7,6 @@ field, so any changed byte is detected.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 from pathlib import Path
@@ -23,6 +22,7 @@ from stepcell.runtime.engine.layers import EngineLayer
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.profile import Profile
 from stepcell.runtime.engine.tensorrt_module import Flavor
+from stepcell.seal import ZEROS, check_seal, sealed
 
 __all__ = [
     "SCHEMA",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 SCHEMA = "1.2"  # 1.1: half_copies, the name on disk of fp16_mirrors; 1.2: layers, verified
-_ZEROS = "0" * 64
+_FIELD = b'"checksum": "'
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,19 +151,16 @@ class Sidecar(msgspec.Struct, frozen=True, kw_only=True):
     fp16_mirrors: tuple[Fp16Mirror, ...] = msgspec.field(default=(), name="half_copies")
     layers: tuple[EngineLayer, ...] = ()
     verified: tuple[Verification, ...] = ()
-    checksum: str = _ZEROS
+    checksum: str = ZEROS
 
     def sealed(self) -> Sidecar:
         """The same document with its checksum filled in."""
-        blank = msgspec.structs.replace(self, checksum=_ZEROS)
-        return msgspec.structs.replace(self, checksum=_digest(blank._text()))
+        return msgspec.json.decode(self.to_json(), type=Sidecar)
 
     def to_json(self) -> str:
         """The text of the file, with its checksum."""
-        return self.sealed()._text()
-
-    def _text(self) -> str:
-        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+        blank = msgspec.structs.replace(self, checksum=ZEROS)
+        return sealed(msgspec.json.format(msgspec.json.encode(blank), indent=1) + b"\n", _FIELD).decode()
 
 
 class _Head(msgspec.Struct):
@@ -200,16 +197,14 @@ def read_sidecar(engine: Path) -> Sidecar:
     rebuild = "copy the file again, or build the engine again with `stepcell build`"
     try:
         head = msgspec.json.decode(data, type=_Head)
-        text = data.decode()
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise EngineMismatchError(f"{path}: is damaged: {error}", hint=rebuild) from error
-    found = _digest(text.replace(head.checksum, _ZEROS)) if len(head.checksum) == len(_ZEROS) else "nothing comparable"
     if head.schema.split(".")[0] != SCHEMA.split(".")[0]:
         raise EngineMismatchError(
             f"{path}: schema {head.schema} is not supported; this stepcell reads {SCHEMA.split('.')[0]}.x",
             hint="update stepcell, or build the engine again with this version",
         )
-    if found != head.checksum:
+    if found := check_seal(data, _FIELD, head.checksum):
         raise EngineMismatchError(
             f"{path}: was changed after it was written: its checksum says {head.checksum}, its content gives {found}",
             hint=rebuild,
@@ -269,7 +264,3 @@ def rebuild_command(sidecar: Sidecar, engine: Path, *, compute_capability: str |
     beside = engine.parent / sidecar.onnx
     source = beside if beside.is_file() else Path(sidecar.onnx)
     return shlex.join(["stepcell", "build", str(source), "-o", str(engine), *options.arguments()])
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,8 @@
 
 A snapshot is a .safetensors file with the states by name, and a JSON document (`Snapshot`) in its metadata under the
 key `stepcell.snapshot`. It can be loaded on every back end and engine of the same model, but not by another model:
-`identity` lists what has to agree. Files are written atomically, and a checksum of the states is verified on reading.
+`identity` lists what has to agree. Files are written atomically and sealed with a checksum of the whole file, which is
+verified on reading.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from stepcell.errors import InputError, OutputError, StateError
 from stepcell.files import atomic_path, read_bytes
 from stepcell.overwrite import SNAPSHOT_KEY, check_output, is_snapshot
 from stepcell.renamed_families import first_name
+from stepcell.seal import ZEROS, check_seal, sealed
 
 __all__ = ["Snapshot", "contract_hash", "read_snapshot", "write_snapshot"]
 
-SCHEMA = "1.0"
+SCHEMA = "2.0"  # 2: the checksum is of the whole file
+_FIELD = b'\\"checksum\\":\\"'  # JSON in a JSON string
 
 States = Mapping[str, NDArray[Any]]
 
@@ -36,20 +39,20 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         schema: version `major.minor`; an unknown major version is refused.
         contract_hash: `contract_hash` of the model.
-        checksum: SHA-256 of the bytes of the states, in the order of their names.
         frame: number of frames that had been stepped, as given to `StepLoop.save`.
         slots: row of each attached slot, by name; None: a loop without slots.
         rows: batch size of a loop with slots.
         metadata: the caller's own metadata.
+        checksum: SHA-256 of the file with zeros in place of this field.
     """
 
     schema: str = SCHEMA
     contract_hash: str
-    checksum: str = ""
     frame: Annotated[int, msgspec.Meta(ge=0)] = 0
     slots: dict[str, int] | None = None
     rows: int | None = None
     metadata: dict[str, str] = {}
+    checksum: str = ZEROS
 
 
 def identity(contract: StepContract) -> dict[str, Any]:
@@ -91,8 +94,8 @@ def write_snapshot(path: Path, states: States, snapshot: Snapshot, *, overwrite:
 
     check_output(path, is_snapshot, reads={}, option="snapshot", overwrite=overwrite)
     arrays = {name: np.ascontiguousarray(array) for name, array in states.items()}
-    snapshot = msgspec.structs.replace(snapshot, checksum=_checksum(arrays))
-    data = save(arrays, {SNAPSHOT_KEY: msgspec.json.encode(snapshot).decode()})
+    blank = msgspec.structs.replace(snapshot, checksum=ZEROS)
+    data = sealed(save(arrays, {SNAPSHOT_KEY: msgspec.json.encode(blank).decode()}), _FIELD)
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     try:
@@ -142,19 +145,12 @@ def _parse(path: Path) -> tuple[dict[str, NDArray[Any]], Snapshot]:
         raise InputError(f"{path}: malformed snapshot: {error}") from error
     if snapshot.schema.split(".")[0] != SCHEMA.split(".")[0]:
         raise InputError(f"{path}: snapshot schema {snapshot.schema} is not supported; this stepcell reads {SCHEMA}")
+    if check_seal(data, _FIELD, snapshot.checksum):
+        raise InputError(f"{path}: is damaged: it does not match its checksum")
     rows = list((snapshot.slots or {}).values())
     if len(set(rows)) < len(rows) or any(not 0 <= row < (snapshot.rows or 0) for row in rows):
         raise InputError(f"{path}: malformed snapshot: slots in rows {rows} of {snapshot.rows}")
-    if snapshot.checksum != _checksum(states):
-        raise InputError(f"{path}: is damaged: the states do not match their checksum")
     return states, snapshot
-
-
-def _checksum(states: States) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(states):
-        digest.update(np.ascontiguousarray(states[name]).data)
-    return digest.hexdigest()
 
 
 def _initial(state: StateSpec) -> str:

@@ -206,7 +206,8 @@ def test_a_damaged_or_foreign_file_is_refused(folder: Path, tmp_path: Path) -> N
     for change, message in [
         (lambda cubin, text: (cubin[:-1] + bytes([cubin[-1] ^ 1]), text), "is not the code"),
         (lambda cubin, text: (cubin, text.replace('"warps": 4', '"warps": "4"')), "no kernel description"),
-        (lambda cubin, text: (cubin, text.replace('"schema": 1', '"schema": 2')), "schema 2, expected 1"),
+        (lambda cubin, text: (cubin, text.replace('"schema": 2', '"schema": 3')), "schema 3, expected 2"),
+        (lambda cubin, text: (cubin, text.replace('"warps": 4', '"warps": 8')), "does not match its checksum"),
         (lambda cubin, text: (cubin, text[:40]), "no kernel description"),
     ]:
         cubin, text = change(image.cubin, (folder / f"{name}.json").read_text())

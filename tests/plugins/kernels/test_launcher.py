@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stepcell.plugins.kernels.compile import arguments_of
-from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
+from stepcell.plugins.kernels.image import SCHEMA, ImageInfo, KernelImage, write_image
 from stepcell.plugins.kernels.launcher import arguments_format, driver_ptx_version
 from stepcell.plugins.kernels.signature import PARAMETERS
 from tools.fake_driver import FakeDriver
@@ -57,7 +57,7 @@ launcher.close()
 
 def image(kernel: str, splits: int = 1, overlaps: bool = False) -> KernelImage:
     info = ImageInfo(
-        schema=1,
+        schema=SCHEMA,
         key=kernel,
         source="",
         kernel=kernel,

@@ -13,7 +13,7 @@ import pytest
 from stepcell.errors import EngineMismatchError, InputError, PluginError, StepcellError, UsageError
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word
-from stepcell.plugins.kernels.image import ImageInfo, KernelImage
+from stepcell.plugins.kernels.image import SCHEMA, ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, kernels_of
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest, pack_fields, read_fields
 from stepcell.plugins.tensorrt.registry import kernels_offered, register
@@ -41,7 +41,7 @@ def images(cell: CellConfig, tiles: int = 2) -> tuple[KernelImage, ...]:
         for tile in range(1 if kernel == "narrow_state" else tiles):
             cubin = f"{kernel} {tile}".encode()
             info = ImageInfo(
-                schema=1,
+                schema=SCHEMA,
                 key=f"{kernel}-{tile}",
                 source="",
                 kernel=kernel,

@@ -176,17 +176,12 @@ def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Pa
         damaged.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"damaged\.safetensors: is not a complete"):
             read_snapshot(damaged, contract)
-    for position in range(len(whole) - ONE.nbytes, len(whole)):
-        damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        with pytest.raises(InputError, match="damaged: the states do not match their checksum"):
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        damaged.write_bytes(changed)
+        with pytest.raises(InputError):
             read_snapshot(damaged, contract)
-    for position in range(0, len(whole) - ONE.nbytes, 5):  # in the header: refused, or read as it was written
-        damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        try:
-            states, _ = read_snapshot(damaged, contract)
-        except (InputError, StateError):
-            continue
-        assert all(array.tobytes() == ONE.tobytes() for array in states.values()), position
 
 
 @pytest.mark.parametrize(
@@ -196,12 +191,11 @@ def test_cut_off_or_changed_anywhere_is_refused(accumulator: Model, tmp_path: Pa
         (b"text", "not a complete .safetensors file"),
         ({}, "its metadata has no key"),
         ({"stepcell.snapshot": "{}"}, "malformed snapshot"),
-        ({"stepcell.snapshot": '{"schema": "2.0", "contract_hash": ""}'}, r"schema 2\.0 is not supported"),
+        ({"stepcell.snapshot": '{"schema": "1.0", "contract_hash": ""}'}, r"schema 1\.0 is not supported"),
         ({"stepcell.snapshot": '{"contract_hash": "", "frame": -1}'}, "malformed snapshot"),
-        ({"stepcell.snapshot": '{"contract_hash": "", "rows": 2, "slots": {"a": 2}}'}, r"slots in rows \[2\] of 2"),
-        ({"stepcell.snapshot": '{"contract_hash": "", "rows": 2, "slots": {"a": 1, "b": 1}}'}, r"rows \[1, 1\] of 2"),
+        ({"stepcell.snapshot": '{"contract_hash": ""}'}, "does not match its checksum"),
     ],
-    ids=["absent", "text", "weights", "json", "schema", "frame", "row", "twice"],
+    ids=["absent", "text", "weights", "json", "schema", "frame", "unsealed"],
 )
 def test_files_that_are_no_snapshot(accumulator: Model, tmp_path: Path, content: Any, message: str) -> None:
     from safetensors.numpy import save
@@ -211,6 +205,16 @@ def test_files_that_are_no_snapshot(accumulator: Model, tmp_path: Path, content:
         path.write_bytes(content if isinstance(content, bytes) else save({"h": ONE}, content))
     with StepLoop.open(accumulator()) as loop, pytest.raises(InputError, match=message):
         loop.restore(path)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"), [({"a": 2}, r"slots in rows \[2\] of 2"), ({"a": 1, "b": 1}, r"rows \[1, 1\] of 2")]
+)
+def test_rows_that_cannot_be(accumulator: Model, tmp_path: Path, slots: dict[str, int], message: str) -> None:
+    path = tmp_path / "state.safetensors"
+    write_snapshot(path, {"h": ONE}, Snapshot(contract_hash="", rows=2, slots=slots))
+    with pytest.raises(InputError, match=message):
+        read_snapshot(path, contract_of(accumulator()))
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(accumulator: Model, tmp_path: Path) -> None:
@@ -284,4 +288,4 @@ def test_written_whole(tmp_path: Path) -> None:
     with safe_open(path, "numpy") as file:
         document = msgspec.json.decode(file.metadata()["stepcell.snapshot"])
         np.testing.assert_array_equal(file.get_tensor("h"), ONE.transpose(0, 3, 1, 2))
-    assert (document["schema"], document["frame"], document["slots"]) == ("1.0", 3, None)
+    assert (document["schema"], document["frame"], document["slots"]) == ("2.0", 3, None)
