@@ -26,7 +26,7 @@ from stepcell.runtime.verify.growth import error_growth
 from stepcell.runtime.verify.references import as_written, in_float64
 from stepcell.runtime.verify.results import Growth, failed
 from stepcell.runtime.verify.stepper import FunctionStepper
-from stepcell.runtime.verify.verification import Findings, Plan, Reference, verify
+from stepcell.runtime.verify.verification import Findings, Reference, VerifyOptions, verify
 
 KEPT = Path(__file__).parent.parent / "tests" / "data" / "golden"
 ZOO = Path(__file__).parent.parent / "models" / "zoo" / "denoiser.safetensors"
@@ -47,7 +47,9 @@ def cases(golden: Path | None) -> list[tuple[str, Path, dict[str, Any]]]:
     return found
 
 
-def look(family: str, checkpoint: Path, settings: dict[str, Any], folder: Path, plan: Plan, state: str) -> Any:
+def look(
+    family: str, checkpoint: Path, settings: dict[str, Any], folder: Path, verifying: VerifyOptions, state: str
+) -> Any:
     """Export and verify one checkpoint."""
     model, _, _ = step_model(load_checkpoint(checkpoint), family, settings)
     path = folder / f"{family}-{state}.onnx"
@@ -62,7 +64,7 @@ def look(family: str, checkpoint: Path, settings: dict[str, Any], folder: Path, 
     multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
     sizes = {symbol: size if size == 1 else -(-size // multiple) * multiple for symbol, size in sizes.items()}
     clip = random_clip(contract, sizes)
-    found = verify(subject, Reference(exact, None, rounded), clip, plan, in_float64=own)
+    found = verify(subject, Reference(exact, None, rounded), clip, verifying, in_float64=own)
     return found, subject, exact, clip
 
 
@@ -114,7 +116,7 @@ def main() -> int:
     result: dict[str, Any] = {"size": SMALL, "families": {}}
     if options.output.is_file():
         result = json.loads(options.output.read_text())
-    plan = Plan(steps=100, still=512, window=options.window, warm_seconds=60)
+    verifying = VerifyOptions(steps=100, still=512, window=options.window, warm_seconds=60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for family, checkpoint, settings in cases(options.golden):
@@ -122,12 +124,12 @@ def main() -> int:
                 continue
             entry: dict[str, Any] = {}
             try:
-                found, subject, exact, clip = look(family, checkpoint, settings, folder, plan, "float32")
+                found, subject, exact, clip = look(family, checkpoint, settings, folder, verifying, "float32")
                 entry = row(found, options.window)
                 if family in options.long:
                     growth = error_growth(subject, exact, clip, options.long_steps)
                     entry["long"] = over_the_bound(found, growth, options.long_steps)
-                    narrow, *_ = look(family, checkpoint, settings, folder, plan, "float16")
+                    narrow, *_ = look(family, checkpoint, settings, folder, verifying, "float16")
                     entry["float16_state"] = row(narrow, options.window)
             except StepcellError as error:
                 entry["error"] = error.message

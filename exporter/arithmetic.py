@@ -13,7 +13,7 @@ import onnx
 
 from stepcell.contract import StepContract
 from stepcell.errors import EvaluationError
-from stepcell.exporter.parity import Clip, Step, file_step
+from stepcell.exporter.parity import CheckClip, Step, file_step
 from stepcell.runtime.evaluate import program_of
 from stepcell.runtime.evaluate.arithmetic import Arithmetic
 
@@ -34,7 +34,7 @@ def evaluated_step(
     data: bytes,
     arithmetic: Arithmetic,
     contract: StepContract,
-    clip: Clip,
+    clip: CheckClip,
     inputs: Mapping[str, str] | None = None,
     outputs: Mapping[str, str] | None = None,
 ) -> Step | None:

@@ -22,7 +22,7 @@ __all__ = [
     "OWN_RUNS",
     "TOLERANCE",
     "Arrays",
-    "Clip",
+    "CheckClip",
     "FileRun",
     "Model",
     "Run",
@@ -59,7 +59,7 @@ Step = Callable[[Arrays, Arrays], Arrays]  # data inputs and states -> outputs a
 
 
 @dataclass(frozen=True)
-class Clip:
+class CheckClip:
     """Data inputs of some steps, the same at every iteration.
 
     Attributes:
@@ -79,7 +79,7 @@ class Clip:
 
 
 Run = Callable[[Arrays], Arrays]  # the next step of a run: data inputs -> outputs and new states, by name
-Model = Callable[[Clip], Run]  # starts a run at the first step of a clip
+Model = Callable[[CheckClip], Run]  # starts a run at the first step of a clip
 
 
 def tolerance_of(precision: str, states: Sequence[StateSpec]) -> float:
@@ -91,7 +91,7 @@ def tolerance_of(precision: str, states: Sequence[StateSpec]) -> float:
 def fed_back(step: Step) -> Model:
     """A stateless step as a model that feeds back its states."""
 
-    def start(clip: Clip) -> Run:
+    def start(clip: CheckClip) -> Run:
         states = dict(clip.states)
 
         def run(data: Arrays) -> Arrays:
@@ -137,7 +137,7 @@ def nudged(model: Model, precision: str, seed: int) -> Model:
             return array
         return np.asarray(array * (1 + last_bit * rng.integers(-1, 2, array.shape)), array.dtype)
 
-    def start(clip: Clip) -> Run:
+    def start(clip: CheckClip) -> Run:
         run = model(clip)
         return lambda data: run({name: nudge(array) for name, array in data.items()})
 
@@ -147,7 +147,7 @@ def nudged(model: Model, precision: str, seed: int) -> Model:
 def check_equal(
     reference: Model,
     other: Model,
-    clips: Sequence[Clip],
+    clips: Sequence[CheckClip],
     tolerance: float,
     *,
     own_runs: Callable[[], Sequence[Model]],
@@ -188,7 +188,7 @@ def check_equal(
     return Parity(steps=max(clip.steps for clip in clips), reference=subject, max_abs_error=worst, amplified=amplified)
 
 
-def dead_states(step: Step, clip: Clip, states: Sequence[StateSpec]) -> list[StateSpec]:
+def dead_states(step: Step, clip: CheckClip, states: Sequence[StateSpec]) -> list[StateSpec]:
     """The states of which another value changes no output and no state, during the first steps of a clip."""
     rng = np.random.default_rng(1)
     dead = {state.name: state for state in states}
@@ -205,7 +205,7 @@ def dead_states(step: Step, clip: Clip, states: Sequence[StateSpec]) -> list[Sta
 
 def random_clip(
     contract: StepContract, sizes: str, shapes: Mapping[str, Sequence[int]], steps: int, scalars: Arrays | None = None
-) -> Clip:
+) -> CheckClip:
     """Independent values over the whole range: the hardest input for a recurrence.
 
     Args:
@@ -218,7 +218,7 @@ def random_clip(
 
 def smooth_clip(
     contract: StepContract, sizes: str, shapes: Mapping[str, Sequence[int]], steps: int, scalars: Arrays | None = None
-) -> Clip:
+) -> CheckClip:
     """A slowly moving wave: the state converges, so stalls and drift become visible. Arguments as in `random_clip`."""
     return _clip(f"smooth frames, {sizes}", _smooth_frame, contract, shapes, steps, scalars)
 
@@ -230,7 +230,7 @@ def _clip(
     shapes: Mapping[str, Sequence[int]],
     steps: int,
     scalars: Arrays | None,
-) -> Clip:
+) -> CheckClip:
     def frames() -> Iterator[Arrays]:
         rng = np.random.default_rng(0)
         for t in range(steps):
@@ -238,7 +238,7 @@ def _clip(
             yield {**data, **(scalars or {})}
 
     states = {state.name: state.initial(shapes[state.name]).copy() for state in contract.states}
-    return Clip(name, steps, frames, states)
+    return CheckClip(name, steps, frames, states)
 
 
 def _random_frame(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator, _: int) -> Array:
@@ -273,7 +273,7 @@ class _Difference:
 
 
 def _differences(
-    reference: Model, other: Model, clip: Clip, tolerance: float, subject: str
+    reference: Model, other: Model, clip: CheckClip, tolerance: float, subject: str
 ) -> list[dict[str, _Difference]]:
     """Both sides over the same frames; a dict per step."""
     expected_run, run = reference(clip), other(clip)
@@ -303,7 +303,7 @@ def _difference(name: str, truth: Array, value: Array, tolerance: float, subject
 def _require_within(
     found: list[dict[str, _Difference]],
     own: list[list[dict[str, _Difference]]],
-    clip: Clip,
+    clip: CheckClip,
     subject: str,
     hint: str | None,
 ) -> None:

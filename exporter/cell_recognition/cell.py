@@ -16,13 +16,13 @@ from stepcell.exporter.cell_recognition.convolution import pad_kernel
 from stepcell.exporter.cell_recognition.values import Array, rank, uncast
 from stepcell.ops import OPS, Gates, OpName, Reset
 
-__all__ = ["Cell", "GateWeights", "NearMiss", "NotACell", "Weights", "inputs_of"]
+__all__ = ["GateWeights", "NearMiss", "NotACell", "RecognisedCell", "Weights", "inputs_of"]
 
 Weights = tuple[NDArray[np.floating[Any]], ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class RecognisedCell:
     """A recurrent cell that an op computes exactly.
 
     Attributes:

@@ -14,7 +14,7 @@ from onnxscript import ir
 
 from stepcell.exporter.cell_recognition.activations import Activation, activation
 from stepcell.exporter.cell_recognition.affine import Affine, AffineReader
-from stepcell.exporter.cell_recognition.cell import Cell, GateWeights, NearMiss, NotACell, inputs_of
+from stepcell.exporter.cell_recognition.cell import GateWeights, NearMiss, NotACell, RecognisedCell, inputs_of
 from stepcell.exporter.cell_recognition.convolution import diagonal_of
 from stepcell.exporter.cell_recognition.gating import Gru, Lstm, gru_at, lstm_at
 from stepcell.exporter.cell_recognition.graph_walk import (
@@ -35,10 +35,10 @@ __all__ = ["find_cells"]
 States = tuple[tuple[ir.Value, ir.Value], ...]
 
 
-def find_cells(model: ir.Model) -> tuple[list[Cell], list[NearMiss]]:
+def find_cells(model: ir.Model) -> tuple[list[RecognisedCell], list[NearMiss]]:
     """The cells of a normalised model that an op can replace, and those left alone; in graph order."""
     algebra = Algebra()
-    cells: list[Cell] = []
+    cells: list[RecognisedCell] = []
     misses: list[NearMiss] = []
     outputs: dict[ir.Value, ir.Value] = {}  # h' by c' of the LSTMs so far
     for node in model.graph:
@@ -75,7 +75,7 @@ def _is_recurrent(found: Gru) -> bool:
     return found.z.argument in seen and found.n.argument in seen
 
 
-def _conv_gru(name: str, found: Gru, algebra: Algebra) -> Cell:
+def _conv_gru(name: str, found: Gru, algebra: Algebra) -> RecognisedCell:
     h = found.h
     _kind_of([found.z], [found.n])
     _check_states([h])
@@ -106,7 +106,7 @@ def _conv_gru(name: str, found: Gru, algebra: Algebra) -> Cell:
     return _cell(name, packed, ((h, found.after),), arrays, notes, reset=placement, gates=gates)
 
 
-def _conv_lstm(name: str, found: Lstm, algebra: Algebra, partner: ir.Value | None, graph: ir.Graph) -> Cell:
+def _conv_lstm(name: str, found: Lstm, algebra: Algebra, partner: ir.Value | None, graph: ir.Graph) -> RecognisedCell:
     c = found.c
     gates = _kind_of(found.gates[:3], [found.g, found.output])
     _check_states([c])
@@ -253,7 +253,7 @@ def _cell(
     gates: Gates,
     reset: Reset | None = None,
     peephole: bool = False,
-) -> Cell:
+) -> RecognisedCell:
     before, after = states[0]
     x = inputs_of(packed, before)
     hidden = arrays[2].shape[1]
@@ -264,7 +264,7 @@ def _cell(
         raise NotACell(f"the new state is {after.dtype}, and neither the old state nor the input is")
     assert x[0].dtype is not None  # checked by inputs_of
     dtype = x[0].dtype.numpy()
-    return Cell(
+    return RecognisedCell(
         name=name,
         path=module_path(after),
         op="ConvGRU" if reset else "ConvLSTM",

@@ -14,14 +14,14 @@ import numpy as np
 import onnx_ir.passes.common as common
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.cell import Cell
+from stepcell.exporter.cell_recognition.cell import RecognisedCell
 from stepcell.exporter.cell_recognition.values import Array
 from stepcell.ops import DOMAIN, OPS, VERSION, same_pads
 
 __all__ = ["replace_cells"]
 
 
-def replace_cells(model: ir.Model, cells: Sequence[Cell]) -> None:
+def replace_cells(model: ir.Model, cells: Sequence[RecognisedCell]) -> None:
     """Replace cells that `find_cells` found in this model, in place.
 
     Outputs of the graph keep their names. Nodes of a cell that something else reads stay; all
@@ -56,7 +56,7 @@ class _Replacer:
     values: dict[ir.Value, ir.Value] = field(default_factory=dict)
     _axes: ir.Value | None = None
 
-    def replace(self, cell: Cell) -> None:
+    def replace(self, cell: RecognisedCell) -> None:
         scope = cell.name.replace(".", "/")
         last = cell.states[-1][1].producer()
         assert last is not None

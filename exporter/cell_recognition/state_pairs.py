@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.cell import Cell
+from stepcell.exporter.cell_recognition.cell import RecognisedCell
 from stepcell.ops import OPS
 
 __all__ = ["CARRYING", "RESHAPING", "CellState", "states_of_cells"]
@@ -34,7 +34,7 @@ class CellState:
     output: str
 
 
-def states_of_cells(model: ir.Model, cells: Sequence[Cell], operators: frozenset[str]) -> list[CellState]:
+def states_of_cells(model: ir.Model, cells: Sequence[RecognisedCell], operators: frozenset[str]) -> list[CellState]:
     """Inputs that reach a cell as its old state, with outputs that its new state reaches, in order of the cells.
 
     Cells may be chained on one state: the second takes the new state of the first.

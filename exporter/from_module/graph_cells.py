@@ -12,7 +12,7 @@ import onnx
 from onnxscript import ir
 
 from stepcell.contract import StepContract
-from stepcell.exporter.cell_recognition.cell import Cell
+from stepcell.exporter.cell_recognition.cell import RecognisedCell
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
@@ -80,7 +80,7 @@ def _without_root(scopes: str) -> str:
     return repr([scope.removeprefix(f"{_ROOT}.") for scope in path if scope != _ROOT])
 
 
-def _owners(graph: ir.Model, cells: Sequence[Cell], contract: StepContract) -> list[Owner | None]:
+def _owners(graph: ir.Model, cells: Sequence[RecognisedCell], contract: StepContract) -> list[Owner | None]:
     """By state, the cells that it enters and leaves without passing through other code."""
     paths = {cell.name: cell.path for cell in cells}
     found = states_of_cells(graph, cells, RESHAPING)

@@ -20,7 +20,7 @@ from stepcell.exporter.from_module.replacements import replace_modules
 from stepcell.exporter.from_module.sequences import remove_time_axis
 from stepcell.exporter.from_module.specs import fill_in_specs
 from stepcell.exporter.from_module.trees import flatten, map_leaves
-from stepcell.exporter.parity import OWN_RUNS, TOLERANCE, Arrays, Clip, Run, check_equal, nudged
+from stepcell.exporter.parity import OWN_RUNS, TOLERANCE, Arrays, CheckClip, Run, check_equal, nudged
 
 __all__ = ["lift_states"]
 
@@ -149,7 +149,7 @@ def _check_same(original: nn.Module, model: LiftedModel, data: Inputs, starts: S
         for step in range(STEPS):
             yield {name: random(tensor.shape, 100 + step).numpy() for name, tensor in data.items()}
 
-    def original_run(_: Clip) -> Run:
+    def original_run(_: CheckClip) -> Run:
         module = copy.deepcopy(original)
         kept: list[Any] = []
 
@@ -163,7 +163,7 @@ def _check_same(original: nn.Module, model: LiftedModel, data: Inputs, starts: S
 
         return run
 
-    def lifted_run(_: Clip) -> Run:
+    def lifted_run(_: CheckClip) -> Run:
         states = list(zeros)
 
         def run(frame: Arrays) -> Arrays:
@@ -176,7 +176,7 @@ def _check_same(original: nn.Module, model: LiftedModel, data: Inputs, starts: S
     check_equal(
         original_run,
         lifted_run,
-        [Clip("random frames", STEPS, frames, {})],
+        [CheckClip("random frames", STEPS, frames, {})],
         TOLERANCE["float64", "float64"],
         own_runs=lambda: [nudged(original_run, "float64", seed) for seed in range(1, OWN_RUNS + 1)],
         subject="the original module",

@@ -16,7 +16,7 @@ from stepcell.exporter.from_module.attributes import StateAttribute, is_state
 from stepcell.exporter.from_module.find_states import Interface
 from stepcell.exporter.from_module.graph_cells import replace_cells_of_module
 from stepcell.exporter.from_module.names import StateTensor, names_of_states
-from stepcell.exporter.from_module.trees import Spec, flatten, map_leaves
+from stepcell.exporter.from_module.trees import TreeShape, flatten, map_leaves
 
 __all__ = ["LiftedModel"]
 
@@ -38,7 +38,7 @@ class LiftedModel(nn.Module):
         self.module: nn.Module = module
         self.interface: Interface = interface
         self.names: tuple[str, ...] = tuple(names)
-        self.trees: list[tuple[list[Any], Spec]] = []
+        self.trees: list[tuple[list[Any], TreeShape]] = []
         for value in memory:
             leaves, spec = flatten(value)
             self.trees.append(([None if is_state(leaf) else leaf for leaf in leaves], spec))

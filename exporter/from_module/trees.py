@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Spec", "flatten", "map_leaves"]
+__all__ = ["TreeShape", "flatten", "map_leaves"]
 
 
 @dataclass(frozen=True)
-class Spec:
+class TreeShape:
     """The structure of a container; a leaf has no kind. Named tuples and subclasses of dict keep their class.
 
     torch's own pytree module is private, and its specs warn when they are copied.
@@ -18,7 +18,7 @@ class Spec:
 
     kind: type | None = None
     keys: tuple[Any, ...] | None = None
-    children: tuple[Spec, ...] = ()
+    children: tuple[TreeShape, ...] = ()
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The container again, with these leaves."""
@@ -33,16 +33,18 @@ class Spec:
         return self.kind(*values) if hasattr(self.kind, "_fields") else self.kind(values)
 
 
-def flatten(value: Any) -> tuple[list[Any], Spec]:
+def flatten(value: Any) -> tuple[list[Any], TreeShape]:
     """Leaves in order, and the structure; everything but tuples, lists and dicts is a leaf, including None."""
     if isinstance(value, dict):
         keys, values = tuple(value), list(value.values())
     elif isinstance(value, (tuple, list)):
         keys, values = None, list(value)
     else:
-        return [value], Spec()
+        return [value], TreeShape()
     parts = [flatten(each) for each in values]
-    return [leaf for leaves, _ in parts for leaf in leaves], Spec(type(value), keys, tuple(spec for _, spec in parts))
+    return [leaf for leaves, _ in parts for leaf in leaves], TreeShape(
+        type(value), keys, tuple(spec for _, spec in parts)
+    )
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:

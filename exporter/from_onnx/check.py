@@ -13,7 +13,7 @@ from stepcell.exporter.from_onnx.probe import Sample
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
     OWN_RUNS,
-    Clip,
+    CheckClip,
     Step,
     check_equal,
     dead_states,
@@ -45,7 +45,7 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
     inputs = {state.name: str(state.original_input) for state in states}
     outputs = {state.name: str(state.original_output) for state in states}
     before = file_step(original, contract, inputs, outputs)
-    clips: list[Clip] = []
+    clips: list[CheckClip] = []
     for sample, make in ((samples[0], random_clip), (samples[min(1, len(samples) - 1)], smooth_clip)):
         shapes = {spec.name: sample.shapes[spec.name] for spec in contract.inputs}
         shapes |= {state.name: sample.shapes[str(state.original_input)] for state in states}

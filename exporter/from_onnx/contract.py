@@ -10,7 +10,7 @@ from onnxscript import ir
 
 from stepcell.contract import METADATA_KEY, StateSpec, StepContract, TensorSpec
 from stepcell.dims import Dim, symbols_of
-from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
+from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
@@ -26,7 +26,7 @@ def contract_of(
     file: OnnxFile,
     pairs: Sequence[Pair],
     sizes: Sizes,
-    cells: Sequence[Cell],
+    cells: Sequence[RecognisedCell],
     near_misses: Sequence[NearMiss],
     source: Mapping[str, object],
 ) -> StepContract:

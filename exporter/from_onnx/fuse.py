@@ -14,7 +14,7 @@ from onnxscript import ir
 from stepcell import __version__
 from stepcell.contract import CellSpec, StepContract
 from stepcell.errors import ContractError, ExportError
-from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
+from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
@@ -141,7 +141,7 @@ class _Found:
     """The graph that is used from here on, its cells, and the state pairs that they imply."""
 
     model: ir.Model
-    cells: list[Cell]
+    cells: list[RecognisedCell]
     near_misses: list[NearMiss]
     evidence: dict[str, list[str]]
     notes: list[str]

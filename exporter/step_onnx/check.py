@@ -18,7 +18,7 @@ from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
     OWN_RUNS,
     Arrays,
-    Clip,
+    CheckClip,
     Model,
     Step,
     check_equal,
@@ -61,7 +61,7 @@ def check_export(model: nn.Module, data: bytes, contract: StepContract, steps: i
         step = _torch_step(narrow, contract, wide=False)
         return [nudged(fed_back(step), contract.precision, run) for run in range(OWN_RUNS)]
 
-    def compared(step: Step, clips: Sequence[Clip]) -> Parity:
+    def compared(step: Step, clips: Sequence[CheckClip]) -> Parity:
         return check_equal(
             fed_back(reference),
             fed_back(step),

@@ -7,6 +7,7 @@ states that only the subject reaches, the prediction of the error, cannot be ask
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,6 @@ from stepcell.files import atomic_path
 from stepcell.overwrite import REFERENCE_KEY
 from stepcell.runtime.engine.layers import EngineLayer
 from stepcell.runtime.loop.snapshot import contract_hash
-from stepcell.runtime.verify.behaviour import isolation, liveness, pairing, reset, resume
 from stepcell.runtime.verify.bound import Forgetting, bound_verdict, derive_bound, forgetting
 from stepcell.runtime.verify.clips import Clip
 from stepcell.runtime.verify.growth import error_growth, growth_verdict
@@ -31,7 +31,7 @@ from stepcell.runtime.verify.measure import compared_steps, difference, max_abs,
 from stepcell.runtime.verify.results import Growth, Verdict, WarmError, judged, unchecked
 from stepcell.runtime.verify.stepper import Arrays, FunctionStepper, Stepper
 from stepcell.runtime.verify.storage import Storage, as_stored, storage_verdict, warm_up
-from stepcell.runtime.verify.verification import Findings, Plan, Reference, precision, with_rows
+from stepcell.runtime.verify.verification import Findings, Reference, VerifyOptions, own_verdicts
 
 __all__ = ["Record", "RecordedRun", "read_record", "record_reference", "verify_recorded", "write_record"]
 
@@ -91,27 +91,29 @@ class RecordedRun:
         self.name = name
 
 
-def record_reference(reference: Reference, clip: Clip, plan: Plan) -> tuple[Record, dict[str, NDArray[Any]]]:
+def record_reference(
+    reference: Reference, clip: Clip, options: VerifyOptions
+) -> tuple[Record, dict[str, NDArray[Any]]]:
     """Run the reference and keep what `verify_recorded` needs.
 
     Returns:
         The header and the arrays of the file.
     """
     exact, contract = reference.exact, reference.exact.contract
-    compared = compared_steps(plan.steps)
+    compared = compared_steps(options.steps)
     arrays: dict[str, NDArray[Any]] = {}
     for t, frame in enumerate(clip.frames):
         arrays |= {f"{_FRAME}/{t}/{name}": array for name, array in frame.items()}
     run = exact.run()
-    for t in range(plan.steps):
+    for t in range(options.steps):
         outputs, states = run.step(clip[t])
         if t + 1 in compared:
             arrays |= {f"{_TRUE}/{t + 1}/{name}": array for name, array in {**outputs, **states}.items()}
-    growth = error_growth(reference.peer or exact, exact, clip, plan.steps, reference.peer)
-    live = min(plan.steps, max(len(clip), plan.window))
-    warm = warm_up(exact, contract.states, clip, live=live, still=plan.still, seconds=plan.warm_seconds)
+    growth = error_growth(reference.peer or exact, exact, clip, options.steps, reference.peer)
+    live = min(options.steps, max(len(clip), options.window))
+    warm = warm_up(exact, contract.states, clip, live=live, still=options.still, seconds=options.warm_seconds)
     states, one_step = warm.states, {state.name: [0.0] for state in contract.states}
-    for t in range(plan.window):
+    for t in range(options.window):
         arrays |= {f"{_WARM}/{t}/state/{name}": array for name, array in states.items()}
         outputs, after = exact.step(clip[t], states)
         arrays |= {f"{_WARM}/{t}/output/{name}": array for name, array in outputs.items()}
@@ -120,18 +122,18 @@ def record_reference(reference: Reference, clip: Clip, plan: Plan) -> tuple[Reco
             for name, array in own.items():
                 one_step[name].append(rms(difference(array, after[name])))
         states = after
-    arrays |= {f"{_WARM}/{plan.window}/state/{name}": array for name, array in states.items()}
+    arrays |= {f"{_WARM}/{options.window}/state/{name}": array for name, array in states.items()}
     forgets = None
     if reference.differentiable:
-        forgets = forgetting(exact, exact, clip, warm.states, plan.lyapunov)  # type: ignore[arg-type]
+        forgets = forgetting(exact, exact, clip, warm.states, options.lyapunov)  # type: ignore[arg-type]
     record = Record(
         contract_hash=contract_hash(contract),
         reference=exact.name,
         input=clip.name,
         frames=len(clip),
-        steps=plan.steps,
+        steps=options.steps,
         compared=tuple(compared),
-        window=plan.window,
+        window=options.window,
         warm_up=warm.steps,
         growth=growth,
         storage=warm.storage,
@@ -150,7 +152,7 @@ def write_record(path: Path, record: Record, arrays: Mapping[str, NDArray[Any]])
 
 
 def verify_recorded(
-    subject: Stepper, recorded: RecordedRun, plan: Plan, layers: Sequence[EngineLayer] = ()
+    subject: Stepper, recorded: RecordedRun, options: VerifyOptions, layers: Sequence[EngineLayer] = ()
 ) -> Findings:
     """Run the checks that need no live reference."""
     started, record, clip = time.perf_counter(), recorded.record, recorded.clip
@@ -164,18 +166,21 @@ def verify_recorded(
     bound = None if found.bound is None else found.bound.rms
     found.verdicts = [
         unchecked("identity", "a recorded reference has no graph to compare with"),
-        growth_verdict(found.growth, subject, peer=record.peer, bound=bound, tolerance=plan.tolerance),
+        growth_verdict(found.growth, subject, peer=record.peer, bound=bound, tolerance=options.tolerance),
         _one_step_verdict(found.warm, record),
         storage_verdict(record.storage),
         unchecked("bound", "the reference was recorded without its Jacobian")
         if record.forgetting is None
         else bound_verdict(record.forgetting, found.bound, {each.name: max(each.rms) for each in found.growth}),
-        precision(subject.contract, as_stored(subject, clip, found.states), layers),
-        liveness(subject, clip, found.states),
-        pairing(subject, _recorded_step(recorded, subject.contract), clip, found.states),
-        isolation(subject, with_rows(subject.contract, clip, plan.rows)),
-        reset(subject, with_rows(subject.contract, clip, plan.rows)),
-        resume(subject, clip, steps=max(2, min(plan.resumed, record.steps))),
+        *own_verdicts(
+            subject,
+            _recorded_step(recorded, subject.contract),
+            clip,
+            found.states,
+            as_stored(subject, clip, found.states),
+            dataclasses.replace(options, steps=record.steps),
+            layers,
+        ),
     ]
     found.seconds = time.perf_counter() - started
     return found

@@ -26,7 +26,16 @@ from stepcell.runtime.verify.results import Growth, Verdict, WarmError, judged, 
 from stepcell.runtime.verify.stepper import Arrays, Stepper
 from stepcell.runtime.verify.storage import Storage, as_stored, storage_verdict, warm_up
 
-__all__ = ["Findings", "Plan", "Reference", "now", "precision", "require_same_interface", "verify", "with_rows"]
+__all__ = [
+    "Findings",
+    "Reference",
+    "VerifyOptions",
+    "now",
+    "own_verdicts",
+    "require_same_interface",
+    "verify",
+    "with_rows",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +62,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Plan:
+class VerifyOptions:
     """How much is compared.
 
     Attributes:
@@ -102,7 +111,7 @@ def verify(
     subject: Stepper,
     reference: Reference,
     clip: Clip,
-    plan: Plan | None = None,
+    options: VerifyOptions | None = None,
     *,
     in_float64: Stepper | None = None,
     layers: Sequence[EngineLayer] = (),
@@ -118,32 +127,32 @@ def verify(
     Raises:
         InputError: the two sides do not have the same inputs, outputs and states.
     """
-    plan, started = plan or Plan(), time.perf_counter()
+    options, started = options or VerifyOptions(), time.perf_counter()
     require_same_interface(subject.contract, reference.exact.contract)
     found, verdicts = Findings(), []
     exact = reference.exact
 
-    logger.debug("free run of %d steps", plan.steps)
-    found.growth = error_growth(subject, exact, clip, plan.steps, reference.peer)
+    logger.debug("free run of %d steps", options.steps)
+    found.growth = error_growth(subject, exact, clip, options.steps, reference.peer)
     logger.debug("warming up the reference")
-    live = min(plan.steps, max(len(clip), plan.window))
+    live = min(options.steps, max(len(clip), options.window))
     run = exact.run()
     for t in range(2):
         _, early = run.step(clip[t])
     stored = as_stored(subject, clip, early)
-    warm = warm_up(exact, stored, clip, live=live, still=plan.still, seconds=plan.warm_seconds)
+    warm = warm_up(exact, stored, clip, live=live, still=options.still, seconds=options.warm_seconds)
     found.states, found.warm_up, found.storage = warm.states, warm.steps, warm.storage
     still = Clip([clip[live - 1]], clip.name)
     logger.debug("warm window")
     # with the frame held, where storage loses most: a moving scene shakes a stalled state loose
-    found.warm, _ = warm_errors(subject, exact, still, warm.losing, plan.window)
-    found.moving, _ = warm_errors(subject, exact, clip, found.states, plan.window)
+    found.warm, _ = warm_errors(subject, exact, still, warm.losing, options.window)
+    found.moving, _ = warm_errors(subject, exact, clip, found.states, options.window)
     sizes = {name: int(np.size(array)) for name, array in found.states.items()}
 
     if reference.differentiable:
-        logger.debug("largest Lyapunov factor over %d steps", plan.lyapunov)
-        found.forgetting = forgetting(exact, exact, clip, found.states, plan.lyapunov)  # type: ignore[arg-type]
-        outputs, errors = _output_errors(subject, exact, clip, found.states, plan.window)
+        logger.debug("largest Lyapunov factor over %d steps", options.lyapunov)
+        found.forgetting = forgetting(exact, exact, clip, found.states, options.lyapunov)  # type: ignore[arg-type]
+        outputs, errors = _output_errors(subject, exact, clip, found.states, options.window)
         found.bound = derive_bound(
             found.forgetting, (*_aligned(found.warm, found.moving),), {**sizes, **outputs}, errors
         )
@@ -155,7 +164,7 @@ def verify(
             subject,
             peer=None if reference.peer is None else reference.peer.name,
             bound=None if found.bound is None else found.bound.rms,
-            tolerance=plan.tolerance,
+            tolerance=options.tolerance,
         )
     )
     verdicts.append(_worse(prediction_verdict(found.warm, sizes), prediction_verdict(found.moving, sizes)))
@@ -165,15 +174,35 @@ def verify(
     else:
         measured = {each.name: max(each.rms) for each in found.growth}
         verdicts.append(bound_verdict(found.forgetting, found.bound, measured))
-    verdicts.append(precision(subject.contract, stored, layers))
-    verdicts.append(liveness(subject, clip, found.states))
-    verdicts.append(pairing(subject, exact, clip, found.states))
-    rows = with_rows(subject.contract, clip, plan.rows)
-    verdicts.append(isolation(subject, rows))
-    verdicts.append(reset(subject, rows))
-    verdicts.append(resume(subject, clip, steps=max(2, min(plan.resumed, plan.steps))))
+    verdicts += own_verdicts(subject, exact, clip, found.states, stored, options, layers)
     found.verdicts, found.seconds = verdicts, time.perf_counter() - started
     return found
+
+
+def own_verdicts(
+    subject: Stepper,
+    reference: Stepper,
+    clip: Clip,
+    states: Arrays,
+    stored: Sequence[StateSpec],
+    options: VerifyOptions,
+    layers: Sequence[EngineLayer],
+) -> list[Verdict]:
+    """The verdicts that ask the subject alone, or one step of the reference: the same for a recorded reference.
+
+    Args:
+        states: of the reference, warm.
+        stored: the subject's states as it computes them.
+    """
+    rows = with_rows(subject.contract, clip, options.rows)
+    return [
+        precision(subject.contract, stored, layers),
+        liveness(subject, clip, states),
+        pairing(subject, reference, clip, states),
+        isolation(subject, rows),
+        reset(subject, rows),
+        resume(subject, clip, steps=max(2, min(options.resumed, options.steps))),
+    ]
 
 
 def precision(contract: StepContract, stored: Sequence[StateSpec], layers: Sequence[EngineLayer]) -> Verdict:

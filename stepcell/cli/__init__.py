@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "export": "Export a trained checkpoint as a single-step ONNX model.",
-    "fuse": "Adopt an ONNX file that another program exported.",
+    "fuse": "Convert an ONNX file that another program exported.",
     "build": "Build a float16 TensorRT engine from an exported model.",
     "run": "Run the step loop over a clip, a folder of frames, an array or a camera.",
     "verify": "Prove a model over many steps, states fed back, against its reference.",

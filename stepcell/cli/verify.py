@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stepcell.runtime.verify.recorded import RecordedRun
     from stepcell.runtime.verify.results import Report
     from stepcell.runtime.verify.stepper import Stepper
-    from stepcell.runtime.verify.verification import Findings, Plan, Reference
+    from stepcell.runtime.verify.verification import Findings, Reference, VerifyOptions
 
 __all__ = ["command"]
 
@@ -123,7 +123,7 @@ def command(
     """
     from stepcell.cli.plots import check_plot
     from stepcell.runtime.verify.recorded import record_reference, verify_recorded, write_record
-    from stepcell.runtime.verify.verification import Plan, verify
+    from stepcell.runtime.verify.verification import VerifyOptions, verify
 
     check_plot(plot_path)
     reads: dict[str | Path, str] = {model: "the model", input_text: "--input"}
@@ -137,7 +137,7 @@ def command(
     is_engine = model.suffix in _ENGINES
     onnx, contract, sidecar = _opened(model)
     layers = () if sidecar is None else sidecar.layers
-    plan = Plan(
+    options = VerifyOptions(
         steps=steps, still=warm_up, warm_seconds=warm_seconds, tolerance=tolerance, rows=_most_rows(contract, sidecar)
     )
     recorded = _recorded(against, contract)
@@ -150,7 +150,7 @@ def command(
     if record_path is not None:
         with working(f"recording {record_path}"):
             reference, _ = _reference(onnx, against, contract, None)
-            record, arrays = record_reference(reference, clip, plan)
+            record, arrays = record_reference(reference, clip, options)
             write_record(record_path, record, arrays)
         log(f"recorded {record_path}: {record.steps} steps of {record.reference}, {record.warm_up} to warm up")
         return
@@ -159,13 +159,13 @@ def command(
         log(f"{model}: {subject.name}")
         with working(f"verifying {model}"):
             if recorded is not None:
-                findings, name = verify_recorded(subject, recorded, plan, layers), recorded.record.reference
+                findings, name = verify_recorded(subject, recorded, options, layers), recorded.record.reference
             else:
                 reference, own = _reference(onnx, against, contract, subject if device == WRITTEN else None)
                 log(f"reference: {reference.exact.name}")
-                findings = verify(subject, reference, clip, plan, in_float64=own, layers=layers)
+                findings = verify(subject, reference, clip, options, in_float64=own, layers=layers)
                 name = reference.exact.name
-    report = _report(model, against, findings, plan, clip, subject.name, name, where)
+    report = _report(model, against, findings, options, clip, subject.name, name, where)
     report = msgspec.structs.replace(report, layers=layers)
     _show(report)
     _write(report, report_path, plot_path)
@@ -281,7 +281,7 @@ def _report(
     model: Path,
     against: Path | None,
     findings: Findings,
-    plan: Plan,
+    options: VerifyOptions,
     clip: Clip,
     subject: str,
     reference: str,
@@ -303,7 +303,7 @@ def _report(
         device=where.name,
         input=clip.name,
         shapes=clip.shapes,
-        steps=findings.growth[0].steps[-1] if findings.growth else plan.steps,
+        steps=findings.growth[0].steps[-1] if findings.growth else options.steps,
         warm_up=findings.warm_up,
         model_sha256=hashlib.sha256(read_bytes(model)).hexdigest(),
         date=now(),

@@ -9,7 +9,7 @@ from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import ExportError, ParityError
 from stepcell.exporter.parity import (
     Arrays,
-    Clip,
+    CheckClip,
     Step,
     check_equal,
     dead_states,
@@ -38,7 +38,7 @@ def model(decay: float = 0.9, offset: float = 0.0, dtype: str = "float32") -> St
     return step
 
 
-def clips() -> list[Clip]:
+def clips() -> list[CheckClip]:
     return [make(CONTRACT, "sizes {}", SHAPES, 20) for make in (random_clip, smooth_clip)]
 
 

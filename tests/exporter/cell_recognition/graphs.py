@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
+from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
@@ -70,7 +70,7 @@ def graph(text: str, opset: int = 20, **weights: tuple[int, ...] | Array) -> onn
     return model
 
 
-def fused(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[Cell], list[NearMiss]]:
+def fused(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[RecognisedCell], list[NearMiss]]:
     """The model with every cell replaced and the ops defined, what was found and what was left alone."""
     copy = ir.from_proto(model)
     normalise(copy)
@@ -112,7 +112,7 @@ def worst_difference(got: list[dict[str, Array]], expected: list[dict[str, Array
 
 def check(
     model: onnx.ModelProto, pairs: dict[str, str], tolerance: float = 1e-5
-) -> tuple[list[Cell], list[NearMiss], onnx.ModelProto]:
+) -> tuple[list[RecognisedCell], list[NearMiss], onnx.ModelProto]:
     """Compare the model before and after over 12 steps."""
     after, cells, misses = fused(model)
     random = np.random.default_rng(1)
@@ -127,6 +127,6 @@ def check(
     return cells, misses, after
 
 
-def only(cells: list[Cell], op: str, kernel: tuple[int, int] = (3, 3)) -> Cell:
+def only(cells: list[RecognisedCell], op: str, kernel: tuple[int, int] = (3, 3)) -> RecognisedCell:
     assert [(cell.op, cell.hidden, cell.kernel) for cell in cells] == [(op, C, kernel)]
     return cells[0]

@@ -9,7 +9,7 @@ import onnx.version_converter
 import pytest
 from onnxscript import ir
 
-from stepcell.exporter.cell_recognition.cell import Cell, NearMiss
+from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from tests.exporter.cell_recognition.graphs import fused, run, worst_difference
@@ -29,7 +29,7 @@ NOTES = {
     "compose depthwise and pointwise": "depthwise and pointwise convolutions multiplied",
     "negated update gate": "update gate negated",
 }
-Result = tuple[onnx.ModelProto, list[Cell], list[NearMiss]]
+Result = tuple[onnx.ModelProto, list[RecognisedCell], list[NearMiss]]
 GATES = ("Sigmoid", "Tanh", "Clip")
 READ_ELSEWHERE = {"r*h used elsewhere", "gate value used elsewhere"}
 
@@ -132,10 +132,10 @@ def test_normalising_changes_nothing(case: Case, model: onnx.ModelProto) -> None
     assert worst <= case.tolerance / 10, f"{where}: off by {worst:.1e}"
 
 
-def _find(model: onnx.ModelProto) -> tuple[list[Cell], ir.Graph]:
+def _find(model: onnx.ModelProto) -> tuple[list[RecognisedCell], ir.Graph]:
     copy = ir.from_proto(model)
     normalise(copy)
-    found: tuple[list[Cell], list[NearMiss]] = find_cells(copy)
+    found: tuple[list[RecognisedCell], list[NearMiss]] = find_cells(copy)
     return found[0], copy.graph
 
 
@@ -149,7 +149,7 @@ def _kernel(true: dict[str, object]) -> tuple[int, ...]:
     return (5, 5) if "candidate dilation" in true["needs"] else tuple(true["kernel"])  # type: ignore[operator,arg-type]
 
 
-def _gates(cell: Cell) -> list[ir.Node]:
+def _gates(cell: RecognisedCell) -> list[ir.Node]:
     """The activations on the way from the new states back to the old ones and the convolutions."""
     stop = {before for before, _ in cell.states}
     waiting = [after for _, after in cell.states]

@@ -1,4 +1,4 @@
-"""One-node models of every operator that exported, adopted and foreign step models hold, with inputs."""
+"""One-node models of every operator that exported, fused and foreign step models hold, with inputs."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from stepcell.runtime.verify.clips import random_clip, sizes_for
 from stepcell.runtime.verify.references import as_written, in_float64
 from stepcell.runtime.verify.results import failed
 from stepcell.runtime.verify.stepper import FunctionStepper
-from stepcell.runtime.verify.verification import Plan, Reference, verify
+from stepcell.runtime.verify.verification import Reference, VerifyOptions, verify
 from tests.golden.cases import KEPT, Case
 
-PLAN = Plan(steps=32, still=64, window=32, lyapunov=16, resumed=16)
+PLAN = VerifyOptions(steps=32, still=64, window=32, lyapunov=16, resumed=16)
 SIZE = 12
 
 

@@ -23,10 +23,10 @@ from stepcell.runtime.verify.clips import random_clip, sizes_for
 from stepcell.runtime.verify.references import as_written, in_float64
 from stepcell.runtime.verify.results import failed
 from stepcell.runtime.verify.stepper import Arrays, FunctionStepper, Running, StatelessRunning, Stepper
-from stepcell.runtime.verify.verification import Findings, Plan, Reference, verify
+from stepcell.runtime.verify.verification import Findings, Reference, VerifyOptions, verify
 
 Model = onnx.ModelProto
-PLAN = Plan(steps=24, still=64, lyapunov=12, resumed=56)
+PLAN = VerifyOptions(steps=24, still=64, lyapunov=12, resumed=56)
 SIZE = {"x": (1, 3, 8, 8)}
 
 
@@ -181,11 +181,11 @@ class BrokenRun(StatelessRunning):
     ("fault", "verdict"), [("nan leak", "isolation"), ("stale state", "resume"), ("reset ignored", "reset")]
 )
 def test_a_fault_of_what_runs_it(good: Path, fault: str, verdict: str) -> None:
-    plan = Plan(steps=56, still=16, lyapunov=8, resumed=56)
+    options = VerifyOptions(steps=56, still=16, lyapunov=8, resumed=56)
     module, subject = network(), Broken(good, fault)
     exact = FunctionStepper(module_step(module, subject.contract), subject.contract, "torch", wide=True)
     clip = random_clip(subject.contract, sizes_for(subject.contract, SIZE))
-    assert names(verify(subject, Reference(exact), clip, plan)) == [verdict]
+    assert names(verify(subject, Reference(exact), clip, options)) == [verdict]
 
 
 def test_hidden_float16_is_seen_though_the_contract_says_float32() -> None:
@@ -201,5 +201,5 @@ def test_hidden_float16_is_seen_though_the_contract_says_float32() -> None:
 
     clip = random_clip(spec, {"batch": 1})
     subject = FunctionStepper(step, spec, "hidden")
-    found = verify(subject, Reference(exact(slow_memory(0.001), spec)), clip, Plan(steps=16))
+    found = verify(subject, Reference(exact(slow_memory(0.001), spec)), clip, VerifyOptions(steps=16))
     assert "storage" in names(found)

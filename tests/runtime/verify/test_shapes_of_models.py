@@ -8,10 +8,10 @@ from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.runtime.verify.clips import random_clip, sizes_for
 from stepcell.runtime.verify.results import failed
 from stepcell.runtime.verify.stepper import Arrays, FunctionStepper, rounded
-from stepcell.runtime.verify.verification import Findings, Plan, Reference, verify
+from stepcell.runtime.verify.verification import Findings, Reference, VerifyOptions, verify
 from tests.runtime.verify.cells import Function, numeric_jvp
 
-PLAN = Plan(steps=8, still=8, window=8, lyapunov=8)
+PLAN = VerifyOptions(steps=8, still=8, window=8, lyapunov=8)
 
 
 def look(function: Function, spec: StepContract, *, differentiable: bool = True) -> Findings:

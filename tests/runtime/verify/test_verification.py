@@ -10,7 +10,7 @@ import pytest
 from stepcell.contract import StepContract
 from stepcell.runtime.verify.clips import Clip
 from stepcell.runtime.verify.results import Verdict, failed
-from stepcell.runtime.verify.verification import Findings, Plan, Reference, verify
+from stepcell.runtime.verify.verification import Findings, Reference, VerifyOptions, verify
 from tests.runtime.verify.cells import Function, contract, counting_lstm, exact, gru, slow_memory, stored
 
 
@@ -21,10 +21,10 @@ def clip_of(spec: StepContract, frames: int = 32, *, constant: bool = False) -> 
     return Clip([{"x": (first if constant else rng.uniform(0, 1, shape)).astype("f4")} for _ in range(frames)], "test")
 
 
-def look(function: Function, states: dict[str, Any], dtype: str, *, constant: bool = True, **plan: Any) -> Findings:
+def look(function: Function, states: dict[str, Any], dtype: str, *, constant: bool = True, **options: Any) -> Findings:
     spec = contract(states, dtype=dtype)
     clip = clip_of(spec, constant=constant)
-    return verify(stored(function, spec), Reference(exact(function, spec)), clip, Plan(**plan))
+    return verify(stored(function, spec), Reference(exact(function, spec)), clip, VerifyOptions(**options))
 
 
 def named(found: Findings, name: str) -> Verdict:
