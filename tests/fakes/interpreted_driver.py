@@ -16,7 +16,7 @@ import torch
 
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.compile import arguments_of, cell_word
-from stepcell.plugins.kernels.image import ImageInfo, KernelImage
+from stepcell.plugins.kernels.image import SCHEMA, ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, partial_bytes
 from tests.fakes.interpreted_kernels import interpreted
@@ -32,7 +32,7 @@ def images_of(cell: CellConfig, tiles: Sequence[Tile] = TILES) -> tuple[KernelIm
         for tile in [each for each in tiles if each.splits == 1 or kernel != "narrow_state"]:
             cubin = f"{kernel} {tile.label} {cell.label}".encode()
             info = ImageInfo(
-                schema=1,
+                schema=SCHEMA,
                 key=f"{kernel}-{tile.label}",
                 source="",
                 kernel=kernel,

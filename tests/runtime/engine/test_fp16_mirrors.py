@@ -29,8 +29,9 @@ from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 from stepcell.runtime.engine.plan import BuiltPlan, build_plan
 from stepcell.runtime.engine.profile import derive_profiles
-from stepcell.runtime.engine.sidecar import _digest, read_sidecar, sidecar_path
+from stepcell.runtime.engine.sidecar import read_sidecar, sidecar_path
 from stepcell.runtime.engine.tensorrt_module import TensorRT
+from stepcell.seal import sealed
 
 MIRRORS = (Fp16Mirror("h", "half_in.h", "half_out.h"),)
 OPTIONS = BuildOptions(
@@ -164,5 +165,5 @@ def test_fp16_mirrors_stand_in_the_sidecar(denoiser_onnx: Path, tmp_path: Path) 
     start = old.index(' "half_copies"')
     old = old[:start] + old[old.index(' "checksum"') :]
     blank = re.sub(r'"checksum": "\w+"', f'"checksum": "{"0" * 64}"', old)
-    sidecar_path(path).write_text(blank.replace("0" * 64, _digest(blank)))
+    sidecar_path(path).write_bytes(sealed(blank.encode(), b'"checksum": "'))
     assert (read_sidecar(path).schema, read_sidecar(path).fp16_mirrors) == ("1.0", ())

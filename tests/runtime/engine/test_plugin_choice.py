@@ -22,7 +22,7 @@ from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.plugins.kernels import store
 from stepcell.plugins.kernels.cell_config import CellConfig
 from stepcell.plugins.kernels.compile import arguments_of, cell_word, source_digest
-from stepcell.plugins.kernels.image import ImageInfo, KernelImage, write_image
+from stepcell.plugins.kernels.image import SCHEMA, ImageInfo, KernelImage, write_image
 from stepcell.plugins.prepare import PreparedModel
 from stepcell.plugins.tensorrt.fields import PLUGIN_VERSION, interface_digest
 from stepcell.runtime import cuda
@@ -63,7 +63,7 @@ def fill(folder: Path, cell: CellConfig) -> Path:
     for kernel, tile in store.wanted(cell, "8.7"):
         cubin = f"{kernel} {tile.label}".encode()
         info = ImageInfo(
-            schema=1,
+            schema=SCHEMA,
             key=f"{kernel}-sm87-{tile.label}",
             source=source_digest(),
             kernel=kernel,
