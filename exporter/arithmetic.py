@@ -1,4 +1,4 @@
-"""How the parity checks compute a file: as it is written where it holds float16, in ONNX Runtime otherwise.
+"""Arithmetic of the parity checks: files with float16 are computed as written, all others in ONNX Runtime.
 
 ONNX Runtime's CPU provider computes float16 in float32 and drops casts (findings/ort-cpu-float16-casts.sh), so its
 errors are those of float16 weights alone.

@@ -1,6 +1,6 @@
-"""Seals: a document holds the SHA-256 of its own file, computed with 64 zeros in the place of that value.
+"""Seals: a file contains its own SHA-256, computed with 64 zeros in place of that value.
 
-Any changed byte of the file is detected, those of the seal itself included.
+Any changed byte is detected, including those of the seal.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a device installs: no torch, no triton; and how large and how fast that is."""
+"""Installation on a device: needs neither torch nor triton; prints its size and time to the first frame."""
 
 from __future__ import annotations
 

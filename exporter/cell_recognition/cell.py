@@ -72,7 +72,7 @@ class RecognisedCell:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A part of the graph that has the form of a cell and is left alone, with the reason in a short sentence."""
+    """A part of the graph that has the form of a cell but is not replaced, with the reason in a short sentence."""
 
     name: str
     kind: OpName

@@ -36,7 +36,7 @@ States = tuple[tuple[ir.Value, ir.Value], ...]
 
 
 def find_cells(model: ir.Model) -> tuple[list[RecognisedCell], list[NearMiss]]:
-    """The cells of a normalised model that an op can replace, and those left alone; in graph order."""
+    """The cells of a normalised model that an op can replace, and those that are kept as they are; in graph order."""
     algebra = Algebra()
     cells: list[RecognisedCell] = []
     misses: list[NearMiss] = []
@@ -154,7 +154,7 @@ def _without_peepholes(found: Lstm, reader: AffineReader) -> tuple[list[Affine],
 def _reset_after(
     n: Affine, h: ir.Value, algebra: Algebra, reader: AffineReader
 ) -> tuple[ir.Value, Activation, Affine] | None:
-    """Of a candidate `n = tanh(... + r (W_n * h + b))` the product with r, r, and `W_n * h + b`; else None."""
+    """For a candidate `n = tanh(... + r (W_n * h + b))`: the product with r, r, and `W_n * h + b`; otherwise None."""
     for source in n.maps:
         node = uncast(source).producer()
         scale = diagonal_of(n.kernels[source])

@@ -1,4 +1,4 @@
-"""Timing of step loops side by side in one process: rounds in an order drawn anew, ratios taken within a round.
+"""Timing of step loops side by side in one process: rounds in random order, ratios taken within a round.
 
 What else the machine does falls on all contenders of a round alike, so that ratios hold where times do not.
 """

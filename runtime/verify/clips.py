@@ -47,7 +47,7 @@ class Clip:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the data inputs."""
+        """Names of the data inputs."""
         return {name: array.shape for name, array in self._frames[0].items()}
 
     @property

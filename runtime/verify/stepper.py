@@ -1,6 +1,6 @@
 """Steppers: one interface for everything that computes a step, so that any two of them can be compared.
 
-A stepper has no state of its own as far as `step` is concerned: the caller hands the states in and gets the new ones
+`step` of a stepper is stateless: the caller passes the states in and gets the new ones
 back. `Running` feeds states back as the implementation under test does, which is what a stream sees.
 """
 

@@ -65,11 +65,11 @@ Examples:
 )
 @click.option(
     "--warm-up", "warm_up", type=click.IntRange(0), default=4096, show_default=True, metavar="N",
-    help="At most so many steps of the reference with the last frame held, until its states are full.",
+    help="Maximum number of steps of the reference with the last frame held, until its states stop moving.",
 )  # fmt: skip
 @click.option(
     "--warm-seconds", type=click.FloatRange(0), default=60.0, show_default=True, metavar="S",
-    help="The same as a time.",
+    help="Maximum time for --warm-up, in seconds.",
 )  # fmt: skip
 @click.option(
     "--device", metavar="DEVICE",
@@ -87,7 +87,7 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--report", "report_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.html",
-    help="Write a page with everything in it.",
+    help="Write an HTML page with verdicts, tables and plots.",
 )  # fmt: skip
 @click.option(
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.svg",

@@ -1,4 +1,4 @@
-"""What `stepcell kernels compile` refuses; what it writes is tested in test_compile.py."""
+"""Refusals of `stepcell kernels compile`; the files it writes are tested in test_compile.py."""
 
 from __future__ import annotations
 

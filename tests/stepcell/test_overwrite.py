@@ -1,4 +1,4 @@
-"""Which existing files an output may replace."""
+"""Rule for existing files that an output may replace."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 @dataclass(frozen=True)
 class _Window:
-    """Where a pooling node looks: the padded size of each spatial axis, and the part of it for each element."""
+    """Windows of a pooling node: the padded size of each spatial axis, and its slice for each element."""
 
     pads: list[int]
     padded: list[int]

@@ -62,7 +62,7 @@ def _along(x: Array, axis: int, places: Array, weights: Array | None) -> Array:
 
 
 def _positions(node: Node, size: int, target: int, scale: float, mapping: str) -> Array:
-    """Where each element of the result lies in the input."""
+    """Position in the input of each element of the result."""
     out = np.arange(target, dtype=np.float64)
     if mapping == "asymmetric":
         return out / scale

@@ -1,4 +1,4 @@
-"""What the parity check of an export computes: float16 as the file says, float32 in ONNX Runtime."""
+"""Parity check of an export: computes float16 as the file says, and float32 in ONNX Runtime."""
 
 from __future__ import annotations
 
