@@ -47,7 +47,7 @@ class Clip:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names of the data inputs."""
+        """Shapes of the data inputs, by name."""
         return {name: array.shape for name, array in self._frames[0].items()}
 
     @property
