@@ -1,7 +1,7 @@
 """Arithmetic of the parity checks: files with float16 are computed as written, all others in ONNX Runtime.
 
 ONNX Runtime's CPU provider computes float16 in float32 and drops casts (findings/ort-cpu-float16-casts.sh), so its
-errors are those of float16 weights alone.
+results show the errors of float16 weights only.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def evaluated_step(
 
     Args:
         data: the serialised model.
-        clip: its first frame is tried.
+        clip: the evaluator is tried on its first frame.
         inputs, outputs: as in `file_step`.
 
     Returns:
-        None, with a warning, if the file holds an operator that the evaluator does not have.
+        None, with a warning, if the file contains an operator that the evaluator does not support.
     """
     try:
         step = file_step(program_of(onnx.load_model_from_string(data), arithmetic).run, contract, inputs, outputs)

@@ -1,8 +1,8 @@
 """Equality check of two step models over many steps, each side feeding back its own states.
 
 Used by all three ways in: a lifted module against the user's module, an exported file against its
-module, a fused file against the original file. Errors that accumulate show, since states are never
-exchanged between the two sides.
+module, a fused file against the original file. Accumulating errors become visible, because states are
+never exchanged between the two sides.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ TOLERANCE = {
     ("float16", "float16"): 5e-2,
 }
 AMPLIFIED = 4.0  # two runs of the same precision round in different places
-OWN_RUNS = 3  # of the reference: how much it amplifies differs from one rounding to the next
-_LIVE_STEPS = 5  # within which a state must change something: a gate may start closed
+OWN_RUNS = 3  # runs of the reference: amplification varies from one rounding to the next
+_LIVE_STEPS = 5  # a state must have an effect within this many steps: a gate may start closed
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -83,7 +83,7 @@ Model = Callable[[CheckClip], Run]  # starts a run at the first step of a clip
 
 
 def tolerance_of(precision: str, states: Sequence[StateSpec]) -> float:
-    """The entry of `TOLERANCE` for a contract; one state in float16 decides for all."""
+    """The entry of `TOLERANCE` for a contract; a single float16 state selects the float16 tolerance."""
     narrow = any(state.dtype == "float16" for state in states)
     return TOLERANCE[precision, "float16" if narrow else "float32"]
 
@@ -162,14 +162,14 @@ def check_equal(
     step.
 
     Args:
-        reference: the model that is right.
+        reference: the model whose results are taken as correct.
         tolerance: relative to max(1, largest value of the tensor).
         own_runs: runs of the reference in the other's precision, made only where they are needed.
         subject: what messages call the reference, such as "the original file".
         hint: hint in the error.
 
     Returns:
-        Worst absolute difference per output and state; `amplified` where the tolerance was not kept.
+        Worst absolute difference per output and state; `amplified` if the tolerance was exceeded.
 
     Raises:
         ParityError: the difference is larger, or a shape differs.
@@ -189,7 +189,7 @@ def check_equal(
 
 
 def dead_states(step: Step, clip: CheckClip, states: Sequence[StateSpec]) -> list[StateSpec]:
-    """The states of which another value changes no output and no state, during the first steps of a clip."""
+    """The states whose value affects no output and no state during the first steps of a clip."""
     rng = np.random.default_rng(1)
     dead = {state.name: state for state in states}
     values = dict(clip.states)

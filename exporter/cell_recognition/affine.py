@@ -3,7 +3,7 @@
 A pre-activation is traced back through convolutions, matrix products, sums, concatenations and
 channel ranges to the values that it is computed from. Each value s gets one kernel:
 `sum_s W_s * s + b`, with zero "same" padding and odd kernels. A matrix product over features
-[N, F] is a 1x1 kernel. A value that is not exactly such a sum is a source of its own.
+[N, F] is a 1x1 kernel. A value that is not exactly such a sum is itself a source.
 """
 
 from __future__ import annotations

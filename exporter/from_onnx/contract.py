@@ -97,7 +97,7 @@ def rename(model: ir.Model, file: OnnxFile, contract: StepContract) -> onnx.Mode
 
 
 def _separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Give every output a value of its own: one value cannot have two names."""
+    """Give every output a separate value: one value cannot have two names."""
     seen: set[int] = set()
     for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         if value.is_graph_input() or value.is_initializer() or id(value) in seen:

@@ -100,7 +100,7 @@ def read_onnx_file(path: Path) -> OnnxFile:
 def _load_external_weights(tensors: Iterable[onnx.TensorProto], path: Path) -> None:
     """Read weights that are stored in files beside an ONNX file, as torch's exporter writes them: `model.onnx.data`.
 
-    The ONNX file names them, and it is not trusted: only a plain file of its own folder is opened.
+    The ONNX file names them, and it is not trusted: only a plain file in the same folder is opened.
 
     Raises:
         ExportError: a location that is not a plain file of the same folder, bytes that the file does not have,

@@ -1,6 +1,6 @@
 """Timing of step loops side by side in one process: rounds in random order, ratios taken within a round.
 
-What else the machine does falls on all contenders of a round alike, so that ratios hold where times do not.
+Other load on the machine affects all contenders of a round alike, so ratios stay valid when times do not.
 """
 
 from __future__ import annotations

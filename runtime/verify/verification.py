@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reference:
-    """What the subject is compared with.
+    """References that the subject is compared with.
 
     Attributes:
         exact: computes in float64, from the exact weights.
@@ -63,12 +63,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """How much is compared.
+    """Numbers of steps, limits and tolerance of a verification.
 
     Attributes:
         steps: steps of the free run from the initial states.
-        still: steps of the reference with the last frame held, at most, until its states are warm.
-        warm_seconds: the same limit as a duration, in seconds.
+        still: maximum number of warm-up steps of the reference, with the last frame held.
+        warm_seconds: maximum duration of these warm-up steps, in seconds.
         window: steps from warm states.
         lyapunov: Jacobians for the bound.
         resumed: steps of the run that is interrupted at each of them.
@@ -88,7 +88,7 @@ class VerifyOptions:
 
 @dataclass
 class Findings:
-    """What was found; becomes a `Report`.
+    """Results of a verification; become a `Report`.
 
     Attributes:
         warm, moving: errors from warm states on, with the last frame held and along the clip.
@@ -188,10 +188,10 @@ def own_verdicts(
     options: VerifyOptions,
     layers: Sequence[EngineLayer],
 ) -> list[Verdict]:
-    """The verdicts that ask the subject alone, or one step of the reference: the same for a recorded reference.
+    """Verdicts that need only the subject and single steps of the reference, live or recorded.
 
     Args:
-        states: of the reference, warm.
+        states: warm states of the reference.
         stored: the subject's states as it computes them.
     """
     rows = with_rows(subject.contract, clip, options.rows)

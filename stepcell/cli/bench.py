@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_FRAMES = 4  # of random values, used in turn
+_FRAMES = 4  # random frames, used in turn
 
 
 @click.command(
@@ -39,7 +39,7 @@ Examples:
 @click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="MODEL",
-    help="What ratios refer to.  [default: the first model]",
+    help="Baseline of the ratios.  [default: the first model]",
 )  # fmt: skip
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda for an engine, cpu for an .onnx]")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for one step.  [default: one per core]")
@@ -51,23 +51,35 @@ Examples:
     metavar="x:1x3x256x256",
     help="Sizes of one stream.  [default: as exported or tuned]",
 )
-@click.option("--streams", "streams_text", default="1", show_default=True, metavar="1,2,4,8", help="Rows of the batch.")
+@click.option(
+    "--streams",
+    "streams_text",
+    default="1",
+    show_default=True,
+    metavar="1,2,4,8",
+    help="Numbers of streams (batch rows) to time.",
+)
 @click.option(
     "--steps", "--iterations", "steps", type=click.IntRange(2), default=50, show_default=True, metavar="N",
-    help="Counted steps at least.",
+    help="Minimum number of timed steps.",
 )  # fmt: skip
 @click.option(
     "--duration", type=click.FloatRange(0), default=2.0, show_default=True, metavar="S",
-    help="Seconds for each model and number of streams at least.",
+    help="Minimum seconds for each model and number of streams.",
 )  # fmt: skip
 @click.option(
     "--warmUp", "--warm-up", "warm_up", type=click.FloatRange(0), default=200, show_default=True, metavar="MS",
-    help="Milliseconds of steps that are not counted.",
+    help="Milliseconds of untimed steps before the measurement.",
 )  # fmt: skip
 @click.option(
-    "--percentile", "percentile_text", default="50,90,95,99", show_default=True, metavar="P1,P2,...", help="In percent."
+    "--percentile",
+    "percentile_text",
+    default="50,90,95,99",
+    show_default=True,
+    metavar="P1,P2,...",
+    help="Percentiles to report.",
 )
-@click.option("--no-floor", is_flag=True, help="Do not measure what the processor does at best.")
+@click.option("--no-floor", is_flag=True, help="Do not measure the peak rates of the processor.")
 @click.option(
     "--exportTimes", "--export-times", "times_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.json",
     help="Write the report with the time of every step.",
@@ -98,10 +110,10 @@ def command(
 ) -> None:
     """Time the steps of one model or several, on random frames.
 
-    Several models are timed in one process, in a random order per round, and compared within a round: ratios hold
-    where a busy machine makes times useless. A time is that of `StepLoop.step`: frames on the host in, outputs on the
-    host out. Beside it stands the floor, what the step's bytes and operations would take at the best rate that this
-    processor reaches.
+    Several models are timed in one process, in a random order per round, and compared within a round: ratios stay
+    valid on a busy machine, where absolute times do not. A time is that of `StepLoop.step`, from
+    frames on the host to outputs on the host. The floor is the time that the step's bytes and operations would take at
+    the peak rates measured on this processor.
     """
     from stepcell.cli.plots import check_svg
     from stepcell.runtime.benchmark.bench import Effort

@@ -58,7 +58,7 @@ Examples:
     "-i", "--input", "input_text", default="random", show_default=True, metavar="CLIP",
     help="A video, a folder, a .npy, a file of events, or random values in the model's range.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random input.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random input.")
 @click.option("--shape", metavar="x:1x3x64x64", help="Sizes of random input.  [default: 64 at most]")
 @click.option(
     "--steps", type=click.IntRange(2), default=100, show_default=True, help="Steps of the free run.", metavar="N"
@@ -83,7 +83,7 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--record", "record_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.npz",
-    help="Write the reference there, for a box without it, and verify nothing.",
+    help="Record the reference to this file, for a machine without it, and verify nothing.",
 )  # fmt: skip
 @click.option(
     "--report", "report_path", type=click.Path(dir_okay=False, path_type=Path), metavar="F.html",

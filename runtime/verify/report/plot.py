@@ -26,7 +26,7 @@ class Series:
     Attributes:
         name: written at its end.
         x, y: points; what is not above zero, or infinite, is left out.
-        like: index of the series whose colour it takes, and then it is dashed; None: a colour of its own.
+        like: index of the series whose colour it takes, and then it is dashed; None: the next colour.
     """
 
     name: str
