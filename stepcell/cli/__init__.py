@@ -57,16 +57,21 @@ class _LazyGroup(click.Group):
             ctx.exit(130)  # the exit code of shells; click would use 1
 
 
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+_HELP = """Take a trained recurrent vision model to an edge GPU, one step at a time.
+
+\b
+stepcell export checkpoint.safetensors -o model.onnx
+stepcell build  model.onnx -o model.engine
+stepcell run    model.onnx --input clip.mp4 --output out.mp4
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 verification mismatch, 4 incompatible engine,
+5 missing dependency or plugin, 6 device or memory.
+"""
+
+
+@click.group(
+    cls=_LazyGroup, help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="stepcell")
 def main() -> None:
-    r"""Take a trained recurrent vision model to an edge GPU, one step at a time.
-
-    \b
-    stepcell export checkpoint.safetensors -o model.onnx
-    stepcell build  model.onnx -o model.engine
-    stepcell run    model.onnx --input clip.mp4 --output out.mp4
-
-    Exit codes: 0 ok, 1 failure, 2 usage, 3 verification mismatch, 4 incompatible engine,
-    5 missing dependency or plugin, 6 device or memory.
-    """
+    """The command `stepcell`."""

@@ -1,0 +1,42 @@
+"""What the command line prints about itself: help, `python -m stepcell`, shell completion."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from stepcell.cli import COMMANDS, main
+
+
+@pytest.mark.parametrize("command", ["", "kernels compile", *(name for name in COMMANDS if name != "kernels")])
+def test_help_has_examples_on_lines_of_their_own(command: str) -> None:
+    pytest.importorskip("torch")  # the help of `export` names the families
+    result = CliRunner().invoke(main, [*command.split(), "--help"])
+    assert result.exit_code == 0, result.output
+    assert "\\b" not in result.output
+    assert "\b" not in result.output
+    examples = [line for line in result.output.splitlines() if re.match(" +stepcell ", line)]
+    assert examples, result.output
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "stepcell", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: stepcell [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer to `stepcell run --on-<tab>`, as the lines of docs/index.md make a shell ask for it."""
+    words, current = ("stepcell run --on-", "2") if shell != "fish" else ("stepcell run", "--on-")
+    monkeypatch.setitem(os.environ, "_STEPCELL_COMPLETE", f"{shell}_complete")
+    monkeypatch.setitem(os.environ, "COMP_WORDS", words)
+    monkeypatch.setitem(os.environ, "COMP_CWORD", current)
+    with pytest.raises(SystemExit) as end:
+        main(prog_name="stepcell")
+    assert end.value.code == 0
+    assert "--on-nonfinite" in capsys.readouterr().out
