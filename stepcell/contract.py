@@ -18,6 +18,7 @@ from stepcell.dims import Dim, bind, resolve, symbols_of
 from stepcell.errors import ContractError, InputError
 from stepcell.event_spec import EventSpec
 from stepcell.ops import Gates, Reset
+from stepcell.seal import ZEROS, check_seal, sealed
 
 __all__ = [
     "METADATA_KEY",
@@ -43,6 +44,7 @@ STATE_IN = "state_in."
 STATE_OUT = "state_out."
 
 DType = Literal["float16", "float32", "float64", "int32", "int64", "bool", "uint8"]
+_CHECKSUM = b'"checksum": "'  # the last field of a sealed document
 MAX_INITIAL_BYTES = 4 << 20  # of one initial value, which is part of the JSON document
 
 
@@ -190,6 +192,7 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         example: value of every symbol in the export.
         source: origin of the weights: hash of the checkpoint, arguments, versions of tools, opset.
         parity: result of the parity check; None: not checked yet.
+        graph_sha256: of the graph and its weights (`stepcell.graph_hash`); unset: not recorded.
     """
 
     schema: str = SCHEMA
@@ -202,6 +205,7 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
     example: dict[str, int] = {}
     source: dict[str, Any] = {}
     parity: Parity | None = None
+    graph_sha256: str | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def symbols(self) -> list[str]:
@@ -241,24 +245,33 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         """Indented JSON with the fields in the order of this class."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
 
+    def to_sealed_json(self) -> str:
+        """The same with a last field `checksum`, as a file holds it (`stepcell.seal`)."""
+        document = msgspec.json.encode({**msgspec.to_builtins(self), "checksum": ZEROS})
+        return sealed(msgspec.json.format(document, indent=1), _CHECKSUM).decode()
+
     @classmethod
-    def from_json(cls, text: str | bytes, *, subject: str = "contract") -> StepContract:
+    def from_json(cls, text: str | bytes, *, subject: str = "contract", check: bool = True) -> StepContract:
         """Read and check a contract.
 
         Args:
             subject: the file, for messages.
+            check: False: accept a document that was edited and still has its old checksum.
 
         Raises:
-            ContractError: not JSON, a field of the wrong type, an unknown major version, a duplicate name, or a state
-                whose size does not follow from the inputs.
+            ContractError: not JSON, a field of the wrong type, an unknown major version, a checksum that does not fit,
+                a duplicate name, or a state whose size does not follow from the inputs.
         """
         try:
-            version = msgspec.json.decode(text, type=_Version).schema
+            head = msgspec.json.decode(text, type=_Head)
+            version = head.schema
             if version.split(".")[0] != SCHEMA.split(".")[0]:
                 raise ContractError(
                     f"{subject}: schema {version} is not supported; this stepcell reads {SCHEMA.split('.')[0]}.x",
                     hint="update stepcell, or export the model again with this version",
                 )
+            if check:
+                _check_sealed(text, head, subject)
             contract = msgspec.json.decode(text, type=cls)
         except msgspec.DecodeError as error:
             raise ContractError(f"{subject}: malformed contract: {error}") from error
@@ -284,8 +297,28 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
             _check_events(spec, subject)
 
 
-class _Version(msgspec.Struct):
+class _Head(msgspec.Struct):
     schema: str
+    checksum: str | None = None
+
+
+def _check_sealed(text: str | bytes, head: _Head, subject: str) -> None:
+    """Check that a sealed contract is as it was written; one without a checksum may be by hand or another program."""
+    data = text.encode() if isinstance(text, str) else text
+    if head.checksum is not None and check_seal(data, _CHECKSUM, head.checksum) is not None:
+        raise ContractError(
+            f"{subject}: was changed after it was written: its checksum does not fit",
+            hint="get the file again from where it was exported; if it was edited on purpose: --no-check",
+        )
+    # A damaged name of the field `checksum` would take the check away with it.
+    unknown = msgspec.json.decode(text, type=dict[str, Any]).keys() - set(StepContract.__struct_fields__) - {"checksum"}
+    if unknown and _minor(head.schema) <= _minor(SCHEMA):
+        raise ContractError(f"{subject}: schema {head.schema} has no field {min(unknown)!r}")
+
+
+def _minor(version: str) -> int:
+    text = version.partition(".")[2]
+    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:

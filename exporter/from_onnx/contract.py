@@ -110,9 +110,10 @@ def _separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
         seen.add(id(value))
 
 
-def write_contract(model: onnx.ModelProto, contract: StepContract) -> None:
-    """Embed the contract; other metadata of the file is kept."""
+def write_contract(model: onnx.ModelProto, contract: StepContract) -> StepContract:
+    """Embed the contract, which is returned with the hash of the graph; other metadata of the file is kept."""
     kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != METADATA_KEY]
-    embed_contract(model, contract)
+    contract = embed_contract(model, contract)
     for key, value in kept:
         model.metadata_props.add(key=key, value=value)
+    return contract

@@ -124,8 +124,8 @@ def _fuse(
         contract = attach_functions(proto, contract)
     write_contract(proto, contract)
     fused = OnnxSession(proto.SerializeToString(), f"{file.path}, fused")
-    contract = msgspec.structs.replace(contract, parity=check_fused(original, fused, contract, sizes.samples))
-    write_contract(proto, contract)
+    parity = check_fused(original, fused, contract, sizes.samples)
+    contract = write_contract(proto, msgspec.structs.replace(contract, parity=parity))
     report = FuseReport(
         contract=contract,
         transforms={cell.name: cell.note for cell in cells if cell.note},

@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 
 from stepcell.contract import METADATA_KEY, DType
 from stepcell.errors import ExportError, UsageError
-from stepcell.files import read_bytes
-from stepcell.onnx_model import read_model, tensors_of
+from stepcell.external_weights import ONE_FILE, has_external_weights, load_external_weights, tensors_of
+from stepcell.onnx_model import read_model
 
 __all__ = ["Array", "OnnxFile", "Port", "read_onnx_file"]
 
 Array = NDArray[Any]
-
-_LIMIT = 2**31 - 1  # bytes of one protobuf message
 
 
 @dataclass(frozen=True)
@@ -82,70 +80,19 @@ def read_onnx_file(path: Path) -> OnnxFile:
     """Read a file, and the weights that are stored beside it.
 
     Raises:
-        InputError: it cannot be read or is not an ONNX model.
+        InputError: it or its weights cannot be read, or it is not an ONNX model.
         UsageError: it has a contract already.
-        ExportError: its weights cannot be read, or its inputs and outputs are not tensors.
+        ExportError: its inputs and outputs are not tensors.
     """
     data, model = read_model(path)
     if any(entry.key == METADATA_KEY for entry in model.metadata_props):
         raise UsageError(f"{path}: has a state contract already", hint="`stepcell build` and `run` take it as it is")
     digest = hashlib.sha256(data).hexdigest()
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors_of(model)):
-        _load_external_weights(tensors_of(model), path)
+    if has_external_weights(model):
+        load_external_weights(model, path, limit=ONE_FILE)
         data = model.SerializeToString()
     inputs, outputs = _ports_of(model, path)
     return OnnxFile(path, data, digest, model, inputs, outputs)
-
-
-def _load_external_weights(tensors: Iterable[onnx.TensorProto], path: Path) -> None:
-    """Read weights that are stored in files beside an ONNX file, as torch's exporter writes them: `model.onnx.data`.
-
-    The ONNX file names them, and it is not trusted: only a plain file in the same folder is opened.
-
-    Raises:
-        ExportError: a location that is not a plain file of the same folder, bytes that the file does not have,
-            or more of them than one ONNX file holds.
-        InputError: the file with the weights cannot be read.
-    """
-    files: dict[str, bytes] = {}
-    total = 0
-    for tensor in tensors:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        if location not in files:
-            files[location] = read_bytes(_beside(path, location, tensor.name))
-        data = files[location]
-        start, length = _number(entries, "offset", 0), _number(entries, "length", len(data))
-        if start < 0 or length < 0 or start + length > len(data):
-            raise ExportError(
-                f"{path}: weights {tensor.name!r} are bytes {start} to {start + length} of {location!r}, which has "
-                f"{len(data)}",
-                hint="the two files do not belong together, or one is truncated",
-            )
-        total += length
-        if total > _LIMIT:
-            raise ExportError(f"{path}: more than 2 GiB of weights do not fit into one ONNX file")
-        tensor.raw_data = data[start : start + length]
-        del tensor.external_data[:]
-        tensor.data_location = onnx.TensorProto.DEFAULT
-
-
-def _beside(path: Path, location: str, tensor: str) -> Path:
-    beside = path.parent / location
-    plain = location not in ("", ".", "..") and Path(location).name == location and "\\" not in location
-    if not plain or beside.is_symlink() or (beside.exists() and not beside.is_file()):
-        raise ExportError(
-            f"{path}: weights {tensor!r} are in {location!r}; only a plain file in the same folder is opened",
-            hint="if you trust the file, save it as one: onnx.save(onnx.load(path), path)",
-        )
-    return beside
-
-
-def _number(entries: dict[str, str], key: str, default: int) -> int:
-    text = entries.get(key, str(default))
-    return int(text) if text.isascii() and text.isdigit() else -1
 
 
 def _ports_of(model: onnx.ModelProto, path: Path) -> tuple[list[Port], list[Port]]:

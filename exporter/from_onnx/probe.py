@@ -19,7 +19,7 @@ from stepcell.exporter.from_onnx.onnx_file import Array, OnnxFile
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.step_onnx.graph import set_shape
-from stepcell.onnx_model import tensors_of
+from stepcell.external_weights import tensors_of
 
 __all__ = ["Partial", "Prober", "Sample"]
 

@@ -106,9 +106,7 @@ def _onnx_and_contract(
     embed_contract(proto, contract)
     _check_valid(proto)
     parity = check_export(model, proto.SerializeToString(), contract)
-    contract = msgspec.structs.replace(contract, parity=parity)
-    embed_contract(proto, contract)
-    return proto, contract
+    return proto, embed_contract(proto, msgspec.structs.replace(contract, parity=parity))
 
 
 def _in_precision(model: nn.Module, precision: str) -> nn.Module:

@@ -15,6 +15,7 @@ from stepcell import __version__
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.dims import Dim
 from stepcell.exporter.step_onnx.op_functions import DOMAIN, Variant, function_for, variant_of
+from stepcell.graph_hash import graph_sha256
 
 __all__ = ["attach_functions", "embed_contract", "set_shape", "tidy"]
 
@@ -72,9 +73,11 @@ def attach_functions(model: onnx.ModelProto, contract: StepContract) -> StepCont
     return msgspec.structs.replace(contract, cells=cells)
 
 
-def embed_contract(model: onnx.ModelProto, contract: StepContract) -> None:
-    """Write the contract into the file's metadata, replacing one that is there."""
-    onnx.helper.set_model_props(model, {METADATA_KEY: contract.to_json()})
+def embed_contract(model: onnx.ModelProto, contract: StepContract) -> StepContract:
+    """Write the contract into the file's metadata with the hash of the graph, replacing one that is there."""
+    contract = msgspec.structs.replace(contract, graph_sha256=graph_sha256(model))
+    onnx.helper.set_model_props(model, {METADATA_KEY: contract.to_sealed_json()})
+    return contract
 
 
 def _values(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:

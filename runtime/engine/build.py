@@ -48,7 +48,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_engine(
-    onnx: Path, engine: Path, options: BuildOptions | None = None, *, overwrite: bool = False
+    onnx: Path,
+    engine: Path,
+    options: BuildOptions | None = None,
+    *,
+    check_file: bool = True,
+    overwrite: bool = False,
 ) -> EngineInfo:
     """Build an engine from an exported model; both files are moved into place once everything has succeeded.
 
@@ -58,10 +63,11 @@ def build_engine(
         onnx: a model exported by stepcell, with its contract in the metadata.
         engine: path of the plan to write; the sidecar is written beside it.
         options: None: the defaults, for the flavour's default GPUs.
+        check_file: refuse a model whose graph, weights or contract have changed since its export.
         overwrite: replace existing files that no build wrote.
 
     Raises:
-        InputError, ContractError: the model cannot be read, or has no contract.
+        InputError, ContractError: the model cannot be read, has no contract, or has changed since its export.
         UsageError: an option does not fit the model or the flavour, or an output is an input or a foreign
             file.
         MissingDependencyError: TensorRT is not installed.
@@ -81,7 +87,7 @@ def build_engine(
         check_output(
             Path(options.timing_cache), is_no_model, reads=reads, option="--timingCacheFile", overwrite=overwrite
         )
-    file = read_onnx(onnx)
+    file = read_onnx(onnx, check=check_file)
     profiles = derive_profiles(file.contract, options)
     targets = _targets(library, options)
     cache = _timing_cache(library, options)

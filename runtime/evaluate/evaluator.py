@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepcell.contract import METADATA_KEY, Spec, StepContract
+from stepcell.contract import Spec, StepContract
 from stepcell.errors import ContractError, InputError, StateError, UsageError
-from stepcell.onnx_model import read_model
+from stepcell.onnx_model import contract_text, missing_contract, read_onnx
 from stepcell.optional_imports import require
 from stepcell.runtime.evaluate.arithmetic import Arithmetic, Array, Widening, is_float
 from stepcell.runtime.evaluate.program import Program
@@ -54,6 +54,7 @@ class GraphEvaluator:
 
     Args:
         model: an ONNX file or model with a state contract; functions are inlined.
+        check_file: refuse a file that has changed since its export.
 
     Raises:
         InputError: the file cannot be read.
@@ -63,16 +64,20 @@ class GraphEvaluator:
         MissingDependencyError: onnx is not installed.
     """
 
-    def __init__(self, model: ModelProto | str | Path, arithmetic: Arithmetic = "as_written") -> None:
+    def __init__(
+        self, model: ModelProto | str | Path, arithmetic: Arithmetic = "as_written", *, check_file: bool = True
+    ) -> None:
         require("onnx", extra="ort", purpose="evaluating a model")
         self.name = "model"
         if isinstance(model, (str, Path)):
             self.name = str(model)
-            _, model = read_model(Path(model))
-        text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-        if text is None:
-            raise ContractError(f"{self.name}: has no state contract (metadata {METADATA_KEY!r})")
-        self.contract = StepContract.from_json(text, subject=f"{self.name}: contract")
+            file = read_onnx(Path(model), check=check_file)
+            model, self.contract = file.model, file.contract
+        else:
+            text = contract_text(model)
+            if text is None:
+                raise missing_contract(self.name)
+            self.contract = StepContract.from_json(text, subject=f"{self.name}: contract", check=False)
         self.arithmetic: Arithmetic = arithmetic
         self._widening = Widening(arithmetic)
         self._program = program_of(model, arithmetic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from stepcell.errors import DeviceError, UsageError
@@ -15,27 +16,32 @@ logger = logging.getLogger(__name__)
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 
 
-def open_backend(path: Path, device: str, *, allow_fallback: bool, keep_float16: bool, threads: int | None) -> Backend:
+def open_backend(
+    path: Path, device: str, *, allow_fallback: bool, keep_float16: bool, threads: int | None, check_file: bool = True
+) -> Backend:
     """Load a model. Arguments and errors are those of `StepLoop.open`."""
     parsed = Device.parse(device)
     if path.suffix in ENGINE_SUFFIXES:
         return _open_engine(path, parsed)
     if path.suffix == ".onnx":
-        return _open_onnx(path, parsed, allow_fallback, keep_float16, threads)
+        return _open_onnx(path, parsed, allow_fallback, keep_float16, threads, check_file)
     kinds = ", ".join((".onnx", *ENGINE_SUFFIXES))
     raise UsageError(f"{path}: expected a model file ({kinds}), got suffix {path.suffix!r}")
 
 
-def _open_onnx(path: Path, device: Device, allow_fallback: bool, keep_float16: bool, threads: int | None) -> Backend:
+def _open_onnx(
+    path: Path, device: Device, allow_fallback: bool, keep_float16: bool, threads: int | None, check_file: bool
+) -> Backend:
     from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
 
+    open_on = partial(OrtBackend, path, keep_float16=keep_float16, threads=threads, check_file=check_file)
     try:
-        return OrtBackend(path, device, keep_float16=keep_float16, threads=threads)
+        return open_on(device)
     except DeviceError as error:
         if device.kind == "cpu" or not allow_fallback:
             raise
         logger.warning(f"{error.message}: runs on the CPU instead, as allowed")
-    return OrtBackend(path, Device("cpu"), keep_float16=keep_float16, threads=threads)
+    return open_on(Device("cpu"))
 
 
 def _open_engine(path: Path, device: Device) -> Backend:

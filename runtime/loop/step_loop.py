@@ -64,6 +64,7 @@ class StepLoop:
         keep_float16: bool = False,
         threads: int | None = None,
         check_finite: bool = True,
+        check_file: bool = True,
     ) -> StepLoop:
         """Load a model.
 
@@ -75,17 +76,23 @@ class StepLoop:
             keep_float16: run a float16 ONNX file in float16 on the CPU too, which is slower.
             threads: number of threads for one step of an ONNX file on the CPU; None: one per core.
             check_finite: refuse inputs with NaN or Inf, which would stay in the states.
+            check_file: refuse an ONNX file whose graph, weights or contract have changed since its export.
 
         Raises:
             UsageError: an unknown device or kind of file, or a model whose batch cannot be divided into slots.
             InputError: the file cannot be read or is not a model.
-            ContractError: the file has no contract, or one that does not fit its graph.
+            ContractError: the file has no contract, or one that does not fit its graph; or it has changed.
             DeviceError: the device is absent or does not load, or is the CPU for an engine.
             EngineMismatchError: the engine does not fit its sidecar, this TensorRT or this device.
             MissingDependencyError: ONNX Runtime or TensorRT is not installed.
         """
         backend = open_backend(
-            Path(path), device, allow_fallback=allow_fallback, keep_float16=keep_float16, threads=threads
+            Path(path),
+            device,
+            allow_fallback=allow_fallback,
+            keep_float16=keep_float16,
+            threads=threads,
+            check_file=check_file,
         )
         try:
             return cls(backend, name=str(path), slots=slots, check_finite=check_finite)

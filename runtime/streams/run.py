@@ -49,6 +49,7 @@ def run_streams(
     allow_fallback: bool = False,
     keep_float16: bool = False,
     threads: int | None = None,
+    check_file: bool = True,
     size: tuple[int, int] | None = None,
     event_window: str | None = None,
     fps: float | Fraction | None = None,
@@ -75,8 +76,9 @@ def run_streams(
     as a valid file and the other streams go on; if no frame was stepped, an older file of the output stays.
 
     Args:
-        model: path of a model, which is opened with `device`, `allow_fallback`, `keep_float16` and `threads` of
-            `StepLoop.open`; or an open loop, with a slot for each of several inputs, without slots for one.
+        model: path of a model, which is opened with `device`, `allow_fallback`, `keep_float16`, `threads` and
+            `check_file` of `StepLoop.open`; or an open loop, with a slot for each of several inputs, without slots
+            for one.
         inputs: one input or several: a path, URL or `camera:N` as of `--input`, or a `Source`.
         outputs: None (frames are only stepped), or one output for each input: a path as of `--output`, a `Sink`
             or None.
@@ -84,6 +86,7 @@ def run_streams(
         allow_fallback: see `model`.
         keep_float16: see `model`.
         threads: see `model`.
+        check_file: see `model`.
         size: (width, height) in pixels of raw frames on stdin, or of an event sensor.
         event_window: events of one step, such as "30ms"; by default that of the contract.
         fps: frames per second of the outputs, 0.001 to 1000; by default those of the input, else 25.
@@ -134,8 +137,9 @@ def run_streams(
     if snapshot is None and (resume or snapshot_every is not None):
         raise UsageError("--resume and --snapshot-every need --snapshot FILE")
     is_loop = isinstance(model, StepLoop)
-    if is_loop and (device, allow_fallback, keep_float16, threads) != ("cpu", False, False, None):
-        raise UsageError("device, allow_fallback, keep_float16, threads: expected with the path of a model, got a loop")
+    if is_loop and (device, allow_fallback, keep_float16, threads, check_file) != ("cpu", False, False, None, True):
+        options_of_a_path = "device, allow_fallback, keep_float16, threads, check_file"
+        raise UsageError(f"{options_of_a_path}: expected with the path of a model, got a loop")
     snapshot_path = None if snapshot is None else Path(snapshot)
     files: dict[str, tuple[Path | None, Callable[[Path], bool]]] = {
         "--report": (None if report is None else Path(report), is_report),
@@ -166,6 +170,7 @@ def run_streams(
                     allow_fallback=allow_fallback,
                     keep_float16=keep_float16,
                     threads=threads,
+                    check_file=check_file,
                 )
             )
         logger.info(f"{loop.name}: {loop.description}")

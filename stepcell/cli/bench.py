@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from stepcell.cli.common import json_option, overwrite_option
+from stepcell.cli.common import json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
@@ -44,6 +44,7 @@ Examples:
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda for an engine, cpu for an .onnx]")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for one step.  [default: one per core]")
 @click.option("--keep-float16", is_flag=True, help="On a CPU, run a float16 model in float16 too.")
+@no_check_option
 @click.option(
     "--shape",
     "--shapes",
@@ -96,6 +97,7 @@ def command(
     device: str | None,
     threads: int | None,
     keep_float16: bool,
+    check_file: bool,
     shape: str | None,
     streams_text: str,
     steps: int,
@@ -134,7 +136,17 @@ def command(
     )
     streams = [int(each) for each in _numbers(streams_text, "--streams", 1, 4096)]
     paths = [against, *models] if against is not None else list(models)
-    report = _measured(paths, device, threads, shape, streams, effort, keep_float16=keep_float16, floor=not no_floor)
+    report = _measured(
+        paths,
+        device,
+        threads,
+        shape,
+        streams,
+        effort,
+        keep_float16=keep_float16,
+        check_file=check_file,
+        floor=not no_floor,
+    )
     _show(report, effort)
     if plot_path is not None:
         write_atomic(plot_path, _plot(report))
@@ -165,6 +177,7 @@ def _measured(
     effort: Effort,
     *,
     keep_float16: bool,
+    check_file: bool,
     floor: bool,
 ) -> BenchReport:
     from stepcell.runtime.benchmark.bench import (
@@ -190,7 +203,9 @@ def _measured(
         contenders, found, single = [], [[] for _ in paths], []  # type: ignore[var-annotated]
         for path in paths:
             place = device or ("cuda" if path.suffix in ENGINE_SUFFIXES else "cpu")
-            loop = stack.enter_context(StepLoop.open(path, place, threads=threads, keep_float16=keep_float16))
+            loop = stack.enter_context(
+                StepLoop.open(path, place, threads=threads, keep_float16=keep_float16, check_file=check_file)
+            )
             contenders.append(Contender(path.name, loop, []))
             single.append(_sizes(path, loop.contract, shape, 1))
             log(f"{path}: {loop.description}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from stepcell.cli.common import json_option, overwrite_option
+from stepcell.cli.common import json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, working
 from stepcell.runtime.engine.build import EngineInfo, build_engine
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
@@ -80,6 +80,7 @@ Examples:
     is_flag=True,
     help="The engine also loads in later TensorRT versions; not with TensorRT-RTX.",
 )
+@no_check_option
 @click.option("--verbose", is_flag=True, help="Show all messages of TensorRT.")
 @overwrite_option
 @json_option
@@ -97,6 +98,7 @@ def command(
     optimization_level: int | None,
     memory_pool: str | None,
     version_compatible: bool,
+    check_file: bool,
     verbose: bool,
     overwrite: bool,
     as_json: bool,
@@ -123,7 +125,7 @@ def command(
     )
     engine = output or model.with_suffix(".engine")
     with working(f"building {engine}"):
-        info = build_engine(model, engine, options, overwrite=overwrite)
+        info = build_engine(model, engine, options, check_file=check_file, overwrite=overwrite)
     _report(info)
     if as_json:
         print_json(info)

@@ -16,12 +16,16 @@ import click
 
 from stepcell.errors import StepcellError, UsageError
 
-__all__ = ["json_option", "leaving", "overwrite_option", "parse_settings"]
+__all__ = ["json_option", "leaving", "no_check_option", "overwrite_option", "parse_settings"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace an existing file although another program wrote it; never an input."
 )
+no_check_option = click.option(
+    "--no-check", "check_file", is_flag=True, flag_value=False, default=True,
+    help="Take an ONNX file that was changed since its export.",
+)  # fmt: skip
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from stepcell.cli.common import json_option
-from stepcell.cli.console import print_json, table
+from stepcell.cli.console import log, print_json, table
 from stepcell.contract import Spec, StepContract, TensorSpec
+from stepcell.errors import InputError
 from stepcell.files import human_size
 
 if TYPE_CHECKING:
@@ -28,15 +30,25 @@ Examples:
 def command(file: Path, as_json: bool) -> None:
     """Print inputs, outputs and states of FILE, an .onnx model or a TensorRT engine.
 
-    An engine is compared with its sidecar; TensorRT and a GPU are not needed.
+    A model is compared with its contract: what another tool changed since the export is listed. An engine is compared
+    with its sidecar; TensorRT and a GPU are not needed.
     """
-    from stepcell.onnx_model import read_onnx
+    from stepcell.onnx_model import changes_since_export, read_onnx, repair_hint
     from stepcell.runtime.engine.engine_check import read_engine
 
     if file.suffix == ".onnx":
-        model = read_onnx(file)
+        model = read_onnx(file, check=False)
+        try:
+            changes = changes_since_export(model)
+        except InputError as error:
+            changes = []
+            log(f"warning: not compared with its contract: {error.message}")
+        for change in changes:
+            log(f"warning: changed since export: {change}")
+        if changes:
+            log(f"hint:    what is printed is the contract; bring it up to date: {repair_hint(file)}")
         if as_json:
-            print_json(model.contract)
+            print_json({**msgspec.to_builtins(model.contract), "changed_since_export": changes})
         else:
             _print_contract(model.contract, f"{file}  {human_size(len(model.data))}  SHA-256 {model.sha256[:12]}...")
         return

@@ -76,7 +76,7 @@ def _cells_of(path: Path) -> list[CellConfig]:
     from stepcell.onnx_model import read_onnx
     from stepcell.plugins.onnx.rewrite import plugin_model
 
-    cells = [cell for _, cell in plugin_model(read_onnx(path).model).cells]
+    cells = [cell for _, cell in plugin_model(read_onnx(path, check=False).model).cells]
     if not cells:
         raise InputError(
             f"{path}: has no stepcell::ConvGRU or stepcell::ConvLSTM node", hint="there is nothing to compile"

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from stepcell.cli.common import json_option, leaving, overwrite_option
+from stepcell.cli.common import json_option, leaving, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json
 from stepcell.cli.signals import signal_control
 from stepcell.cli.verified import check_verified
@@ -142,6 +142,7 @@ Examples:
     "--require-verified", is_flag=True,
     help="Refuse an engine that `stepcell verify` has not passed on this device with this driver.",
 )  # fmt: skip
+@no_check_option
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this JSON file.")
 @overwrite_option
 @json_option

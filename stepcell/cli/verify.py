@@ -12,11 +12,12 @@ import click
 import msgspec
 
 from stepcell import __version__
-from stepcell.cli.common import json_option, overwrite_option
+from stepcell.cli.common import json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.contract import StepContract
 from stepcell.errors import InputError, ParityError, UsageError
 from stepcell.files import read_bytes, write_atomic
+from stepcell.onnx_model import read_onnx
 from stepcell.optional_imports import require
 from stepcell.overwrite import check_output, is_no_model, is_reference
 from stepcell.shapes import parse_shapes
@@ -77,6 +78,7 @@ Examples:
     "where it says float16.  [default: cuda for an engine, written for an .onnx]",
 )  # fmt: skip
 @click.option("--keep-float16", is_flag=True, help="With --device cpu, run a float16 model in float16 too.")
+@no_check_option
 @click.option(
     "--tolerance", type=click.FloatRange(0, min_open=True), metavar="T",
     help="Largest absolute difference of an output.  [default: derived from the reference]",
@@ -106,6 +108,7 @@ def command(
     warm_seconds: float,
     device: str | None,
     keep_float16: bool,
+    check_file: bool,
     tolerance: float | None,
     record_path: Path | None,
     report_path: Path | None,
@@ -135,7 +138,9 @@ def command(
             check_output(path, ours, reads=reads, option=option, overwrite=overwrite)
             reads[path] = option
     is_engine = model.suffix in _ENGINES
-    onnx, contract, sidecar = _opened(model)
+    onnx, contract, sidecar = _opened(model, check_file=check_file)
+    if against is not None and against.suffix == ".onnx":
+        read_onnx(against, check=check_file)
     layers = () if sidecar is None else sidecar.layers
     options = VerifyOptions(
         steps=steps, still=warm_up, warm_seconds=warm_seconds, tolerance=tolerance, rows=_most_rows(contract, sidecar)
@@ -178,13 +183,12 @@ def command(
         raise ParityError(f"{model}: failed: {', '.join(verdict.name for verdict in wrong)}: {wrong[0].says}")
 
 
-def _opened(model: Path) -> tuple[Path | None, StepContract, Sidecar | None]:
+def _opened(model: Path, *, check_file: bool) -> tuple[Path | None, StepContract, Sidecar | None]:
     """The ONNX file, where there is one, the contract, and the sidecar of an engine."""
-    from stepcell.onnx_model import read_onnx
     from stepcell.runtime.engine.engine_check import read_engine
 
     if model.suffix == ".onnx":
-        return model, read_onnx(model).contract, None
+        return model, read_onnx(model, check=check_file).contract, None
     if model.suffix not in _ENGINES:
         raise UsageError(f"{model}: expected an .onnx file or an engine ({', '.join(_ENGINES)})")
     _, sidecar = read_engine(model)
@@ -236,7 +240,7 @@ def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[
             raise UsageError("--device written: is for an .onnx file; an engine runs on a GPU")
         yield as_written(model), Place("NumPy, as written")
         return
-    with StepLoop.open(model, device, keep_float16=keep_float16, check_finite=False) as loop:
+    with StepLoop.open(model, device, keep_float16=keep_float16, check_finite=False, check_file=False) as loop:
         yield LoopStepper(loop), place_of(loop.device)
 
 

@@ -41,6 +41,7 @@ class OrtBackend:
         device: CPU or GPU.
         keep_float16: on the CPU, run a float16 model in float16 instead of float32.
         threads: number of threads for one step on the CPU; None: one per core.
+        check_file: refuse a file that has changed since its export.
 
     Raises:
         InputError: the file cannot be read or is not an ONNX model.
@@ -49,11 +50,21 @@ class OrtBackend:
         MissingDependencyError: onnxruntime is not installed.
     """
 
-    def __init__(self, path: Path, device: Device, *, keep_float16: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        *,
+        keep_float16: bool = False,
+        threads: int | None = None,
+        check_file: bool = True,
+    ) -> None:
         self._path = path
         self._device = device
         self._ort: Any = require("onnxruntime", extra="ort", purpose="running a model")
-        session, contract, specialized = open_session(path, device, keep_float16=keep_float16, threads=threads)
+        session, contract, specialized = open_session(
+            path, device, keep_float16=keep_float16, threads=threads, check_file=check_file
+        )
         self._session: Any = session
         self._specialized = specialized
         self.contract: StepContract = contract

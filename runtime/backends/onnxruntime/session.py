@@ -14,8 +14,9 @@ from typing import Any
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, DeviceError, InputError
+from stepcell.external_weights import load_external_weights
 from stepcell.files import read_bytes
-from stepcell.onnx_model import read_model
+from stepcell.onnx_model import OnnxFile, missing_contract, read_onnx, repair_hint
 from stepcell.optional_imports import require
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
@@ -77,7 +78,7 @@ class SpecializedSessions:
 
 
 def open_session(
-    path: Path, device: Device, *, keep_float16: bool, threads: int | None
+    path: Path, device: Device, *, keep_float16: bool, threads: int | None, check_file: bool = True
 ) -> tuple[Any, StepContract, SpecializedSessions | None]:
     """Open an ONNX file.
 
@@ -91,7 +92,8 @@ def open_session(
     ort = require("onnxruntime", extra="ort", purpose="running a model")
     if not path.is_file():
         read_bytes(path)  # raises an error that says why
-    model = _for_cpu(path, keep_float16) if device.kind == "cpu" else None
+    file = read_onnx(path, check=check_file)
+    model = _for_cpu(file, keep_float16) if device.kind == "cpu" else None
     options = _options(ort, threads, only_basic=model is not None)
     session = _create(ort, path, model or str(path), device, options)
     contract = _contract(session, path)
@@ -99,23 +101,17 @@ def open_session(
     return session, contract, None if model is None else SpecializedSessions(path, model, threads, session)
 
 
-def _for_cpu(path: Path, keep_float16: bool) -> bytes | None:
+def _for_cpu(file: OnnxFile, keep_float16: bool) -> bytes | None:
     """The model with its weights, in float32, for `SpecializedSessions`; None: run the unchanged file."""
-    onnx = require("onnx", extra="ort", purpose="running a model")
-    _, model = read_model(path)
-    text = next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
-    is_float16 = text is not None and StepContract.from_json(text, subject=str(path)).precision == "float16"
+    model, is_float16 = file.model, file.contract.precision == "float16"
     if is_float16 and keep_float16:
         return None
     if sum(4 * math.prod(tensor.dims) for tensor in model.graph.initializer) > _LARGE_MODEL and not is_float16:
         return None
-    try:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:  # for example a missing file, or a path outside the folder
-        raise InputError(f"{path}: its external weights cannot be read ({error})") from error
+    load_external_weights(model, file.path)
     if is_float16:
         model = to_float32(model)
-        logger.info(f"{path}: float16 is slow on a CPU: runs with the same weights in float32")
+        logger.info(f"{file.path}: float16 is slow on a CPU: runs with the same weights in float32")
     return bytes(model.SerializeToString())
 
 
@@ -194,13 +190,11 @@ def _require_cuda(ort: Any, device: Device) -> None:
 
 
 def _contract(session: Any, path: Path) -> StepContract:
+    """The contract of a session's model, which has been checked."""
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
-        raise ContractError(
-            f"{path}: has no state contract (metadata key {METADATA_KEY}), so its states are not known",
-            hint="export the checkpoint with `stepcell export`, which writes one",
-        )
-    return StepContract.from_json(text, subject=str(path))
+        raise missing_contract(path)
+    return StepContract.from_json(text, subject=str(path), check=False)
 
 
 def _check_graph(session: Any, contract: StepContract, path: Path) -> None:
@@ -216,7 +210,7 @@ def _check_graph(session: Any, contract: StepContract, path: Path) -> None:
             raise ContractError(
                 f"{path}: the graph's {side} differ from its contract: expected {_listing(expected)}, "
                 f"got {_listing(actual)}",
-                hint="the file was changed after its export; export it again",
+                hint=f"the file was changed after its export: {repair_hint(path)}",
             )
 
 
