@@ -33,7 +33,7 @@ def model() -> ModelProto:
         helper.make_node("Twice", ["c"], ["d"], "twice", domain="mine", factor=2.0),
         helper.make_node("Add", ["d", "i"], ["y"], "end"),
     ]
-    values = {"w": np.array([1, 2], np.float32), "low": np.float32(0), "flag": np.array(True)}
+    values = {"w": np.array([1, 2], np.float32), "low": np.float32(0), "flag": np.ones((), bool)}
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2])],
