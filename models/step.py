@@ -68,9 +68,7 @@ def initial_states(model: StepModule, *inputs: Tensor, dtype: torch.dtype | None
         inputs: data inputs of the first step; the states' shapes and device follow from them.
         dtype: dtype of the states; by default that of the first input.
     """
-    symbols: dict[str, int] = {}
-    for spec, tensor in zip(model.inputs, inputs, strict=True):
-        symbols = bind(spec.name, spec.shape, tensor.shape, symbols)
+    symbols = bind((spec.name, spec.shape, tensor.shape) for spec, tensor in zip(model.inputs, inputs, strict=True))
     values = getattr(model, "initial", {})
     options: dict[str, Any] = {"dtype": dtype or inputs[0].dtype, "device": inputs[0].device}
     states = []

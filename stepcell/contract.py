@@ -231,9 +231,8 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         names = [spec.name for spec in self.inputs]
         if set(shapes) != set(names):
             raise InputError(f"inputs: expected {', '.join(names) or 'none'}, got {', '.join(shapes) or 'none'}")
-        symbols: dict[str, int] = {}
+        symbols = bind((spec.name, spec.shape, shapes[spec.name]) for spec in self.inputs)
         for spec in self.inputs:
-            symbols = bind(spec.name, spec.shape, shapes[spec.name], symbols)
             _check_multiple(spec, shapes[spec.name])
         return symbols
 

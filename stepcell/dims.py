@@ -77,32 +77,41 @@ def substitute(shape: Sequence[Dim], symbols: Mapping[str, int]) -> tuple[Dim, .
     return tuple(evaluate(d, symbols) if set(symbols_of([d])) <= set(symbols) else d for d in shape)
 
 
-def bind(name: str, shape: Sequence[Dim], actual: Sequence[int], symbols: Mapping[str, int]) -> dict[str, int]:
-    """Values of the symbols in `shape` for which it equals `actual`.
+def bind(tensors: Iterable[tuple[str, Sequence[Dim], Sequence[int]]]) -> dict[str, int]:
+    """Values of the symbols for which every declared shape equals the actual one, in any order of the tensors.
 
     Args:
-        name: name of the tensor, for messages.
-        shape: declared shape; a dimension that is a single symbol gets its value from `actual`.
-        actual: shape of the array.
-        symbols: values that are known already, from other inputs.
-
-    Returns:
-        `symbols` with the new values.
+        tensors: name (for messages), declared shape and actual shape of each. A dimension that is a single symbol
+            determines it; expressions such as `height // 2` are compared afterwards.
 
     Raises:
-        InputError: the rank, a fixed dimension or an expression does not fit.
+        InputError: a rank, a fixed dimension or an expression does not fit, or no tensor determines a symbol.
     """
-    expected = "(" + ", ".join(str(dim) for dim in shape) + ")"
-    wrong = InputError(
-        f"{name}: expected shape {expected}, got {tuple(actual)}",
+    given = list(tensors)
+    symbols: dict[str, int] = {}
+    for name, shape, actual in given:
+        if len(shape) != len(actual) or any(size < 1 for size in actual):
+            raise _misfit(name, shape, actual, symbols)
+        for dim, size in zip(shape, actual, strict=True):
+            if isinstance(dim, str) and dim.isidentifier() and symbols.setdefault(dim, size) != size:
+                raise _misfit(name, shape, actual, symbols)
+    for name, shape, actual in given:
+        if unknown := [symbol for symbol in symbols_of(shape) if symbol not in symbols]:
+            raise InputError(
+                f"{name}: its shape {_written(shape)} follows from {unknown[0]}, which has no value",
+                hint=f"give the input that has {unknown[0]} as a size of its own, too",
+            )
+        if resolve(shape, symbols) != tuple(actual):
+            raise _misfit(name, shape, actual, symbols)
+    return symbols
+
+
+def _misfit(name: str, shape: Sequence[Dim], actual: Sequence[int], symbols: Mapping[str, int]) -> InputError:
+    return InputError(
+        f"{name}: expected shape {_written(shape)}, got {tuple(actual)}",
         hint=f"known sizes: {dict(symbols)}" if symbols else None,
     )
-    if len(shape) != len(actual):
-        raise wrong
-    bound = dict(symbols)
-    for dim, size in zip(shape, actual, strict=True):
-        if isinstance(dim, str) and dim.isidentifier() and bound.setdefault(dim, size) != size:
-            raise wrong
-    if any(size < 1 for size in actual) or resolve(shape, bound) != tuple(actual):
-        raise wrong
-    return bound
+
+
+def _written(shape: Sequence[Dim]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"

@@ -77,7 +77,7 @@ def step_model(
         tensors = checkpoint.tensors if canonical else chosen.convert(_widened(checkpoint.tensors), effective)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: no {error}") from error
-    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (NotThisFamily, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path}: family {chosen.name} with {arguments}: {error}") from error
     load_strictly(model, tensors, f"{checkpoint.path}: family {chosen.name}")
     return model.float().eval(), chosen.name, arguments

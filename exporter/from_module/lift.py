@@ -91,9 +91,7 @@ def _lifted(
 
 def _resized(model: LiftedModel, data: Inputs, starts: Starts) -> tuple[Inputs, Starts]:
     """Inputs and given states at other sizes, where sizes are dynamic."""
-    sizes: dict[str, int] = {}
-    for spec in model.inputs:
-        sizes = bind(spec.name, spec.shape, data[spec.name].shape, sizes)
+    sizes = bind((spec.name, spec.shape, data[spec.name].shape) for spec in model.inputs)
     step = max(spec.pad_multiple for spec in model.inputs)
     sizes = {symbol: size + (2 if symbol == "batch" else 3 * step) for symbol, size in sizes.items()}
     frames = {spec.name: random(resolve(spec.shape, sizes), 0) for spec in model.inputs}

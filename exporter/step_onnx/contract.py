@@ -10,7 +10,7 @@ from torch import nn
 
 from stepcell.contract import DType, InitialValue, StateSpec, StepContract, TensorSpec
 from stepcell.dims import bind, substitute, symbols_of
-from stepcell.errors import ExportError, UsageError
+from stepcell.errors import ExportError, InputError, UsageError
 from stepcell.models.step import StepModule, cell_specs
 
 __all__ = ["TORCH_DTYPES", "contract_for", "sizes_for_check", "sizes_for_trace"]
@@ -46,12 +46,14 @@ def contract_for(
         ExportError: `initial` names something else than a state.
         ContractError: a value of `initial` does not fit its state.
     """
-    symbols: dict[str, int] = {}
     by_name = {spec.name: spec for spec in model.inputs}
-    for name, shape in shapes.items():
+    for name in shapes:
         if name not in by_name:
             raise UsageError(f"--shape {name}: the model has no such input", hint=f"inputs: {', '.join(by_name)}")
-        symbols = bind(f"--shape {name}", by_name[name].shape, shape, symbols)
+    try:
+        symbols = bind((f"--shape {name}", by_name[name].shape, shape) for name, shape in shapes.items())
+    except InputError as error:
+        raise UsageError(error.message, hint=error.hint) from error
     known = symbols_of(dim for spec in model.inputs for dim in spec.shape)
     unknown = sorted(set(dynamic) - set(known))
     if unknown:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepcell.dims import Dim
 from stepcell.models.cell_model import CellModel
-from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, size_pair
+from stepcell.models.cells import ConvGRUCell, ConvLSTMCell, Gates, size_pair
 from stepcell.models.unfused_cells import ModuleGRUCell, ModuleLSTMCell
 
 __all__ = ["ConvRNNOptions", "cell_model", "conv_rnn"]
@@ -29,7 +29,9 @@ _SEPARABLE = "separable convolutions in the gates"
 
 @dataclass(frozen=True)
 class ConvRNNOptions:
-    """Arguments of upstream's ConvRNN and their defaults; those from `bias` on are for its input convolution."""
+    """Arguments of upstream's ConvRNN and their defaults; those from `bias` to `padding_mode` are for its input
+    convolution, and `hard` is that of the cell, which upstream sets only in a cell alone.
+    """
 
     in_channels: int
     out_channels: int
@@ -45,6 +47,7 @@ class ConvRNNOptions:
     depth_multiplier: int = 1
     groups: int = 1
     padding_mode: PaddingMode = "zeros"
+    hard: bool = False
 
     def __post_init__(self) -> None:
         if self.cell not in ("lstm", "gru"):
@@ -68,6 +71,11 @@ class ConvRNNOptions:
         )
 
     @property
+    def gates(self) -> Gates:
+        """Activations of the cell."""
+        return "hard" if self.hard else "soft"
+
+    @property
     def map_size(self) -> tuple[Dim, Dim]:
         """Height and width after the input convolution, as expressions of those of the frame."""
         sizes = []
@@ -87,7 +95,9 @@ class ConvRNNOptions:
 def conv_rnn(options: ConvRNNOptions) -> CellModel:
     """Build the layer as a step model: front (the input convolution, unless fused) and cell."""
     if options.fused:
-        return CellModel(ConvLSTMCell(options.in_channels, options.out_channels), options.in_channels)
+        return CellModel(
+            ConvLSTMCell(options.in_channels, options.out_channels, gates=options.gates), options.in_channels
+        )
     lstm = options.cell == "lstm"
     front = _input_conv(options, 4 * options.out_channels if lstm else options.in_channels)
     cell: ConvGRUCell | ModuleGRUCell | ModuleLSTMCell
@@ -97,9 +107,11 @@ def conv_rnn(options: ConvRNNOptions) -> CellModel:
         reason = f"x has a {kind}{kernel[0]}x{kernel[1]} convolution of stride {stride[0]}, h a 3x3 one"
         if options.norm == "InstanceNorm2d":
             reason = "InstanceNorm on the input convolution"
-        cell = _lstm_cell(options.out_channels, reason, separable=options.separable_hidden)
+        cell = _lstm_cell(options.out_channels, reason, separable=options.separable_hidden, gates=options.gates)
     else:
-        cell = _gru_cell(options.in_channels, options.out_channels, separable=options.separable_hidden)
+        cell = _gru_cell(
+            options.in_channels, options.out_channels, separable=options.separable_hidden, gates=options.gates
+        )
     return CellModel(cell, options.in_channels, front=front, map_size=options.map_size)
 
 
@@ -107,12 +119,12 @@ def cell_model(target: str, arguments: Mapping[str, Any]) -> CellModel:
     """Build one of upstream's cells alone: "ConvLSTMCell" (its x is the gates' pre-activations) or "ConvGRUCell"."""
     kwargs = dict(arguments)
     separable = str(kwargs.pop("conv_func", "")).endswith("DepthWiseSeparableConv2d")
-    hard = bool(kwargs.pop("hard", False))
+    gates: Gates = "hard" if kwargs.pop("hard", False) else "soft"
     if size_pair(kwargs.pop("kernel_size", 3)) != (3, 3):
         raise ValueError("kernel_size: expected 3 (upstream pads the cells by 1)")
     if target == "ConvLSTMCell":
         hidden = int(kwargs.pop("hidden_dim"))
-        lstm = _lstm_cell(hidden, "its input is the gates' pre-activations", separable=separable, hard=hard)
+        lstm = _lstm_cell(hidden, "its input is the gates' pre-activations", separable=separable, gates=gates)
         model = CellModel(lstm, 4 * hidden)
     elif target == "ConvGRUCell":
         inputs, hidden = int(kwargs.pop("in_channels")), int(kwargs.pop("out_channels"))
@@ -121,7 +133,7 @@ def cell_model(target: str, arguments: Mapping[str, Any]) -> CellModel:
             raise ValueError(
                 "stride, padding: expected stride 1 and padding = dilation, which keep the size of the state"
             )
-        model = CellModel(_gru_cell(inputs, hidden, separable=separable, hard=hard, dilation=dilation), inputs)
+        model = CellModel(_gru_cell(inputs, hidden, separable=separable, gates=gates, dilation=dilation), inputs)
     else:
         raise ValueError(f"target: expected ConvRNN, ConvLSTMCell or ConvGRUCell, got {target!r}")
     if kwargs:
@@ -136,18 +148,18 @@ class _InstanceNorm(nn.Module):
         return F.instance_norm(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
-def _lstm_cell(hidden: int, reason: str, *, separable: bool = False, hard: bool = False) -> ModuleLSTMCell:
+def _lstm_cell(hidden: int, reason: str, *, separable: bool = False, gates: Gates = "soft") -> ModuleLSTMCell:
     # x is added as it is. As W_x of the op it would need a 4C x 4C identity convolution.
     conv = _separable_conv(hidden, 4 * hidden) if separable else nn.Conv2d(hidden, 4 * hidden, 3, padding=1)
-    return ModuleLSTMCell(hidden, _SEPARABLE if separable else reason, map_h=conv, gates="hard" if hard else "soft")
+    return ModuleLSTMCell(hidden, _SEPARABLE if separable else reason, map_h=conv, gates=gates)
 
 
 def _gru_cell(
-    inputs: int, hidden: int, *, separable: bool = False, hard: bool = False, dilation: tuple[int, int] = (1, 1)
+    inputs: int, hidden: int, *, separable: bool = False, gates: Gates = "soft", dilation: tuple[int, int] = (1, 1)
 ) -> ConvGRUCell | ModuleGRUCell:
     both = inputs + hidden
     if not separable and dilation == (1, 1):
-        return ConvGRUCell(inputs, hidden, gates="hard" if hard else "soft")
+        return ConvGRUCell(inputs, hidden, gates=gates)
     conv_zr: nn.Module = _separable_conv(both, 2 * hidden) if separable else nn.Conv2d(both, 2 * hidden, 3, padding=1)
     conv_n: nn.Module = nn.Conv2d(both, hidden, 3, padding=dilation, dilation=dilation)
     if separable:
@@ -155,7 +167,7 @@ def _gru_cell(
         depthwise = nn.Conv2d(both, both, 3, padding=dilation, dilation=dilation, groups=both)
         conv_n = nn.Sequential(depthwise, nn.Conv2d(both, hidden, 1))
     reason = _SEPARABLE if separable else "dilated candidate convolution"
-    return ModuleGRUCell(hidden, conv_zr, conv_n, reason, gates="hard" if hard else "soft", x_first=False)
+    return ModuleGRUCell(hidden, conv_zr, conv_n, reason, gates=gates, x_first=False)
 
 
 def _separable_conv(inputs: int, outputs: int) -> nn.Sequential:

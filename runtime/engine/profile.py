@@ -96,11 +96,8 @@ def _all_shapes(contract: StepContract, option: str, shapes: Shapes) -> dict[str
     unknown = [name for name in shapes if name not in known]
     if unknown:
         raise UsageError(f"{option}: the model has no input {unknown[0]!r} (it has {', '.join(known)})")
-    symbols: dict[str, int] = {}
     try:
-        for spec in contract.inputs:
-            if spec.name in shapes:
-                symbols = bind(spec.name, spec.shape, shapes[spec.name], symbols)
+        symbols = bind((spec.name, spec.shape, shapes[spec.name]) for spec in contract.inputs if spec.name in shapes)
         full = {
             spec.name: shapes.get(spec.name) or _follow(contract, spec, symbols, option) for spec in contract.inputs
         }

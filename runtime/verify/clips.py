@@ -82,10 +82,8 @@ def sizes_for(contract: StepContract, shapes: Mapping[str, Sequence[int]] | None
     unknown = sorted(set(shapes or {}) - {spec.name for spec in contract.inputs})
     if unknown:
         raise InputError(f"--shape {unknown[0]}: the model has no such input")
-    found: dict[str, int] = {}
-    for spec in contract.inputs:
-        if shapes is not None and spec.name in shapes:
-            found = bind(spec.name, spec.shape, shapes[spec.name], found)
+    given = shapes or {}
+    found = bind((spec.name, spec.shape, given[spec.name]) for spec in contract.inputs if spec.name in given)
     multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
     batch = {state.shape[state.batch_axis] for state in contract.states} | {"batch"}
     for symbol in contract.symbols:

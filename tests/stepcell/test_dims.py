@@ -57,10 +57,20 @@ def test_substitute_keeps_what_is_not_known() -> None:
 
 
 def test_bind_finds_sizes_and_refuses_contradictions() -> None:
-    symbols = bind("x", ("batch", 3, "height", "height // 2"), (2, 3, 8, 4), {})
+    x = ("x", ("batch", 3, "height", "height // 2"))
+    symbols = bind([(*x, (2, 3, 8, 4))])
     assert symbols == {"batch": 2, "height": 8}
     for shape in [(2, 3, 8), (2, 4, 8, 4), (2, 3, 8, 5), (0, 3, 8, 4)]:
         with pytest.raises(InputError, match=r"x: expected shape \(batch, 3, height, height // 2\), got"):
-            bind("x", ("batch", 3, "height", "height // 2"), shape, {})
+            bind([(*x, shape)])
     with pytest.raises(InputError, match="known sizes"):
-        bind("flow", ("batch", 2), (3, 2), {"batch": 2})
+        bind([(*x, (2, 3, 8, 4)), ("flow", ("batch", 2), (3, 2))])
+
+
+def test_bind_takes_tensors_in_any_order() -> None:
+    image, feature = ("s0", ("batch", "height"), (2, 9)), ("f1", ("batch", "(height + 1) // 2"), (2, 5))
+    assert bind([feature, image]) == bind([image, feature]) == {"batch": 2, "height": 9}
+    with pytest.raises(InputError, match=r"f1: expected shape \(batch, \(height \+ 1\) // 2\), got \(2, 6\)"):
+        bind([(*feature[:2], (2, 6)), image])
+    with pytest.raises(InputError, match=r"f1: its shape .* follows from height, which has no value"):
+        bind([feature])

@@ -16,9 +16,13 @@ __all__ = ["Gate", "bias_of", "blocks", "fold_norm", "gate", "gru_tensors", "lst
 Gate = tuple[Tensor, Tensor | None]
 
 
-def gate(tensors: Mapping[str, Tensor], name: str) -> Gate:
-    """Convolution `name` of a state_dict: `name.weight` and, if there is one, `name.bias`."""
-    return tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+def gate(tensors: Mapping[str, Tensor], name: str, *, biased: bool = False) -> Gate:
+    """Convolution `name` of a state_dict: `name.weight` and, if there is one, `name.bias`.
+
+    Args:
+        biased: whether upstream always has a bias: KeyError if there is none.
+    """
+    return tensors[f"{name}.weight"], tensors[f"{name}.bias"] if biased else tensors.get(f"{name}.bias")
 
 
 def blocks(packed: Gate, count: int) -> list[Gate]:

@@ -99,6 +99,25 @@ def test_a_missing_tensor_is_refused(family: str, name: str, tmp_path: Path) -> 
         step_model(load_checkpoint(tmp_path / "c.pth"), family, case.settings)
 
 
+# A constructor without a bias leaves out these.
+OPTIONAL = {
+    "ndrplz_convlstm": ["cell_list.0.conv.bias"],
+    "openeb_convrnn": ["conv_x2h.module.0.bias"],
+}
+
+
+@pytest.mark.parametrize("case", KEPT_CASES, ids=[case.name for case in KEPT_CASES])
+def test_no_missing_bias_counts_as_zero(case: Case) -> None:
+    tensors = weights(case)
+    for name in [name for name in tensors if "bias" in name and name not in OPTIONAL.get(case.family, ())]:
+        rest = {key: tensor for key, tensor in tensors.items() if key != name}
+        try:
+            step_model(Checkpoint(case.path, rest, "", None, {}), case.family, case.settings)
+        except CheckpointError:
+            continue
+        pytest.fail(f"{name} is missing and was taken for zero")
+
+
 @pytest.mark.parametrize("case", KEPT_CASES, ids=[case.name for case in KEPT_CASES])
 def test_a_tensor_with_other_axes_raises_no_other_error(case: Case) -> None:
     tensors = weights(case)
@@ -182,6 +201,43 @@ def test_openeb_arguments_of_the_input_convolution(mode: str, tmp_path: Path) ->
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             assert (got[step] - h).abs().max() < 1e-6, f"step {step}: off by {(got[step] - h).abs().max():.2g}"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_openeb_convrnn_with_hard_gates(cell: str, stride: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lstm = cell == "lstm"
+    convs = {"conv_x2h.module.0": nn.Conv2d(2, 12 if lstm else 2, 3, stride, 1)}
+    if lstm:
+        convs["timepool.conv_h2h"] = nn.Conv2d(3, 12, 3, padding=1)
+    else:
+        convs |= {"timepool.conv_rz": nn.Conv2d(5, 6, 3, padding=1), "timepool.conv_f": nn.Conv2d(5, 3, 3, padding=1)}
+    for conv in convs.values():
+        conv.weight.data *= 4  # so that the gates reach their limits
+    torch.save(
+        {f"{n}.{key}": t for n, conv in convs.items() for key, t in conv.state_dict().items()}, tmp_path / "c.pth"
+    )
+    model, _, _ = step_model(load_checkpoint(tmp_path / "c.pth"), None, {"hard": True, "stride": stride})
+    x2h, *hidden = convs.values()
+    x, size = torch.randn(6, 2, 2, 6, 8), (2, 3, 6 // stride, 8 // stride)
+    h, c = torch.zeros(size), torch.zeros(size)
+
+    def sigmoid(a: Tensor) -> Tensor:
+        return (a / 2 + 0.5).clamp(0, 1)
+
+    with torch.no_grad():
+        got, _ = run_sequence(model, x)  # type: ignore[arg-type]
+        for step, frame in enumerate(x):
+            y = x2h(frame)
+            if lstm:
+                i, f, o, g = (y + hidden[0](h)).chunk(4, dim=1)
+                c = sigmoid(f) * c + sigmoid(i) * g.clamp(-1, 1)
+                h = sigmoid(o) * c.clamp(-1, 1)
+            else:
+                z, r = sigmoid(hidden[0](torch.cat([h, y], dim=1))).chunk(2, dim=1)
+                h = (1 - z) * h + z * hidden[1](torch.cat([r * h, y], dim=1)).clamp(-1, 1)
+            assert (got[step] - h).abs().max() < 1e-5, f"step {step}: off by {(got[step] - h).abs().max():.2g}"
 
 
 def test_openeb_names_an_argument_that_upstream_lacks() -> None:

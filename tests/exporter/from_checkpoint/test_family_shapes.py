@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 
 from stepcell import StepLoop
 from stepcell.cli import main
-from stepcell.exporter import load_checkpoint, step_model
+from stepcell.dims import resolve, symbols_of
+from stepcell.errors import UsageError
+from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
 
 
 def export(folder: Path, *arguments: str) -> Result:
@@ -68,3 +71,38 @@ def test_set_goes_before_shape_and_a_wrong_shape_is_refused(fcl: Path) -> None:
     result = export(fcl, "--shape", "x:1x2x9x8")
     assert result.exit_code == 1
     assert "the linear layer reads 48 positions, got [9, 8]" in result.output
+
+
+# Every family with several inputs; a new one is added here.
+SEVERAL_INPUTS: dict[str, dict[str, Any]] = {
+    "pooled_gru_heads": {"input_size": 3, "hidden_size": 4, "head": "roi", "regions": 2},
+    "raft_stereo_convgru": {"hidden_dim": 4, "input_dim": 5, "inputs": [3, 2]},
+    "raft_update_block": {"target": "SmallUpdateBlock", "corr_levels": 1, "corr_radius": 1, "hidden_dim": 4},
+    "rvm_decoder": {"feature_channels": [2, 3, 4, 6], "decoder_channels": [4, 6, 2, 3]},
+}
+
+
+def all_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    symbols = symbols_of(dim for spec in model.inputs for dim in spec.shape)
+    sizes = {**dict.fromkeys(symbols, 17), "batch": 2, **getattr(model, "examples", {})}
+    return {spec.name: resolve(spec.shape, sizes) for spec in model.inputs}
+
+
+@pytest.mark.parametrize("family", SEVERAL_INPUTS)
+def test_all_inputs_fixed_in_any_order(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family].build(**SEVERAL_INPUTS[family])
+    shapes = all_shapes(model)
+    assert len(shapes) > 1
+    backwards = dict(reversed(shapes.items()))
+    contract = export_onnx(model, tmp_path / "m.onnx", precision="float32", shapes=backwards)
+    assert contract.symbols == []
+    with StepLoop.open(tmp_path / "m.onnx") as loop:
+        types = {spec.name: np.dtype(spec.dtype) for spec in contract.inputs}
+        outputs = loop.step(**{name: np.zeros(shape, types[name]) for name, shape in shapes.items()})
+    assert {name: array.shape for name, array in outputs.items()} == {s.name: s.shape for s in contract.outputs}
+
+
+def test_a_shape_that_leaves_the_frame_unknown(tmp_path: Path) -> None:
+    model = FAMILIES["rvm_decoder"].build(**SEVERAL_INPUTS["rvm_decoder"])
+    with pytest.raises(UsageError, match=r"--shape f1: its shape .* follows from height, which has no value"):
+        export_onnx(model, tmp_path / "m.onnx", shapes={"f1": (1, 2, 9, 9)})

@@ -7,7 +7,6 @@ from torch import Tensor
 from stepcell.exporter.from_checkpoint.families.family import NotThisFamily, Tensors
 from stepcell.exporter.from_checkpoint.families.weights import (
     Gate,
-    bias_of,
     blocks,
     fold_norm,
     gru_tensors,
@@ -35,8 +34,7 @@ class Reader:
 
     def conv(self, name: str) -> dict[str, Tensor]:
         """A plain convolution."""
-        conv = self._gate(name)
-        return {"weight": conv[0].float(), "bias": bias_of(conv).float()}
+        return {"weight": self._take(f"{name}.weight").float(), "bias": self._take(f"{name}.bias").float()}
 
     def layer(self, name: str, *, conv: str = "conv2d", outputs_axis: int = 0) -> dict[str, Tensor]:
         """A convolution with the statistics of its norm folded in."""
@@ -71,14 +69,18 @@ class Reader:
             raise ValueError(f"no tensor {self._prefix}{name}, which a model with these arguments has") from None
 
     def _gate(self, name: str) -> Gate:
-        return self._take(f"{name}.weight"), self._tensors.pop(f"{self._prefix}{name}.bias", None)
+        return self._take(f"{name}.weight"), self._take(f"{name}.bias")
 
     def _folded(self, conv: str, norm: str, outputs_axis: int) -> dict[str, Tensor]:
         names = ("running_mean", "running_var", *(("weight", "bias") if self._norm == "BN" else ()))
-        weight, bias = fold_norm(
-            self._gate(conv), {name: self._take(f"{norm}.{name}") for name in names}, outputs_axis=outputs_axis
+        weight = self._take(f"{conv}.weight")
+        # In front of a BatchNorm upstream has no bias.
+        bias = (
+            self._tensors.pop(f"{self._prefix}{conv}.bias", None) if self._norm == "BN" else self._take(f"{conv}.bias")
         )
-        return {"weight": weight, "bias": bias}
+        statistics = {name: self._take(f"{norm}.{name}") for name in names}
+        folded = fold_norm((weight, bias), statistics, outputs_axis=outputs_axis)
+        return dict(zip(("weight", "bias"), folded, strict=True))
 
 
 def count(tensors: Tensors, prefix: str) -> int:

@@ -25,6 +25,8 @@ from stepcell.models.published.openeb import ConvRNNOptions, cell_model, conv_rn
 
 __all__ = ["FAMILY", "cell_kind", "convs", "fold_batch_norm", "recognise_rnn", "rnn_tensors"]
 
+_UNFUSED = {"conv_rz": "conv_zr", "conv_f": "conv_n"}
+
 
 def recognise_rnn(tensors: Tensors) -> dict[str, object]:
     """Arguments of a ConvRNN that its tensors determine; tensors are named as in a ConvRNN saved alone."""
@@ -62,12 +64,13 @@ def rnn_tensors(tensors: Tensors, options: ConvRNNOptions) -> dict[str, Tensor]:
     """Tensors of `conv_rnn(options)` from those of a ConvRNN saved alone."""
     norm = "conv_x2h.module.1" if options.norm == "BatchNorm2d" else None
     if not options.fused:
-        front = convs(tensors, "conv_x2h.module.0", "front.0", norm)
+        front = convs(tensors, "conv_x2h.module.0", "front.0", norm, biased=options.bias)
         cell = under(tensors, "timepool")
         return {**front, **prefixed("cell", _cell(cell, canonical=not options.separable_hidden))}
-    weight, bias = fold_batch_norm(gate(tensors, "conv_x2h.module.0"), tensors, norm)
-    hidden = gate(tensors, "timepool.conv_h2h")
-    return prefixed("cell", {"weight_x": weight, "weight_h": hidden[0], "bias": bias + bias_of(hidden)})
+    weight, bias = fold_batch_norm(gate(tensors, "conv_x2h.module.0", biased=options.bias), tensors, norm)
+    hidden, hidden_bias = gate(tensors, "timepool.conv_h2h", biased=True)
+    assert hidden_bias is not None
+    return prefixed("cell", {"weight_x": weight, "weight_h": hidden, "bias": bias + hidden_bias})
 
 
 def fold_batch_norm(conv: Gate, tensors: Tensors, norm: str | None) -> tuple[Tensor, Tensor]:
@@ -79,23 +82,33 @@ def fold_batch_norm(conv: Gate, tensors: Tensors, norm: str | None) -> tuple[Ten
     return fold_norm(conv, under(tensors, norm))
 
 
-def convs(tensors: Tensors, source: str, target: str, norm: str | None = None) -> dict[str, Tensor]:
-    """A plain or separable convolution, with BatchNorm folded into its last part."""
+def convs(
+    tensors: Tensors, source: str, target: str, norm: str | None = None, *, biased: bool = True
+) -> dict[str, Tensor]:
+    """A plain or separable convolution, with BatchNorm folded into its last part.
+
+    Args:
+        biased: whether upstream has biases; KeyError if one is missing.
+    """
     found = {}
     for part in (".0", ".1") if f"{source}.0.weight" in tensors else ("",):
-        weight, bias = fold_batch_norm(gate(tensors, source + part), tensors, None if part == ".0" else norm)
+        conv = gate(tensors, source + part, biased=biased)
+        weight, bias = fold_batch_norm(conv, tensors, None if part == ".0" else norm)
         found.update({f"{target}{part}.weight": weight, f"{target}{part}.bias": bias})
     return found
 
 
 def _cell(tensors: Tensors, *, canonical: bool) -> dict[str, Tensor]:
+    # Separable convolutions have a bias everywhere or nowhere, plain ones always.
+    biased = any(name.endswith(".bias") for name in tensors) or not any(name.endswith(".1.weight") for name in tensors)
     if any(name.startswith("conv_h2h.") for name in tensors):
-        return convs(tensors, "conv_h2h", "map_h")
+        return convs(tensors, "conv_h2h", "map_h", biased=biased)
     if not canonical:
-        return {**convs(tensors, "conv_rz", "conv_zr"), **convs(tensors, "conv_f", "conv_n")}
+        rz, n = (convs(tensors, name, target, biased=biased) for name, target in _UNFUSED.items())
+        return {**rz, **n}
     # The first half of conv_rz is the update gate z, the second the reset gate r.
-    z, r = blocks(gate(tensors, "conv_rz"), 2)
-    return gru_tensors(z, r, gate(tensors, "conv_f"), x_first=False)
+    z, r = blocks(gate(tensors, "conv_rz", biased=True), 2)
+    return gru_tensors(z, r, gate(tensors, "conv_f", biased=True), x_first=False)
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
@@ -165,6 +178,6 @@ FAMILY = Family(
         "padding": f"{_RNN}: of the input convolution",
         "dilation": f"{_RNN}: of the input convolution",
         "norm": f'{_RNN}: "BatchNorm2d", "InstanceNorm2d" or "none"',
-        "hard": "of ConvLSTMCell and ConvGRUCell: hard gates (clamped lines)",
+        "hard": "hard gates (clamped lines)",
     },
 )

@@ -55,12 +55,14 @@ def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
         source = f"unet.decoders.0.{block}"
         for name in ("conv1", "conv2", "downsample"):
             if f"{source}.{name}.0.weight" in tensors:
-                found |= convs(tensors, f"{source}.{name}.0", f"middle.{block}.{name}", f"{source}.{name}.1")
+                found |= convs(
+                    tensors, f"{source}.{name}.0", f"middle.{block}.{name}", f"{source}.{name}.1", biased=False
+                )
     for side, first in (("encoders", 0), ("decoders", 1)):  # upstream's decoder 0 is `middle`
         layers = sorted({int(name.split(".")[2]) for name in tensors if name.startswith(f"unet.{side}.")})
         for layer in layers[first:]:
             own = under(tensors, f"unet.{side}.{layer}")
-            options = ConvRNNOptions(**recognise_rnn(own))  # type: ignore[arg-type]
+            options = ConvRNNOptions(**{**recognise_rnn(own), "bias": True})  # type: ignore[arg-type]
             found |= prefixed(f"{side}.{layer - first}", rnn_tensors(own, options))
     return found
 

@@ -35,7 +35,9 @@ def _convert(tensors: Tensors, _: Mapping[str, object]) -> dict[str, Tensor]:
     found = convs(tensors, "pred.module.0", "pred")
     for block in _BLOCKS:
         for name in ("conv1", "conv2"):
-            found |= convs(tensors, f"{block}.module.{name}.0", f"{block}.{name}", f"{block}.module.{name}.1")
+            found |= convs(
+                tensors, f"{block}.module.{name}.0", f"{block}.{name}", f"{block}.module.{name}.1", biased=False
+            )
         for name in ("fc1", "fc2"):
             found |= convs(tensors, f"{block}.module.{name}", f"{block}.{name}")
         if f"{block}.module.downsample.0.weight" in tensors:

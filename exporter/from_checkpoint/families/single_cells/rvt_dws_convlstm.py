@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors, weight_and_bias
+from stepcell.exporter.from_checkpoint.families.family import (
+    Family,
+    NotThisFamily,
+    Tensors,
+    check_names,
+    weight_and_bias,
+)
 from stepcell.exporter.from_checkpoint.families.weights import blocks, gate, lstm_tensors, prefixed
 from stepcell.models.cell_model import CellModel
 from stepcell.models.cells import ConvLSTMCell
@@ -16,21 +22,16 @@ __all__ = ["FAMILY"]
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
-    if not {"conv1x1.weight"} <= set(tensors) <= weight_and_bias(("conv1x1", "conv3x3_dws")):
-        raise NotThisFamily("tensors other than conv1x1 and conv3x3_dws")
+    depthwise = "conv3x3_dws.weight" in tensors
+    check_names(tensors, weight_and_bias(("conv1x1", "conv3x3_dws") if depthwise else ("conv1x1",)))
     shape = tuple(tensors["conv1x1.weight"].shape)
     dim = shape[0] // 4
     if shape != (4 * dim, 2 * dim, 1, 1):
         raise NotThisFamily(f"conv1x1.weight: expected (4 dim, 2 dim, 1, 1), got {shape}")
-    depthwise = tensors.get("conv3x3_dws.weight")
-    if depthwise is None:
+    if not depthwise:
         return {"dim": dim, "dws_conv": False}
-    return {
-        "dim": dim,
-        "dws_conv": True,
-        "dws_conv_only_hidden": depthwise.shape[0] == dim,
-        "dws_conv_kernel_size": depthwise.shape[2],
-    }
+    outputs, _, kernel, _ = tensors["conv3x3_dws.weight"].shape
+    return {"dim": dim, "dws_conv": True, "dws_conv_only_hidden": outputs == dim, "dws_conv_kernel_size": kernel}
 
 
 def _build(
