@@ -21,6 +21,7 @@ from stepcell.errors import ExportError, ParityError
 __all__ = [
     "OWN_RUNS",
     "TOLERANCE",
+    "Array",
     "Arrays",
     "CheckClip",
     "FileRun",
@@ -28,7 +29,6 @@ __all__ = [
     "Run",
     "Step",
     "check_equal",
-    "dead_states",
     "fed_back",
     "file_step",
     "nudged",
@@ -50,7 +50,6 @@ TOLERANCE = {
 }
 AMPLIFIED = 4.0  # two runs of the same precision round in different places
 OWN_RUNS = 3  # runs of the reference: amplification varies from one rounding to the next
-_LIVE_STEPS = 5  # a state must have an effect within this many steps: a gate may start closed
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -188,21 +187,6 @@ def check_equal(
     return Parity(steps=max(clip.steps for clip in clips), reference=subject, max_abs_error=worst, amplified=amplified)
 
 
-def dead_states(step: Step, clip: CheckClip, states: Sequence[StateSpec]) -> list[StateSpec]:
-    """The states whose value affects no output and no state during the first steps of a clip."""
-    rng = np.random.default_rng(1)
-    dead = {state.name: state for state in states}
-    values = dict(clip.states)
-    for data in islice(clip, _LIVE_STEPS):
-        base = step(data, values)
-        for name in list(dead):
-            changed = step(data, {**values, name: _other_value(values[name], rng)})
-            if any(not np.array_equal(base[key], changed[key]) for key in base):
-                del dead[name]
-        values = {name: base[name] for name in values}
-    return list(dead.values())
-
-
 def random_clip(
     contract: StepContract, sizes: str, shapes: Mapping[str, Sequence[int]], steps: int, scalars: Arrays | None = None
 ) -> CheckClip:
@@ -319,10 +303,3 @@ def _require_within(
                     f"the limit is {limit:.3g}",
                     hint=hint,
                 )
-
-
-def _other_value(state: Array, rng: np.random.Generator) -> Array:
-    if state.dtype == bool:
-        return ~state
-    step = rng.uniform(-0.5, 0.5, state.shape) if state.dtype.kind == "f" else rng.integers(1, 3, state.shape)
-    return np.asarray(state + step).astype(state.dtype)

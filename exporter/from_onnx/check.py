@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import msgspec
 
@@ -10,13 +10,14 @@ from stepcell.contract import Parity, StepContract
 from stepcell.errors import ExportError
 from stepcell.exporter.arithmetic import AS_WRITTEN, IN_ONNX_RUNTIME, evaluated_step, holds_float16
 from stepcell.exporter.from_onnx.probe import Sample
+from stepcell.exporter.from_onnx.sizes import Sizes
+from stepcell.exporter.liveness import dead_states
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
     OWN_RUNS,
     CheckClip,
     Step,
     check_equal,
-    dead_states,
     fed_back,
     file_step,
     nudged,
@@ -30,7 +31,7 @@ __all__ = ["STEPS", "check_fused"]
 STEPS = 100
 
 
-def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContract, samples: Sequence[Sample]) -> Parity:
+def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContract, sizes: Sizes) -> Parity:
     """Compare over random frames and over smooth ones, at two sizes where the file has more than one.
 
     Returns:
@@ -45,11 +46,14 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
     inputs = {state.name: str(state.original_input) for state in states}
     outputs = {state.name: str(state.original_output) for state in states}
     before = file_step(original, contract, inputs, outputs)
-    clips: list[CheckClip] = []
-    for sample, make in ((samples[0], random_clip), (samples[min(1, len(samples) - 1)], smooth_clip)):
+
+    def clips_at(sample: Sample, make: Callable[..., CheckClip]) -> list[CheckClip]:
         shapes = {spec.name: sample.shapes[spec.name] for spec in contract.inputs}
         shapes |= {state.name: sample.shapes[str(state.original_input)] for state in states}
-        clips += [make(contract, f"sizes {sample.symbols}", shapes, STEPS, scalars) for scalars in sample.scalars]
+        return [make(contract, f"sizes {sample.symbols}", shapes, STEPS, scalars) for scalars in sample.scalars]
+
+    samples = sizes.samples
+    clips = [*clips_at(samples[0], random_clip), *clips_at(samples[min(1, len(samples) - 1)], smooth_clip)]
 
     def compared(reference: Step, other: Step, own: Step, subject: str) -> Parity:
         return check_equal(
@@ -70,10 +74,12 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
         if exact and own and after:
             parity = compared(exact, after, own, "the original file in float64")
             parity = msgspec.structs.replace(parity, arithmetic=AS_WRITTEN)
-    for clip in clips:
-        for state in dead_states(before, clip, states):
-            raise ExportError(
-                f"{state.original_input}: taken for a state, and changes no output of the step",
-                hint=f"if it is none: --state {state.original_input}=",
-            )
+    if sizes.short is not None:
+        clips += clips_at(sizes.short, random_clip)
+    for state in dead_states(before, clips, states):
+        raise ExportError(
+            f"{state.original_input}: taken for a state, and changes no output and no state at any step of "
+            f"{len(clips)} runs",
+            hint=f"if it is none: --state {state.original_input}=",
+        )
     return parity

@@ -124,7 +124,7 @@ def _fuse(
         contract = attach_functions(proto, contract)
     write_contract(proto, contract)
     fused = OnnxSession(proto.SerializeToString(), f"{file.path}, fused")
-    parity = check_fused(original, fused, contract, sizes.samples)
+    parity = check_fused(original, fused, contract, sizes)
     contract = write_contract(proto, msgspec.structs.replace(contract, parity=parity))
     report = FuseReport(
         contract=contract,

@@ -33,11 +33,13 @@ class Sizes:
         shapes: shapes of every input and output, by its name in the file.
         samples: sizes at which the file runs, at least one; small ones first.
         example: sizes closer to those of a camera, if the file runs at them.
+        short: sequences of one frame, if the file runs at them: after a long one a state may have no effect left.
     """
 
     shapes: dict[str, tuple[Dim, ...]]
     samples: list[Sample]
     example: dict[str, int]
+    short: Sample | None = None
 
 
 def find_sizes(file: OnnxFile, run: OnnxSession, pairs: Sequence[Pair], given: Mapping[str, Sequence[int]]) -> Sizes:
@@ -92,7 +94,9 @@ def find_sizes(file: OnnxFile, run: OnnxSession, pairs: Sequence[Pair], given: M
     first = samples[0].symbols
     batches = {spec.shape[0] for spec in data if spec.shape}
     large = {symbol: size if symbol in batches else size * _LARGER for symbol, size in first.items()}
-    return Sizes(shapes, samples, large if prober.at(large) else first)
+    lengths = {dim for spec in data if len(spec.shape) < 4 for dim in spec.shape[1:] if isinstance(dim, str)}
+    short = prober.at({**first, **dict.fromkeys(lengths & first.keys(), 1)}) if lengths else None
+    return Sizes(shapes, samples, large if prober.at(large) else first, short)
 
 
 def _state_shape(

@@ -14,6 +14,7 @@ from stepcell.contract import Parity, StepContract
 from stepcell.dims import resolve
 from stepcell.errors import ExportError
 from stepcell.exporter.arithmetic import AS_WRITTEN, IN_ONNX_RUNTIME, evaluated_step, holds_float16
+from stepcell.exporter.liveness import dead_states
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
     OWN_RUNS,
@@ -22,7 +23,6 @@ from stepcell.exporter.parity import (
     Model,
     Step,
     check_equal,
-    dead_states,
     fed_back,
     file_step,
     nudged,
@@ -84,8 +84,11 @@ def check_export(model: nn.Module, data: bytes, contract: StepContract, steps: i
     else:
         compared(in_onnx_runtime, [replace(clip, steps=min(steps, _SHORT)) for clip in clips])
         parity = msgspec.structs.replace(compared(as_written, clips), arithmetic=AS_WRITTEN)
-    for state in dead_states(in_onnx_runtime, clips[-2], contract.states):
-        raise ExportError(f"state {state.name}: changes no output and no state; is it wired in forward?")
+    for state in dead_states(in_onnx_runtime, clips, contract.states):
+        raise ExportError(
+            f"state {state.name}: changes no output and no state at any step of {len(clips)} runs",
+            hint="forward must read it; a state that nothing reads is left out of `states`",
+        )
     return parity
 
 

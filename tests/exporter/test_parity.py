@@ -12,7 +12,6 @@ from stepcell.exporter.parity import (
     CheckClip,
     Step,
     check_equal,
-    dead_states,
     fed_back,
     nudged,
     random_clip,
@@ -89,15 +88,6 @@ def test_another_shape_is_an_error() -> None:
 
     with pytest.raises(ParityError, match=r"y: has shape \(1, 3\) in the reference and \(3,\)"):
         check(model(), flat)
-
-
-def test_states_that_change_nothing() -> None:
-    assert dead_states(model(), clips()[0], CONTRACT.states) == []
-
-    def forgetful(data: Arrays, states: Arrays) -> Arrays:
-        return {"y": data["x"], "h": data["x"]}
-
-    assert dead_states(forgetful, clips()[0], CONTRACT.states) == list(CONTRACT.states)
 
 
 def test_clips_differ_in_kind_and_repeat() -> None:
