@@ -129,7 +129,7 @@ def _fuse(
     report = FuseReport(
         contract=contract,
         transforms={cell.name: cell.note for cell in cells if cell.note},
-        notes=(*found.notes, *pairing.notes),
+        notes=(*file.notes, *found.notes, *pairing.notes),
         nodes_before=len(file.model.graph.node),
         nodes_after=len(proto.graph.node),
     )

@@ -16,6 +16,7 @@ from stepcell.contract import METADATA_KEY, DType
 from stepcell.errors import ExportError, UsageError
 from stepcell.external_weights import ONE_FILE, has_external_weights, load_external_weights, tensors_of
 from stepcell.onnx_model import read_model
+from stepcell.onnx_rewrite import sort_nodes, use_time_first
 
 __all__ = ["Array", "OnnxFile", "Port", "read_onnx_file"]
 
@@ -53,6 +54,8 @@ class OnnxFile:
     Attributes:
         data: the model with all its weights.
         sha256: of the file.
+        model: the same, its nodes in order and its recurrent nodes in the default layout.
+        notes: for a person, what was rewritten on reading.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class OnnxFile:
     model: onnx.ModelProto
     inputs: list[Port]
     outputs: list[Port]
+    notes: tuple[str, ...] = ()
 
     @property
     def opset(self) -> int:
@@ -91,8 +95,12 @@ def read_onnx_file(path: Path) -> OnnxFile:
     if has_external_weights(model):
         load_external_weights(model, path, limit=ONE_FILE)
         data = model.SerializeToString()
+    recurrent = use_time_first(model)
+    if sort_nodes(model) or recurrent:
+        data = model.SerializeToString()
+    notes = [f"layout=1 of {', '.join(recurrent)} is rewritten with transposes"] if recurrent else []
     inputs, outputs = _ports_of(model, path)
-    return OnnxFile(path, data, digest, model, inputs, outputs)
+    return OnnxFile(path, data, digest, model, inputs, outputs, tuple(notes))
 
 
 def _ports_of(model: onnx.ModelProto, path: Path) -> tuple[list[Port], list[Port]]:

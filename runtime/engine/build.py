@@ -16,6 +16,7 @@ from stepcell.onnx_model import read_onnx
 from stepcell.overwrite import check_output, is_engine, is_no_model, is_sidecar
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.options import BuildOptions, check_options
+from stepcell.runtime.engine.parser_model import for_parser
 from stepcell.runtime.engine.plan import build_plan
 from stepcell.runtime.engine.plugin_choice import choose_plan
 from stepcell.runtime.engine.profile import data_shapes, derive_profiles
@@ -101,7 +102,7 @@ def build_engine(
     with atomic_path(engine) as plan_file, atomic_path(sidecar_path(engine)) as sidecar_file:
         started = time.perf_counter()
         build = partial(build_plan, library, profiles=profiles, options=options, timing_cache=timings)
-        plan, plugin = choose_plan(library, file, profiles, options, targets[0], build)
+        plan, plugin = choose_plan(library, for_parser(file), profiles, options, targets[0], build)
         seconds = time.perf_counter() - started
         identity = plan.source.identity
         fingerprint = Fingerprint(

@@ -9,6 +9,7 @@ from typing import Any
 
 from stepcell.errors import BuildError
 from stepcell.plugins.prepare import PreparedModel
+from stepcell.runtime.engine.layer_check import check_layers
 from stepcell.runtime.engine.layers import EngineLayer, layers_of_log
 from stepcell.runtime.engine.onnx_input import check_graph, check_network
 from stepcell.runtime.engine.options import BuildOptions
@@ -58,7 +59,8 @@ def build_plan(
         timing_cache: timings of earlier builds, empty for none yet; None: keep none.
 
     Raises:
-        BuildError: TensorRT refuses an operator, the graph or the sizes, or builds no engine.
+        BuildError: TensorRT refuses an operator, the graph or the sizes, reads a node as another one, or builds no
+            engine.
         ContractError: the parsed network does not match the contract.
     """
     trt, messages = library.module, Messages()
@@ -75,6 +77,7 @@ def build_plan(
             f"{prepared.path}: {library.name} refused the model: {'; '.join(reasons) or messages.explain()}"
         )
     check_network(network, prepared)
+    check_layers(trt, network, prepared)
     _fix_formats(trt, network, prepared.channels_last)
     config = _configure(trt, builder, options)
     if library.is_rtx and options.compute_capabilities:
