@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
 from stepcell.errors import ExportError
+from stepcell.library_errors import library_errors
+from stepcell.limits import FIRST_STEP_SECONDS, within_seconds
 
 __all__ = ["OnnxSession"]
 
@@ -21,6 +24,8 @@ class OnnxSession:
 
     Raises:
         ExportError: ONNX Runtime does not load the model, or (on a call) fails with these inputs.
+        InputError: loading or the first call takes longer than the limit.
+        DeviceError: not enough memory.
     """
 
     def __init__(self, data: bytes, subject: str) -> None:
@@ -29,19 +34,28 @@ class OnnxSession:
         self.data = data
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has a class per failure and no common base
-            raise ExportError(f"{subject}: ONNX Runtime does not load it: {_first_line(error)}") from error
+        create = functools.partial(onnxruntime.InferenceSession, data, options, providers=["CPUExecutionProvider"])
+        with library_errors(subject, ExportError, what="ONNX Runtime does not load it"):
+            self._session = within_seconds(FIRST_STEP_SECONDS, create, f"{subject}: loading in ONNX Runtime")
+        self._options = onnxruntime.RunOptions()
+        self._options.log_severity_level = 4
+        self._has_run = False
         self._subject = subject
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        try:
-            return dict(zip(self._names, self._session.run(None, dict(feeds)), strict=True))
-        except Exception as error:
-            raise ExportError(f"{self._subject}: the step fails in ONNX Runtime: {_first_line(error)}") from error
+        with library_errors(self._subject, ExportError, what="the step fails in ONNX Runtime"):
+            return dict(zip(self._names, self._run(dict(feeds)), strict=True))
 
+    def _run(self, feeds: dict[str, NDArray[Any]]) -> list[Any]:
+        run = functools.partial(self._session.run, None, feeds, self._options)
+        if not self._has_run:
+            results: list[Any] = within_seconds(
+                FIRST_STEP_SECONDS, run, f"{self._subject}: the first step", stop=self._stop
+            )
+            self._has_run = True
+            return results
+        return list(run())
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    def _stop(self) -> None:
+        self._options.terminate = True

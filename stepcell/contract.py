@@ -6,7 +6,6 @@ the sidecar of the engine. The step loop connects states by it alone. docs/contr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,9 +13,11 @@ import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepcell.dims import Dim, bind, resolve, symbols_of
+from stepcell.contract_check import check_contract
+from stepcell.dims import LARGEST, Dim, bind, resolve, symbols_of
 from stepcell.errors import ContractError, InputError
 from stepcell.event_spec import EventSpec
+from stepcell.json_text import decode_json
 from stepcell.ops import Gates, Reset
 from stepcell.seal import ZEROS, check_seal, sealed
 
@@ -45,7 +46,6 @@ STATE_OUT = "state_out."
 
 DType = Literal["float16", "float32", "float64", "int32", "int64", "bool", "uint8"]
 _CHECKSUM = b'"checksum": "'  # the last field of a sealed document
-MAX_INITIAL_BYTES = 4 << 20  # of one initial value, which is part of the JSON document
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -237,8 +237,18 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         return symbols
 
     def state_shapes(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Concrete shape of every state."""
-        return {state.name: resolve(state.shape, symbols) for state in self.states}
+        """Concrete shape of every state.
+
+        Raises:
+            InputError: a state would be empty, because the inputs are too small.
+        """
+        shapes = {state.name: resolve(state.shape, symbols) for state in self.states}
+        for name, shape in shapes.items():
+            if any(not 1 <= size <= LARGEST for size in shape):
+                raise InputError(
+                    f"{name}: this state would have shape {shape} for {dict(symbols)}", hint="use larger frames"
+                )
+        return shapes
 
     def to_json(self) -> str:
         """Indented JSON with the fields in the order of this class."""
@@ -261,39 +271,22 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
             ContractError: not JSON, a field of the wrong type, an unknown major version, a checksum that does not fit,
                 a duplicate name, or a state whose size does not follow from the inputs.
         """
-        try:
-            head = msgspec.json.decode(text, type=_Head)
-            version = head.schema
-            if version.split(".")[0] != SCHEMA.split(".")[0]:
-                raise ContractError(
-                    f"{subject}: schema {version} is not supported; this stepcell reads {SCHEMA.split('.')[0]}.x",
-                    hint="update stepcell, or export the model again with this version",
-                )
-            if check:
-                _check_sealed(text, head, subject)
-            contract = msgspec.json.decode(text, type=cls)
-        except msgspec.DecodeError as error:
-            raise ContractError(f"{subject}: malformed contract: {error}") from error
+        malformed = "malformed contract"
+        head = decode_json(text, _Head, subject, ContractError, what=malformed)
+        if head.schema.split(".")[0] != SCHEMA.split(".")[0]:
+            raise ContractError(
+                f"{subject}: schema {head.schema} is not supported; this stepcell reads {SCHEMA.split('.')[0]}.x",
+                hint="update stepcell, or export the model again with this version",
+            )
+        if check:
+            _check_sealed(text, head, subject)
+        contract = decode_json(text, cls, subject, ContractError, what=malformed)
         contract.check(subject)
         return contract
 
     def check(self, subject: str = "contract") -> None:
-        """Raise ContractError if names repeat, a size cannot be derived or an initial value does not fit."""
-        names = [*(spec.name for spec in self.inputs), *(state.name for state in self.states)]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ContractError(f"{subject}: names of inputs and states must be unique, got twice: {repeated}")
-        known = set(self.symbols)
-        for spec in self.graph_outputs.values():
-            unknown = set(symbols_of(spec.shape)) - known
-            if unknown:
-                raise ContractError(
-                    f"{subject}: {spec.name}: shape {spec.shape} uses {sorted(unknown)}, which no input defines"
-                )
-        for state in self.states:
-            _check_initial(state, subject)
-        for spec in self.inputs:
-            _check_events(spec, subject)
+        """Raise ContractError unless every field is usable and all fit each other."""
+        check_contract(self, subject)
 
 
 class _Head(msgspec.Struct):
@@ -310,7 +303,8 @@ def _check_sealed(text: str | bytes, head: _Head, subject: str) -> None:
             hint="get the file again from where it was exported; if it was edited on purpose: --no-check",
         )
     # A damaged name of the field `checksum` would take the check away with it.
-    unknown = msgspec.json.decode(text, type=dict[str, Any]).keys() - set(StepContract.__struct_fields__) - {"checksum"}
+    fields = decode_json(text, dict[str, Any], subject, ContractError, what="malformed contract").keys()
+    unknown = fields - set(StepContract.__struct_fields__) - {"checksum"}
     if unknown and _minor(head.schema) <= _minor(SCHEMA):
         raise ContractError(f"{subject}: schema {head.schema} has no field {min(unknown)!r}")
 
@@ -329,48 +323,6 @@ def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:
                 f"{spec.name}: height and width must be multiples of {spec.pad_multiple}, got {tuple(shape)}",
                 hint="use the next larger multiple; `stepcell run` pads frames to it and crops the results",
             )
-
-
-def _check_events(spec: TensorSpec, subject: str) -> None:
-    """Check that the shape of an event tensor fits its bins, and that its window is not empty."""
-    events = spec.events
-    if isinstance(events, msgspec.UnsetType):
-        return
-    if spec.layout != "NCHW" or len(spec.shape) != 4 or not spec.dtype.startswith("float"):
-        raise ContractError(
-            f"{subject}: {spec.name}: events need floats of layout NCHW, got {spec.dtype} {spec.layout} {spec.shape}"
-        )
-    if events.bins < 1 or spec.shape[1] != events.channels:
-        raise ContractError(
-            f"{subject}: {spec.name}: {events.bins} bins with polarity {events.polarity} make "
-            f"{events.channels} channels, the shape has {spec.shape[1]}"
-        )
-    if not 0 < events.window.size < math.inf:
-        raise ContractError(f"{subject}: {spec.name}: expected a window above zero, got {events.window}")
-
-
-def _check_initial(state: StateSpec, subject: str) -> None:
-    """Check that an initial value fits the state at every size."""
-    if not isinstance(state.init, InitialValue):
-        return
-    name, init = f"{subject}: {state.name}: initial value", state.init
-    if not state.dtype.startswith("float"):
-        raise ContractError(f"{name}: only floating-point states can have one, this one is {state.dtype}")
-    if not 0 <= state.batch_axis < len(state.shape):
-        raise ContractError(f"{name}: batch_axis {state.batch_axis} is not an axis of {state.shape}")
-    dims = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
-    if len(init.shape) != len(dims) or any(size not in (1, dim) for size, dim in zip(init.shape, dims, strict=True)):
-        raise ContractError(
-            f"{name}: expected shape {dims}, or 1 for an axis, got {init.shape}",
-            hint="a value per position needs a fixed height and width: export with --shape",
-        )
-    size = math.prod(init.shape) * np.dtype(init.dtype).itemsize
-    if size > MAX_INITIAL_BYTES or len(init.data) != size:
-        raise ContractError(
-            f"{name}: expected {size} bytes of {init.dtype}, at most {MAX_INITIAL_BYTES}, got {len(init.data)}"
-        )
-    if not np.isfinite(init.array()).all():
-        raise ContractError(f"{name}: holds NaN or Inf")
 
 
 def state_names(cells: Sequence[Sequence[str]], *, numbered: bool = False) -> list[str]:

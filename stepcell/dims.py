@@ -8,12 +8,13 @@ by Python.
 from __future__ import annotations
 
 import ast
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from stepcell.errors import ContractError, InputError
 
-__all__ = ["Dim", "bind", "evaluate", "resolve", "substitute", "symbols_of"]
+__all__ = ["LARGEST", "Dim", "bind", "check_dim", "evaluate", "resolve", "substitute", "symbols_of"]
 
 Dim = int | str
 
@@ -24,6 +25,11 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
 }
 _MAX_EXPRESSION = 100  # characters
+LARGEST = (1 << 31) - 1  # size of an axis
+
+
+class _DivisionByZero(ContractError):
+    pass
 
 
 def _parse(expression: str) -> ast.expr:
@@ -47,9 +53,20 @@ def _value(node: ast.expr, expression: str, symbols: Mapping[str, int]) -> int:
         left = _value(node.left, expression, symbols)
         right = _value(node.right, expression, symbols)
         if isinstance(node.op, ast.FloorDiv) and right == 0:
-            raise ContractError(f"dimension {expression!r}: division by zero")
+            raise _DivisionByZero(f"dimension {expression!r}: division by zero")
         return _OPERATORS[type(node.op)](left, right)
     raise ContractError(f"dimension {expression!r}: only integers, symbols and + - * // are allowed")
+
+
+def check_dim(dim: Dim) -> None:
+    """Raise ContractError unless a dimension is a size of 1 to `LARGEST`, or an expression that can be evaluated."""
+    if isinstance(dim, str):
+        tree = _parse(dim)
+        symbols = {node.id: 1 << 10 for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        with contextlib.suppress(_DivisionByZero):  # it depends on the sizes
+            _value(tree, dim, symbols)
+    elif not 1 <= dim <= LARGEST:
+        raise ContractError(f"dimension {dim}: expected 1 to {LARGEST}")
 
 
 def evaluate(dim: Dim, symbols: Mapping[str, int]) -> int:

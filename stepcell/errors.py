@@ -7,6 +7,8 @@ The class determines the exit code of the command line:
 
 from __future__ import annotations
 
+from stepcell.display import displayed
+
 __all__ = [
     "BuildError",
     "CheckpointError",
@@ -30,16 +32,17 @@ class StepcellError(Exception):
     """Base class of all errors that stepcell raises.
 
     Args:
-        message: subject, rule and value, in one or two sentences.
+        message: subject, rule and value, in one or two sentences. Secrets in URLs are hidden, and control characters
+            escaped.
         hint: what the user can do, or None.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = displayed(message)
+        self.hint = None if hint is None else displayed(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\nHint: {self.hint}" if self.hint else self.message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,16 @@ from typing import TYPE_CHECKING
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, InputError
-from stepcell.external_weights import has_external_weights, load_external_weights, tensors_of
+from stepcell.external_weights import (
+    check_external_weights,
+    has_external_weights,
+    load_external_weights,
+    tensors_of,
+)
 from stepcell.files import read_bytes
 from stepcell.graph_hash import graph_sha256
+from stepcell.library_errors import library_errors
+from stepcell.model_size import check_model_bytes, check_model_nodes
 from stepcell.optional_imports import require
 
 if TYPE_CHECKING:
@@ -23,6 +31,7 @@ __all__ = [
     "contract_text",
     "external_files",
     "missing_contract",
+    "parse_model",
     "read_model",
     "read_onnx",
     "repair_hint",
@@ -49,19 +58,30 @@ class OnnxFile:
 
 
 def read_model(path: Path) -> tuple[bytes, ModelProto]:
-    """The bytes of a file and the model in them. External weights are not read.
+    """The bytes of a file and the model in them. External weights are not read, but where they are is checked.
 
     Raises:
-        InputError: it cannot be read or is not an ONNX model.
+        InputError: it cannot be read, is not an ONNX model, has weights that are not in a plain file beside it, or is
+            larger than a limit (`stepcell.limits`).
+        DeviceError: not enough memory.
         MissingDependencyError: onnx is not installed.
     """
+    data, model = parse_model(path)
+    external = check_external_weights(model, path)
+    check_model_bytes(len(data) + external, path)
+    check_model_nodes(model, path)
+    return data, model
+
+
+def parse_model(path: Path) -> tuple[bytes, ModelProto]:
+    """`read_model` without the check of external weights, for programs that open nothing that the file names."""
     onnx = require("onnx", extra="rtx", purpose="reading a model")
+    with contextlib.suppress(OSError):
+        check_model_bytes(path.stat().st_size, path)
     data = read_bytes(path)
     model: ModelProto = onnx.ModelProto()
-    try:
+    with library_errors(str(path), InputError, what="is not an ONNX model"):
         model.ParseFromString(data)
-    except Exception as error:  # DecodeError of protobuf, whose module depends on the implementation
-        raise InputError(f"{path}: is not an ONNX model ({error})") from error
     if not model.graph.node:
         raise InputError(f"{path}: is not an ONNX model, or has an empty graph")
     return data, model

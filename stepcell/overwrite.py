@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from stepcell.contract import METADATA_KEY
-from stepcell.errors import InputError, MissingDependencyError, UsageError
+from stepcell.errors import DeviceError, InputError, MissingDependencyError, UsageError
 
 __all__ = [
     "REFERENCE_KEY",
@@ -102,11 +102,11 @@ def referred_files(path: Path) -> Iterator[Path]:
 
 def is_exported_model(path: Path) -> bool:
     """Whether a file is an ONNX model with a contract."""
-    from stepcell.onnx_model import read_model
+    from stepcell.onnx_model import parse_model
 
     try:
-        _, model = read_model(path)
-    except (InputError, MissingDependencyError):
+        _, model = parse_model(path)
+    except (InputError, DeviceError, MissingDependencyError):
         return False
     return any(entry.key == METADATA_KEY for entry in model.metadata_props)
 
@@ -123,7 +123,7 @@ def is_engine(path: Path) -> bool:
 
 def is_snapshot(path: Path) -> bool:
     """Whether a file is a snapshot."""
-    with contextlib.suppress(OSError, msgspec.DecodeError, ValueError), path.open("rb") as file:
+    with contextlib.suppress(OSError, msgspec.DecodeError, ValueError, RecursionError), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length <= min(_MOST_HEADER, os.fstat(file.fileno()).st_size):
             header = msgspec.json.decode(file.read(length), type=dict[str, Any])
@@ -178,16 +178,16 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, msgspec.DecodeError, ValueError):
+    with contextlib.suppress(OSError, msgspec.DecodeError, ValueError, RecursionError):
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     return {}
 
 
 def _external_data(path: Path) -> set[str]:
     """Names of the files with weights of an ONNX file; none if it cannot be read."""
-    from stepcell.onnx_model import external_files, read_model
+    from stepcell.onnx_model import external_files, parse_model
 
     try:
-        return external_files(read_model(path)[1])
-    except (InputError, MissingDependencyError):
+        return external_files(parse_model(path)[1])
+    except (InputError, DeviceError, MissingDependencyError):
         return set()

@@ -64,7 +64,7 @@ def stepcell(*arguments: str | Path) -> float:
     words = [str(argument) for argument in arguments]
     log(f"\n$ stepcell {' '.join(words)}")
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "stepcell.cli", *words], check=False)
+    done = subprocess.run([sys.executable, "-m", "stepcell", *words], check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
     return time.monotonic() - started

@@ -88,9 +88,9 @@ def module_path(value: ir.Value) -> str:
     if node is not None:
         try:
             scopes = json.loads(node.metadata_props.get(_SCOPES, "[]").replace("'", '"'))
-        except ValueError:
+        except (ValueError, RecursionError):
             scopes = []
-        if len(scopes) > 1:
+        if isinstance(scopes, list) and len(scopes) > 1:
             path = str(scopes[-2])
         elif "/" in (node.name or ""):
             path = str(node.name).strip("/").rpartition("/")[0]

@@ -13,6 +13,7 @@ import msgspec
 
 from stepcell.errors import InputError
 from stepcell.files import read_bytes, write_atomic
+from stepcell.json_text import decode_json
 from stepcell.seal import ZEROS, check_seal, sealed
 
 __all__ = ["Argument", "ImageInfo", "KernelImage", "is_outdated", "read_image", "write_image"]
@@ -126,7 +127,7 @@ def is_outdated(path: Path) -> bool:
     """Whether KEY.json was written by an older version, which is no damage: such an image is compiled again."""
     try:
         return msgspec.json.decode(read_bytes(path), type=_Head).schema < SCHEMA
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return False
 
 
@@ -142,10 +143,7 @@ def read_image(path: Path) -> KernelImage:
             description.
     """
     data = read_bytes(path)
-    try:
-        info = msgspec.json.decode(data, type=ImageInfo)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is no kernel description ({error})", hint=_AGAIN) from error
+    info = decode_json(data, ImageInfo, str(path), what="is no kernel description", hint=_AGAIN)
     if info.schema != SCHEMA:
         raise InputError(f"{path}: has schema {info.schema}, expected {SCHEMA}", hint=_AGAIN)
     if check_seal(data, _FIELD, info.checksum):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from stepcell.contract import Spec
 from stepcell.dims import Dim, evaluate
 from stepcell.errors import BuildError, ContractError
+from stepcell.external_weights import tensors_of
+from stepcell.library_errors import library_errors
 from stepcell.optional_imports import require
 from stepcell.plugins.prepare import PreparedModel
 from stepcell.runtime.engine.tensorrt_module import dtype_name
@@ -38,10 +40,10 @@ def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> Non
         BuildError: the message names the node, its operator and the reason, or the weights.
     """
     onnx = require("onnx", extra="rtx", purpose="building an engine")
-    external = [t.name for t in prepared.model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    if external:
+    external = next((t.name for t in tensors_of(prepared.model) if t.data_location == onnx.TensorProto.EXTERNAL), None)
+    if external is not None:
         raise BuildError(
-            f"{prepared.path}: weights such as {external[0]!r} are stored outside the file, which the fingerprint does "
+            f"{prepared.path}: weights such as {external!r} are stored outside the file, which the fingerprint does "
             "not cover",
             hint="save it as one file: onnx.save(onnx.load(path), path)",
         )
@@ -53,7 +55,7 @@ def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> Non
                 "ignores overloads and would use the first definition for every node"
             )
         functions[function.domain, function.name] = function
-    for where, node in _walk(prepared.model.graph.node, functions, ()):
+    for where, node in _walk(prepared.model.graph.node, dict(functions), ()):
         domain, name = ("" if node.domain in _STANDARD else node.domain), node.op_type
         if (domain, name) in functions or (domain, name) in prepared.operators or (not domain and supports(name)):
             continue
@@ -61,27 +63,23 @@ def check_graph(prepared: PreparedModel, supports: Callable[[str], bool]) -> Non
         if domain:
             reason = "it is no standard operator and the file has no definition of it (model-local function)"
         raise BuildError(f"{prepared.path}: node {where}, operator {domain + '::' if domain else ''}{name}: {reason}")
-    try:
+    with library_errors(str(prepared.path), BuildError, what="is not a valid ONNX model"):
         onnx.checker.check_model(prepared.model)
-    except onnx.checker.ValidationError as error:
-        raise BuildError(f"{prepared.path}: is not a valid ONNX model: {' '.join(str(error).split())}") from error
 
 
 def _walk(
-    nodes: Iterable[NodeProto], functions: dict[tuple[str, str], FunctionProto], outer: tuple[str, ...]
+    nodes: Iterable[NodeProto], unvisited: dict[tuple[str, str], FunctionProto], outer: tuple[str, ...]
 ) -> Iterator[tuple[str, NodeProto]]:
-    """Iterate over all nodes with their path, through subgraphs and function bodies."""
+    """Iterate over all nodes with their path, through subgraphs and each function body once."""
     for index, node in enumerate(nodes):
         path = (*outer, repr(node.name) if node.name else f"number {index}")
         yield " > ".join(path), node
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
-                yield from _walk(graph.node, functions, path)
-        function = functions.get((node.domain, node.op_type))
+                yield from _walk(graph.node, unvisited, path)
+        function = unvisited.pop((node.domain, node.op_type), None)
         if function is not None:
-            if len(path) > 20:
-                raise BuildError(f"function {node.op_type}: is nested more than 20 deep, or calls itself")
-            yield from _walk(function.node, functions, path)
+            yield from _walk(function.node, unvisited, path)
 
 
 def check_network(network: Any, prepared: PreparedModel) -> None:

@@ -17,6 +17,7 @@ from stepcell import __version__
 from stepcell.contract import StepContract
 from stepcell.errors import EngineMismatchError, ParityError
 from stepcell.files import read_bytes, write_atomic
+from stepcell.json_text import decode_json
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
 from stepcell.runtime.engine.layers import EngineLayer
 from stepcell.runtime.engine.options import BuildOptions
@@ -195,10 +196,7 @@ def read_sidecar(engine: Path) -> Sidecar:
         )
     data = read_bytes(path)
     rebuild = "copy the file again, or build the engine again with `stepcell build`"
-    try:
-        head = msgspec.json.decode(data, type=_Head)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise EngineMismatchError(f"{path}: is damaged: {error}", hint=rebuild) from error
+    head = decode_json(data, _Head, str(path), EngineMismatchError, what="is damaged", hint=rebuild)
     if head.schema.split(".")[0] != SCHEMA.split(".")[0]:
         raise EngineMismatchError(
             f"{path}: schema {head.schema} is not supported; this stepcell reads {SCHEMA.split('.')[0]}.x",
@@ -210,10 +208,7 @@ def read_sidecar(engine: Path) -> Sidecar:
             hint=rebuild,
         )
     StepContract.from_json(bytes(head.contract), subject=f"{path}: contract")
-    try:
-        return msgspec.json.decode(data, type=Sidecar)
-    except msgspec.DecodeError as error:
-        raise EngineMismatchError(f"{path}: cannot be used: {error}", hint=rebuild) from error
+    return decode_json(data, Sidecar, str(path), EngineMismatchError, what="cannot be used", hint=rebuild)
 
 
 def record_verification(engine: Path, verification: Verification) -> None:

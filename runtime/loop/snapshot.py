@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from stepcell.contract import InitialValue, StateSpec, StepContract
 from stepcell.errors import InputError, OutputError, StateError
 from stepcell.files import atomic_path, read_bytes
+from stepcell.json_text import decode_json
+from stepcell.library_errors import library_errors
 from stepcell.overwrite import SNAPSHOT_KEY, check_output, is_snapshot
 from stepcell.renamed_families import first_name
 from stepcell.seal import ZEROS, check_seal, sealed
@@ -126,23 +128,17 @@ def read_snapshot(path: Path, contract: StepContract) -> tuple[dict[str, NDArray
 
 
 def _parse(path: Path) -> tuple[dict[str, NDArray[Any]], Snapshot]:
-    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     data = read_bytes(path)
-    try:
+    with library_errors(str(path), InputError, what="is not a complete .safetensors file"):
         states = load(data)
         # `load` has checked the layout: the length of the header in eight bytes, then the header.
         header = msgspec.json.decode(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = header.get("__metadata__", {}).get(SNAPSHOT_KEY)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: is not a complete .safetensors file ({error})") from error
     if text is None:
         raise InputError(f"{path}: is not a snapshot: its metadata has no key {SNAPSHOT_KEY}")
-    try:
-        snapshot = msgspec.json.decode(text, type=Snapshot)
-    except msgspec.DecodeError as error:
-        raise InputError(f"{path}: malformed snapshot: {error}") from error
+    snapshot = decode_json(text, Snapshot, str(path), what="malformed snapshot")
     if snapshot.schema.split(".")[0] != SCHEMA.split(".")[0]:
         raise InputError(f"{path}: snapshot schema {snapshot.schema} is not supported; this stepcell reads {SCHEMA}")
     if check_seal(data, _FIELD, snapshot.checksum):

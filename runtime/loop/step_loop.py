@@ -282,15 +282,23 @@ class StepLoop:
             UsageError: there is a file that is no snapshot.
             OutputError: the file cannot be written.
         """
-        states = self.state()
-        snapshot = Snapshot(
+        write_snapshot(Path(path), *self.capture(frame=frame, metadata=metadata), overwrite=overwrite)
+
+    def capture(
+        self, *, frame: int = 0, metadata: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, NDArray[Any]], Snapshot]:
+        """The states as they are now and their description, for `write_snapshot`; arguments are those of `save`.
+
+        Raises:
+            StateError: no step has run yet.
+        """
+        return self.state(), Snapshot(
             contract_hash=contract_hash(self.contract),
             frame=frame,
             slots=None if self._slots is None else {name: slot.index for name, slot in self.slots.items()},
             rows=None if self._slots is None else self._slots.count,
             metadata=dict(metadata or {}),
         )
-        write_snapshot(Path(path), states, snapshot, overwrite=overwrite)
 
     def restore(self, path: str | Path) -> Snapshot:
         """Load a snapshot of the same model, taken on any back end. It may be called before the first step.

@@ -17,6 +17,8 @@ from stepcell.runtime.media.video_repair import repair_video
 
 __all__ = ["recover_recordings"]
 
+_PNG_END = b"IEND\xaeB`\x82"  # type and checksum of the last chunk
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,8 +48,8 @@ def _repair(path: Path) -> int:
     """Number of whole frames in a recording; what follows them is cut off."""
     if path.is_dir():
         pictures = sorted(path.glob("*.png"))
-        if pictures:
-            pictures.pop().unlink()  # it may be incomplete
+        if pictures and not pictures[-1].read_bytes().endswith(_PNG_END):
+            pictures.pop().unlink()  # it is incomplete
         return len(pictures)
     if path.suffix == ".npy":
         return _repair_array(path)

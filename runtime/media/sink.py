@@ -25,6 +25,7 @@ class Sink(Protocol):
     Attributes:
         name: as the user wrote it; "stdout" for `-`.
         takes_pixels: `write` takes pixels (H, W, C) uint8; otherwise the output tensor of the model.
+        whole: optional; frames that the file holds if the process is killed now, where fewer than were written.
         replaces: `close` and `salvage` replace a file that existed before.
     """
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from stepcell.display import displayed
+
 __all__ = ["FRAME_RATES", "Source", "display_name"]
 
 FRAME_RATES = (Fraction(1, 1000), Fraction(1000))  # frames per second: lowest and highest that are accepted
@@ -46,8 +48,9 @@ class Source(Protocol):
 def display_name(text: str) -> str:
     """The name of an input or output for messages, metrics and reports.
 
-    The password of a URL is replaced by asterisks. Bytes of a file name that are not valid Unicode, which JSON
-    cannot hold, are escaped.
+    Secrets of a URL are replaced by asterisks; white space in it may be part of one. Control characters, and bytes of a
+    file name that are not valid Unicode, which JSON cannot hold, are escaped.
     """
-    text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://[^/@:]*):[^/]*@", r"\1:***@", text)
-    return text.encode(errors="backslashreplace").decode()
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        text = re.sub(r"\s", "%20", text)
+    return displayed(text)

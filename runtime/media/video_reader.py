@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.optional_imports import require
+from stepcell.runtime.media.ffmpeg_input import input_options, lists_files
 from stepcell.runtime.media.source import FRAME_RATES, Source, display_name
 
 __all__ = ["BT709", "CAMERA", "VideoSource"]
@@ -30,7 +32,8 @@ class VideoSource(Source):
     """A video file, a URL or `camera:N` (Video4Linux).
 
     Raises:
-        InputError: it cannot be opened, or has no video stream.
+        InputError: it cannot be opened, has no video stream, or is a playlist of other files.
+        UsageError: a URL of a protocol that is not for streams.
         MissingDependencyError: PyAV is not installed.
     """
 
@@ -44,12 +47,19 @@ class VideoSource(Source):
             options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
             if camera:
                 self._container = av.open(f"/dev/video{camera[1]}", format="v4l2", **options)
-            elif "://" in name:
-                self._container = av.open(name, timeout=URL_TIMEOUT, **options)
-            else:  # "file:" keeps a colon in a file name from being read as a protocol
-                self._container = av.open(f"file:{name}", **options)
-        except (av.FFmpegError, OSError) as error:
+            else:
+                container_options = input_options(name, av.formats_available)
+                if "://" in name:
+                    self._container = av.open(name, timeout=URL_TIMEOUT, options=container_options, **options)
+                else:  # "file:" keeps a colon in a file name from being read as a protocol
+                    self._container = av.open(f"file:{name}", options=container_options, **options)
+        except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: a null byte
             what = "camera" if camera else "video"
+            if not camera and lists_files(Path(name)):
+                raise InputError(
+                    f"{self.name}: names other files, which are not opened",
+                    hint=f"join them into one video first: ffmpeg -i {self.name} -c copy joined.mkv",
+                ) from error
             raise InputError(f"{self.name}: cannot be opened as {what} ({_reason(error)})") from error
         if not self._container.streams.video:
             self._container.close()

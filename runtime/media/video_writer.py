@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,7 @@ _MPEG4 = ("mpeg4", {"qmin": "2", "qmax": "4"})
 # on together with delay_moov, which puts the first frame at 0.0 s. Before 8.1 an incomplete file is lost.
 _MATROSKA = {"cluster_time_limit": "1000", "flush_packets": "1"}  # milliseconds
 _FRAGMENTED = {"movflags": "+hybrid_fragmented+delay_moov", "frag_duration": "1000000", "flush_packets": "1"}  # us
+_REORDERED = 17  # most frames that H.264 decodes before it shows one, and one for rounding
 _FRAGMENTED_SINCE = (62, 12)  # version of libavformat in FFmpeg 8.1
 
 
@@ -63,6 +65,7 @@ class VideoSink:
         options = _MATROSKA if path.suffix == ".mkv" else fragmented
         self._container = av.open(str(self._temporary.path), "w", options=options)
         self._stream: Any = None
+        self._packets = 0  # that were given to the container
 
     def write(self, frame: NDArray[Any]) -> None:
         height, width, channels = frame.shape
@@ -73,7 +76,14 @@ class VideoSink:
             grey = channels == 1
             picture = self._av.VideoFrame.from_ndarray(even[..., 0] if grey else even, "gray" if grey else "rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
-            self._container.mux(self._stream.encode(picture))
+            packets = self._stream.encode(picture)
+            self._container.mux(packets)
+            self._packets += len(packets)
+
+    @property
+    def whole(self) -> int:
+        """Frames in whole fragments: without those of the last second, and those that wait to be put in order."""
+        return max(0, self._packets - math.ceil(self._fps) - _REORDERED)
 
     def close(self) -> None:
         with output_errors(self.name, self._av.FFmpegError):

@@ -31,6 +31,7 @@ class FrameWriter:
 
     Attributes:
         encode: time per frame in `Sink.write`; to be read after `join`.
+        unwritten: frames that were put and are not written yet; 0 after a failure.
         closed: time at which the sink was closed, by `time.perf_counter`; None: not yet.
         written: frames in the output.
     """
@@ -39,7 +40,7 @@ class FrameWriter:
         self.sink = sink
         self.encode = Latency()
         self.closed: float | None = None
-        self.written = 0
+        self.written = self.unwritten = 0
         self._changed, self._depth = changed, depth
         self._queue: deque[NDArray[Any]] = deque()
         self._keep: bool | None = None  # set by `finish` and `abandon`, which end the thread
@@ -73,7 +74,21 @@ class FrameWriter:
                 self._changed.wait()
             self.check()
             self._queue.append(frame)
+            self.unwritten += 1
             self._changed.notify_all()
+
+    @property
+    def whole(self) -> int:
+        """Frames that the output holds whatever happens to the process."""
+        if self.closed is not None:
+            return self.written
+        return 0 if self.failed else getattr(self.sink, "whole", self.written)
+
+    def drain(self, control: RunControl) -> None:
+        """Wait until every frame in the queue is written, writing failed, or a stop is requested."""
+        with self._changed:
+            while self.unwritten and not control.stopping:
+                self._changed.wait(_POLL_SECONDS)
 
     def check(self) -> None:
         """Raise the error with which writing failed, if it did."""
@@ -110,7 +125,10 @@ class FrameWriter:
             while (frame := self._next()) is not None:
                 with Stopwatch(self.encode):
                     self.sink.write(frame)
-                self.written += 1
+                with self._changed:
+                    self.written += 1
+                    self.unwritten -= 1
+                    self._changed.notify_all()
             if self._keep:
                 self.sink.close()
             else:
@@ -119,6 +137,7 @@ class FrameWriter:
         except BaseException as error:  # raised by the next call, in the calling thread
             self.written, self._error = 0, error
             with self._changed:
+                self.unwritten = 0
                 self._queue.clear()
                 self._changed.notify_all()
             with contextlib.suppress(OSError, StepcellError):  # the first error is the one to report

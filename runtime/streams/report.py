@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from stepcell.errors import StepcellError
+from stepcell.json_text import json_text
 from stepcell.runtime.loop.latency import LatencySummary
 from stepcell.runtime.streams.reset_policy import Cause
 
@@ -33,6 +34,7 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
         reconnects: number of times the input was lost and reopened.
         snapshots: number of snapshots written.
         failed_snapshots: number of snapshots that could not be written.
+        resumes_at: frame at which `--resume` continues with the last snapshot written; None: none was.
         stopped: why the stream ended.
         error: message of the failure; None: no failure.
         seconds: wall time from the first read to the closed output.
@@ -59,6 +61,7 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
     reconnects: int
     snapshots: int
     failed_snapshots: int
+    resumes_at: int | None
     stopped: Stopped
     error: str | None
     seconds: float
@@ -88,7 +91,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> str:
         """`document` as JSON."""
-        return msgspec.json.format(msgspec.json.encode(self.document), indent=1).decode() + "\n"
+        return json_text(self.document) + "\n"
 
 
 class RunError(StepcellError):

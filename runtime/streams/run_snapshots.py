@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError, UsageError
-from stepcell.runtime.loop.snapshot import Snapshot
+from stepcell.json_text import decode_json
+from stepcell.runtime.loop.snapshot import Snapshot, write_snapshot
 from stepcell.runtime.loop.step_loop import StepLoop
 
 __all__ = ["SNAPSHOT_EVERY", "SnapshotWriter", "resume_streams"]
@@ -21,11 +24,23 @@ SNAPSHOT_EVERY = 250  # default number of frames between snapshots: ten seconds 
 _FRAMES = "frames"  # metadata key of the frames of each stream, if there are several
 
 
-class SnapshotWriter:
-    """Overwrites one file periodically.
+@dataclass(frozen=True)
+class _Captured:
+    """States that are not in the file yet, and whether the outputs hold the frames up to them."""
 
-    A snapshot that cannot be written, such as on a full disk, is logged and counted; the run continues, and the
-    previous snapshot stays.
+    frames: int
+    positions: Mapping[str, int]
+    states: dict[str, NDArray[Any]]
+    snapshot: Snapshot
+    held: Callable[[], bool | None]
+
+
+class SnapshotWriter:
+    """Overwrites one file periodically, never with a state that is ahead of the frames that the outputs hold.
+
+    An encoder keeps frames back, and a disk may be full: states wait in memory until the outputs hold all frames
+    before them, so a run that resumes from the file skips none. A snapshot that cannot be written is logged and
+    counted; the run continues, and the previous snapshot stays.
 
     Args:
         path: a .safetensors file.
@@ -35,38 +50,67 @@ class SnapshotWriter:
 
     Attributes:
         written, failed: number of snapshots.
+        positions: frames of each stream in the file, by name; empty: none was written.
     """
 
     def __init__(self, path: Path, every: int, source: str, *, overwrite: bool = False) -> None:
         self._path, self._every, self._source = path, every, source
         self._overwrite = overwrite
-        self._saved: int | None = None  # frames in the last snapshot
+        self._captured: int | None = None  # frames in the last states that were captured
+        self._waiting: list[_Captured] = []  # the oldest states that wait, and the newest
         self.written = self.failed = 0
+        self.positions: Mapping[str, int] = {}
 
     def due(self, frames: int) -> bool:
         """Whether a snapshot is to be written after this many frames."""
         return frames % self._every == 0
 
-    def save(self, loop: StepLoop, frames: int, streams: Mapping[str, int] | None = None) -> None:
-        """Write the states of `loop`, unless the last snapshot has the same number of frames.
+    def save(
+        self,
+        loop: StepLoop,
+        frames: int,
+        streams: Mapping[str, int] | None = None,
+        *,
+        held: Callable[[], bool | None] = lambda: True,
+    ) -> None:
+        """Capture the states of `loop`, unless the last ones have the same number of frames, and `flush`.
 
         Args:
             loop: the loop.
             frames: frames of the only stream, or steps of several streams.
             streams: frames of each stream by name, if there are several.
+            held: whether the outputs hold these frames, whatever happens to the process; None: they never will.
         """
-        if frames == self._saved:
+        if frames == self._captured:
             return
+        self._captured = frames
+        metadata = {"input": self._source}
+        if streams is not None:
+            metadata[_FRAMES] = msgspec.json.encode(streams).decode()
+        states, snapshot = loop.capture(frame=frames, metadata=metadata)
+        positions = {self._source: frames} if streams is None else streams
+        self._waiting = [*self._waiting[:1], _Captured(frames, positions, states, snapshot, held)]
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the newest states that the outputs hold, if there are any; call it after every step."""
+        if not self._waiting:
+            return
+        answers = [each.held() for each in self._waiting]
+        if True in answers:
+            newest = len(answers) - 1 - answers[::-1].index(True)
+            self._write(self._waiting[newest])
+            self._waiting, answers = self._waiting[newest + 1 :], answers[newest + 1 :]
+        self._waiting = [each for each, answer in zip(self._waiting, answers, strict=True) if answer is not None]
+
+    def _write(self, captured: _Captured) -> None:
         try:
-            metadata = {"input": self._source}
-            if streams is not None:
-                metadata[_FRAMES] = msgspec.json.encode(streams).decode()
-            loop.save(self._path, frame=frames, metadata=metadata, overwrite=self._overwrite)
+            write_snapshot(self._path, captured.states, captured.snapshot, overwrite=self._overwrite)
         except (OutputError, UsageError) as error:  # UsageError: a foreign file was put there since the start
-            logger.warning(f"frame {frames}: snapshot not written: {error.message}")
+            logger.warning(f"frame {captured.frames}: snapshot not written: {error.message}")
             self.failed += 1
         else:
-            self._saved = frames
+            self.positions = captured.positions
             self.written += 1
 
 
@@ -98,9 +142,9 @@ def resume_streams(loop: StepLoop, path: Path, names: Sequence[str]) -> dict[str
 
 
 def _frames_by_stream(snapshot: Snapshot) -> dict[str, int]:
-    try:
-        return msgspec.json.decode(
-            snapshot.metadata.get(_FRAMES, ""), type=dict[str, Annotated[int, msgspec.Meta(ge=0)]]
-        )
-    except msgspec.DecodeError as error:
-        raise InputError("snapshot: does not state how many frames of each stream were stepped") from error
+    return decode_json(
+        snapshot.metadata.get(_FRAMES, ""),
+        dict[str, Annotated[int, msgspec.Meta(ge=0)]],
+        "snapshot",
+        what="does not state how many frames of each stream were stepped",
+    )

@@ -105,6 +105,8 @@ class Scheduler:
                     closing.callback(stream.close, self._control)
         if self._steps and not self._in_step and not all(stream.failure for stream in self._streams):
             self._save_snapshot()
+        if self._snapshots is not None:
+            self._snapshots.flush()
         self._report_progress()
         return [stream.report(self._loop, self._snapshots) for stream in self._streams]
 
@@ -200,6 +202,8 @@ class Scheduler:
         self._in_step = False
         if outputs and self._snapshot_due(self._count):
             self._save_snapshot()
+        elif self._snapshots is not None:
+            self._snapshots.flush()
 
     def _pass_on_resets(self) -> None:
         if self._control.resets != self._resets:
@@ -291,8 +295,18 @@ class Scheduler:
 
     def _save_snapshot(self) -> None:
         if self._snapshots is not None:
-            frames = {stream.name: stream.number for stream in self._streams if stream in self._slots}
-            self._snapshots.save(self._loop, self._count, frames if self._shared else None)
+            streams = [stream for stream in self._streams if not self._shared or stream in self._slots]
+            frames = {stream: stream.number for stream in streams}
+            for stream in streams:
+                if stream.writer is not None:
+                    stream.writer.drain(self._control)
+
+            def held() -> bool | None:
+                answers = [stream.holds(number) for stream, number in frames.items()]
+                return None if None in answers else all(answers)
+
+            names = {stream.name: number for stream, number in frames.items()}
+            self._snapshots.save(self._loop, self._count, names if self._shared else None, held=held)
 
     @contextlib.contextmanager
     def _isolated(self, stream: Stream) -> Iterator[None]:

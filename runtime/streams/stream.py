@@ -139,6 +139,15 @@ class Stream:
             return None
         return self.writer.written if self.writer is not None and self.writer.closed is not None else 0
 
+    def holds(self, frames: int) -> bool | None:
+        """Whether the output has the stream up to this frame, whatever happens to the process; None: it never will.
+
+        A live source gives no frame twice, so nothing is gained by going back to a frame that was lost.
+        """
+        if self.writer is None or self.live or self.start + self.writer.whole >= frames:
+            return True
+        return None if self.writer.closed is not None else False
+
     @property
     def queued(self) -> dict[str, int]:
         return {
@@ -356,6 +365,7 @@ class Stream:
             reconnects=self.reconnects,
             snapshots=snapshots.written if snapshots else 0,
             failed_snapshots=snapshots.failed if snapshots else 0,
+            resumes_at=snapshots.positions.get(self.name) if snapshots else None,
             stopped=self.stopped or "error",
             error=self._error(),
             seconds=round(seconds, 3),

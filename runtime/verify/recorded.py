@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract
 from stepcell.errors import InputError
 from stepcell.files import atomic_path
+from stepcell.library_errors import library_errors
 from stepcell.overwrite import REFERENCE_KEY
 from stepcell.runtime.engine.layers import EngineLayer
 from stepcell.runtime.loop.snapshot import contract_hash
@@ -268,14 +268,10 @@ def read_record(path: Path, contract: StepContract) -> RecordedRun:
     Raises:
         InputError: it cannot be read, is something else, or belongs to another model.
     """
-    try:
+    with library_errors(str(path), InputError, what="not a reference that `stepcell verify --record` wrote"):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         record = msgspec.json.decode(arrays[REFERENCE_KEY].tobytes(), type=Record)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, msgspec.DecodeError) as error:
-        raise InputError(
-            f"{path}: not a reference that `stepcell verify --record` wrote ({error})",
-        ) from error
     if record.contract_hash != contract_hash(contract):
         raise InputError(
             f"{path}: the reference of another model: hash {record.contract_hash[:12]}..., this model has "

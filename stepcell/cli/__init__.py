@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from stepcell import __version__
+from stepcell.cli.common import command_error
 from stepcell.cli.console import log, logs_printed
-from stepcell.errors import StepcellError
+from stepcell.display import displayed
 
 __all__ = ["main"]
 
@@ -48,13 +49,19 @@ class _LazyGroup(click.Group):
         try:
             with logs_printed():
                 return super().invoke(ctx)
-        except StepcellError as error:
-            log(f"error: {error.message}")
-            if error.hint:
-                log(f"hint:  {error.hint}")
-            ctx.exit(error.exit_code)
+        except click.ClickException as error:  # quotes arguments, which may be URLs
+            vars(error)["message"] = displayed(error.message)
+            raise
+        except (click.exceptions.Exit, click.Abort):
+            raise
         except KeyboardInterrupt:
             ctx.exit(130)  # the exit code of shells; click would use 1
+        except Exception as error:
+            failure = command_error(error)
+            log(f"error: {failure.message}")
+            if failure.hint:
+                log(f"hint:  {failure.hint}")
+            ctx.exit(failure.exit_code)
 
 
 _HELP = """Take a trained recurrent vision model to an edge GPU, one step at a time.

@@ -14,6 +14,7 @@ from stepcell.cli.common import json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
+from stepcell.json_text import json_text
 from stepcell.overwrite import check_output, is_no_model, is_report
 from stepcell.shapes import parse_shapes
 
@@ -152,7 +153,7 @@ def command(
         write_atomic(plot_path, _plot(report))
         log(f"plot:    {plot_path}")
     if times_path is not None:
-        write_atomic(times_path, msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+        write_atomic(times_path, json_text(report) + "\n")
         log(f"times:   {times_path}")
     if as_json:
         print_json(_without_times(report))

@@ -9,14 +9,16 @@ import json
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
 from stepcell.errors import StepcellError, UsageError
+from stepcell.library_errors import as_stepcell_error, first_line, is_out_of_memory
 
-__all__ = ["json_option", "leaving", "no_check_option", "overwrite_option", "parse_settings"]
+__all__ = ["command_error", "json_option", "leaving", "no_check_option", "overwrite_option", "parse_settings"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 overwrite_option = click.option(
@@ -45,6 +47,26 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
+def command_error(error: Exception) -> StepcellError:
+    """The error that a command ends with: of stepcell, for want of memory, of the system, or a fault of stepcell.
+
+    With STEPCELL_TRACEBACK=1 the stack is printed for one that is not of stepcell.
+    """
+    if isinstance(error, StepcellError):
+        return error
+    if os.environ.get("STEPCELL_TRACEBACK"):
+        traceback.print_exception(error)
+    if is_out_of_memory(error):
+        return as_stepcell_error(error, "stepcell")
+    if isinstance(error, OSError):
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return StepcellError(f"{where}{error.strerror or first_line(error)}")
+    return StepcellError(
+        f"fault of stepcell: {type(error).__name__}: {first_line(error)}",
+        hint="please report it with the stack, which STEPCELL_TRACEBACK=1 prints",
+    )
+
+
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
     """At exit, end the process at once if threads that were started in the block still run.
@@ -60,11 +82,11 @@ def leaving() -> Iterator[None]:
     except click.exceptions.Exit as end:
         code = end.exit_code
         raise
-    except StepcellError as error:
-        code = error.exit_code
-        raise
     except KeyboardInterrupt:
         code = 130
+        raise
+    except Exception as error:
+        code = command_error(error).exit_code
         raise
     finally:
         left = [thread for thread in threading.enumerate() if thread not in before]

@@ -1,9 +1,14 @@
-"""Console output of the command line, the only user of rich: progress and summaries to stderr, results to stdout."""
+"""Console output of the command line, the only user of rich: progress and summaries to stderr, results to stdout.
+
+All text passes `displayed` here: names, doc strings and tags of a file never steer the terminal, and secrets of URLs
+are hidden.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -17,10 +22,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from stepcell.display import displayed
 from stepcell.errors import OutputError
 from stepcell.files import human_size
+from stepcell.json_text import json_text
 
-__all__ = ["LiveTable", "console", "log", "logs_printed", "print_json", "stage", "table", "working"]
+__all__ = ["LiveTable", "console", "echo", "log", "logs_printed", "print_json", "stage", "table", "working"]
 
 HEARTBEAT_SECONDS = 10.0
 _FILE_WIDTH = 1000  # columns of a table that goes to a file: paths are not wrapped
@@ -42,7 +49,12 @@ console = _Log(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x
 
 def log(message: str) -> None:
     """Print a line to stderr."""
-    console.print(message, markup=False)
+    console.print(displayed(message), markup=False)
+
+
+def echo(text: str) -> None:
+    """Print a line of the result to stdout."""
+    _write(displayed(text) + "\n")
 
 
 class _Handler(logging.Handler):
@@ -86,7 +98,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, to_stdout: b
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*map(Text, row))  # `stepcell[rtx]` is not markup
+        grid.add_row(*map(_cell, row))
     output = (Console if to_stdout else _Log)(highlight=False, stderr=not to_stdout)
     if not output.is_terminal:
         output.width = _FILE_WIDTH
@@ -107,7 +119,7 @@ class LiveTable:
         for column in self._columns[1:]:
             grid.add_column(column, justify="right", no_wrap=True)
         for row in rows:
-            grid.add_row(*map(Text, row))
+            grid.add_row(*map(_cell, row))
         self._live.start()
         self._live.update(grid, refresh=True)
 
@@ -117,10 +129,28 @@ class LiveTable:
 
 
 def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
-    """Print a result as JSON to stdout."""
+    """Print a result as JSON to stdout.
+
+    Raises:
+        OutputError: it cannot be written, such as to a full disk.
+    """
+    _write(json_text(result) + "\n")
+
+
+def _cell(text: str) -> Text:
+    return Text(displayed(text))  # not markup: `stepcell[rtx]`
+
+
+def _write(text: str) -> None:
     if sys.stdout is None:
         raise OutputError("stdout: is closed")
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=1).decode() + "\n")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # Python would report it once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"stdout: cannot be written ({error.strerror})") from error
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import click
 import msgspec
 
 from stepcell.cli.common import json_option
-from stepcell.cli.console import print_json, table
+from stepcell.cli.console import echo, print_json, table
 
 
 @click.command(
@@ -29,6 +29,6 @@ def command(as_json: bool) -> None:
     table("", ["", "what", "found", "without it"], rows, to_stdout=True)
     remedies = [f for f in findings if not f.ok and f.remedy]
     if remedies:
-        click.echo("\nto add what is missing:")
+        echo("\nto add what is missing:")
         for finding in remedies:
-            click.echo(f"  {finding.what}: {finding.remedy}")
+            echo(f"  {finding.what}: {finding.remedy}")

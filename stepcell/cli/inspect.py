@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from stepcell.cli.common import json_option
-from stepcell.cli.console import log, print_json, table
+from stepcell.cli.console import echo, log, print_json, table
 from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.errors import InputError
 from stepcell.files import human_size
@@ -61,8 +61,8 @@ def command(file: Path, as_json: bool) -> None:
 
 
 def _print_contract(contract: StepContract, title: str) -> None:
-    click.echo(title)
-    click.echo(f"family {contract.family}, {contract.precision} compute, contract {contract.schema}\n")
+    echo(title)
+    echo(f"family {contract.family}, {contract.precision} compute, contract {contract.schema}\n")
     rows = [_row("input", spec.name, spec) for spec in contract.inputs]
     rows += [_row("output", spec.name, spec) for spec in contract.outputs]
     rows += [_row("state", state.name, state) for state in contract.states]

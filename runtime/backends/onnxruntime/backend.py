@@ -7,6 +7,7 @@ leaves the device. Only idle rows are copied, from the buffer that was read to t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from stepcell.contract import Spec, StepContract
 from stepcell.dims import resolve
-from stepcell.errors import DeviceError, StepcellError, UsageError
+from stepcell.errors import StepcellError, UsageError
+from stepcell.library_errors import as_stepcell_error
+from stepcell.limits import FIRST_STEP_SECONDS, within_seconds
 from stepcell.optional_imports import require
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device, StepFuture
@@ -81,6 +84,7 @@ class OrtBackend:
         self._parity = 0  # index of the buffer that holds the current state
         self._stream: cuda.Stream | None = None  # for copies on CUDA
         self._captures = device.kind == "cuda" and captures_graphs(session)
+        self._has_run = False  # a step, since it was configured
         self._graphs = 0  # number of CUDA graphs so far; each binding has its own
         self._options: tuple[Any, ...] = (None, None)  # run options, per binding
 
@@ -92,6 +96,7 @@ class OrtBackend:
     def configure(self, symbols: Mapping[str, int]) -> None:
         contract = self.contract
         self._free()
+        self._has_run = False
         try:
             if self._specialized is not None:
                 self._session = self._specialized.session(
@@ -122,8 +127,6 @@ class OrtBackend:
                 outputs = self._run_on_host(binding, inputs)
             if idle:
                 self._keep(idle)
-        except StepcellError:
-            raise
         except Exception as error:
             raise self._failure("the step failed", error) from error
         self._parity ^= 1
@@ -157,10 +160,25 @@ class OrtBackend:
             binding.bind_ortvalue_output(
                 name, self._ort.OrtValue.ortvalue_from_numpy(outputs[name])
             )  # shares its memory
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         for name, output in self._outputs.items():
             outputs[name] = output.host.copy()
         return outputs if len(self._ordered) == 1 else {name: outputs[name] for name in self._ordered}
+
+    def _run(self, binding: Any) -> None:
+        """Run on the CPU; the first step within the limit, since a loop in the graph may never end."""
+        if self._has_run:
+            self._session.run_with_iobinding(binding)
+            return
+        options = self._ort.RunOptions()
+        options.log_severity_level = 4  # its own message about the end
+        first = functools.partial(self._session.run_with_iobinding, binding, options)
+
+        def stop() -> None:
+            options.terminate = True
+
+        within_seconds(FIRST_STEP_SECONDS, first, f"{self._path}: the first step", stop=stop)
+        self._has_run = True
 
     def _has_buffer(self, spec: Spec, symbols: Mapping[str, int]) -> bool:
         """Whether an input is copied to a buffer. On the CPU, a large input is bound in the caller's memory instead."""
@@ -269,10 +287,7 @@ class OrtBackend:
         return binding
 
     def _failure(self, what: str, error: Exception) -> StepcellError:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, MemoryError) or "allocate memory" in text.lower():
-            return DeviceError(f"{self._path}: not enough memory on {self.device}: {text}", hint="use smaller frames")
-        return StepcellError(f"{self._path}: {what} in ONNX Runtime: {text}")
+        return as_stepcell_error(error, str(self._path), what=f"{what} in ONNX Runtime on {self.device}")
 
 
 class _Buffer:

@@ -16,6 +16,8 @@ from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, DeviceError, InputError
 from stepcell.external_weights import load_external_weights
 from stepcell.files import read_bytes
+from stepcell.library_errors import first_line, is_out_of_memory, library_errors
+from stepcell.limits import FIRST_STEP_SECONDS, within_seconds
 from stepcell.onnx_model import OnnxFile, missing_contract, read_onnx, repair_hint
 from stepcell.optional_imports import require
 from stepcell.runtime import cuda
@@ -56,8 +58,12 @@ class SpecializedSessions:
             model = self._simplified(ort, shapes)
             split_convolutions(model)
             return _create(ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads))
+        except DeviceError:
+            raise
         except Exception as error:  # for example no space for temporary files
-            logger.warning(f"{self._path}: is not specialised for its sizes, which is slower: {_reason(error)}")
+            if is_out_of_memory(error):
+                raise
+            logger.warning(f"{self._path}: is not specialised for its sizes, which is slower: {first_line(error)}")
             return _create(ort, self._path, self._model, cpu, _options(ort, self._threads))
 
     def _simplified(self, ort: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -73,7 +79,8 @@ class SpecializedSessions:
                     options.add_free_dimension_override_by_name(text, size)
         with tempfile.TemporaryDirectory(prefix="stepcell-") as folder:
             options.optimized_model_filepath = str(Path(folder) / "model.onnx")
-            ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+            create = functools.partial(ort.InferenceSession, self._model, options, providers=["CPUExecutionProvider"])
+            within_seconds(FIRST_STEP_SECONDS, create, f"{self._path}: loading in ONNX Runtime")
             return onnx.load(options.optimized_model_filepath)
 
 
@@ -128,15 +135,10 @@ def _options(ort: Any, threads: int | None, *, only_basic: bool = False) -> Any:
 def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: Any) -> Any:
     if device.kind == "cuda":
         _require_cuda(ort, device)
-    try:
-        session = _session(ort, model, options, device)
-    except Exception as error:  # onnxruntime's exceptions have no common base
-        reason = _reason(error)
-        if "Protobuf" in type(error).__name__:
-            raise InputError(f"{path}: is not an ONNX model ({reason})") from error
-        if device.kind == "cuda":
-            raise DeviceError(f"{path}: cannot be opened on {device}: {reason}") from error
-        raise InputError(f"{path}: ONNX Runtime cannot run this model: {reason}") from error
+    cuda_errors = device.kind == "cuda"
+    what = f"cannot be opened on {device}" if cuda_errors else "ONNX Runtime cannot run this model"
+    with library_errors(str(path), DeviceError if cuda_errors else InputError, what=what):
+        session = _session(ort, path, model, options, device)
     if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise DeviceError(
             f"{device}: ONNX Runtime did not load its CUDA provider",
@@ -145,11 +147,12 @@ def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: A
     return session
 
 
-def _session(ort: Any, model: str | bytes, options: Any, device: Device) -> Any:
+def _session(ort: Any, path: Path, model: str | bytes, options: Any, device: Device) -> Any:
     """A session; on CUDA with CUDA graphs, or without them if parts of the model cannot be captured."""
     create = functools.partial(ort.InferenceSession, model, options, enable_fallback=0)
     if device.kind == "cpu":
-        return create(providers=["CPUExecutionProvider"])
+        on_cpu = functools.partial(create, providers=["CPUExecutionProvider"])
+        return within_seconds(FIRST_STEP_SECONDS, on_cpu, f"{path}: loading in ONNX Runtime")
     # The dtypes of the graph determine the precision: float32 convolutions must not be computed in TF32.
     cuda_options = {"device_id": str(device.index), "use_tf32": "0"}
     captured = ("CUDAExecutionProvider", {**cuda_options, _CAPTURE: "1"})
@@ -157,7 +160,7 @@ def _session(ort: Any, model: str | bytes, options: Any, device: Device) -> Any:
         return create(providers=[captured, "CPUExecutionProvider"])
     except Exception as error:  # control flow, or nodes that only the CPU provider supports
         session = create(providers=[("CUDAExecutionProvider", cuda_options), "CPUExecutionProvider"])
-        logger.warning(f"{device}: runs without a CUDA graph, which is slower: {_reason(error)}")
+        logger.warning(f"{device}: runs without a CUDA graph, which is slower: {first_line(error)}")
         return session
 
 
@@ -165,10 +168,6 @@ def captures_graphs(session: Any) -> bool:
     """Whether a session on CUDA uses CUDA graphs."""
     found: str = session.get_provider_options().get("CUDAExecutionProvider", {}).get(_CAPTURE, "0")
     return found == "1"
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _require_cuda(ort: Any, device: Device) -> None:

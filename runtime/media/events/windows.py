@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from stepcell.event_spec import EventWindow
+from stepcell.limits import EMPTY_WINDOWS
 from stepcell.runtime.media.events.columns import Events
 
 __all__ = ["split_windows"]
@@ -22,6 +23,9 @@ def split_windows(parts: Iterable[Events], window: EventWindow, pixels: int) -> 
         parts: consecutive parts of a stream, in order of time, of any length.
         window: the size of a window.
         pixels: number of pixels of the sensor.
+
+    Raises:
+        InputError: a pause of more windows than the limit.
     """
     count = window.count(pixels)
     return _by_time(parts, round(window.size)) if count is None else _by_count(parts, count)
@@ -51,6 +55,8 @@ def _by_time(parts: Iterable[Events], step: int) -> Iterator[tuple[Events, int]]
         if part.t[-1] < end:
             continue
         events = Events.join(waiting)
+        gap = int(np.diff(events.t, prepend=end).max())
+        EMPTY_WINDOWS.check(gap // step, "events", f"a pause of {gap} us in windows of {step} us")
         start = 0
         while end <= events.t[-1]:
             stop = start + int(np.searchsorted(events.t[start:], end))

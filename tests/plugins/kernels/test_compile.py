@@ -34,7 +34,7 @@ def python(*arguments: str | Path, **variables: str) -> subprocess.CompletedProc
 
 
 def compile_cells(folder: Path, capabilities: str, *cells: str | Path, **variables: str) -> Any:
-    command = ("-m", "stepcell.cli", "kernels", "compile", "--compute-capability", capabilities, "--json")
+    command = ("-m", "stepcell", "kernels", "compile", "--compute-capability", capabilities, "--json")
     return python(*command, "-o", folder, *cells, **variables)
 
 

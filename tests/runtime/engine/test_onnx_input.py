@@ -119,6 +119,7 @@ def test_invalid_graph_is_refused(denoiser_onnx: Path, tmp_path: Path) -> None:
 def test_weights_outside_the_file_are_refused(denoiser_onnx: Path, tmp_path: Path) -> None:
     def move_out(model: ModelProto) -> None:
         tensor = model.graph.initializer[0]
+        (tmp_path / "weights.bin").write_bytes(tensor.raw_data)
         tensor.ClearField("raw_data")
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="weights.bin")

@@ -24,9 +24,9 @@ def test_size_belongs_to_stdin(name: str, size: tuple[int, int] | None) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("rtsp://user:pass:w@rd@host/a:b", "rtsp://user:***@host/a:b"),
-        ("rtsp://user@host:554/x", "rtsp://user@host:554/x"),
-        ("http://host:80/a:b@c", "http://host:80/a:b@c"),
+        ("rtsp://user:pass:w@rd@host/a:b", "rtsp://***@host/a:b"),
+        ("rtsp://token@host:554/x", "rtsp://***@host:554/x"),
+        ("http://host:80/a:b", "http://host:80/a:b"),
         ("/a:b@c/clip.mp4", "/a:b@c/clip.mp4"),
         ("a\udcff.mp4", "a\\udcff.mp4"),
         ("ü.mp4", "ü.mp4"),
