@@ -32,14 +32,19 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
     """
     from stepcell.exporter.from_checkpoint.checkpoint import load_checkpoint
     from stepcell.exporter.from_checkpoint.families.registry import FAMILIES
-    from stepcell.exporter.from_checkpoint.step_model import load_strictly, step_model
+    from stepcell.exporter.from_checkpoint.step_model import load_weights, step_model
     from stepcell.exporter.from_module.factory import module_from_factory
     from stepcell.exporter.from_module.lift import lift_states
     from stepcell.models.step import is_step_module
     from stepcell.renamed_families import current_name
 
     source, arguments = contract.source, dict(contract.source.get("arguments") or {})
-    content = None if checkpoint is None else load_checkpoint(checkpoint)
+    content = None
+    if checkpoint is not None:
+        key, prefix = (source.get(f"checkpoint_{name}") for name in ("key", "prefix"))
+        content = load_checkpoint(
+            checkpoint, key=None if key is None else str(key), prefix=None if prefix is None else str(prefix)
+        )
     factory = source.get("module")
     if factory is None:
         if content is None:
@@ -60,7 +65,7 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
         return model
     model = module_from_factory(str(factory), arguments)
     if content is not None:
-        load_strictly(model, content.tensors, f"{checkpoint}: --module {factory}")
+        load_weights(model, content, f"--module {factory}")
     if not is_step_module(model):
         example = {
             spec.name: tuple(dim if isinstance(dim, int) else contract.example[dim] for dim in spec.shape)

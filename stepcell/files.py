@@ -206,14 +206,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def read_bytes(path: Path) -> bytes:
-    """Contents of `path`.
+def read_bytes(path: Path, size: int = -1) -> bytes:
+    """Contents of `path`, or its first `size` bytes.
 
     Raises:
         InputError: it does not exist, is a folder or cannot be read.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(size)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -38,6 +38,7 @@ _FEATURES = [16, 24, 40, 128]  # channels of f1 to f4; _DECODER: of the decoder
 _DECODER = [80, 40, 32, 16]
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LARGEST = 16384  # largest height or width for which the rounding of downsampled sizes is checked
+_STEPS = 8  # values of float32 that are tried for the scale
 
 RefinerKind = Literal["deep_guided_filter", "fast_guided_filter"]
 
@@ -133,15 +134,16 @@ class MattingNetwork(nn.Module):
 
     Args:
         refiner: filter that upsamples the matte to the full size; not used with a ratio of 1.
-        downsample_ratio: scale at which the network works; sizes are rounded down.
+        downsample_ratio: scale at which the network works; the exact sizes are rounded down. (Upstream rounds the
+            product in float64, which loses a pixel at a few sizes: 360 * 0.7 is 251 there, and 252 here.)
 
     Raises:
-        ValueError: a ratio outside (0, 1], or one whose sizes torch and ONNX round differently.
+        ValueError: a ratio outside (0, 1], or one of more decimals for whose sizes no scale is exact.
     """
 
     def __init__(self, refiner: RefinerKind = "deep_guided_filter", downsample_ratio: float = 1.0) -> None:
         super().__init__()
-        ratio = _checked(downsample_ratio)
+        ratio = _fraction(downsample_ratio)
         height, width = (f"{side} * {ratio.numerator} // {ratio.denominator}" for side in ("height", "width"))
         rgb, multiple = ("batch", 3, "height", "width"), -(-ratio.denominator // (4 * ratio.numerator))
         self.inputs = [TensorSpec(name="src", shape=rgb, layout="NCHW", range=(0.0, 1.0), pad_multiple=multiple)]
@@ -152,7 +154,7 @@ class MattingNetwork(nn.Module):
         self.states = decoder_states(_FEATURES[3], _DECODER, *(f"({side})" for side in (height, width)))
         if ratio == 1:
             self.states = decoder_states(_FEATURES[3], _DECODER)
-        self.ratio = float(downsample_ratio)
+        self.ratio = _scale(ratio)
         self.backbone = _Backbone()
         self.decoder = RecurrentDecoder(_FEATURES, _DECODER)
         self.project = nn.Conv2d(_DECODER[3], 4, 1)
@@ -173,14 +175,24 @@ def _with_gray(image: Tensor) -> Tensor:
     return torch.cat([image, image.mean(1, keepdim=True)], dim=1)
 
 
-def _checked(value: float) -> Fraction:
+def _fraction(value: float) -> Fraction:
     ratio = Fraction(str(value)).limit_denominator(1000)
     if not 0 < ratio <= 1 or abs(float(ratio) - value) > 1e-9:
         raise ValueError(f"downsample_ratio: expected at most three decimals, above 0 and at most 1, got {value}")
-    sizes = np.arange(0, _LARGEST + 1, ratio.denominator)
-    exact = sizes // ratio.denominator * ratio.numerator
-    # torch multiplies in float64, ONNX's Resize in float32: a product just below an integer would differ.
-    narrow, wide = sizes.astype(np.float32) * np.float32(value), sizes.astype(np.float64) * value
-    if any((np.floor(product).astype(int) != exact).any() for product in (narrow, wide)):
-        raise ValueError(f"downsample_ratio: torch and ONNX round some sizes times {value} differently")
     return ratio
+
+
+def _scale(ratio: Fraction) -> float:
+    """A scale for which sizes are those of the exact ratio, rounded down, in float64 (torch) and float32 (ONNX).
+
+    Products just below an integer would lose a pixel, so the scale is the next float32 value that is large enough: it
+    moves no sample by more than 0.002 pixels.
+    """
+    sizes = np.arange(_LARGEST + 1)
+    exact = sizes * ratio.numerator // ratio.denominator
+    value, narrow = float(ratio), np.float32(float(ratio))
+    for _ in range(_STEPS):
+        if all(((sizes.astype(kind) * kind(value)).astype(int) == exact).all() for kind in (np.float32, np.float64)):
+            return value
+        value, narrow = float(narrow), np.nextafter(narrow, np.float32(2))
+    raise ValueError(f"downsample_ratio: torch and ONNX round some sizes times {float(ratio)} differently")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stepcell.contract import Parity
+    from stepcell.exporter import Checkpoint
     from stepcell.exporter.from_module.model import LiftedModel
 
 
@@ -44,12 +45,32 @@ Examples:
   stepcell export denoiser.safetensors -o denoiser.onnx
   stepcell export net.pth -o net.onnx --module my_package.net:make --set channels=32 --shape x:1x3x256x256
   stepcell export gru.pth --family gru --shape x:1x64 --precision float32
+  stepcell export rvm.pth --checkpoint-key params_ema --prefix module.
 """
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="ONNX file to write [CHECKPOINT with .onnx].")
 @click.option("--family", help="Model family; recognised from the tensors by default.")
 @click.option("--module", metavar="PKG.MOD:FACTORY", help="Your own module; the checkpoint is loaded into it.")
+@click.option(
+    "--checkpoint-key",
+    "key",
+    metavar="KEY",
+    help="Entry of CHECKPOINT that holds the weights, such as params_ema or ema.module; found where it is unique.",
+)
+@click.option(
+    "--prefix",
+    metavar="PREFIX",
+    help="Take the tensors whose names start with it, such as module.update_block.; found where it is unique.",
+)
+@click.option(
+    "--max-expansion",
+    type=click.FloatRange(1),
+    default=8.0,
+    show_default=True,
+    metavar="N",
+    help="Refuse a CHECKPOINT that unpacks to more than N times its size (and to more than 256 MiB).",
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Argument of the family or factory; JSON or Python."
 )
@@ -79,6 +100,9 @@ def command(
     output: Path | None,
     family: str | None,
     module: str | None,
+    key: str | None,
+    prefix: str | None,
+    max_expansion: float,
     settings: Sequence[str],
     shape: str | None,
     dynamic: str | None,
@@ -100,6 +124,8 @@ def command(
         raise UsageError("--family and --module: give one of them, got both")
     if output is None:
         output = Path(checkpoint.name if checkpoint else module.rpartition(":")[2]).with_suffix(".onnx")  # type: ignore[union-attr]
+    if checkpoint is None and (key is not None or prefix is not None):
+        raise UsageError("--checkpoint-key, --prefix: choose weights in a checkpoint, and there is none")
     arguments = parse_settings(settings)
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     symbols = [symbol.strip() for symbol in dynamic.split(",")] if dynamic else []
@@ -113,12 +139,15 @@ def command(
         reads={} if checkpoint is None else {checkpoint: "the checkpoint"},
         overwrite=overwrite,
     )
-    from stepcell.exporter import export_onnx
+    from stepcell.exporter import export_onnx, load_checkpoint
     from stepcell.models.step import is_step_module
 
     started = time.monotonic()
     with working(f"exporting {output}"):
-        model, name, source = _load(checkpoint, family, module, arguments, shapes)
+        content = None
+        if checkpoint is not None:
+            content = load_checkpoint(checkpoint, key=key, prefix=prefix, max_expansion=max_expansion)
+        model, name, source = _load(content, family, module, arguments, shapes)
         lifted = None if is_step_module(model) else _lift_states(model, module, shapes, symbols, positions)
         contract = export_onnx(
             lifted or model,
@@ -149,24 +178,25 @@ def command(
 
 
 def _load(
-    checkpoint: Path | None, family: str | None, module: str | None, arguments: dict[str, Any], shapes: dict[str, Any]
+    checkpoint: Checkpoint | None,
+    family: str | None,
+    module: str | None,
+    arguments: dict[str, Any],
+    shapes: dict[str, Any],
 ) -> tuple[nn.Module, str, dict[str, object]]:
-    from stepcell.exporter import load_checkpoint, step_model
-    from stepcell.exporter.from_checkpoint.step_model import load_strictly
+    from stepcell.exporter.from_checkpoint.step_model import family_model, load_weights
     from stepcell.exporter.from_module.factory import module_from_factory
 
     if module is None:
         assert checkpoint is not None
-        content = load_checkpoint(checkpoint)
-        model, name, used = step_model(content, family, arguments, shapes)
-        log(f"family:  {name} ({', '.join(f'{key}={value}' for key, value in used.items())})")
-        return model, name, {"checkpoint_sha256": content.sha256, "arguments": used}
+        loaded = family_model(checkpoint, family, arguments, shapes)
+        used = loaded.arguments
+        log(f"family:  {loaded.family} ({', '.join(f'{key}={value}' for key, value in used.items())})")
+        return loaded.model, loaded.family, {"checkpoint_sha256": checkpoint.sha256, **loaded.source, "arguments": used}
     model = module_from_factory(module, arguments)
     source: dict[str, object] = {"module": module, "arguments": arguments}
     if checkpoint is not None:
-        content = load_checkpoint(checkpoint)
-        load_strictly(model, content.tensors, f"{checkpoint}: --module {module}")
-        source["checkpoint_sha256"] = content.sha256
+        source |= {"checkpoint_sha256": checkpoint.sha256, **load_weights(model, checkpoint, f"--module {module}")}
     return model, "module", source
 
 

@@ -10,16 +10,30 @@ from torch import Tensor, nn
 __all__ = ["Family", "NotThisFamily", "Tensors", "check_names", "weight_and_bias"]
 
 Tensors = Mapping[str, Tensor]
+_FEW = 10  # one tensor of ten more or less is near
 
 
 class NotThisFamily(Exception):
-    """Reason why a checkpoint does not belong to a family; listed when no family matches."""
+    """Reason why a checkpoint does not belong to a family; listed when no family matches.
+
+    Args:
+        near: whether it is nevertheless one of this family's files: with a tensor too many or too few, or of a variant
+            that is not supported. A smaller family's tensors in it are not taken then.
+    """
+
+    def __init__(self, reason: str, *, near: bool = False) -> None:
+        super().__init__(reason)
+        self.near = near
 
 
 def check_names(tensors: Tensors, expected: Iterable[str]) -> None:
     """Raise NotThisFamily if the checkpoint has other tensors than these."""
-    if differing := sorted(set(tensors) ^ set(expected)):
-        raise NotThisFamily(f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}")
+    names = set(expected)
+    if differing := sorted(set(tensors) ^ names):
+        raise NotThisFamily(
+            f"{'unexpected' if differing[0] in tensors else 'no'} tensor {differing[0]}",
+            near=len(differing) <= max(1, len(names) // _FEW),
+        )
 
 
 def weight_and_bias(modules: Iterable[str]) -> set[str]:
@@ -54,6 +68,8 @@ class Family:
         from_shapes: infers arguments that the tensors do not determine from the shapes of the data inputs
             (`--shape`), given the other arguments.
         by_name: only used when named by `--family`, because its checkpoints also match another family.
+        cell: a cell or a stack of cells, which networks of any kind contain. Beside other weights it is not taken
+            unless it is named by `--family` or `--prefix`: the user may want the whole network.
     """
 
     name: str
@@ -65,6 +81,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     from_shapes: Callable[[Mapping[str, Sequence[int]], Mapping[str, object]], dict[str, object]] = _no_arguments
     by_name: bool = False
+    cell: bool = False
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -75,5 +92,6 @@ class Family:
         """Result of `recognise`; raises NotThisFamily also for tensors with an unexpected number of axes."""
         try:
             return self.recognise(tensors)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise NotThisFamily(f"a tensor has an unexpected shape ({error})") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            missing = isinstance(error, KeyError)
+            raise NotThisFamily(f"a tensor has an unexpected shape ({error})", near=not missing) from error

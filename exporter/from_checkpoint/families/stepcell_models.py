@@ -61,6 +61,7 @@ CONV_GRU = Family(
     name="convgru",
     summary="stack of stepcell.models.ConvGRUCell (conv_gru_stack)",
     recognise=_recognise_gru,
+    cell=True,
     build=conv_gru_stack,
     arguments={**_STACK_ARGUMENTS, "reset": '"before" or "after" the hidden convolution'},
 )
@@ -68,6 +69,7 @@ CONV_LSTM = Family(
     name="convlstm",
     summary="stack of stepcell.models.ConvLSTMCell (conv_lstm_stack)",
     recognise=_recognise_lstm,
+    cell=True,
     build=conv_lstm_stack,
     arguments=_STACK_ARGUMENTS,
 )

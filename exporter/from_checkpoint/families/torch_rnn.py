@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
+from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors, check_names
 from stepcell.models.stack import DenseStack, GRUCell, LSTMCell
 
 __all__ = ["GRU", "LSTM"]
@@ -22,12 +22,12 @@ def _recognise(gates: int, kind: str) -> Callable[[Tensors], dict[str, object]]:
         rows, hidden = tensors["weight_hh_l0"].shape
         if rows != gates * hidden:
             raise NotThisFamily(f"weight_hh_l0 has {rows} rows, a {kind} has {gates} x {hidden}")
-        return {
-            "input_size": tensors["weight_ih_l0"].shape[1],
-            "hidden_size": hidden,
-            "num_layers": sum(name.startswith("weight_ih_l") for name in tensors),
-            "bias": "bias_ih_l0" in tensors,
-        }
+        layers = sum(name.startswith("weight_ih_l") for name in tensors)
+        biased = any(name.startswith("bias_") for name in tensors)
+        kinds = ("weight", "bias") if biased else ("weight",)
+        check_names(tensors, (f"{kind}_{end}_l{i}" for kind in kinds for end in ("ih", "hh") for i in range(layers)))
+        inputs = tensors["weight_ih_l0"].shape[1]
+        return {"input_size": inputs, "hidden_size": hidden, "num_layers": layers, "bias": biased}
 
     return recognise
 
@@ -62,6 +62,7 @@ GRU = Family(
     name="gru",
     summary="torch.nn.GRU",
     recognise=_recognise(3, "GRU"),
+    cell=True,
     build=_build(GRUCell),
     convert=_convert(nn.GRU, GRUCell.from_torch),
     arguments=_ARGUMENTS,
@@ -70,6 +71,7 @@ LSTM = Family(
     name="lstm",
     summary="torch.nn.LSTM",
     recognise=_recognise(4, "LSTM"),
+    cell=True,
     build=_build(LSTMCell),
     convert=_convert(nn.LSTM, LSTMCell.from_torch),
     arguments=_ARGUMENTS,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepcell import StepLoop
-from stepcell.errors import CheckpointError
+from stepcell.errors import CheckpointError, UsageError
 from stepcell.exporter import FAMILIES, Checkpoint, export_onnx, load_checkpoint, step_model
 from stepcell.models import run_sequence
 from stepcell.models.unfused_cells import ACTIVATIONS
@@ -125,7 +125,7 @@ def test_a_tensor_with_other_axes_raises_no_other_error(case: Case) -> None:
         for other in (tensor.flatten(), torch.zeros(())):
             checkpoint = Checkpoint(case.path, {**tensors, name: other}, "", None, {})
             for family, settings in ((case.family, case.settings), (None, {})):
-                with contextlib.suppress(CheckpointError):
+                with contextlib.suppress(CheckpointError, UsageError):
                     step_model(checkpoint, family, settings)
 
 
@@ -313,3 +313,11 @@ def activated(names: list[str], folder: Path) -> tuple[nn.Module, Callable[[Tens
         return outputs
 
     return model, steps
+
+
+@pytest.mark.parametrize(("inputs", "names"), [(2, ["x0"]), (3, ["x0"]), (4, ["x0", "x1"])])
+def test_raft_stereo_reads_one_x_with_as_many_channels_as_the_state(inputs: int, names: list[str]) -> None:
+    convs = {f"conv{letter}": nn.Conv2d(2 + inputs, 2, 3) for letter in "zrq"}
+    checkpoint = Checkpoint(Path("c.pth"), nn.ModuleDict(convs).state_dict(), "", None, {})
+    model, _, _ = step_model(checkpoint, "raft_stereo_convgru")
+    assert [spec.name for spec in model.inputs] == [*names, "cz", "cr", "cq"]  # type: ignore[union-attr]

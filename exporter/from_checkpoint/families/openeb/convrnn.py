@@ -128,7 +128,10 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
         out, both = packed.shape[:2]
         target, kwargs = "ConvGRUCell", {"in_channels": both - out, "out_channels": out}
     else:
-        raise NotThisFamily("tensors other than conv_x2h with timepool, conv_h2h, or conv_rz with conv_f")
+        raise NotThisFamily(
+            "tensors other than conv_x2h with timepool, conv_h2h, or conv_rz with conv_f",
+            near={"conv_x2h", "timepool"} <= tops,
+        )
     if separable:
         kwargs["conv_func"] = "DepthWiseSeparableConv2d"
     return {"target": target, "kwargs": kwargs}
@@ -169,6 +172,7 @@ FAMILY = Family(
     name="openeb_convrnn",
     summary="ConvRNN, ConvLSTMCell, ConvGRUCell of prophesee-ai/openeb: soft or hard gates, strides, separable",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     arguments={

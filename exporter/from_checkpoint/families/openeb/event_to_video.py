@@ -21,7 +21,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
             raise NotThisFamily(f"no tensor {name}")
     parts = {"head.0", "unet.encoders", "unet.decoders", "predictor.0", "flow.0"}
     if unexpected := sorted(name for name in tensors if ".".join(name.split(".")[:2]) not in parts):
-        raise NotThisFamily(f"unexpected tensor {unexpected[0]}")
+        raise NotThisFamily(f"unexpected tensor {unexpected[0]}", near=True)
     base, in_channels = tensors["head.0.0.weight"].shape[:2]
     return {
         "in_channels": in_channels,

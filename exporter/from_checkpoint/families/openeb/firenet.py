@@ -26,7 +26,7 @@ def _recognise(tensors: Tensors) -> dict[str, object]:
             raise NotThisFamily(f"no tensor {name}")
     parts = {*_BLOCKS, *_LAYERS, "pred"}
     if unexpected := sorted(name for name in tensors if name.split(".")[0] not in parts):
-        raise NotThisFamily(f"unexpected tensor {unexpected[0]}")
+        raise NotThisFamily(f"unexpected tensor {unexpected[0]}", near=True)
     base, cin = tensors["conv0.module.conv1.0.weight"].shape[:2]
     return {"cin": cin, "cout": tensors["pred.module.0.weight"].shape[0], "base": base}
 

@@ -14,12 +14,17 @@ from stepcell.models.published.raft import ContextConvGRU
 
 __all__ = ["FAMILY"]
 
+_LEAST = 4  # channels of two x of any sizes
+
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     hidden, inputs, [(height, width)] = cell_sizes(tensors)
     if height != width:
         raise NotThisFamily(f"expected a square kernel, got {height}x{width}")
-    return {"hidden_dim": hidden, "input_dim": inputs, "kernel_size": height}
+    found: dict[str, object] = {"hidden_dim": hidden, "input_dim": inputs, "kernel_size": height}
+    # The coarsest GRU of a network, and the only one of a network with one, read a single x of h's size. Two x need
+    # four channels for sizes that differ from each other and from 1.
+    return {**found, "inputs": [inputs]} if inputs == hidden or inputs < _LEAST else found
 
 
 def _build(
@@ -53,6 +58,7 @@ FAMILY = Family(
     name="raft_stereo_convgru",
     summary="ConvGRU of RAFT-Stereo with context maps cz, cr, cq (princeton-vl/RAFT-Stereo, core/update.py)",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     from_shapes=_from_shapes,
@@ -60,6 +66,7 @@ FAMILY = Family(
         "hidden_dim": "channels of the hidden state and of each context map",
         "input_dim": "channels of all x together",
         "kernel_size": "odd size of every convolution",
-        "inputs": "channels of each x, such as [8, 6]; by default those of --shape, else x0 and x1 of any sizes",
+        "inputs": "channels of each x, such as [8, 6]; by default those of --shape, else one x with as many "
+        "channels as h has, or x0 and x1 of any sizes",
     },
 )

@@ -52,6 +52,7 @@ FAMILY = Family(
     name="rvm_convgru",
     summary="ConvGRU of Robust Video Matting (PeterL1n/RobustVideoMatting, model/decoder.py)",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     arguments={

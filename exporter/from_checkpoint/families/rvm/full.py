@@ -65,7 +65,7 @@ def _names(*, deep: bool) -> set[str]:
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
     if "backbone.layer1.0.conv1.weight" in tensors:
-        raise NotThisFamily("a ResNet50 backbone; only MobileNetV3 is supported")
+        raise NotThisFamily("a ResNet50 backbone; only MobileNetV3 is supported", near=True)
     deep = "refiner.conv.0.weight" in tensors
     check_names(tensors, _names(deep=deep))
     return {"variant": "mobilenetv3", "refiner": _REFINERS[0] if deep else _REFINERS[1]}

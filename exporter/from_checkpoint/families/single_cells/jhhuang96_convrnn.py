@@ -68,6 +68,7 @@ FAMILY = Family(
     name="jhhuang96_convrnn",
     summary="CGRU_cell and CLSTM_cell of jhhuang96/ConvLSTM-PyTorch: GroupNorm inside the gates",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     arguments={

@@ -71,6 +71,7 @@ FAMILY = Family(
     name="rvt_dws_convlstm",
     summary="DWSConvLSTM2d of uzh-rpg/RVT: 1x1 gates, optional depthwise convolution of h or of x and h",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     arguments={

@@ -68,6 +68,7 @@ FAMILY = Family(
     name="skillful_convgru",
     summary="ConvGRU of openclimatefix/skillful_nowcasting: ReLU candidate, spectrally normalised convolutions",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     arguments={

@@ -98,6 +98,7 @@ FAMILY = Family(
     name="automan000_peephole_convlstm",
     summary="peephole ConvLSTM of automan000/Convolutional_LSTM_PyTorch (one cell or a stack)",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     arguments={

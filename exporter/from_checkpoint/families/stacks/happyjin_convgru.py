@@ -29,6 +29,7 @@ FAMILY = Family(
     name="happyjin_convgru",
     summary="ConvGRU stack of happyjin/ConvGRU-pytorch",
     recognise=_LAYOUT.recognise,
+    cell=True,
     build=build_stack(ConvGRUCell),
     convert=_LAYOUT.convert,
     arguments=ARGUMENTS,

@@ -51,6 +51,7 @@ FAMILY = Family(
     name="jacobkimmel_convgru",
     summary="ConvGRU stack of jacobkimmel/pytorch_convgru",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_LAYOUT.convert,
     arguments={

@@ -81,6 +81,7 @@ FAMILY = Family(
     name="mangrick_gru_rcn",
     summary="GRU-RCN of mangrick/pytorch-convgru-cell (packed W, U, C or six convolutions)",
     recognise=_recognise,
+    cell=True,
     build=_build,
     convert=_convert,
     arguments={

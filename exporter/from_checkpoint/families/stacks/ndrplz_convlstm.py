@@ -23,6 +23,7 @@ FAMILY = Family(
     name="ndrplz_convlstm",
     summary="ConvLSTM stack of ndrplz/ConvLSTM_pytorch",
     recognise=_LAYOUT.recognise,
+    cell=True,
     build=build_stack(ConvLSTMCell),
     convert=_LAYOUT.convert,
     arguments=ARGUMENTS,
