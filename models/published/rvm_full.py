@@ -190,9 +190,12 @@ def _scale(ratio: Fraction) -> float:
     """
     sizes = np.arange(_LARGEST + 1)
     exact = sizes * ratio.numerator // ratio.denominator
-    value, narrow = float(ratio), np.float32(float(ratio))
+    value = float(ratio)
+    narrow = np.float32(value)
     for _ in range(_STEPS):
-        if all(((sizes.astype(kind) * kind(value)).astype(int) == exact).all() for kind in (np.float32, np.float64)):
+        products = sizes.astype(np.float32) * np.float32(value), sizes.astype(np.float64) * value
+        if all((product.astype(int) == exact).all() for product in products):
             return value
-        value, narrow = float(narrow), np.nextafter(narrow, np.float32(2))
+        value = float(narrow)
+        narrow = np.nextafter(narrow, np.float32(2))
     raise ValueError(f"downsample_ratio: torch and ONNX round some sizes times {float(ratio)} differently")
