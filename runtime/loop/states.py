@@ -76,8 +76,10 @@ class LoopStates:
         """A copy of every state, by name.
 
         Raises:
-            StateError: no step has run yet.
+            StateError: no step has run yet, and no state was loaded.
         """
+        if self.input_shapes is None and self._loaded is not None:
+            return {name: array.copy() for name, array in self._loaded.items()}
         self._require_sizes()
         return self._backend.read_state()
 

@@ -251,7 +251,7 @@ class StepLoop:
         """A copy of every state, by name.
 
         Raises:
-            StateError: no step has run yet.
+            StateError: no step has run yet, and no state was loaded.
         """
         self._require_open()
         return self._states.read()
@@ -278,7 +278,7 @@ class StepLoop:
             overwrite: replace an existing file that is no snapshot.
 
         Raises:
-            StateError: no step has run yet.
+            StateError: no step has run yet, and no state was loaded.
             UsageError: there is a file that is no snapshot.
             OutputError: the file cannot be written.
         """

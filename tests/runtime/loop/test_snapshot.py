@@ -42,10 +42,12 @@ def test_another_process_would_go_on_bit_by_bit(denoiser_onnx: Path, tmp_path: P
         again = [loop.step(x=x)["y"] for x in xs[20:]]
     with StepLoop.open(denoiser_onnx) as fresh:
         snapshot = fresh.restore(path)  # before the first step
+        fresh.save(tmp_path / "again.safetensors", frame=20, metadata={"camera": "front"})
         elsewhere = [fresh.step(x=x)["y"] for x in xs[20:]]
     assert (snapshot.frame, snapshot.metadata, snapshot.slots) == (20, {"camera": "front"}, None)
     np.testing.assert_array_equal(again, expected)
     np.testing.assert_array_equal(elsewhere, expected)
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes(), "restored, and saved before a step"
 
 
 def test_float16_model_and_its_float32_form_take_each_other_s_snapshots(denoiser_onnx: Path, tmp_path: Path) -> None:
