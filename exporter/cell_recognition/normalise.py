@@ -21,6 +21,7 @@ __all__ = ["normalise"]
 _UNROLLED = 16  # iterations
 _SHORT = 64  # elements of a list of paddings or sizes
 _RESHAPE = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+_CUTS = (*_RESHAPE, "Concat", "Slice", "Split", "Cast", "CastLike")
 _SELECT = (*_RESHAPE, "Gather", "Slice", "Split")
 
 
@@ -64,13 +65,16 @@ _LERP = RewriteRuleSet([pattern.RewriteRule(_lerp, _blend)], commute=True)
 
 
 def _optimise(model: ir.Model) -> None:
-    optimizer.optimize_ir(model, should_fold=_hides_padding)
+    optimizer.optimize_ir(model, should_fold=_hides_constant)
 
 
-def _hides_padding(node: ir.Node) -> bool | None:
-    """Also fold a short ConstantOfShape, which the optimizer keeps by default to limit the file size."""
-    sizes = integers(node.inputs[0]) if node.op_type == "ConstantOfShape" else None
-    return True if sizes is not None and math.prod(sizes) <= _SHORT else None
+def _hides_constant(node: ir.Node) -> bool | None:
+    """Also fold what the optimizer keeps to limit the file size: weights cut and joined, a short ConstantOfShape."""
+    if node.op_type == "ConstantOfShape":
+        sizes = integers(node.inputs[0])
+        return True if sizes is not None and math.prod(sizes) <= _SHORT else None
+    constant = all(value is None or value.const_value is not None for value in node.inputs)
+    return True if node.op_type in _CUTS and not node.domain and constant else None
 
 
 def _unroll_loops(graph: ir.Graph) -> None:

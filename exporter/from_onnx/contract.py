@@ -74,12 +74,18 @@ def _batch_axis(shape: Sequence[Dim], batch: Dim | None) -> int:
     return next((axis for axis, dim in enumerate(shape) if dim == batch), 0)
 
 
-def rename(model: ir.Model, file: OnnxFile, contract: StepContract) -> onnx.ModelProto:
-    """The graph with states named `state_in.X` and `state_out.X`, data inputs first, sizes as in the contract."""
+def rename(
+    model: ir.Model, file: OnnxFile, contract: StepContract, data: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
+    """The graph with states named `state_in.X` and `state_out.X`, data inputs first, sizes as in the contract.
+
+    Args:
+        data: new names of data inputs and outputs.
+    """
     graph = model.graph
     _separate_outputs(graph, [port.name for port in file.outputs])
-    inputs = {str(state.original_input): state.input for state in contract.states}
-    outputs = {str(state.original_output): state.output for state in contract.states}
+    inputs = {**(data or {}), **{str(state.original_input): state.input for state in contract.states}}
+    outputs = {**(data or {}), **{str(state.original_output): state.output for state in contract.states}}
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value in values:
             value.name = names.get(str(value.name), value.name)

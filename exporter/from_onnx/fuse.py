@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,8 @@ import onnxscript
 from onnxscript import ir
 
 from stepcell import __version__
-from stepcell.contract import CellSpec, StepContract
-from stepcell.errors import ContractError, ExportError
+from stepcell.contract import CellSpec, StateSpec, StepContract
+from stepcell.errors import ContractError, ExportError, UsageError
 from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
@@ -23,10 +25,13 @@ from stepcell.exporter.from_onnx.check import check_fused
 from stepcell.exporter.from_onnx.contract import contract_of, rename, write_contract
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, read_onnx_file
 from stepcell.exporter.from_onnx.pairs import find_pairs
+from stepcell.exporter.from_onnx.restore import cells_of_nodes, check_restored, restore_contract
 from stepcell.exporter.from_onnx.sizes import find_sizes
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.step_onnx.graph import attach_functions
 from stepcell.files import atomic_path
+from stepcell.onnx_model import read_onnx
+from stepcell.ops import DOMAIN
 from stepcell.overwrite import check_output, is_exported_model
 
 __all__ = ["FuseReport", "fuse"]
@@ -64,6 +69,8 @@ def fuse(
     *,
     states: Mapping[str, str] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    contract: Path | None = None,
+    tolerance: float | None = None,
     overwrite: bool = False,
 ) -> FuseReport:
     """Find the states of an ONNX file, replace its recurrent cells by the ops, and write it with a contract.
@@ -74,6 +81,9 @@ def fuse(
         states: by state input the output that is its next value, where names and cells do not
             determine it; an empty output: the input is not a state.
         shapes: sizes to fix, by input.
+        contract: the file that `source` was before another tool changed it: its contract is brought back (`restore`),
+            and neither states nor shapes are given.
+        tolerance: with `contract`, the difference to that file that is allowed, relative to max(1, largest value).
         overwrite: replace an existing file that is no model with a contract.
 
     Returns:
@@ -87,9 +97,18 @@ def fuse(
         ParityError: the result differs from the original over 100 steps; nothing is written.
         OutputError: `target` cannot be written.
     """
-    check_output(target, is_exported_model, reads={source: "the model"}, overwrite=overwrite)
+    if contract is not None and (states or shapes):
+        raise UsageError("--contract: brings states and sizes of the original; --state and --shape do not fit")
+    if tolerance is not None and contract is None:
+        raise UsageError("--tolerance: is for --contract")
+    reads: dict[str | Path, str] = {source: "the model"}
+    reads |= {} if contract is None else {contract: "--contract"}
+    check_output(target, is_exported_model, reads=reads, overwrite=overwrite)
     with atomic_path(target) as temporary:  # first, so that an invalid path is reported before the work
-        report, model = _fuse(read_onnx_file(source), states or {}, shapes or {})
+        if contract is None:
+            report, model = _fuse(read_onnx_file(source), states or {}, shapes or {})
+        else:
+            report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance)
         temporary.write_bytes(model.SerializeToString())
     return report
 
@@ -134,6 +153,76 @@ def _fuse(
         nodes_after=len(proto.graph.node),
     )
     return report, proto
+
+
+def _restore(file: OnnxFile, path: Path, tolerance: float | None) -> tuple[FuseReport, onnx.ModelProto]:
+    """A changed file with the contract of the original at `path`."""
+    before = read_onnx(path).contract
+    original = OnnxSession(read_onnx_file(path, with_contract=True).data, str(path))
+    restored = restore_contract(file, before)
+    contract, notes = restored.contract, [*file.notes, *restored.notes]
+    kept = cells_of_nodes(file.model, before)
+    cells: list[RecognisedCell] = []
+    if kept is not None:
+        model = ir.from_proto(_without_op_functions(file))
+        specs: Sequence[CellSpec] = kept
+    else:
+        found = _find(file)
+        model, cells, known = found.model, found.cells, [cell for cell in before.cells if cell.op]
+        if len(known) == len(cells):
+            cells = [dataclasses.replace(cell, name=spec.name) for cell, spec in zip(cells, known, strict=True)]
+        specs = (*(cell.spec for cell in cells), *(miss.spec for miss in found.near_misses))
+        notes += found.notes
+        if len(cells) < len(known):
+            notes.append(f"{len(known)} cells were ops in the original, {len(cells)} are found again")
+        replace_cells(model, cells)
+    versions = {"stepcell": __version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+    hashes = {"changed_file_sha256": file.sha256, "contract_of_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    source = {**before.source, **versions, **hashes, "opset": model.opset_imports.get("", file.opset)}
+    contract = msgspec.structs.replace(contract, cells=tuple(specs), source=source)
+    proto = rename(model, file, contract, restored.names)
+    contract = msgspec.structs.replace(contract, states=_with_first_names(contract, before))
+    try:
+        contract.check(str(file.path))
+    except ContractError as error:
+        raise ExportError(error.message, hint=error.hint) from error
+    if cells or kept:
+        proto.ir_version = max(proto.ir_version, 8)
+        contract = attach_functions(proto, contract)
+    session = OnnxSession(proto.SerializeToString(), f"{file.path}, with its contract")
+    parity = check_restored(original, before, session, contract, tolerance)
+    contract = write_contract(proto, msgspec.structs.replace(contract, parity=parity))
+    report = FuseReport(
+        contract=contract,
+        transforms={},
+        notes=tuple(notes),
+        nodes_before=len(file.model.graph.node),
+        nodes_after=len(proto.graph.node),
+    )
+    return report, proto
+
+
+def _without_op_functions(file: OnnxFile) -> onnx.ModelProto:
+    """The model without definitions of the ops, in an opset that has those that are added again."""
+    others = [function for function in file.model.functions if function.domain != DOMAIN]
+    del file.model.functions[:]
+    file.model.functions.extend(others)
+    if file.opset >= OPSET:
+        return file.model
+    try:
+        return onnx.version_converter.convert_version(file.model, OPSET)
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(
+            f"{file.path}: the ops need opset {OPSET}, the file has {file.opset}: {_text(error)}"
+        ) from error
+
+
+def _with_first_names(contract: StepContract, before: StepContract) -> tuple[StateSpec, ...]:
+    """The states with the names that the original records for a file that was fused, or none."""
+    return tuple(
+        msgspec.structs.replace(state, original_input=first.original_input, original_output=first.original_output)
+        for state, first in zip(contract.states, before.states, strict=True)
+    )
 
 
 @dataclass(frozen=True)

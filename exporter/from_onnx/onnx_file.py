@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from stepcell.contract import METADATA_KEY, DType
+from stepcell.contract import DType
 from stepcell.errors import ExportError, UsageError
 from stepcell.external_weights import ONE_FILE, has_external_weights, load_external_weights, tensors_of
-from stepcell.onnx_model import read_model
+from stepcell.onnx_model import contract_text, read_model, repair_hint
 from stepcell.onnx_rewrite import sort_nodes, use_time_first
 
 __all__ = ["Array", "OnnxFile", "Port", "read_onnx_file"]
@@ -80,8 +80,11 @@ class OnnxFile:
         return "float16" if sizes[onnx.TensorProto.FLOAT16] > sizes[onnx.TensorProto.FLOAT] else "float32"
 
 
-def read_onnx_file(path: Path) -> OnnxFile:
+def read_onnx_file(path: Path, *, with_contract: bool = False) -> OnnxFile:
     """Read a file, and the weights that are stored beside it.
+
+    Args:
+        with_contract: take a file that has a contract, which is not read.
 
     Raises:
         InputError: it or its weights cannot be read, or it is not an ONNX model.
@@ -89,8 +92,11 @@ def read_onnx_file(path: Path) -> OnnxFile:
         ExportError: its inputs and outputs are not tensors.
     """
     data, model = read_model(path)
-    if any(entry.key == METADATA_KEY for entry in model.metadata_props):
-        raise UsageError(f"{path}: has a state contract already", hint="`stepcell build` and `run` take it as it is")
+    if contract_text(model) is not None and not with_contract:
+        raise UsageError(
+            f"{path}: has a state contract already",
+            hint=f"`stepcell build` and `run` take it as it is; if another tool changed it: {repair_hint(path)}",
+        )
     digest = hashlib.sha256(data).hexdigest()
     if has_external_weights(model):
         load_external_weights(model, path, limit=ONE_FILE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from stepcell.contract import STATE_IN, STATE_OUT
 from stepcell.errors import UsageError
 from stepcell.exporter.from_onnx.onnx_file import Port
 from stepcell.exporter.from_onnx.state_name_words import Mark, core_of, numbered, read, says_data, says_state
@@ -81,6 +82,7 @@ def find_pairs(
             arguments to choose from.
     """
     search = _Search({port.name: port for port in inputs}, {port.name: port for port in outputs})
+    _take_exported(search, given)
     _take_given(search, given)
     evidence = {
         source: [t for t in targets if t in search.outputs and search.inputs[source].fits(search.outputs[t])]
@@ -101,6 +103,15 @@ def find_pairs(
     return Pairing(
         tuple(Pair(source, search.taken[source], name) for source, name in names.items()), tuple(search.notes)
     )
+
+
+def _take_exported(search: _Search, given: Mapping[str, str]) -> None:
+    """Pair inputs and outputs that are named as stepcell names them, `state_in.h` and `state_out.h`."""
+    for source in [name for name in search.inputs if name.startswith(STATE_IN) and name not in given]:
+        name = source.removeprefix(STATE_IN)
+        after = search.outputs.get(STATE_OUT + name)
+        if after is not None and after.name not in given.values() and search.inputs[source].fits(after):
+            search.take(source, after.name, name)
 
 
 def _take_given(search: _Search, given: Mapping[str, str]) -> None:
@@ -227,7 +238,8 @@ def _state_names(cores: Mapping[str, str], data: set[str]) -> dict[str, str]:
     names = {}
     for source, core in cores.items():
         unique = list(cores.values()).count(core) == 1 and core not in data and core[:1].isalpha()
-        names[source] = core_of(source, [core if unique else source])
+        exported = source.startswith(STATE_IN) and core == source.removeprefix(STATE_IN)
+        names[source] = core if unique and exported else core_of(source, [core if unique else source])
     return names
 
 

@@ -71,7 +71,8 @@ def find_sizes(file: OnnxFile, run: OnnxSession, pairs: Sequence[Pair], given: M
         whole = all(None not in shape for shape in partial.values()) and all(
             map(_is_known, file.outputs, [declared] * len(file.outputs))
         )
-        prober = Prober(file, run, data, partial, pairs)
+        sized = {**partial, **_from_outputs(file, pairs, partial, declared if trusted else {})}
+        prober = Prober(file, run, data, sized, pairs)
         samples = prober.samples(_SAMPLES if whole else _SAMPLES_TO_DERIVE)
         if samples:
             break
@@ -111,6 +112,22 @@ def _state_shape(
             )
         return (None,) * rank
     return tuple(_known(dim, declared) for dim in port.shape)
+
+
+def _from_outputs(file: OnnxFile, pairs: Sequence[Pair], partial: Partial, declared: Mapping[str, Dim]) -> Partial:
+    """Shapes of states, unknown sizes as the file declares them for the state's next value.
+
+    Exporters give a size of the input a name of its own, and that of the output the expression that computes it.
+    """
+    outputs = {port.name: port for port in file.outputs}
+    found: Partial = {}
+    for pair in pairs:
+        shape, after = partial[pair.input], outputs[pair.output].shape
+        if after is not None and len(after) == len(shape):
+            found[pair.input] = tuple(
+                _known(other, declared) if dim is None else dim for dim, other in zip(shape, after, strict=True)
+            )
+    return found
 
 
 def _known(dim: int | str | None, declared: Mapping[str, Dim]) -> Dim | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from stepcell.cli.common import json_option, no_check_option, overwrite_option
+from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
@@ -50,6 +50,8 @@ Examples:
     "--shape",
     "--shapes",
     "shape",
+    multiple=True,
+    callback=joined,
     metavar="x:1x3x256x256",
     help="Sizes of one stream.  [default: as exported or tuned]",
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from stepcell.cli.common import json_option, no_check_option, overwrite_option
+from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, working
 from stepcell.runtime.engine.build import EngineInfo, build_engine
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
@@ -48,9 +48,33 @@ Examples:
     metavar="FOLDER",
     help="Folder of kernels from `stepcell kernels compile`; missing ones are added [the user's cache].",
 )
-@click.option("--minShapes", "--min-shapes", "min_shapes", metavar=_SHAPES, help="Smallest sizes [--optShapes].")
-@click.option("--optShapes", "--opt-shapes", "opt_shapes", metavar=_SHAPES, help="Sizes to tune for [as exported].")
-@click.option("--maxShapes", "--max-shapes", "max_shapes", metavar=_SHAPES, help="Largest sizes [--optShapes].")
+@click.option(
+    "--minShapes",
+    "--min-shapes",
+    "min_shapes",
+    multiple=True,
+    callback=joined,
+    metavar=_SHAPES,
+    help="Smallest sizes [--optShapes].",
+)
+@click.option(
+    "--optShapes",
+    "--opt-shapes",
+    "opt_shapes",
+    multiple=True,
+    callback=joined,
+    metavar=_SHAPES,
+    help="Sizes to tune for [as exported].",
+)
+@click.option(
+    "--maxShapes",
+    "--max-shapes",
+    "max_shapes",
+    multiple=True,
+    callback=joined,
+    metavar=_SHAPES,
+    help="Largest sizes [--optShapes].",
+)
 @click.option(
     "--compute-capability",
     metavar="8.6,8.9",

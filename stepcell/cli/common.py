@@ -18,7 +18,7 @@ import click
 from stepcell.errors import StepcellError, UsageError
 from stepcell.library_errors import as_stepcell_error, first_line, is_out_of_memory
 
-__all__ = ["command_error", "json_option", "leaving", "no_check_option", "overwrite_option", "parse_settings"]
+__all__ = ["command_error", "joined", "json_option", "leaving", "no_check_option", "overwrite_option", "parse_settings"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 overwrite_option = click.option(
@@ -28,6 +28,11 @@ no_check_option = click.option(
     "--no-check", "check_file", is_flag=True, flag_value=False, default=True,
     help="Take an ONNX file that was changed since its export.",
 )  # fmt: skip
+
+
+def joined(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """Callback of an option with shapes: given several times, it is one list."""
+    return ",".join(values) if values else None
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepcell.cli.common import json_option, overwrite_option, parse_settings
+from stepcell.cli.common import joined, json_option, overwrite_option, parse_settings
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
@@ -74,7 +74,13 @@ Examples:
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Argument of the family or factory; JSON or Python."
 )
-@click.option("--shape", metavar="x:1x3x256x256", help="Fix the sizes of a data input; without it all are dynamic.")
+@click.option(
+    "--shape",
+    multiple=True,
+    callback=joined,
+    metavar="x:1x3x256x256",
+    help="Fix the sizes of a data input; without it all are dynamic.",
+)
 @click.option("--dynamic", metavar="batch,height,width", help="Sizes that stay dynamic although --shape is given.")
 @click.option(
     "--state",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stepcell.cli.common import json_option, overwrite_option
+from stepcell.cli.common import joined, json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
@@ -25,6 +25,7 @@ Examples:
   stepcell fuse model.onnx -o fused.onnx
   stepcell fuse model.onnx -o fused.onnx --state mem_a=trace_p --state mem_b=trace_q
   stepcell fuse model.onnx -o fused.onnx --shape src:1x3x256x256
+  stepcell fuse --contract model.onnx simplified.onnx -o repaired.onnx
 """
 )
 @click.argument("model", type=click.Path(path_type=Path))
@@ -36,11 +37,32 @@ Examples:
     metavar="IN=OUT",
     help="Output OUT is the next value of input IN; an empty OUT: IN is no state.",
 )
-@click.option("--shape", metavar="x:1x3x256x256", help="Fix the sizes of an input; without it all stay as they are.")
+@click.option(
+    "--shape",
+    multiple=True,
+    callback=joined,
+    metavar="x:1x3x256x256",
+    help="Fix the sizes of an input; without it all stay as they are.",
+)
+@click.option(
+    "--contract", type=click.Path(path_type=Path), metavar="ORIGINAL",
+    help="MODEL was exported as ORIGINAL and changed by another tool since: bring the contract back.",
+)  # fmt: skip
+@click.option(
+    "--tolerance", type=click.FloatRange(0, min_open=True), metavar="T",
+    help="With --contract, the relative difference to ORIGINAL that is allowed, such as of a quantised file.",
+)  # fmt: skip
 @overwrite_option
 @json_option
 def command(
-    model: Path, output: Path, states: Sequence[str], shape: str | None, overwrite: bool, as_json: bool
+    model: Path,
+    output: Path,
+    states: Sequence[str],
+    shape: str | None,
+    contract: Path | None,
+    tolerance: float | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Convert MODEL, an ONNX file of one step that another program exported.
 
@@ -56,7 +78,9 @@ def command(
 
     started = time.monotonic()
     with working(f"fusing {model}"):
-        report = fuse(model, output, states=pairs, shapes=shapes, overwrite=overwrite)
+        report = fuse(
+            model, output, states=pairs, shapes=shapes, contract=contract, tolerance=tolerance, overwrite=overwrite
+        )
     _print_report(report)
     parity = report.contract.parity
     assert parity is not None
@@ -85,7 +109,12 @@ def _print_report(report: FuseReport) -> None:
     contract = report.contract
     if contract.states:
         rows = [
-            [state.name, str(state.original_input), str(state.original_output), " x ".join(map(str, state.shape))]
+            [
+                state.name,
+                str(state.original_input or state.input),
+                str(state.original_output or state.output),
+                " x ".join(map(str, state.shape)),
+            ]
             for state in contract.states
         ]
         table("states", ["name", "input was", "output was", "shape"], rows)

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from stepcell import __version__
-from stepcell.cli.common import json_option, no_check_option, overwrite_option
+from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.contract import StepContract
 from stepcell.errors import InputError, ParityError, UsageError
@@ -60,7 +60,13 @@ Examples:
     help="A video, a folder, a .npy, a file of events, or random values in the model's range.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random input.")
-@click.option("--shape", metavar="x:1x3x64x64", help="Sizes of random input.  [default: 64 at most]")
+@click.option(
+    "--shape",
+    multiple=True,
+    callback=joined,
+    metavar="x:1x3x64x64",
+    help="Sizes of random input.  [default: 64 at most]",
+)
 @click.option(
     "--steps", type=click.IntRange(2), default=100, show_default=True, help="Steps of the free run.", metavar="N"
 )
