@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate clean
+.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,10 @@ kernels-report: setup
 # Every kernel with every tile in an emulator of PTX (fifteen minutes, no GPU needed).
 kernels-emulate: setup
 	$(BIN)/python -m tools.ptx_emulator
+
+# 500 kills, full disks, little memory, two writers, lost cameras, a clock that is set (an hour, no GPU needed).
+torture: setup
+	$(BIN)/python -m tools.torture --output benchmarks/results/torture.json
 
 # Style, types, import rules ([tool.importlinter] in pyproject.toml), types of the public API, and the Dockerfile.
 lint: setup
