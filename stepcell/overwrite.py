@@ -45,7 +45,7 @@ REFERENCE_KEY = "stepcell.reference"  # array with the description of a recorded
 _MOST_HEADER = 100 << 20  # bytes of a safetensors header, as the library limits it
 _MODELS = (".onnx", ".engine", ".plan", ".trt", ".pt", ".pth", ".ckpt")
 _REPORTS = ({"model", "streams"}, {"model", "frames_per_second"}, {"models", "transfers"})  # fields of each kind
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 _AFTER_IR_VERSION = tuple(bytes([field << 3 | 2]) for field in (2, 3, 4, 6, 7, 8, 14))  # next field of an ONNX file
 
 

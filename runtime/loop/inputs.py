@@ -28,11 +28,11 @@ class StepInputs:
 
     Args:
         backend: whose contract names the inputs, and whose stream reads arrays on a GPU.
-        check_finite: refuse NaN and Inf in arrays on the host.
+        check_finite: refuse NaN and Inf in arrays on the host; may be changed at any time.
     """
 
     def __init__(self, backend: Backend, *, check_finite: bool) -> None:
-        self._backend, self._check_finite = backend, check_finite
+        self._backend, self.check_finite = backend, check_finite
         self._specs = {spec.name: spec for spec in backend.contract.inputs}
         self._fixed: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = []  # for `are_converted`
 
@@ -61,7 +61,7 @@ class StepInputs:
                 return False
             if not array.flags.c_contiguous:
                 return False
-        if self._check_finite:
+        if self.check_finite:
             for name, array in inputs.items():
                 require_finite(name, array)
         return bool(self._fixed)
@@ -74,7 +74,7 @@ class StepInputs:
         """
         self._require_names(inputs)
         arrays = {name: self._array(spec, inputs[name]) for name, spec in self._specs.items()}
-        if self._check_finite:
+        if self.check_finite:
             for name, array in arrays.items():
                 if not isinstance(array, DeviceArray):
                     require_finite(name, array)
@@ -96,7 +96,7 @@ class StepInputs:
         self, batch: Mapping[str, NDArray[Any]], frames: Mapping[Slot, Mapping[str, NDArray[Any]]]
     ) -> None:
         """Check the batch for NaN and Inf at once, and the slots one by one only to name the one that has them."""
-        if not self._check_finite:
+        if not self.check_finite:
             return
         try:
             for name, array in batch.items():

@@ -111,6 +111,15 @@ class StepLoop:
         return self._backend.description
 
     @property
+    def check_finite(self) -> bool:
+        """Whether inputs with NaN or Inf are refused; may be changed between two steps."""
+        return self._inputs.check_finite
+
+    @check_finite.setter
+    def check_finite(self, check: bool) -> None:
+        self._inputs.check_finite = check
+
+    @property
     def slots(self) -> dict[str, Slot]:
         """The attached slots by name; empty if the loop has no slots."""
         return {} if self._slots is None else self._slots.attached

@@ -89,6 +89,11 @@ class ArraySink:
         self._first: NDArray[Any] | None = None
 
     def write(self, frame: NDArray[Any]) -> None:
+        if self._first is not None and frame.shape != self._first.shape:
+            raise OutputError(
+                f"{self.name}: frame {self._count} has shape {frame.shape}, the first one {self._first.shape}",
+                hint="--resize WIDTHxHEIGHT brings all frames to one size",
+            )
         with output_errors(self.name):
             if self._first is None:
                 self._first = frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import stat
@@ -12,7 +13,7 @@ from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec
 from stepcell.runtime.media.events.source import EVENT_FILES, EventSource
 from stepcell.runtime.media.npy_file import ArraySource
-from stepcell.runtime.media.picture_folder import FolderSource
+from stepcell.runtime.media.picture_folder import FolderSource, matching_pictures
 from stepcell.runtime.media.raw_frames import RawSource
 from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.video_reader import CAMERA, VideoSource
@@ -28,8 +29,8 @@ def open_source(
     """Open an input.
 
     Args:
-        text: a video file or URL, a folder of .png/.jpg, a .npy file, `camera:N`, or `-` for stdin; for an event
-            model a .dat, .raw or .npz file.
+        text: a video file or URL, a folder of pictures or a pattern such as `frames/*.png`, a .npy file, `camera:N`,
+            or `-` for stdin; for an event model a .dat, .raw or .npz file.
         channels: channels of raw frames on stdin: 3 (rgb24) or 1 (gray8).
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
@@ -52,6 +53,8 @@ def open_source(
     if is_remote(text):
         return VideoSource(text)
     path = Path(text)
+    if glob.has_magic(text) and not path.exists() and (pictures := matching_pictures(text)):
+        return FolderSource(path, pictures)
     try:
         folder = stat.S_ISDIR(path.stat().st_mode)
     except OSError as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,38 +21,40 @@ from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.video_reader import VideoSource
 
-__all__ = ["FolderSink", "FolderSource", "natural_key"]
+__all__ = ["PICTURES", "FolderSink", "FolderSource", "matching_pictures", "natural_key"]
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class FolderSource(Source):
     """The pictures of a folder in natural order: frame2.png before frame10.png.
+
+    Args:
+        folder: with the pictures; other files in it are ignored.
+        files: the pictures, if they are chosen by a pattern.
 
     Raises:
         InputError: the folder cannot be read or contains no picture.
         MissingDependencyError: PyAV is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         require("av", extra="video", purpose="reading pictures")
         self.name = str(folder)
         try:
-            files = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and path.is_file()]
+            files = files or [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.is_file()]
         except OSError as error:
             raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
         self._files = sorted(files, key=lambda path: natural_key(path.name))
         if not files:
-            raise InputError(f"{folder}: contains no picture ({', '.join(_PICTURES)})")
+            raise InputError(f"{folder}: contains no picture ({', '.join(PICTURES)})")
         self.length = len(files)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
-        shape = None
         for path in self._files:
             with contextlib.closing(VideoSource(str(path))) as picture:
                 pixels = next(iter(picture))
-            if pixels.shape != (shape := shape or pixels.shape):
-                raise InputError(f"{path}: is {pixels.shape}, the first picture {shape}")
+            self.colour, self.pixel_aspect = picture.colour, picture.pixel_aspect
             yield pixels
 
 
@@ -89,7 +92,7 @@ class FolderSink:
         grey = frame.shape[2] == 1
         pixel_format = "gray" if grey else "rgb24"
         with output_errors(self.name, self._av.FFmpegError):
-            if self._codec is None:
+            if self._codec is None or (self._codec.height, self._codec.width) != frame.shape[:2]:
                 self._codec = self._av.CodecContext.create("png", "w")
                 self._codec.height, self._codec.width = frame.shape[:2]
                 self._codec.pix_fmt, self._codec.time_base = pixel_format, Fraction(1, 25)
@@ -123,6 +126,12 @@ class FolderSink:
 
     def abandon(self) -> None:
         self._temporary.delete()
+
+
+def matching_pictures(pattern: str) -> list[Path]:
+    """The pictures that a pattern such as `frames/*.png` names."""
+    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    return [each for each in found if each.suffix.lower() in PICTURES]
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.errors import InputError
+from stepcell.errors import InputError, OutputError
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
 
@@ -63,8 +63,15 @@ class RawSink:
     def __init__(self, stream: BinaryIO) -> None:
         self.name = "stdout"
         self._stream = stream
+        self._shape: tuple[int, ...] | None = None
 
     def write(self, frame: NDArray[Any]) -> None:
+        self._shape = self._shape or frame.shape
+        if frame.shape != self._shape:
+            raise OutputError(
+                f"stdout: a frame has shape {frame.shape}, the first one {self._shape}",
+                hint="--resize WIDTHxHEIGHT brings all frames to one size",
+            )
         with output_errors(self.name):
             self._stream.write(np.ascontiguousarray(frame).data)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
 from stepcell.errors import OutputError
 
-__all__ = ["Sink", "output_errors"]
+__all__ = ["Sink", "TimedSink", "output_errors"]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,6 +44,19 @@ class Sink(Protocol):
 
     def abandon(self) -> None:
         """Delete what was written; an older file of the same name stays."""
+
+
+@runtime_checkable
+class TimedSink(Sink, Protocol):
+    """A sink that keeps the timestamps of its frames, such as a video."""
+
+    def write_at(self, frame: NDArray[Any], seconds: float) -> None:
+        """Take the next result, as `Sink.write`.
+
+        Args:
+            frame: pixels (H, W, C) uint8.
+            seconds: timestamp, above that of the frame before; the first one is the start of the output.
+        """
 
 
 @contextlib.contextmanager

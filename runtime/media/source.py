@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from stepcell.display import displayed
+from stepcell.runtime.media.colour import Colour
 
 __all__ = ["FRAME_RATES", "Source", "display_name"]
 
@@ -28,14 +29,20 @@ class Source(Protocol):
         fps: frames per second; None: not known.
         length: number of frames; None: not known.
         live: reopening it continues at the current time instead of at the first frame, as for a camera.
-        seconds: timestamp of the last frame on the clock of the source; None: its input has shape have none.
+        has_sound: it has an audio track, which no output has unless it is copied.
+        seconds: timestamp of the last frame on the clock of the source; None: its frames have none.
+        pixel_aspect: width of a pixel by its height, known from the first frame on.
+        colour: colour description, known from the first frame on; None: not stated.
     """
 
     name: str
     fps: Fraction | None = None
     length: int | None = None
     live: bool = False
+    has_sound: bool = False
     seconds: float | None = None
+    pixel_aspect: Fraction = Fraction(1)
+    colour: Colour | None = None
 
     @abstractmethod
     def __iter__(self) -> Iterator[NDArray[Any]]: ...

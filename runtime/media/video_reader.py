@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,21 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.optional_imports import require
+from stepcell.runtime.media.colour import Colour
 from stepcell.runtime.media.ffmpeg_input import input_options, lists_files
+from stepcell.runtime.media.orientation import UPRIGHT, frame_orientation
 from stepcell.runtime.media.source import FRAME_RATES, Source, display_name
+from stepcell.runtime.media.truncation import missing_bytes
 
-__all__ = ["BT709", "CAMERA", "VideoSource"]
+__all__ = ["CAMERA", "VideoSource", "open_container"]
+
+logger = logging.getLogger(__name__)
 
 CAMERA = re.compile(r"camera:(\d{1,3})")
-BT709 = 1  # FFmpeg's number of it, the same for matrix, primaries and transfer function
 # Timeouts of a URL in seconds, for opening and between packets: without them a lost connection would hang.
 URL_TIMEOUT = (10.0, 10.0)
-# A file counts as cut off if it is shorter than this share of its declared duration, less a second's rounding.
+# A file whose container does not say where it ends counts as cut off if it is shorter than this share of its declared
+# duration, less a second's rounding.
 CUT_OFF, CUT_OFF_SECONDS = 0.9, 0.5
 BROKEN_PACKETS = 100  # consecutive damaged packets that end a live stream; transmission errors are shorter
 
@@ -42,17 +49,16 @@ class VideoSource(Source):
         self.name = display_name(name)
         self._error: type[Exception] = av.FFmpegError
         camera = CAMERA.fullmatch(name)
+        self._path = None if camera or "://" in name else Path(name)
         try:
-            # Metadata such as titles may be in any encoding; PyAV before 19 fails on it unless told otherwise.
-            options = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
             if camera:
-                self._container = av.open(f"/dev/video{camera[1]}", format="v4l2", **options)
+                self._container = open_container(av, f"/dev/video{camera[1]}", format="v4l2")
             else:
-                container_options = input_options(name, av.formats_available)
+                options = input_options(name, av.formats_available)
                 if "://" in name:
-                    self._container = av.open(name, timeout=URL_TIMEOUT, options=container_options, **options)
+                    self._container = open_container(av, name, timeout=URL_TIMEOUT, options=options)
                 else:  # "file:" keeps a colon in a file name from being read as a protocol
-                    self._container = av.open(f"file:{name}", options=container_options, **options)
+                    self._container = open_container(av, f"file:{name}", options=options)
         except (av.FFmpegError, OSError, ValueError) as error:  # ValueError: a null byte
             what = "camera" if camera else "video"
             if not camera and lists_files(Path(name)):
@@ -68,11 +74,14 @@ class VideoSource(Source):
         self.live = bool(camera) or "://" in name
         # Frame threading delays the output by one frame per thread, and loses these frames with the connection.
         self._stream.thread_type = "SLICE" if self.live else "AUTO"
+        self._rotation: int | None = None  # of the last frame, in degrees, without mirroring
+        self._orientation = UPRIGHT
         self._broken = 0  # consecutive damaged packets
         rate = self._stream.average_rate or self._stream.guessed_rate
         # Fraction(): PyAV 19 has a type of its own. Outside this range FFmpeg writes files that it cannot read.
         self.fps = Fraction(rate) if rate and FRAME_RATES[0] <= rate <= FRAME_RATES[1] else None
         self.length = None if self.live else self._stream.frames or None
+        self.has_sound = bool(self._container.streams.audio)
         self._duration = None if self.live else self._declared_duration()
 
     def _declared_duration(self) -> float | None:
@@ -83,15 +92,13 @@ class VideoSource(Source):
         return self._container.duration / 1e6 if alone and self._container.duration else None
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
-        number, shape, first, last = 0, None, 0.0, 0.0
+        number, first, last = 0, 0.0, 0.0
         try:
             for packet in self._container.demux(self._stream):
                 if packet.pts is not None:  # the packet's duration counts: the last frame may be shown for long
                     last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 for frame in self._decode(packet, number):
-                    pixels = _pixels(frame)
-                    if pixels.shape != (shape := shape or pixels.shape):
-                        raise InputError(f"{self.name}: frame {number} is {pixels.shape}, the first one {shape}")
+                    pixels = self._pixels(frame)
                     self.seconds = time.monotonic() if frame.time is None and self.live else frame.time
                     yield pixels
                     first = first if number else frame.time or 0.0
@@ -101,8 +108,25 @@ class VideoSource(Source):
             raise InputError(f"{self.name}: broken at frame {number} ({_reason(error)})") from error
         if number == 0:
             raise InputError(f"{self.name}: holds no frame")
-        if self._duration is not None and last - first < CUT_OFF * self._duration - CUT_OFF_SECONDS:
-            # FFmpeg ends some formats (Matroska) without an error where the file was cut off.
+        self._check_complete(first, last)
+
+    def _check_complete(self, first: float, last: float) -> None:
+        """Raise InputError if the file was cut off: FFmpeg ends Matroska, for one, without an error.
+
+        Args:
+            first: timestamp of the first frame, in seconds.
+            last: when the last one ends.
+        """
+        if self._path is None:
+            return
+        missing = missing_bytes(self._path)
+        if missing:
+            raise InputError(
+                f"{self.name}: truncated: {missing} bytes are missing at its end, the video stops at {last:.1f} s"
+            )
+        # The clock of a piece of a recording goes on from the piece before it. Some programs write the duration from
+        # the first frame on, others from zero.
+        if missing is None and self._duration is not None and last < CUT_OFF * self._duration - CUT_OFF_SECONDS:
             raise InputError(
                 f"{self.name}: truncated: its header says {self._duration:.1f} s, it ends after {last - first:.1f} s"
             )
@@ -121,20 +145,47 @@ class VideoSource(Source):
         self._broken = 0
         return frames
 
+    def _pixels(self, frame: Any) -> NDArray[np.uint8]:
+        """(H, W, 3) RGB, or (H, W, 1) if the stream is grey; turned and mirrored as the metadata says."""
+        if frame.rotation != self._rotation:
+            # Not for every frame: one whose side data was looked at is not freed before the next garbage collection
+            # (findings/pyav-side-data-keeps-frames.sh).
+            self._rotation, self._orientation = frame.rotation, frame_orientation(frame, self._path)
+        orientation = self._orientation
+        if self.colour is None:
+            self._describe(frame, turned=orientation.transpose)
+        layout = frame.format
+        grey = len(layout.components) <= 2 and not layout.has_palette  # luma alone, or luma and alpha
+        array: NDArray[np.uint8] = frame.to_ndarray(format="gray" if grey else "rgb24")
+        upright = orientation(array)
+        return upright.reshape(*upright.shape[:2], 1 if grey else 3)
+
+    def _describe(self, frame: Any, *, turned: bool) -> None:
+        """Set what is known from the first frame on."""
+        aspect = self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio
+        if aspect:
+            self.pixel_aspect = Fraction(aspect.denominator, aspect.numerator) if turned else Fraction(aspect)
+        self.colour = Colour.of_frame(frame)
+        if not self.colour.known:
+            raise InputError(
+                f"{self.name}: its colour matrix (number {self.colour.matrix} of ITU-T H.273) is not supported",
+                hint="convert it first, such as: ffmpeg -i INPUT -vf libplacebo=colorspace=bt709 OUTPUT",
+            )
+        if self.colour.high_dynamic_range:
+            logger.warning(
+                f"{self.name}: high dynamic range ({self.colour}): the model gets its values as they are coded, "
+                "in 8 bits and without tone mapping; a video output keeps primaries and transfer function, in 8 bits"
+            )
+
     def close(self) -> None:
         self._container.close()
 
 
-def _pixels(frame: Any) -> NDArray[np.uint8]:
-    """(H, W, 3) RGB, or (H, W, 1) if the stream is grey; rotated as the metadata says."""
-    layout = frame.format
-    grey = len(layout.components) <= 2 and not layout.has_palette  # luma alone, or luma and alpha
-    # PyAV up to 16 decodes BT.709 with the matrix of BT.601 unless source and destination are named and differ.
-    matrix = {"src_colorspace": "ITU709", "dst_colorspace": "ITU601"} if frame.colorspace == BT709 and not grey else {}
-    array: NDArray[np.uint8] = frame.to_ndarray(format="gray" if grey else "rgb24", **matrix)
-    quarter_turns = round(getattr(frame, "rotation", 0) / 90)  # counter-clockwise
-    upright = np.rot90(array, quarter_turns)
-    return upright.reshape(*upright.shape[:2], 1 if grey else 3)
+def open_container(av: ModuleType, name: str, **options: Any) -> Any:
+    """`av.open` for reading, whatever the encoding of titles and other metadata: PyAV before 19 would fail on it."""
+    if int(av.__version__.split(".")[0]) < 19:
+        options["metadata_errors"] = "replace"
+    return av.open(name, **options)
 
 
 def _reason(error: Exception) -> str:

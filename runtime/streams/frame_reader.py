@@ -33,6 +33,7 @@ class Frame:
         arrived: time at which it was decoded, by `time.monotonic`.
         decode_seconds: time that decoding took.
         connection: number of reconnections before this frame.
+        number: frames of the source before this one, dropped ones too.
     """
 
     array: NDArray[Any]
@@ -40,6 +41,7 @@ class Frame:
     arrived: float
     decode_seconds: float
     connection: int
+    number: int = 0
 
 
 class FrameReader:
@@ -80,6 +82,7 @@ class FrameReader:
         self._join_until = 0.0
         self._last: tuple[float, float | None] = (time.monotonic(), None)  # arrival and timestamp of the last frame
         self._offset = 0.0  # of the continued clock to that of the source, in seconds
+        self._read_frames = 0
         self._attempts = 0  # to reopen the source, since the last frame
         self._thread = threading.Thread(target=self._run, name=f"read {self.name}", daemon=True)
         self._thread.start()
@@ -182,7 +185,8 @@ class FrameReader:
                     self.dropped += 1
                 else:
                     self._changed.wait()
-            self._queue.append(Frame(array, seconds, arrived, decode_seconds, self.reconnects))
+            self._queue.append(Frame(array, seconds, arrived, decode_seconds, self.reconnects, self._read_frames))
+            self._read_frames += 1
             self._changed.notify_all()
 
     def _reopen(self, reconnect: Reconnect, error: InputError | None) -> Source | None:

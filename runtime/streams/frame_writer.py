@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import StepcellError
 from stepcell.runtime.loop.latency import Latency, Stopwatch
-from stepcell.runtime.media.sink import Sink
+from stepcell.runtime.media.sink import Sink, TimedSink
 from stepcell.runtime.streams.run_control import RunControl
 
 __all__ = ["DEPTH", "FrameWriter"]
@@ -42,7 +42,7 @@ class FrameWriter:
         self.closed: float | None = None
         self.written = self.unwritten = 0
         self._changed, self._depth = changed, depth
-        self._queue: deque[NDArray[Any]] = deque()
+        self._queue: deque[tuple[NDArray[Any], float]] = deque()
         self._keep: bool | None = None  # set by `finish` and `abandon`, which end the thread
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"write {sink.name}", daemon=True)
@@ -63,8 +63,12 @@ class FrameWriter:
         """Whether `put` returns or raises without waiting; true after a failure, which empties the queue."""
         return len(self._queue) < self._depth
 
-    def put(self, frame: NDArray[Any]) -> None:
+    def put(self, frame: NDArray[Any], seconds: float = 0.0) -> None:
         """Queue a frame, waiting for room; the caller must not change the array afterwards.
+
+        Args:
+            frame: as the sink takes it.
+            seconds: its timestamp, for a sink that keeps it.
 
         Raises:
             OutputError: an earlier frame could not be written.
@@ -73,7 +77,7 @@ class FrameWriter:
             while not self.has_room:
                 self._changed.wait()
             self.check()
-            self._queue.append(frame)
+            self._queue.append((frame, seconds))
             self.unwritten += 1
             self._changed.notify_all()
 
@@ -121,10 +125,12 @@ class FrameWriter:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        sink = self.sink
+        write = sink.write_at if isinstance(sink, TimedSink) else lambda frame, _: sink.write(frame)
         try:
-            while (frame := self._next()) is not None:
+            while (queued := self._next()) is not None:
                 with Stopwatch(self.encode):
-                    self.sink.write(frame)
+                    write(*queued)
                 with self._changed:
                     self.written += 1
                     self.unwritten -= 1
@@ -144,7 +150,7 @@ class FrameWriter:
                 self.written = self.sink.salvage()
         self.closed = time.perf_counter()
 
-    def _next(self) -> NDArray[Any] | None:
+    def _next(self) -> tuple[NDArray[Any], float] | None:
         """Wait for the next frame; None: the queue is empty and `finish` or `abandon` was called."""
         with self._changed:
             while not self._queue and self._keep is None:

@@ -7,10 +7,13 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
 
 from stepcell.contract import TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
@@ -18,19 +21,23 @@ from stepcell.event_spec import EventSpec
 from stepcell.overwrite import check_output, is_no_model
 from stepcell.runtime.media.open_sink import STDOUT, open_sink
 from stepcell.runtime.media.open_source import STDIN, is_remote, open_source
-from stepcell.runtime.media.sink import Sink
+from stepcell.runtime.media.raw_frames import RawSource
+from stepcell.runtime.media.resize import Resize, ResizedSource
+from stepcell.runtime.media.sink import Sink, TimedSink
 from stepcell.runtime.media.source import Source, display_name
 from stepcell.runtime.streams.deadline import Deadline
+from stepcell.runtime.streams.output_clock import OutputClock, Timestamps
 from stepcell.runtime.streams.reconnect import Reconnect
 from stepcell.runtime.streams.reset_policy import ResetPolicy
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.scheduler import POLL_SECONDS
 from stepcell.runtime.streams.stream import Stream
 
-__all__ = ["Input", "Output", "StreamOptions", "check_names", "open_streams", "stream_names"]
+__all__ = ["Audio", "Input", "Output", "StreamOptions", "check_names", "open_streams", "stream_names"]
 
 logger = logging.getLogger(__name__)
 
+Audio = Literal["copy"]
 Input = str | Path | Source
 Output = str | Path | Sink | None
 DEFAULT_FPS = Fraction(25)  # of an output whose input has no frame rate
@@ -47,6 +54,9 @@ class StreamOptions:
         deadline: deadline of the frames of live sources.
         reconnect: seconds for which a lost camera or URL is reopened; 0: not at all.
         limit: frames after which a stream ends.
+        resize: size to which frames are brought, as of `--resize`; None: they stay as they are.
+        timestamps: whether a video has those of its input; None: for cameras and URLs, unless `fps` is given.
+        audio: "copy" copies the sound of a file into the video.
     """
 
     reset: ResetPolicy
@@ -55,6 +65,16 @@ class StreamOptions:
     deadline: Deadline | None = None
     reconnect: float = 0.0
     limit: int | None = None
+    resize: str | None = None
+    timestamps: Timestamps | None = None
+    audio: Audio | None = None
+
+    def keeps_timestamps(self, source: Source | None) -> bool:
+        """Whether a video of this source has its timestamps."""
+        if self.timestamps is None and self.audio is None:
+            live = source is None or (source.live and not isinstance(source, RawSource))
+            return live and self.fps is None
+        return self.timestamps == "keep" or self.audio is not None
 
 
 def stream_names(inputs: Sequence[Input]) -> list[str]:
@@ -124,6 +144,7 @@ def open_streams(
     events: EventSpec | None,
     starts: Mapping[str, int],
     control: RunControl,
+    isolated: bool = False,
 ) -> list[Stream]:
     """Open all inputs and outputs, or none.
 
@@ -135,6 +156,7 @@ def open_streams(
         events: encoding of its events; None: it takes pictures.
         starts: frames that were stepped before, by the name of the stream.
         control: after a request to stop, cameras and URLs that do not answer are not waited for.
+        isolated: an input that cannot be opened fails as a stream, instead of the whole call.
 
     Raises:
         InputError: an input cannot be opened, and is not a camera or URL that may be reopened.
@@ -143,20 +165,28 @@ def open_streams(
         MissingDependencyError: PyAV is not installed.
     """
     with contextlib.ExitStack() as opened:
-        sources = _open_sources(inputs, options, spec, events, control, opened)
+        sources = _open_sources(inputs, options, spec, events, control, opened, isolated=isolated)
         sinks: list[Sink | None] = []
-        for source, output in zip(sources, outputs or [None] * len(inputs), strict=True):
-            if isinstance(output, (str, Path)):
-                output = open_sink(str(output), options.fps or (source.fps if source else None) or DEFAULT_FPS)
-            if output is not None:
-                opened.callback(output.abandon)
-            sinks.append(output)
+        clocks = []
+        for each, source, output in zip(inputs, sources, outputs or [None] * len(inputs), strict=True):
+            if isolated and isinstance(output, (str, Path)):
+                _make_folder(Path(output).parent)
+            fps = options.fps or (source.fps if source else None) or DEFAULT_FPS
+            sink = _open_output(output, each, source, fps, options)
+            if sink is not None:
+                opened.callback(sink.abandon)
+            sinks.append(sink)
+            keep = isinstance(sink, TimedSink) and options.keeps_timestamps(source)
+            name = source.name if source else str(each)
+            announce = isinstance(sink, TimedSink) and options.timestamps is None and options.fps is None
+            clocks.append(OutputClock(fps, keep=keep, name=display_name(name), announce=announce))
         opened.pop_all()
     streams = []
-    for each, name, source, sink in zip(inputs, stream_names(inputs), sources, sinks, strict=True):
+    for each, name, source, sink, clock in zip(inputs, stream_names(inputs), sources, sinks, clocks, strict=True):
         reconnect = None
         if _may_reconnect(each, options):
-            reconnect = Reconnect(functools.partial(open_source, str(each)), options.reconnect)
+            reopen = functools.partial(_open_source, each, len(inputs) == 1, options, spec, events)
+            reconnect = Reconnect(reopen, options.reconnect)
         streams.append(
             Stream(
                 source,
@@ -167,9 +197,20 @@ def open_streams(
                 limit=options.limit,
                 deadline=options.deadline,
                 reconnect=reconnect,
+                clock=clock,
             )
         )
     return streams
+
+
+class _Unreadable(Source):
+    """An input that could not be opened."""
+
+    def __init__(self, name: str, error: InputError) -> None:
+        self.name, self._error = name, error
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        raise self._error
 
 
 def _may_reconnect(each: Input, options: StreamOptions) -> bool:
@@ -183,6 +224,8 @@ def _open_sources(
     events: EventSpec | None,
     control: RunControl,
     opened: contextlib.ExitStack,
+    *,
+    isolated: bool,
 ) -> list[Source | None]:
     """Open cameras and URLs in parallel, because each may take ten seconds to fail."""
     found: dict[int, Source | BaseException | None] = {}
@@ -191,7 +234,12 @@ def _open_sources(
         try:
             found[number] = _open_source(inputs[number], len(inputs) == 1, options, spec, events)
         except BaseException as error:  # raised below, in the calling thread
-            found[number] = error
+            if isinstance(error, InputError) and _may_reconnect(inputs[number], options):
+                logger.warning(f"{error.message}: reconnecting")
+            elif isinstance(error, InputError) and isolated:
+                found[number] = _Unreadable(str(inputs[number]), error)
+            else:
+                found[number] = error
 
     threads = []
     for number, each in enumerate(inputs):
@@ -216,15 +264,39 @@ def _open_sources(
 
 def _open_source(
     each: Input, alone: bool, options: StreamOptions, spec: TensorSpec, events: EventSpec | None
-) -> Source | None:
-    if not isinstance(each, (str, Path)):
-        return each
-    text = str(each)
-    size = options.size if alone or text == STDIN or events is not None else None
+) -> Source:
+    if isinstance(each, (str, Path)):
+        text = str(each)
+        size = options.size if alone or text == STDIN or events is not None else None
+        source = open_source(text, channels=int(spec.shape[1]), size=size, events=events)
+    else:
+        source = each
+    return source if options.resize is None else ResizedSource(source, Resize.parse(options.resize, spec))
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        return open_source(text, channels=int(spec.shape[1]), size=size, events=events)
-    except InputError as error:
-        if not _may_reconnect(each, options):
-            raise
-        logger.warning(f"{error.message}: reconnecting")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--output {folder}: cannot be created ({error.strerror})") from error
+
+
+def _open_output(
+    output: Output, each: Input, source: Source | None, fps: Fraction, options: StreamOptions
+) -> Sink | None:
+    """Open an output; says that the sound of its input is not copied."""
+    if not isinstance(output, (str, Path)):
+        return output
+    if isinstance(source, _Unreadable):
         return None
+    keep = options.keeps_timestamps(source)
+    audio = None
+    if options.audio is not None:
+        if not isinstance(each, (str, Path)) or source is None or source.live or str(each) == STDIN:
+            raise UsageError(f"--audio copy: {display_name(str(each))} is no file", hint="omit --audio copy")
+        audio = Path(each)
+    sink = open_sink(str(output), fps, like=source, varying=keep or source is None or source.live, audio=audio)
+    if audio is None and source is not None and source.has_sound and isinstance(sink, TimedSink):
+        how = "that of files can be copied" if source.live else "--audio copy copies it"
+        logger.info(f"{display_name(source.name)}: its sound is not written; {how}")
+    return sink

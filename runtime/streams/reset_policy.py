@@ -11,10 +11,13 @@ from stepcell.errors import InputError
 from stepcell.runtime.streams.non_finite import OnNonFinite
 from stepcell.runtime.streams.scene_cut import THRESHOLD, SceneCut
 
-__all__ = ["CAUSES", "Cause", "ResetMonitor", "ResetPolicy"]
+__all__ = ["CAUSES", "Cause", "OnSizeChange", "ResetMonitor", "ResetPolicy"]
 
-Cause = Literal["every", "gap", "cut", "demand", "non-finite"]
-CAUSES: tuple[Cause, ...] = ("every", "gap", "cut", "demand", "non-finite")
+Cause = Literal["every", "gap", "cut", "size", "demand", "non-finite"]
+CAUSES: tuple[Cause, ...] = ("every", "gap", "cut", "size", "demand", "non-finite")
+
+
+OnSizeChange = Literal["stop", "reset"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,17 @@ class ResetPolicy:
         gap: after more than this many seconds without a frame, or a timestamp that decreases. None: after every
             reconnection.
         cut: at a scene cut (`stepcell.runtime.streams.scene_cut`).
-        on_nonfinite: on NaN or Inf in an output or a state, "stop" ends the stream, "reset" resets the states and
-            repeats the step, "ignore" does not check.
+        on_nonfinite: on NaN or Inf in a frame, an output or a state, "stop" ends the stream, "reset" resets the states
+            and goes on, "ignore" does not check.
+        on_size_change: at a frame of another size than the one before, "stop" ends the stream, "reset" resets the
+            states and goes on.
     """
 
     every: int | None = None
     gap: float | None = None
     cut: bool = False
     on_nonfinite: OnNonFinite = "stop"
+    on_size_change: OnSizeChange = "stop"
 
 
 class ResetMonitor:
@@ -52,6 +58,7 @@ class ResetMonitor:
         self._cut = SceneCut() if policy.cut else None
         self._seconds: float | None = None
         self._connection = 0
+        self._shape: tuple[int, ...] | None = None
         self._demanded = False
 
     def demand(self) -> None:
@@ -74,8 +81,11 @@ class ResetMonitor:
         reconnected, self._connection = connection != self._connection, connection
         gap = self._is_gap(number, seconds)
         cut = self._cut is not None and self._cut.distance(frame) > THRESHOLD
+        resized, self._shape = self._shape not in (None, frame.shape), frame.shape
         if number == 0:
             return None
+        if resized:
+            return "size"
         if demanded:
             return "demand"
         if gap:

@@ -15,10 +15,12 @@ from stepcell.overwrite import is_report, is_snapshot
 from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.preprocess import event_input, image_input
 from stepcell.runtime.media.source import FRAME_RATES, display_name
+from stepcell.runtime.streams.clip_folder import clip_outputs, find_clips
 from stepcell.runtime.streams.deadline import Deadline, OnLate
 from stepcell.runtime.streams.metrics import Metrics
 from stepcell.runtime.streams.non_finite import OnNonFinite
 from stepcell.runtime.streams.open_streams import (
+    Audio,
     Input,
     Output,
     StreamOptions,
@@ -26,12 +28,14 @@ from stepcell.runtime.streams.open_streams import (
     open_streams,
     stream_names,
 )
+from stepcell.runtime.streams.output_clock import Timestamps
 from stepcell.runtime.streams.progress import RunProgress
-from stepcell.runtime.streams.report import RunError, RunReport
-from stepcell.runtime.streams.reset_policy import ResetPolicy
+from stepcell.runtime.streams.report import RunError, RunReport, StreamReport
+from stepcell.runtime.streams.reset_policy import OnSizeChange, ResetPolicy
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SNAPSHOT_EVERY, SnapshotWriter, resume_streams
 from stepcell.runtime.streams.scheduler import Scheduler
+from stepcell.runtime.streams.stream import Stream
 
 __all__ = ["run_streams"]
 
@@ -58,6 +62,10 @@ def run_streams(
     reset_gap: float | None = None,
     reset_on_cut: bool = False,
     on_nonfinite: OnNonFinite = "stop",
+    on_size_change: OnSizeChange = "stop",
+    resize: str | None = None,
+    timestamps: Timestamps | None = None,
+    audio: Audio | None = None,
     deadline_ms: float | None = None,
     on_late: OnLate = "drop",
     reconnect: float = 0.0,
@@ -79,9 +87,10 @@ def run_streams(
         model: path of a model, which is opened with `device`, `allow_fallback`, `keep_float16`, `threads` and
             `check_file` of `StepLoop.open`; or an open loop, with a slot for each of several inputs, without slots
             for one.
-        inputs: one input or several: a path, URL or `camera:N` as of `--input`, or a `Source`.
+        inputs: one input or several: a path, URL or `camera:N` as of `--input`, or a `Source`. The clips of a folder
+            or a pattern such as "clips/*.mp4" run one after another, each from the initial states.
         outputs: None (frames are only stepped), or one output for each input: a path as of `--output`, a `Sink`
-            or None.
+            or None; for clips a folder, or a pattern such as "out/*.mkv".
         device: see `model`.
         allow_fallback: see `model`.
         keep_float16: see `model`.
@@ -94,8 +103,14 @@ def run_streams(
         reset_every: reset the states before every frame whose number is a multiple of this.
         reset_gap: reset the states if two frames are more than this many seconds apart.
         reset_on_cut: reset the states at a scene cut.
-        on_nonfinite: on NaN or Inf in an output or a state, "stop" the stream, "reset" its states and repeat the
-            step, or "ignore" it.
+        on_nonfinite: on NaN or Inf in a frame, an output or a state, "stop" the stream, "reset" its states and go on,
+            or "ignore" it.
+        on_size_change: at a frame of another size, "stop" the stream, or "reset" its states and go on.
+        resize: bring all frames to one size: "640x360", "640x360,fit" in proportion with black bars, "stretch" or
+            "fit" to the size of the model, if it is fixed. Outputs are not scaled back.
+        timestamps: of a video: "keep" those of the input, or frames at a "constant" rate; by default those of cameras
+            and URLs are kept.
+        audio: "copy" the sound of a file into the video, whose timestamps are those of the input then.
         deadline_ms: milliseconds from decoding to stepping after which a frame of a live source is late.
         on_late: "drop" late frames, or "block" the source instead; late frames are counted.
         reconnect: reopen a lost camera or URL for this many seconds after its last frame; 0: not at all.
@@ -123,6 +138,11 @@ def run_streams(
         KeyboardInterrupt: after the outputs are closed, unless `control` was asked to stop before.
     """
     inputs, outputs = _as_list(inputs), [] if outputs is None else _as_list(outputs)
+    clips = _clips(inputs, outputs)
+    if clips is not None:
+        inputs, outputs = clips
+        if snapshot is not None:
+            raise UsageError("--snapshot: of one stream, or of several at once, not of clips one after another")
     _check_options(
         ("limit", limit, limit is None or limit >= 1, "1 or more"),
         ("reset_every", reset_every, reset_every is None or reset_every >= 1, "1 or more"),
@@ -133,7 +153,15 @@ def run_streams(
         ("fps", fps, fps is None or FRAME_RATES[0] <= fps <= FRAME_RATES[1], "0.001 to 1000 frames per second"),
         ("on_late", on_late, on_late in get_args(OnLate), "drop or block"),
         ("on_nonfinite", on_nonfinite, on_nonfinite in get_args(OnNonFinite), "stop, reset or ignore"),
+        ("on_size_change", on_size_change, on_size_change in get_args(OnSizeChange), "stop or reset"),
+        ("timestamps", timestamps, timestamps in (None, *get_args(Timestamps)), "keep or constant"),
+        ("audio", audio, audio in (None, *get_args(Audio)), "copy"),
     )
+    if fps is not None and (timestamps == "keep" or audio is not None):
+        option = "--timestamps keep" if timestamps == "keep" else "--audio copy"
+        raise UsageError(f"--fps and {option}: the timestamps of the input have their own rate", hint="omit --fps")
+    if timestamps == "constant" and audio is not None:
+        raise UsageError("--audio copy: keeps the timestamps of the input", hint="omit --timestamps constant")
     if snapshot is None and (resume or snapshot_every is not None):
         raise UsageError("--resume and --snapshot-every need --snapshot FILE")
     is_loop = isinstance(model, StepLoop)
@@ -150,10 +178,13 @@ def run_streams(
     options = StreamOptions(
         size=size,
         fps=None if fps is None else Fraction(fps),
-        reset=ResetPolicy(reset_every, reset_gap, reset_on_cut, on_nonfinite),
+        reset=ResetPolicy(reset_every, reset_gap, reset_on_cut, on_nonfinite, on_size_change),
         deadline=None if deadline_ms is None else Deadline(deadline_ms / 1e3, on_late),
         reconnect=reconnect,
         limit=limit,
+        resize=resize,
+        timestamps=timestamps,
+        audio=audio,
     )
     names = stream_names(inputs)
     control = control or RunControl()
@@ -161,7 +192,7 @@ def run_streams(
         if isinstance(model, StepLoop):
             loop = model
         else:
-            slots = len(inputs) if len(inputs) > 1 else None
+            slots = len(inputs) if len(inputs) > 1 and clips is None else None
             loop = stack.enter_context(
                 StepLoop.open(
                     model,
@@ -174,7 +205,7 @@ def run_streams(
                 )
             )
         logger.info(f"{loop.name}: {loop.description}")
-        spec = image_input(loop.contract, len(inputs))
+        spec = image_input(loop.contract, len(inputs) if clips is None else 1)
         starts = resume_streams(loop, snapshot_path, names) if resume and snapshot_path else {}
         snapshots = None
         if snapshot_path is not None:
@@ -184,11 +215,25 @@ def run_streams(
         if isinstance(metrics, int):
             metrics = stack.enter_context(Metrics(metrics))
         events = event_input(spec, event_window)
-        streams = open_streams(inputs, outputs, options, spec=spec, events=events, starts=starts, control=control)
-        if metrics is not None:
-            metrics.watch(streams)
-        scheduler = Scheduler(loop, streams, snapshots=snapshots, control=control, times=metrics, progress=progress)
-        result = RunReport(model=display_name(loop.name), streams=scheduler.run())
+        streams: list[Stream] = []
+        reports: list[StreamReport] = []
+        together = [(inputs, outputs)] if clips is None else [([i], [o]) for i, o in zip(inputs, outputs, strict=True)]
+        for some, their_outputs in together:
+            if control.stopping and reports:
+                logger.warning(f"{len(inputs) - len(reports)} clips were not run")
+                break
+            opened = open_streams(
+                some, their_outputs, options, spec=spec, events=events, starts=starts, control=control,
+                isolated=clips is not None,
+            )  # fmt: skip
+            streams += opened
+            if metrics is not None:
+                metrics.watch(streams)
+            scheduler = Scheduler(
+                loop, opened, snapshots=snapshots, control=control, times=metrics, progress=_of_all(progress, streams)
+            )
+            reports += scheduler.run()
+        result = RunReport(model=display_name(loop.name), streams=reports)
     failures = {stream.name: stream.failure for stream in streams if stream.failure is not None}
     error = RunError.of_streams(failures, result) if failures else None
     if report is not None:
@@ -201,6 +246,36 @@ def run_streams(
     if error is not None:
         raise error from next(iter(failures.values()), None)
     return result
+
+
+def _clips(inputs: list[Input], outputs: list[Output]) -> tuple[list[Input], list[Output]] | None:
+    """Clips of a folder or pattern, and the output of each; None: the inputs are streams as they are."""
+    found = {str(each): find_clips(str(each)) for each in inputs if isinstance(each, (str, Path))}
+    text = next((text for text, clips in found.items() if clips is not None), None)
+    if text is None:
+        return None
+    clips = found[text] or []
+    if len(inputs) > 1:
+        raise UsageError(
+            f"--input {text}: {len(clips)} clips, which run one after another",
+            hint="give it alone, or name each clip with an --input of its own: they run together then",
+        )
+    if len(outputs) > 1:
+        raise UsageError(f"--output: {len(outputs)} for one folder of clips", hint="give one folder")
+    output = outputs[0] if outputs else None
+    if output is None:
+        return list(clips), [None] * len(clips)
+    if not isinstance(output, (str, Path)):
+        raise UsageError(f"--input {text}: {len(clips)} clips cannot share one sink", hint="name a folder")
+    return list(clips), list(clip_outputs(text, clips, str(output)))
+
+
+def _of_all(
+    progress: Callable[[RunProgress], None] | None, streams: Sequence[Stream]
+) -> Callable[[RunProgress], None] | None:
+    """The callback with the streams of earlier clips too."""
+    shown = tuple(streams)
+    return progress and (lambda now: progress(RunProgress(shown, now.step)))
 
 
 def _as_list(values: _T | Sequence[_T]) -> list[_T]:

@@ -83,6 +83,7 @@ class Scheduler:
         self._shared = len(streams) > 1
         self._slots: dict[Stream, Slot] = {}
         self._changed = threading.Condition()
+        self._check_frames = loop.check_finite
         self._shape: tuple[int, ...] | None = None  # of the input of every stream
 
     def run(self) -> list[StreamReport]:
@@ -91,6 +92,7 @@ class Scheduler:
         Raises:
             KeyboardInterrupt: unless a stop was requested before; the sinks are closed nevertheless.
         """
+        self._loop.check_finite = False  # each stream has a policy of its own
         try:
             self._run()
         except StepcellError as error:  # of the loop, and so of every stream
@@ -99,6 +101,7 @@ class Scheduler:
             if not self._control.stopping:
                 raise
         finally:
+            self._loop.check_finite = self._check_frames
             self._end("interrupted")
             with contextlib.ExitStack() as closing:  # closes every stream, even if one raises
                 for stream in reversed(self._streams):
@@ -181,18 +184,21 @@ class Scheduler:
     def _step(self, batch: Sequence[Stream]) -> None:
         self._pass_on_resets()
         inputs: dict[Stream, Arrays] = {}
+        tainted = []
         for stream in batch:
             with self._isolated(stream):
                 arrays, cause = stream.preprocess(self._spec)
                 if self._shared:
-                    self._check_input(stream, arrays[self._spec.name])
+                    self._check_size(stream, arrays[self._spec.name])
+                if self._is_tainted(stream, arrays[self._spec.name]):
+                    tainted.append(stream)
                 if cause is not None:
                     self._reset(stream, cause)
                 inputs[stream] = arrays
         if not inputs:
             return
         self._in_step = True
-        outputs = self._step_finite(inputs)
+        outputs = self._step_finite(inputs, tainted)
         for stream, results in outputs.items():
             with self._isolated(stream):
                 seconds = stream.deliver(results)
@@ -211,15 +217,31 @@ class Scheduler:
             for stream in self._streams:
                 stream.monitor.demand()
 
-    def _check_input(self, stream: Stream, tensor: NDArray[Any]) -> None:
+    def _check_size(self, stream: Stream, tensor: NDArray[Any]) -> None:
         """Refuse for one stream what the loop would refuse for the whole batch."""
         self._shape = self._shape or tensor.shape
         if tensor.shape != self._shape:
             raise InputError(
                 f"{stream.name}: its input has shape {tensor.shape}, that of the first stream {self._shape}",
-                hint="all streams of a run need frames of one size; run this one alone",
+                hint="all streams of a run need frames of one size: run this one alone, or --resize WIDTHxHEIGHT",
             )
-        require_finite(f"{stream.name}: {self._spec.name}", tensor)
+
+    def _is_tainted(self, stream: Stream, tensor: NDArray[Any]) -> bool:
+        """Whether a frame holds NaN or Inf, and the stream goes on nevertheless.
+
+        Raises:
+            InputError: the stream ends with it.
+        """
+        if not (self._check_frames and stream.checks_finite):
+            return False
+        try:
+            require_finite(f"{stream.prefix}frame {stream.number}: {self._spec.name}", tensor)
+        except InputError as error:
+            if stream.monitor.policy.on_nonfinite == "stop":
+                hint = "clean the frame, or --on-nonfinite reset steps it and goes on from the initial states"
+                raise InputError(error.message, hint=hint) from error
+            return True
+        return False
 
     def _step_loop(self, inputs: dict[Stream, Arrays]) -> dict[Stream, Arrays]:
         started = time.perf_counter()
@@ -236,14 +258,26 @@ class Scheduler:
         if self._shared:
             self._loop.reset([self._slots[stream]])
         else:
-            self._loop.reset([True] if self._loop.latency.first is not None else None)
+            # A frame of another size needs states of another size.
+            known = self._loop.latency.first is not None and cause != "size"
+            self._loop.reset([True] if known else None)
         stream.count_reset(cause)
 
-    def _step_finite(self, inputs: dict[Stream, Arrays]) -> dict[Stream, Arrays]:
-        """Step; streams with NaN or Inf are ended, or stepped again from the initial states, as their policy says."""
+    def _step_finite(self, inputs: dict[Stream, Arrays], tainted: Collection[Stream]) -> dict[Stream, Arrays]:
+        """Step; streams with NaN or Inf are ended, or stepped again from the initial states, as their policy says.
+
+        Args:
+            inputs: inputs of the streams.
+            tainted: streams whose frame holds NaN or Inf: their states are reset after the step.
+        """
         outputs = self._step_loop(inputs)
+        for stream in tainted:
+            stream.non_finite += 1
+            stream.log(f"{self._spec.name}: NaN or Inf in the frame")
+            self._reset(stream, "non-finite")
         again: dict[Stream, Arrays] = {}
-        for stream, name in self._non_finite(outputs, self._states_to_check(inputs)).items():
+        rest = {stream: results for stream, results in outputs.items() if stream not in tainted}
+        for stream, name in self._non_finite(rest, self._states_to_check(inputs)).items():
             stream.non_finite += 1
             with self._isolated(stream):
                 if stream.monitor.policy.on_nonfinite == "stop":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from fractions import Fraction
 from typing import Any
 
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from stepcell.runtime.media.source import Source, display_name
 from stepcell.runtime.streams.deadline import Deadline, LateFrames
 from stepcell.runtime.streams.frame_reader import Frame, FrameReader
 from stepcell.runtime.streams.frame_writer import FrameWriter
+from stepcell.runtime.streams.output_clock import OutputClock
 from stepcell.runtime.streams.reconnect import Reconnect
 from stepcell.runtime.streams.report import Dropped, Stopped, StreamReport, append_message
 from stepcell.runtime.streams.reset_policy import Cause, ResetMonitor, ResetPolicy
@@ -51,6 +53,7 @@ class Stream:
         limit: end after stepping this many frames.
         deadline: deadline of the frames of a live source; other frames are never late.
         reconnect: how a lost source is reopened; None: the stream ends with it.
+        clock: timestamps of the output; by default one frame after another, at 25 frames per second.
 
     Attributes:
         input: name of the source, for messages and the report.
@@ -75,6 +78,7 @@ class Stream:
         limit: int | None = None,
         deadline: Deadline | None = None,
         reconnect: Reconnect | None = None,
+        clock: OutputClock | None = None,
     ) -> None:
         self.input = display_name(source.name if source else name or "")
         self.name = display_name(name) if name else self.input
@@ -89,6 +93,7 @@ class Stream:
         self.reader: FrameReader | None = None
         self.writer: FrameWriter | None = None
         self._source, self._reconnect = source, reconnect
+        self._clock = clock or OutputClock(Fraction(25), keep=False, name=self.input)
         self._length = source.length if source else None
         self._late = LateFrames(deadline if self.live else None)
         self._preprocessor: Preprocessor | None = None
@@ -244,9 +249,12 @@ class Stream:
         assert self._frame is not None
         array = self._frame.array
         if self._preprocessor is not None and array.shape != self._preprocessor.shape:
-            raise InputError(
-                f"{self.input}: frame {self.number} is {array.shape}, the first one {self._preprocessor.shape}"
-            )
+            if self.monitor.policy.on_size_change == "stop":
+                raise InputError(
+                    f"{self.input}: frame {self.number} is {array.shape}, the one before {self._preprocessor.shape}",
+                    hint="--on-size-change reset goes on from the initial states, --resize makes all of one size",
+                )
+            self._preprocessor = None
         cause = self.monitor.due(self.number, array, self._frame.seconds, self._frame.connection)
         started = time.perf_counter()
         if self._preprocessor is None:
@@ -280,7 +288,7 @@ class Stream:
         if self.writer is not None and self._postprocessor is not None and self._preprocessor is not None:
             result = self._postprocessor(outputs, self._preprocessor)
             self._preprocess_seconds += time.perf_counter() - started
-            self.writer.put(result)
+            self.writer.put(result, self._clock.seconds(self._frame))
         self.convert.add(self._preprocess_seconds)
         seconds = time.monotonic() - self._frame.arrived
         self.latency.add(seconds)

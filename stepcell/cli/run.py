@@ -87,7 +87,7 @@ Examples:
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "-i", "--input", "inputs", required=True, multiple=True, metavar="SOURCE",
-    help="Video file or URL, folder of .png/.jpg, .npy, camera:N, or - for raw rgb24 frames on stdin; "
+    help="Video file or URL, folder of pictures, .npy, camera:N, or - for raw rgb24 frames on stdin; "
     "for a model of events .dat, .raw or .npz. Several inputs share one batched step.",
 )  # fmt: skip
 @click.option(
@@ -100,6 +100,11 @@ Examples:
 @click.option("--keep-float16", is_flag=True, help="Run a float16 model in float16 on a CPU too (slower).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for one step.  [default: one per core]")
 @click.option("--fps", "fps_text", metavar="N", help="Frame rate of the output.  [default: the input's, else 25]")
+@click.option(
+    "--timestamps", type=click.Choice(["keep", "constant"]),
+    help="Timing of an output video: that of the input, or a constant rate.  [default: keep for cameras and URLs]",
+)  # fmt: skip
+@click.option("--audio", type=click.Choice(["copy"]), help="Copy the sound of a file into the output video.")
 @click.option(
     "--deadline-ms", type=click.FloatRange(0, min_open=True), callback=_no_nan, metavar="MS",
     help="A frame of a camera, a URL or stdin is late if it waited longer than this.",
@@ -120,7 +125,16 @@ Examples:
 @click.option("--reset-on-cut", is_flag=True, help="Reset the states at a scene cut.")
 @click.option(
     "--on-nonfinite", type=click.Choice(["stop", "reset", "ignore"]), default="stop", show_default=True,
-    help="On NaN or Inf in an output or a state: end the stream, reset its states and go on, or do not check.",
+    help="On NaN or Inf in a frame, an output or a state: end the stream, reset its states and go on, or do not check.",
+)  # fmt: skip
+@click.option(
+    "--on-size-change", type=click.Choice(["stop", "reset"]), default="stop", show_default=True,
+    help="At a frame of another size: end the stream, or reset its states and go on.",
+)  # fmt: skip
+@click.option(
+    "--resize", is_flag=False, flag_value="stretch", metavar="[WxH][,fit]",
+    help="Resize the frames, without a size to that of the model: stretched, or fitted in with black bars. "
+    "Outputs are not scaled back.",
 )  # fmt: skip
 @click.option(
     "--snapshot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",

@@ -173,7 +173,14 @@ def test_snapshot_of_another_model(accumulator: Model, denoiser_onnx: Path, smal
 def test_cuts_of_a_real_clip_are_in_the_report(accumulator: Model) -> None:
     result = run(accumulator(), "-i", find_clip("bikes"), "--reset-on-cut", "--reset-gap", 1, "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["resets"] == {"every": 0, "gap": 0, "cut": 5, "demand": 0, "non-finite": 0}
+    assert json.loads(result.stdout)["resets"] == {
+        "every": 0,
+        "gap": 0,
+        "cut": 5,
+        "size": 0,
+        "demand": 0,
+        "non-finite": 0,
+    }
     assert "frame 76: states reset (cut)" in result.stderr
     assert "resets: 5 cut" in result.stderr
 

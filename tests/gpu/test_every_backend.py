@@ -220,7 +220,7 @@ def test_policies_over_a_stream(place: Place, denoiser_onnx: Path, tmp_path: Pat
     path = tmp_path / "state.safetensors"
     with place.open(denoiser_onnx) as loop, StepLoop.open(denoiser_onnx) as cpu:
         report = run(loop, "found.npy")
-        assert report.resets == {"every": 1, "gap": 0, "cut": 1, "demand": 0, "non-finite": 0}
+        assert report.resets == {"every": 1, "gap": 0, "cut": 1, "size": 0, "demand": 0, "non-finite": 0}
         run(cpu, "expected.npy")
         found, expected = (np.load(tmp_path / f"{name}.npy") for name in ("found", "expected"))
         assert worst(found, expected) <= tolerance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import socket
@@ -34,6 +35,17 @@ def test_video_equals_plain_decoding(clip_path: Path) -> None:
         expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     np.testing.assert_array_equal(frames, expected)
     assert np.stack(frames).shape == (120, HEIGHT, WIDTH, 3)
+
+
+def test_frames_are_freed_without_the_garbage_collector(clip_path: Path) -> None:
+    """A long stream would hold memory and threads until it runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        assert sum(1 for _ in VideoSource(str(clip_path))) == 120
+        assert sum(isinstance(each, av.VideoFrame) for each in gc.get_objects()) <= 1
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -173,7 +185,7 @@ def test_matroska_that_was_cut_off_gives_its_frames_and_then_says_so(clip_path: 
     assert sum(1 for _ in VideoSource(str(tmp_path / "whole.mkv"))) == 120
     (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
     frames: list[NDArray[Any]] = []
-    with pytest.raises(InputError, match=r"truncated: its header says 4\.0 s, |broken"):
+    with pytest.raises(InputError, match=r"truncated: \d+ bytes are missing at its end|broken"):
         frames.extend(VideoSource(str(tmp_path / "cut.mkv")))
     assert 20 < len(frames) < 100
 

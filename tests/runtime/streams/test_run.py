@@ -225,7 +225,7 @@ def test_gaps_and_cuts_reset_and_are_counted(accumulator: Model, tmp_path: Path)
     with StepLoop.open(accumulator()) as loop:
         report = run_stream(loop, source, ArraySink(tmp_path / "out.npy"), reset_gap=1.0, reset_on_cut=True)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), [a, 2 * a, 3 * a, b, b, 2 * b])
-    assert report.resets == {"every": 0, "gap": 1, "cut": 1, "demand": 0, "non-finite": 0}
+    assert report.resets == {"every": 0, "gap": 1, "cut": 1, "size": 0, "demand": 0, "non-finite": 0}
 
 
 def test_a_call_resets_before_the_next_frame(accumulator: Model, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_resumed_run_equals_an_uninterrupted_one(denoiser_onnx: Path, tmp_path: 
 
     with StepLoop.open(denoiser_onnx) as loop:
         report = run(loop, "whole.npy")
-        assert report.resets == {"every": 3, "gap": 1, "cut": 2, "demand": 0, "non-finite": 0}
+        assert report.resets == {"every": 3, "gap": 1, "cut": 2, "size": 0, "demand": 0, "non-finite": 0}
         run(loop, "first.npy", limit=start, snapshot=path, snapshot_every=1000)
     with StepLoop.open(denoiser_onnx) as loop:
         report = run(loop, "rest.npy", snapshot=path, resume=True)

@@ -94,7 +94,9 @@ def test_a_broken_input_is_an_error_with_the_report(accumulator: Model, tmp_path
     whole, bad = save(tmp_path / "whole.npy", 6), tmp_path / "bad.npy"
     np.save(bad, np.stack([np.ones((3, 4, 4), np.float32), np.full((3, 4, 4), np.nan, np.float32)]))
     outputs = [tmp_path / "out0.npy", tmp_path / "out1.npy"]
-    with pytest.raises(RunError, match=r"1 of 2 streams failed:\n.*bad\.npy: x: 48 of 48 values are NaN") as caught:
+    with pytest.raises(
+        RunError, match=r"1 of 2 streams failed:\n.*bad\.npy: frame 1: x: 48 of 48 values are NaN"
+    ) as caught:
         run_streams(accumulator(), [whole, bad], outputs, report=tmp_path / "run.json")
     report = caught.value.report
     assert [(stream.frames, stream.stopped) for stream in report.streams] == [(6, "end of input"), (1, "error")]

@@ -137,7 +137,7 @@ def test_one_that_breaks_does_not_stop_the_others(
     errors = [
         "",
         "broken at frame 3",
-        "c: x: 48 of 48 values are NaN",
+        "c: frame 5: x: 48 of 48 values are NaN",
         "d: frame 2 is (3, 8, 8), the first one (3, 4, 4)",
         "e: its input has shape",
         "f: holds no",
