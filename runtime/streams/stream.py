@@ -251,7 +251,7 @@ class Stream:
         if self._preprocessor is not None and array.shape != self._preprocessor.shape:
             if self.monitor.policy.on_size_change == "stop":
                 raise InputError(
-                    f"{self.input}: frame {self.number} is {array.shape}, the one before {self._preprocessor.shape}",
+                    f"{self.input}: frame {self.number} is {array.shape}, the first one {self._preprocessor.shape}",
                     hint="--on-size-change reset goes on from the initial states, --resize makes all of one size",
                 )
             self._preprocessor = None

@@ -27,7 +27,7 @@ def run(model: Path, frames: list[Any], output: Any = None, **options: Any) -> A
 
 
 def test_another_size_ends_the_stream(accumulator: Model, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"camera: frame 3 is \(6, 4, 3\), the one before \(4, 6, 3\)") as caught:
+    with pytest.raises(RunError, match=r"camera: frame 3 is \(6, 4, 3\), the first one \(4, 6, 3\)") as caught:
         run(accumulator(), [*WIDE, *TALL], tmp_path / "out")
     assert "--on-size-change reset" in str(caught.value.hint)
     assert len(list(open_source(str(tmp_path / "out")))) == 3
