@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import Parity, StateSpec, StepContract, TensorSpec
-from stepcell.errors import ExportError, ParityError
+from stepcell.errors import ParityError
+from stepcell.exporter.differences import Difference, difference
+from stepcell.sample_frames import random_frame, smooth_frame
 
 __all__ = [
     "OWN_RUNS",
@@ -78,6 +80,7 @@ class CheckClip:
 
 
 Run = Callable[[Arrays], Arrays]  # the next step of a run: data inputs -> outputs and new states, by name
+Seen = dict[str, tuple[float, float]]
 Model = Callable[[CheckClip], Run]  # starts a run at the first step of a clip
 
 
@@ -152,6 +155,7 @@ def check_equal(
     own_runs: Callable[[], Sequence[Model]],
     subject: str,
     hint: str | None = None,
+    seen: Seen | None = None,
 ) -> Parity:
     """Run two models over the same clips and compare every output and state at every step.
 
@@ -166,25 +170,36 @@ def check_equal(
         own_runs: runs of the reference in the other's precision, made only where they are needed.
         subject: what messages call the reference, such as "the original file".
         hint: hint in the error.
+        seen: receives the smallest and the largest value of every output and state of the reference.
 
     Returns:
-        Worst absolute difference per output and state; `amplified` if the tolerance was exceeded.
+        Worst difference per output and state, as `differences.difference` measures floats and integers; `amplified` if
+        the tolerance was exceeded.
 
     Raises:
         ParityError: the difference is larger, or a shape differs.
         ExportError: the reference returns NaN.
     """
     worst: dict[str, float] = {}
+    differing: dict[str, float] = {}
     amplified = False
     for clip in clips:
-        found = _differences(reference, other, clip, tolerance, subject)
-        for differences in found:
-            worst = {name: max(worst.get(name, 0.0), each.error) for name, each in differences.items()}
+        found = _differences(reference, other, clip, tolerance, subject, seen)
+        for name, each in (item for differences in found for item in differences.items()):
+            worst[name] = max(worst.get(name, 0.0), each.largest)
+            if each.differing is not None:
+                differing[name] = max(differing.get(name, 0.0), each.differing)
         if any(each.is_beyond for differences in found for each in differences.values()):
             amplified = True
             own = [_differences(reference, model, clip, tolerance, subject) for model in own_runs()]
             _require_within(found, own, clip, subject, hint)
-    return Parity(steps=max(clip.steps for clip in clips), reference=subject, max_abs_error=worst, amplified=amplified)
+    return Parity(
+        steps=max(clip.steps for clip in clips),
+        reference=subject,
+        max_abs_error=worst,
+        differing=differing,
+        amplified=amplified,
+    )
 
 
 def random_clip(
@@ -197,14 +212,14 @@ def random_clip(
         shapes: shapes of every data input and every state, by name.
         scalars: inputs that keep one value.
     """
-    return _clip(f"random frames, {sizes}", _random_frame, contract, shapes, steps, scalars)
+    return _clip(f"random frames, {sizes}", _random, contract, shapes, steps, scalars)
 
 
 def smooth_clip(
     contract: StepContract, sizes: str, shapes: Mapping[str, Sequence[int]], steps: int, scalars: Arrays | None = None
 ) -> CheckClip:
     """A slowly moving wave: the state converges, so stalls and drift become visible. Arguments as in `random_clip`."""
-    return _clip(f"smooth frames, {sizes}", _smooth_frame, contract, shapes, steps, scalars)
+    return _clip(f"smooth frames, {sizes}", _smooth, contract, shapes, steps, scalars)
 
 
 def _clip(
@@ -225,81 +240,49 @@ def _clip(
     return CheckClip(name, steps, frames, states)
 
 
-def _random_frame(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator, _: int) -> Array:
-    if not spec.dtype.startswith("float"):
-        return rng.integers(0, 2, shape).astype(spec.dtype)
-    low, high = spec.range or (-1.0, 1.0)
-    return rng.uniform(low, high, shape).astype(spec.dtype)
+def _smooth(spec: TensorSpec, shape: tuple[int, ...], _: np.random.Generator, t: int) -> Array:
+    return smooth_frame(spec, shape, t)
 
 
-def _smooth_frame(spec: TensorSpec, shape: tuple[int, ...], _: np.random.Generator, t: int) -> Array:
-    if not spec.dtype.startswith("float"):
-        return np.zeros(shape, spec.dtype)
-    low, high = spec.range or (-1.0, 1.0)
-    phase = np.zeros((1,) * len(shape))
-    for axis, size in enumerate(shape):
-        ramp = np.arange(size) * 0.13 * (axis + 1)
-        phase = phase + ramp.reshape([-1 if other == axis else 1 for other in range(len(shape))])
-    wave = 0.5 + 0.45 * np.sin(phase + 0.05 * t)
-    return (low + (high - low) * wave).astype(spec.dtype)
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """Largest absolute error of one tensor at one step, and the tolerance there."""
-
-    error: float
-    limit: float
-
-    @property
-    def is_beyond(self) -> bool:
-        return not self.error <= self.limit
+def _random(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator, _: int) -> Array:
+    return random_frame(spec, shape, rng)
 
 
 def _differences(
-    reference: Model, other: Model, clip: CheckClip, tolerance: float, subject: str
-) -> list[dict[str, _Difference]]:
+    reference: Model, other: Model, clip: CheckClip, tolerance: float, subject: str, seen: Seen | None = None
+) -> list[dict[str, Difference]]:
     """Both sides over the same frames; a dict per step."""
     expected_run, run = reference(clip), other(clip)
     steps = []
     for t, data in enumerate(clip):
         expected, got = expected_run(data), run(data)
         steps.append(
-            {name: _difference(name, array, got[name], tolerance, subject, t) for name, array in expected.items()}
+            {name: difference(name, truth, got[name], tolerance, subject, t) for name, truth in expected.items()}
         )
+        for name, truth in expected.items():
+            if seen is not None and truth.size:
+                low, high = seen.get(name, (np.inf, -np.inf))
+                seen[name] = min(low, float(truth.min())), max(high, float(truth.max()))
     return steps
 
 
-def _difference(name: str, truth: Array, value: Array, tolerance: float, subject: str, t: int) -> _Difference:
-    truth, value = truth.astype(np.float64), value.astype(np.float64)
-    if np.isnan(truth).any():
-        raise ExportError(
-            f"{name}: {subject} returns NaN at step {t}, so nothing can be compared",
-            hint="weights with NaN or Inf, or a state that grows without bound?",
-        )
-    if truth.shape != value.shape:
-        raise ParityError(f"{name}: has shape {truth.shape} in {subject} and {value.shape} in its replacement")
-    error = float(np.where(truth == value, 0.0, np.abs(value - truth)).max(initial=0.0))
-    size = float(np.abs(truth[np.isfinite(truth)]).max(initial=0.0))
-    return _Difference(error if np.isfinite(error) else float("inf"), tolerance * max(1.0, size))
-
-
 def _require_within(
-    found: list[dict[str, _Difference]],
-    own: list[list[dict[str, _Difference]]],
+    found: list[dict[str, Difference]],
+    own: list[list[dict[str, Difference]]],
     clip: CheckClip,
     subject: str,
     hint: str | None,
 ) -> None:
     """Bound the difference at every step by what the reference's own runs reached up to that step."""
-    reached = 0.0
+    reached = {"values": 0.0, "share": 0.0}
     for t, (differences, *runs) in enumerate(zip(found, *own, strict=True)):
-        reached = max([reached, *(each.error for run in runs for each in run.values())])
+        for each in (each for run in runs for each in run.values()):
+            reached[each.measure] = max(reached[each.measure], each.error)
         for name, each in differences.items():
-            limit = max(each.limit, AMPLIFIED * reached if np.isfinite(reached) else 0.0)
+            most = reached[each.measure]
+            limit = max(each.limit, AMPLIFIED * most if np.isfinite(most) else 0.0)
             if not each.error <= limit:
                 raise ParityError(
-                    f"{name}: differs from {subject} by {each.error:.3g} at step {t} of {clip.steps} ({clip.name}); "
-                    f"the limit is {limit:.3g}",
+                    f"{name}: differs from {subject} {each.said(limit)} at step {t} of {clip.steps} ({clip.name})",
                     hint=hint,
                 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stepcell.exporter.from_module.replacements import register_cell
     from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
     from stepcell.exporter.step_onnx.export import export_onnx
+    from stepcell.pixels import Pixels
     from stepcell.runtime.engine.build import EngineInfo, build_engine
     from stepcell.runtime.engine.options import BuildOptions
     from stepcell.runtime.loop.step_loop import StepLoop
@@ -37,6 +38,7 @@ __all__ = [
     "Checkpoint",
     "EngineInfo",
     "FuseReport",
+    "Pixels",
     "RunControl",
     "RunError",
     "RunReport",
@@ -67,6 +69,7 @@ _NAMES = {
     "exporter.from_module.replacements": "register_cell",
     "exporter.from_onnx.fuse": "FuseReport fuse",
     "exporter.step_onnx.export": "export_onnx",
+    "pixels": "Pixels",
     "runtime.engine.build": "EngineInfo build_engine",
     "runtime.engine.options": "BuildOptions",
     "runtime.loop.step_loop": "StepLoop",

@@ -19,6 +19,7 @@ from stepcell.errors import ContractError, InputError
 from stepcell.event_spec import EventSpec
 from stepcell.json_text import decode_json
 from stepcell.ops import Gates, Reset
+from stepcell.pixels import ChannelOrder
 from stepcell.seal import ZEROS, check_seal, sealed
 
 __all__ = [
@@ -37,14 +38,14 @@ __all__ = [
     "state_names",
 ]
 
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 METADATA_KEY = "stepcell.contract"
 # Prefixes, not suffixes: inputs and outputs then sort in the same order, and Triton Inference Server, which pairs
 # states by sorted name, pairs them correctly.
 STATE_IN = "state_in."
 STATE_OUT = "state_out."
 
-DType = Literal["float16", "float32", "float64", "int32", "int64", "bool", "uint8"]
+DType = Literal["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "bool"]
 _CHECKSUM = b'"checksum": "'  # the last field of a sealed document
 
 
@@ -56,9 +57,11 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
         shape: numbers, symbols or expressions of symbols (see `stepcell.dims`).
         dtype: element type.
         layout: order of the axes, for example "NCHW"; None: the axes have no names.
-        range: smallest and largest pixel value that the model was trained on; None: pixels are not scaled.
-        mean: per channel, subtracted after scaling to `range`, or None.
+        range: values of a black and a white pixel that the model was trained on; None: undefined, and no pixels are
+            fed to it. Bytes are pixels as they are, booleans 0 and 1, unless it says something else.
+        mean: per channel of the tensor, in units of `range`, subtracted after scaling to it, or None.
         std: per channel, divided by after that, or None.
+        channels: order of three channels; None: RGB, or the tensor is no picture of three.
         pad_multiple: height and width are padded up to a multiple of this before the step.
         events: how the tensor is computed from the events of an event camera; unset: it is not.
     """
@@ -70,6 +73,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     range: tuple[float, float] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    channels: ChannelOrder | None = None
     pad_multiple: int = 1
     events: EventSpec | msgspec.UnsetType = msgspec.UNSET
 
@@ -167,6 +171,8 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
         reference: what the model was compared with.
         arithmetic: how the file was computed; None: not recorded.
         max_abs_error: by name of the output or state.
+        differing: by name of an output or state of integers or booleans, the largest share of its elements that
+            differ at a step.
         amplified: the difference exceeds the usual limit, and PyTorch in the same precision does so too; see
             docs/export.md.
     """
@@ -174,6 +180,7 @@ class Parity(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     reference: str
     max_abs_error: dict[str, float]
+    differing: dict[str, float] = {}
     amplified: bool = False
     arithmetic: str | None = None
 

@@ -7,7 +7,6 @@ in a library later.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +15,7 @@ import numpy as np
 from stepcell.dims import LARGEST, check_dim, symbols_of
 from stepcell.display import printable
 from stepcell.errors import ContractError
+from stepcell.pixels import pixel_fault
 
 if TYPE_CHECKING:
     from stepcell.contract import Spec, StateSpec, StepContract, TensorSpec
@@ -88,36 +88,13 @@ def _check_shape(spec: Spec, subject: str) -> None:
 
 
 def _check_pixels(spec: TensorSpec, subject: str) -> None:
-    """Check layout, range, mean, standard deviation and padding."""
-    layout, channels = spec.layout, None
-    if layout is not None:
-        letters = layout.isascii() and layout.isalpha() and layout.isupper() and len(set(layout)) == len(layout)
-        if not letters or len(layout) != len(spec.shape):
-            raise ContractError(
-                f"{subject}: layout: expected a letter for each axis of {spec.shape}, as in NCHW, got {layout!r}"
-            )
-        channels = spec.shape[layout.index("C")] if "C" in layout else None
-    if spec.range is not None and not (_finite(spec.range) and spec.range[0] < spec.range[1]):
-        raise ContractError(f"{subject}: range: expected [low, high] with low < high, got {list(spec.range)}")
-    for field, values in (("mean", spec.mean), ("std", spec.std)):
-        if values is None:
-            continue
-        if not _finite(values) or (field == "std" and min(values, default=1.0) <= 0):
-            numbers = "numbers above zero" if field == "std" else "numbers"
-            raise ContractError(f"{subject}: {field}: expected {numbers}, got {list(values)[:8]}")
-        if len(values) != 1 and len(values) != channels:
-            raise ContractError(
-                f"{subject}: {field}: expected one value, or one for each of {channels or 'its'} channels, "
-                f"got {len(values)}"
-            )
-    if not 1 <= spec.pad_multiple <= _MAX_MULTIPLE or (spec.pad_multiple > 1 and layout is None):
+    """Check layout, range, mean, standard deviation, order of the channels and padding."""
+    if fault := pixel_fault(spec):
+        raise ContractError(f"{subject}: {fault}")
+    if not 1 <= spec.pad_multiple <= _MAX_MULTIPLE or (spec.pad_multiple > 1 and spec.layout is None):
         raise ContractError(
             f"{subject}: pad_multiple: expected 1 to {_MAX_MULTIPLE}, above 1 with a layout, got {spec.pad_multiple}"
         )
-
-
-def _finite(values: Iterable[float]) -> bool:
-    return all(math.isfinite(value) for value in values)
 
 
 def _check_events(spec: TensorSpec, subject: str) -> None:

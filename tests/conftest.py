@@ -124,6 +124,7 @@ def accumulator(tmp_path: Path) -> Callable[..., Path]:
         layout: str | None = "NCHW",
         **image: Any,
     ) -> Path:
+        image.setdefault("range", (0.0, 255.0) if dtype != "bool" else None)
         contract = StepContract(
             inputs=(TensorSpec(name="x", shape=shape, dtype=dtype, layout=layout, **image),),
             outputs=(TensorSpec(name="y", shape=shape, dtype=dtype, layout=layout, **image),),

@@ -73,7 +73,8 @@ class LiftedModel(nn.Module):
             )
         new = [flatten(value)[0] for value in memory]
         lifted = [new[state.place][state.leaf].to(wide.dtype) for state, wide in zip(self.tensors, states, strict=True)]
-        return (*self.interface.outputs(result), *lifted)
+        outputs = [each.to(compute) if each.is_floating_point() else each for each in self.interface.outputs(result)]
+        return (*outputs, *lifted)
 
     def rewrite_graph(self, model: onnx.ModelProto, contract: StepContract) -> tuple[onnx.ModelProto, StepContract]:
         """Replace the cells of the traced graph by ops and name their states after them."""

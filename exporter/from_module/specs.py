@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stepcell.contract import StateSpec, TensorSpec
+from stepcell.contract import DType, StateSpec, TensorSpec
+from stepcell.errors import ExportError
 from stepcell.exporter.from_module.attributes import Inputs, Starts, random, state_leaves
 from stepcell.exporter.from_module.find_states import outputs_of
 from stepcell.exporter.from_module.model import LiftedModel
 from stepcell.exporter.from_module.names import names_of_outputs, names_of_states
 from stepcell.exporter.from_module.sizes import symbolic_shapes
+from stepcell.pixels import natural_layout
 
 __all__ = ["fill_in_specs"]
 
@@ -43,12 +45,15 @@ def fill_in_specs(
         {name: tuple(t.shape) for name, t in {**data, **starts}.items() if t is not None}, dynamic, measure
     )
 
-    def spec(name: str, shape: tuple[Any, ...], multiple: int = 1) -> TensorSpec:
-        layout = "NCHW" if len(shape) == 4 else None
-        return TensorSpec(name=name, shape=shape, layout=layout, pad_multiple=multiple if layout else 1)
+    def spec(name: str, shape: tuple[Any, ...], multiple: int = 1, dtype: DType = "float32") -> TensorSpec:
+        layout = natural_layout(shape)
+        return TensorSpec(name=name, shape=shape, dtype=dtype, layout=layout, pad_multiple=multiple if layout else 1)
 
     model.inputs = [spec(name, shapes.inputs[name], shapes.pad_multiple) for name in data]
-    model.outputs = [spec(name, shape) for name, shape in zip(names, shapes.measured, strict=False)]
+    dtypes = [_dtype(name, tensor) for name, tensor in zip(names, interface.outputs(result), strict=True)]
+    model.outputs = [
+        spec(name, shape, dtype=dtype) for name, shape, dtype in zip(names, shapes.measured, dtypes, strict=False)
+    ]
     model.states = [
         StateSpec(name=name, shape=shape, batch_axis=axis)
         for name, shape, axis in zip(
@@ -59,3 +64,13 @@ def fill_in_specs(
         )
     ]
     model.example_shapes = {name: tuple(tensor.shape) for name, tensor in data.items()}
+
+
+def _dtype(name: str, output: Tensor) -> DType:
+    """The dtype of an output in the contract: floats have that of the file."""
+    if output.is_floating_point():
+        return "float32"
+    dtype = str(output.dtype).removeprefix("torch.")
+    if dtype not in get_args(DType):
+        raise ExportError(f"output {name}: expected one of {', '.join(get_args(DType))}, got {dtype}")
+    return dtype  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
     OWN_RUNS,
     CheckClip,
+    Seen,
     Step,
     check_equal,
     fed_back,
@@ -31,8 +32,13 @@ __all__ = ["STEPS", "check_fused"]
 STEPS = 100
 
 
-def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContract, sizes: Sizes) -> Parity:
+def check_fused(
+    original: OnnxSession, fused: OnnxSession, contract: StepContract, sizes: Sizes, seen: Seen | None = None
+) -> Parity:
     """Compare over random frames and over smooth ones, at two sizes where the file has more than one.
+
+    Args:
+        seen: receives the smallest and the largest value of every output and state.
 
     Returns:
         Worst absolute difference per output and state.
@@ -63,6 +69,7 @@ def check_fused(original: OnnxSession, fused: OnnxSession, contract: StepContrac
             tolerance_of(contract.precision, states),
             own_runs=lambda: [nudged(fed_back(own), contract.precision, run) for run in range(1, OWN_RUNS + 1)],
             subject=subject,
+            seen=seen,
         )
 
     parity = compared(before, file_step(fused, contract), before, "the original file in ONNX Runtime")

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 import onnx
 from onnxscript import ir
 
-from stepcell.contract import METADATA_KEY, StateSpec, StepContract, TensorSpec
+from stepcell.contract import METADATA_KEY, DType, StateSpec, StepContract, TensorSpec
 from stepcell.dims import Dim, symbols_of
 from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
 from stepcell.exporter.step_onnx.graph import embed_contract, set_shape
+from stepcell.pixels import completed, map_layout, natural_layout
 
 __all__ = ["FAMILY", "contract_of", "rename", "write_contract"]
 
@@ -39,7 +40,7 @@ def contract_of(
         family=FAMILY,
         precision=file.precision,
         inputs=tuple(inputs),
-        outputs=tuple(_tensor(port.name, port.dtype, sizes) for port in file.outputs if port.name not in after),
+        outputs=tuple(_tensor(port.name, port.dtype, sizes, inputs) for port in file.outputs if port.name not in after),
         states=tuple(
             StateSpec(
                 name=pair.name,
@@ -57,10 +58,10 @@ def contract_of(
     )
 
 
-def _tensor(name: str, dtype: str, sizes: Sizes) -> TensorSpec:
+def _tensor(name: str, dtype: DType, sizes: Sizes, inputs: Sequence[TensorSpec] = ()) -> TensorSpec:
     shape = sizes.shapes[name]
-    image = len(shape) == 4 and dtype.startswith("float")
-    return TensorSpec(name=name, shape=shape, dtype=dtype, layout="NCHW" if image else None)  # type: ignore[arg-type]
+    layout = natural_layout(shape) or map_layout(shape, inputs)
+    return completed(TensorSpec(name=name, shape=shape, dtype=dtype, layout=layout))
 
 
 def _batch(inputs: Sequence[TensorSpec]) -> Dim | None:

@@ -21,18 +21,23 @@ from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
 from stepcell.exporter.cell_recognition.state_pairs import CARRYING, states_of_cells
+from stepcell.exporter.declared_range import warn_of_range
 from stepcell.exporter.from_onnx.check import check_fused
 from stepcell.exporter.from_onnx.contract import contract_of, rename, write_contract
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, read_onnx_file
 from stepcell.exporter.from_onnx.pairs import find_pairs
+from stepcell.exporter.from_onnx.redeclare import declared, redeclare
 from stepcell.exporter.from_onnx.restore import cells_of_nodes, check_restored, restore_contract
 from stepcell.exporter.from_onnx.sizes import find_sizes
 from stepcell.exporter.onnx_session import OnnxSession
+from stepcell.exporter.parity import Seen
 from stepcell.exporter.step_onnx.graph import attach_functions
+from stepcell.exporter.undeclared_integers import integers_explained
 from stepcell.files import atomic_path
 from stepcell.onnx_model import read_onnx
 from stepcell.ops import DOMAIN
 from stepcell.overwrite import check_output, is_exported_model
+from stepcell.pixels import Declaration
 
 __all__ = ["FuseReport", "fuse"]
 
@@ -49,6 +54,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
         notes: for a person: what may be a state and was not taken, cells that could not be replaced.
         nodes_before: nodes of the graph before, without those of graphs inside nodes.
         nodes_after: the same after.
+        redeclared: the file had a contract, and only what it says of pictures was changed.
     """
 
     contract: StepContract
@@ -56,6 +62,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
     nodes_before: int
     nodes_after: int
+    redeclared: bool = False
 
     @property
     def fused(self) -> tuple[CellSpec, ...]:
@@ -71,9 +78,12 @@ def fuse(
     shapes: Mapping[str, Sequence[int]] | None = None,
     contract: Path | None = None,
     tolerance: float | None = None,
+    pixels: Declaration | None = None,
     overwrite: bool = False,
 ) -> FuseReport:
     """Find the states of an ONNX file, replace its recurrent cells by the ops, and write it with a contract.
+
+    In a file that has a contract, `pixels` changes what it says of pictures, and nothing else.
 
     Args:
         source: an ONNX file of one step with its states as inputs and outputs.
@@ -84,14 +94,15 @@ def fuse(
         contract: the file that `source` was before another tool changed it: its contract is brought back (`restore`),
             and neither states nor shapes are given.
         tolerance: with `contract`, the difference to that file that is allowed, relative to max(1, largest value).
+        pixels: what the values of pictures are, as in `export_onnx`; undefined otherwise.
         overwrite: replace an existing file that is no model with a contract.
 
     Returns:
         The contract as written, and a report.
 
     Raises:
-        UsageError: the states are ambiguous, an argument does not fit, the file has a contract, or `target` is an
-            input or a foreign file.
+        UsageError: the states are ambiguous, an argument does not fit, the file has a contract and more than `pixels`
+            is given or nothing, or `target` is an input or a foreign file.
         InputError: the file cannot be read or is not an ONNX model.
         ExportError: it cannot be converted; the message says why.
         ParityError: the result differs from the original over 100 steps; nothing is written.
@@ -105,16 +116,29 @@ def fuse(
     reads |= {} if contract is None else {contract: "--contract"}
     check_output(target, is_exported_model, reads=reads, overwrite=overwrite)
     with atomic_path(target) as temporary:  # first, so that an invalid path is reported before the work
-        if contract is None:
-            report, model = _fuse(read_onnx_file(source), states or {}, shapes or {})
+        if contract is not None:
+            report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance, pixels)
+        elif pixels and not states and not shapes and is_exported_model(source):
+            report, model = _redeclared(*redeclare(source, target, pixels))
         else:
-            report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance)
+            report, model = _fuse(read_onnx_file(source), states or {}, shapes or {}, pixels)
         temporary.write_bytes(model.SerializeToString())
     return report
 
 
+def _redeclared(contract: StepContract, model: onnx.ModelProto) -> tuple[FuseReport, onnx.ModelProto]:
+    count = len(model.graph.node)
+    report = FuseReport(
+        contract=contract, transforms={}, notes=(), nodes_before=count, nodes_after=count, redeclared=True
+    )
+    return report, model
+
+
 def _fuse(
-    file: OnnxFile, states: Mapping[str, str], shapes: Mapping[str, Sequence[int]]
+    file: OnnxFile,
+    states: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    pixels: Declaration | None,
 ) -> tuple[FuseReport, onnx.ModelProto]:
     original = OnnxSession(file.data, str(file.path))
     found = _find(file)
@@ -131,6 +155,7 @@ def _fuse(
         "opset": model.opset_imports.get("", file.opset),
     }
     contract = contract_of(file, pairing.pairs, sizes, cells, found.near_misses, source)
+    contract = declared(contract, pixels)
     try:
         contract.check(str(file.path))
     except ContractError as error:
@@ -143,7 +168,11 @@ def _fuse(
         contract = attach_functions(proto, contract)
     write_contract(proto, contract)
     fused = OnnxSession(proto.SerializeToString(), f"{file.path}, fused")
-    parity = check_fused(original, fused, contract, sizes)
+    seen: Seen = {}
+    with integers_explained(contract):
+        parity = check_fused(original, fused, contract, sizes, seen)
+    if pixels:
+        warn_of_range(contract, seen)
     contract = write_contract(proto, msgspec.structs.replace(contract, parity=parity))
     report = FuseReport(
         contract=contract,
@@ -155,7 +184,9 @@ def _fuse(
     return report, proto
 
 
-def _restore(file: OnnxFile, path: Path, tolerance: float | None) -> tuple[FuseReport, onnx.ModelProto]:
+def _restore(
+    file: OnnxFile, path: Path, tolerance: float | None, pixels: Declaration | None
+) -> tuple[FuseReport, onnx.ModelProto]:
     """A changed file with the contract of the original at `path`."""
     before = read_onnx(path).contract
     original = OnnxSession(read_onnx_file(path, with_contract=True).data, str(path))
@@ -179,7 +210,7 @@ def _restore(file: OnnxFile, path: Path, tolerance: float | None) -> tuple[FuseR
     versions = {"stepcell": __version__, "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
     hashes = {"changed_file_sha256": file.sha256, "contract_of_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     source = {**before.source, **versions, **hashes, "opset": model.opset_imports.get("", file.opset)}
-    contract = msgspec.structs.replace(contract, cells=tuple(specs), source=source)
+    contract = declared(msgspec.structs.replace(contract, cells=tuple(specs), source=source), pixels)
     proto = rename(model, file, contract, restored.names)
     contract = msgspec.structs.replace(contract, states=_with_first_names(contract, before))
     try:

@@ -107,8 +107,9 @@ def _symbols(data: Sequence[TensorSpec], rung: tuple[int, int, int, int], *, shr
         level += image
         for axis, dim in enumerate(spec.shape):
             from_end = len(spec.shape) - axis
-            size = batch if axis == 0 else {1: width, 2: height}.get(from_end, 1) if image else other
-            if shrink and image and from_end < 3:
+            letter = spec.layout[axis] if spec.layout else {1: "W", 2: "H"}.get(from_end, "")
+            size = batch if axis == 0 else {"W": width, "H": height}.get(letter, 1) if image else other
+            if shrink and image and letter in ("W", "H"):
                 size = -(-size // 2**level)
             if isinstance(dim, str):
                 symbols.setdefault(dim, size)

@@ -14,6 +14,7 @@ from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.probe import Partial, Prober, Sample
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.size_rules import Rule, rules, telling_size
+from stepcell.pixels import natural_layout
 from stepcell.shapes import format_shapes
 
 __all__ = ["Sizes", "find_sizes"]
@@ -257,8 +258,9 @@ def _name_sizes(ports: Sequence[Port], fixed: Mapping[str, Sequence[int]]) -> tu
             else:
                 valid = dim.isidentifier() and dim.isascii() and not keyword.iskeyword(dim)
                 dims.append(declared.setdefault(dim, dim if valid else _symbol(port, axis, used)))
-        image = len(dims) == 4 and port.dtype.startswith("float")
-        specs.append(TensorSpec(name=port.name, shape=tuple(dims), dtype=port.dtype, layout="NCHW" if image else None))
+        specs.append(
+            TensorSpec(name=port.name, shape=tuple(dims), dtype=port.dtype, layout=natural_layout(tuple(dims)))
+        )
     return declared, specs
 
 
@@ -267,9 +269,10 @@ def _symbol(port: Port, axis: int, used: set[str]) -> str:
     rank = len(port.shape or ())
     if axis == 0:
         return "batch"  # one for all inputs: the first axis is the batch
-    plain = {1: "width", 2: "height"}.get(rank - axis, f"axis{axis}") if rank == 4 else f"axis{axis}"
+    letter = (natural_layout(port.shape or ()) or "." * rank)[axis]
+    plain = {"W": "width", "H": "height"}.get(letter, f"axis{axis}")
     stem = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in port.name)
-    names = [plain] if rank == 4 and axis > 1 else []
+    names = [plain] if letter in "HW" else []
     for name in (*names, f"{stem}_{plain}", f"size_{stem}_{plain}"):
         if name not in used and name.isidentifier() and not keyword.iskeyword(name):
             used.add(name)

@@ -21,6 +21,7 @@ from stepcell.exporter.parity import (
     Arrays,
     CheckClip,
     Model,
+    Seen,
     Step,
     check_equal,
     fed_back,
@@ -38,12 +39,15 @@ STEPS = 32
 _SHORT = 2  # steps in ONNX Runtime of a file that is evaluated over all of them
 
 
-def check_export(model: nn.Module, data: bytes, contract: StepContract, steps: int = STEPS) -> Parity:
+def check_export(
+    model: nn.Module, data: bytes, contract: StepContract, steps: int = STEPS, *, seen: Seen | None = None
+) -> Parity:
     """Compare over random and smooth frames, at two sizes where sizes are dynamic; every state must matter.
 
     Args:
         model: the module in float32, weights as in the checkpoint.
         data: the file.
+        seen: receives the smallest and the largest value of every output and state.
 
     Returns:
         Worst absolute difference per output and state.
@@ -72,6 +76,7 @@ def check_export(model: nn.Module, data: bytes, contract: StepContract, steps: i
             hint="try --precision float32; if it passes there, the model needs more than float16 has"
             if contract.precision == "float16"
             else None,
+            seen=seen,
         )
 
     clips = []

@@ -12,6 +12,7 @@ from stepcell.contract import DType, InitialValue, StateSpec, StepContract, Tens
 from stepcell.dims import bind, substitute, symbols_of
 from stepcell.errors import ExportError, InputError, UsageError
 from stepcell.models.step import StepModule, cell_specs
+from stepcell.pixels import completed, map_layout
 
 __all__ = ["TORCH_DTYPES", "contract_for", "sizes_for_check", "sizes_for_trace"]
 
@@ -19,10 +20,13 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
     "float64": torch.float64,
+    "int8": torch.int8,
+    "int16": torch.int16,
     "int32": torch.int32,
     "int64": torch.int64,
-    "bool": torch.bool,
     "uint8": torch.uint8,
+    "uint16": torch.uint16,
+    "bool": torch.bool,
 }
 _DEFAULT_SIZES = {"batch": 1}
 _DEFAULT_SIZE = 256
@@ -82,11 +86,15 @@ def contract_for(
         value = initial[state.name].detach().cpu().to(TORCH_DTYPES[dtype]).numpy()
         return msgspec.structs.replace(spec, init=InitialValue.of(value))
 
+    def mapped(spec: TensorSpec) -> TensorSpec:
+        return msgspec.structs.replace(spec, layout=spec.layout or map_layout(spec.shape, inputs))
+
     states = tuple(map(remembered, model.states))
+    inputs = tuple(completed(data(spec)) for spec in model.inputs)
     assert isinstance(model, nn.Module)
     contract = StepContract(
-        inputs=tuple(map(data, model.inputs)),
-        outputs=tuple(map(data, model.outputs)),
+        inputs=inputs,
+        outputs=tuple(completed(mapped(data(spec))) for spec in model.outputs),
         states=states,
         precision=precision,  # type: ignore[arg-type]
         cells=cell_specs(model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -15,13 +16,19 @@ from torch import nn
 from stepcell import __version__
 from stepcell.contract import StepContract
 from stepcell.errors import ExportError, UsageError
+from stepcell.exporter.declared_range import warn_of_range
+from stepcell.exporter.parity import Seen
 from stepcell.exporter.step_onnx.check import check_export
 from stepcell.exporter.step_onnx.contract import contract_for
 from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
 from stepcell.exporter.step_onnx.trace import onnx_from_module
+from stepcell.exporter.undeclared_integers import integers_explained
 from stepcell.files import atomic_path
 from stepcell.models.step import StepModule, is_step_module
 from stepcell.overwrite import check_output, is_exported_model
+from stepcell.pixels import Declaration, changes, declare
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "export_onnx"]
 
@@ -44,6 +51,7 @@ def export_onnx(
     state_dtype: Literal["float32", "float16"] = "float32",
     shapes: Mapping[str, Sequence[int]] | None = None,
     dynamic: Sequence[str] = (),
+    pixels: Declaration | None = None,
     opset: int = DEFAULT_OPSET,
     family: str = "module",
     source: Mapping[str, object] | None = None,
@@ -59,6 +67,8 @@ def export_onnx(
             its last bit are lost.
         shapes: sizes by data input; a symbol they bind is fixed unless named in `dynamic`.
         dynamic: symbols that stay dynamic although `shapes` binds them.
+        pixels: what the values of pictures are, in place of what the model says: a `Pixels` for every picture, or by
+            name of an input or output.
         opset: ONNX opset, 18 to 23.
         family: name of the model family, recorded in the contract.
         source: where the weights come from (checkpoint hash, arguments), recorded in the contract.
@@ -68,7 +78,7 @@ def export_onnx(
         The contract as written into the file, with the worst error of the comparison.
 
     Raises:
-        UsageError: sizes, symbols or opset that do not fit, or a foreign file at `path`.
+        UsageError: sizes, symbols, pixels or opset that do not fit, or a foreign file at `path`.
         ExportError: the module cannot be traced, or the result is not a valid model.
         ParityError: the file differs from the module by more than `parity.TOLERANCE`.
         OutputError: the file cannot be written.
@@ -82,20 +92,25 @@ def export_onnx(
     if opset not in OPSETS:
         raise UsageError(f"--opset: expected {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
     check_output(path, is_exported_model, reads={}, overwrite=overwrite)
+    own = contract_for(model, precision=precision, state_dtype=state_dtype, shapes=shapes or {}, dynamic=dynamic)
+    contract = declare(own, pixels)
+    for change in changes(own, contract):
+        logger.info(f"pixels:  {change}")
     with atomic_path(path) as temporary:  # first, so that an invalid path is reported before the work
         proto, contract = _onnx_and_contract(
             copy.deepcopy(model).float().eval(),
-            contract_for(model, precision=precision, state_dtype=state_dtype, shapes=shapes or {}, dynamic=dynamic),
+            contract,
             opset,
             family,
             {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
+            declared=bool(pixels),
         )
         temporary.write_bytes(proto.SerializeToString())
     return contract
 
 
 def _onnx_and_contract(
-    model: nn.Module, contract: StepContract, opset: int, family: str, source: dict[str, object]
+    model: nn.Module, contract: StepContract, opset: int, family: str, source: dict[str, object], *, declared: bool
 ) -> tuple[onnx.ModelProto, StepContract]:
     contract = msgspec.structs.replace(contract, family=family, source=source)
     proto = onnx_from_module(_in_precision(model, contract.precision), contract, opset)
@@ -105,7 +120,11 @@ def _onnx_and_contract(
     contract = attach_functions(proto, contract)
     embed_contract(proto, contract)
     _check_valid(proto)
-    parity = check_export(model, proto.SerializeToString(), contract)
+    seen: Seen = {}
+    with integers_explained(contract):
+        parity = check_export(model, proto.SerializeToString(), contract, seen=seen)
+    if declared:
+        warn_of_range(contract, seen)
     return proto, embed_contract(proto, msgspec.structs.replace(contract, parity=parity))
 
 

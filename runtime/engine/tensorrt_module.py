@@ -30,6 +30,7 @@ _NAMES: dict[Flavor, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-R
 _DTYPES = {
     "HALF": "float16",
     "FLOAT": "float32",
+    "INT8": "int8",
     "INT32": "int32",
     "INT64": "int64",
     "BOOL": "bool",

@@ -20,7 +20,7 @@ __all__ = ["ArraySink", "ArraySource"]
 
 
 class ArraySource(Source):
-    """A .npy file of pixels (T, H, W, C) uint8, or of tensors (T, C, H, W) float in the range of the model.
+    """A .npy file of pixels (T, H, W, C) uint8, or of tensors (T, C, H, W) float with the values that it takes.
 
     Raises:
         InputError: not a .npy file, or an array of another shape or dtype.
@@ -40,10 +40,11 @@ class ArraySource(Source):
                 hint="add a channel axis to a greyscale clip (T, H, W): frames[..., None]" if array.ndim == 3 else None,
             )
         channels = array.shape[3 if pixels else 1]
-        if channels not in (1, 3) or 0 in array.shape:
+        if channels not in (1, 3, 4) or 0 in array.shape:
             raise InputError(
-                f"{path}: expected 1 or 3 channels and at least one frame, got {array.shape} {array.dtype}"
+                f"{path}: expected 1, 3 or 4 channels and at least one frame, got {array.shape} {array.dtype}"
             )
+        self.pixels = pixels
         self.length = len(array)
         self._path, self._shape, self._dtype, self._start = path, array.shape, array.dtype, array.offset
         # In Fortran order the values of one frame are not contiguous, so the whole file is loaded.

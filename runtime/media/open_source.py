@@ -31,7 +31,7 @@ def open_source(
     Args:
         text: a video file or URL, a folder of pictures or a pattern such as `frames/*.png`, a .npy file, `camera:N`,
             or `-` for stdin; for an event model a .dat, .raw or .npz file.
-        channels: channels of raw frames on stdin: 3 (rgb24) or 1 (gray8).
+        channels: channels of raw frames on stdin: 3 (rgb24), 1 (gray8) or 4.
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
 

@@ -38,6 +38,8 @@ class FolderSource(Source):
         MissingDependencyError: PyAV is not installed.
     """
 
+    pixels = True
+
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         require("av", extra="video", purpose="reading pictures")
         self.name = str(folder)

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import OutputError, StepcellError
-from stepcell.runtime.media.preprocess import Preprocessor, gain_and_offset, is_image
+from stepcell.pixels import as_chw, gain_and_offset, picture_channels, value_range
+from stepcell.runtime.media.preprocess import Preprocessor, require_declared
 from stepcell.runtime.media.sink import Sink
 
-__all__ = ["OutputPostprocessor", "choose_output", "crop", "to_pixels"]
+__all__ = ["OutputPostprocessor", "choose_output", "crop", "is_label_map", "is_picture", "to_pixels"]
 
 
 class OutputPostprocessor:
@@ -29,14 +30,18 @@ class OutputPostprocessor:
 
     Raises:
         OutputError: the model has no output that the sink takes.
+        UsageError: the sink takes pixels, and the range of the output's values is undefined.
     """
 
     def __init__(self, contract: StepContract, sink: Sink, *, replace_non_finite: bool = False) -> None:
         self.output = choose_output(contract, sink)
+        if sink.takes_pixels and not is_label_map(self.output):
+            require_declared(self.output)
         self._pixels, self._replace = sink.takes_pixels, replace_non_finite
 
     def __call__(self, outputs: Mapping[str, NDArray[Any]], preprocessor: Preprocessor) -> NDArray[Any]:
-        """The frame: pixels (H, W, C) uint8; else a picture (C, H, W) without the padding, or the tensor itself.
+        """The frame: pixels (H, W, C) uint8; else a picture (C, H, W), or as its layout says, without the padding,
+        or the tensor itself.
 
         Args:
             outputs: outputs of one stream, by name, with a batch of one.
@@ -46,14 +51,25 @@ class OutputPostprocessor:
             StepcellError: pixels of NaN or Inf, unless these are replaced.
         """
         tensor = outputs[self.output.name]
-        if not is_image(self.output):
+        layout = self.output.layout
+        if layout is None or not is_picture(self.output):
             return tensor[0] if tensor.ndim and len(tensor) == 1 else tensor
-        tensor = crop(tensor, preprocessor.size, preprocessor.padded)
+        tensor = crop(tensor, preprocessor.size, preprocessor.padded, layout)
         if not self._pixels:
-            return tensor
+            return tensor[0] if layout[0] == "N" else tensor
         if self._replace:
             tensor = np.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
-        return to_pixels(self.output, tensor)
+        return to_pixels(self.output, as_chw(tensor, layout))
+
+
+def is_picture(spec: TensorSpec) -> bool:
+    """Whether an output can be shown: 1 or 3 channels, or none (N, H, W), as of labels."""
+    return picture_channels(spec) in (1, 3)
+
+
+def is_label_map(spec: TensorSpec) -> bool:
+    """Whether an output holds labels: integers without a range, which are grey levels as they are."""
+    return value_range(spec) is None and not spec.dtype.startswith("float")
 
 
 def choose_output(contract: StepContract, sink: Sink) -> TensorSpec:
@@ -62,35 +78,42 @@ def choose_output(contract: StepContract, sink: Sink) -> TensorSpec:
     Raises:
         OutputError: the sink takes pixels and no output is a picture.
     """
-    pictures = [spec for spec in contract.outputs if is_image(spec)]
+    pictures = sorted(filter(is_picture, contract.outputs), key=lambda spec: "C" not in (spec.layout or ""))
     if pictures:
         return pictures[0]
     if sink.takes_pixels or not contract.outputs:
         names = ", ".join(f"{spec.name} {spec.shape}" for spec in contract.outputs)
         raise OutputError(
-            f"{sink.name}: no output of this model is a picture (layout NCHW, 1 or 3 channels): {names or 'none'}",
+            f"{sink.name}: no output of this model is a picture (NCHW or NHWC, 1 or 3 channels): {names or 'none'}",
             hint="--output out.npy writes the tensors themselves",
         )
     return contract.outputs[0]
 
 
-def crop(output: NDArray[Any], size: tuple[int, int], padded: tuple[int, int]) -> NDArray[Any]:
-    """(1, C, H', W') -> (C, H, W) without the padding of the input; the model may scale the size.
+def crop(output: NDArray[Any], size: tuple[int, int], padded: tuple[int, int], layout: str) -> NDArray[Any]:
+    """An output without the padding of the input, such as (1, C, H', W') -> (1, C, H, W); it may be scaled.
 
     Args:
         output: output of the model.
+        layout: its axes.
         size: (height, width) of the frame.
         padded: (height, width) of the input tensor.
     """
-    height, width = (-(-out * inner // outer) for out, inner, outer in zip(output.shape[2:], size, padded, strict=True))
-    return output[0, :, :height, :width]
+    kept = [slice(None)] * output.ndim
+    for letter, inner, outer in zip("HW", size, padded, strict=True):
+        axis = layout.index(letter)
+        kept[axis] = slice(-(-output.shape[axis] * inner // outer))
+    return output[tuple(kept)]
 
 
 def to_pixels(spec: TensorSpec, tensor: NDArray[Any]) -> NDArray[np.uint8]:
-    """A picture (C, H, W) as pixels (H, W, C) uint8: inverse scaling, clipped to 0..255, rounded.
+    """A picture (C, H, W) as pixels (H, W, C) uint8, RGB or grey: inverse scaling, clipped to 0..255, rounded.
+
+    Labels, which are integers without a range, are the grey levels themselves.
 
     Raises:
-        StepcellError: the tensor holds NaN or Inf.
+        StepcellError: the tensor holds NaN or Inf, or a label that is no byte.
+        UsageError: the range of its values is undefined.
     """
     channels, height, width = tensor.shape
     if not np.isfinite(tensor).all():
@@ -98,11 +121,22 @@ def to_pixels(spec: TensorSpec, tensor: NDArray[Any]) -> NDArray[np.uint8]:
             f"{spec.name}: the model returned NaN or Inf",
             hint="its states may be corrupted: --reset-every N clears them; float16 models overflow beyond 65504",
         )
-    gain, offset = gain_and_offset(spec, channels)
-    values = np.subtract(tensor, offset, dtype=np.float32)
-    values *= (1 / gain).astype(np.float32)
-    np.clip(values, 0, 255, out=values)
-    np.rint(values, out=values)
     pixels = np.empty((height, width, channels), np.uint8)
-    np.copyto(pixels.transpose(2, 0, 1), values, casting="unsafe")
+    planes = pixels.transpose(2, 0, 1)
+    if spec.channels == "BGR":
+        planes = planes[::-1]
+    if is_label_map(spec):
+        if tensor.size and not (tensor.min() >= 0 and tensor.max() <= 255):
+            raise StepcellError(
+                f"{spec.name}: the label {tensor.max() if tensor.max() > 255 else tensor.min()} is no grey level",
+                hint=f"--output out.npy writes the labels themselves, --range {spec.name}:LOW,HIGH scales them",
+            )
+        values = tensor
+    else:
+        gain, offset = gain_and_offset(spec, channels)
+        values = np.subtract(tensor, offset, dtype=np.float32)
+        values *= (1 / gain).astype(np.float32)
+        np.clip(values, 0, 255, out=values)
+        np.rint(values, out=values)
+    np.copyto(planes, values, casting="unsafe")
     return pixels

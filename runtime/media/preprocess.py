@@ -1,4 +1,4 @@
-"""Preprocessing: frames to the input tensor of a model, scaled, normalised and padded as its contract says."""
+"""Preprocessing: frames to the input tensor of a model, scaled, normalised, ordered and padded as its contract says."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec, EventWindow
+from stepcell.pixels import as_chw, gain_and_offset, picture_channels, value_range
 
-__all__ = ["Preprocessor", "event_input", "gain_and_offset", "image_input", "is_image", "pad_up"]
+__all__ = ["Preprocessor", "event_input", "image_input", "pad_up", "require_declared"]
 
-_PIXELS = {1: "greyscale (1 channel)", 3: "colour (3 channels, RGB)"}
-
-
-def is_image(spec: TensorSpec) -> bool:
-    """Whether a tensor is a batch of pictures: layout NCHW with 1 or 3 channels."""
-    return spec.layout == "NCHW" and len(spec.shape) == 4 and spec.shape[1] in _PIXELS
+_PIXELS = {1: "greyscale (1 channel)", 3: "colour (3 channels)", 4: "4 channels"}
 
 
 def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
@@ -35,19 +31,39 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
     """
     hint = "step it from Python with StepLoop (docs/run.md)"
     names = ", ".join(f"{spec.name} {spec.shape}" for spec in contract.inputs)
-    if len(contract.inputs) != 1 or not (is_image(contract.inputs[0]) or contract.inputs[0].events):
+    spec = contract.inputs[0] if len(contract.inputs) == 1 else None
+    if spec is None or not (picture_channels(spec) is not None or spec.events):
+        layout = f"; this one has layout {spec.layout}, --layout NHWC names another" if spec is not None else ""
         raise InputError(
             f"this model takes {names or 'no input'}; a stream of frames needs exactly one input, "
-            "of layout NCHW with 1 or 3 channels, or one of events",
+            f"of layout NCHW or NHWC with 1, 3 or 4 channels, or one of events{layout}",
             hint=hint,
         )
-    spec = contract.inputs[0]
-    if isinstance(spec.shape[0], int) and spec.shape[0] != rows:
+    batch = spec.shape[spec.layout.index("N")] if spec.layout and "N" in spec.layout else 1
+    if isinstance(batch, int) and batch != rows:
         raise InputError(
-            f"{spec.name}: the batch is fixed at {spec.shape[0]}, got {rows} stream{'s' * (rows > 1)}",
+            f"{spec.name}: the batch is fixed at {batch}, got {rows} stream{'s' * (rows > 1)}",
             hint=f"run as many, export the model with --dynamic batch, or {hint}",
         )
     return spec
+
+
+def require_declared(spec: TensorSpec, hint: str | None = None) -> None:
+    """Refuse to convert between pixels and values whose range is undefined.
+
+    Args:
+        spec: an input or output.
+        hint: the commands that declare it.
+
+    Raises:
+        UsageError: it is undefined.
+    """
+    if value_range(spec) is None:
+        raise UsageError(
+            f"{spec.name}: the range of its pixel values is undefined, and it is not guessed: values of 0 to 1 taken "
+            "for 0 to 255, or the reverse, are wrong without an error",
+            hint=hint or f"declare it, such as --range {spec.name}:0,1 for a model trained on 0 to 1",
+        )
 
 
 def event_input(spec: TensorSpec, window: str | None = None) -> EventSpec | None:
@@ -75,8 +91,9 @@ class Preprocessor:
 
     Args:
         spec: the input of the model, of pictures or events.
-        frame: the first frame: pixels (H, W, C) uint8, RGB or grey, which are scaled and normalised; or a float
-            tensor (C, H, W), of pictures that are scaled already or of events.
+        frame: the first frame: pixels (H, W, C) uint8, RGB or grey, which are scaled, normalised and put into the
+            order of the model's channels; or a float tensor (C, H, W), of pictures for which that is done already or
+            of events.
 
     Attributes:
         shape: shape of every frame.
@@ -86,6 +103,7 @@ class Preprocessor:
     Raises:
         InputError: pictures for an event model, another number of channels, or a size that the model was not
             exported for.
+        UsageError: pixels, and the range of the model's values is undefined.
     """
 
     def __init__(self, spec: TensorSpec, frame: NDArray[Any]) -> None:
@@ -95,23 +113,28 @@ class Preprocessor:
         height, width, channels = frame.shape if pixels else (*frame.shape[1:], frame.shape[0])
         if not spec.events:
             _check_channels(spec, channels)
+            if pixels:
+                require_declared(spec)
         elif pixels or channels != spec.shape[1]:
             got = "pixels" if pixels else f"{channels} channels"
             raise InputError(f"{spec.name}: the model takes events, {spec.events}: {spec.shape[1]} channels; got {got}")
         self.size: tuple[int, int] = (height, width)
         self.padded = (pad_up(height, spec.pad_multiple), pad_up(width, spec.pad_multiple))
-        for fixed, size in zip(spec.shape[2:], self.padded, strict=True):
-            if isinstance(fixed, int) and fixed != size:
-                raise InputError(
-                    f"{spec.name}: the model was exported for {spec.shape[3]}x{spec.shape[2]} frames, "
-                    f"got {width}x{height}",
-                    hint="export it with --dynamic height,width, or resize the clip",
-                )
-        self._tensor = np.zeros((1, channels, *self.padded), spec.dtype)
-        self._table = _pixel_table(spec, channels) if pixels else None
+        layout = spec.layout or "NCHW"
+        sizes = {"N": 1, "C": channels, "H": self.padded[0], "W": self.padded[1]}
+        wanted = {letter: spec.shape[layout.index(letter)] for letter in "HW"}
+        if any(isinstance(fixed, int) and fixed != sizes[letter] for letter, fixed in wanted.items()):
+            raise InputError(
+                f"{spec.name}: the model was exported for {wanted['W']}x{wanted['H']} frames, got {width}x{height}",
+                hint="export it with --dynamic height,width, or resize the clip",
+            )
+        self._tensor = np.zeros([sizes[letter] for letter in layout], spec.dtype)
+        self._chw = as_chw(self._tensor, layout)
+        self._tables = _pixel_tables(spec, channels) if pixels else None
+        self._order = [2, 1, 0] if spec.channels == "BGR" else range(channels)
 
     def __call__(self, frame: NDArray[Any]) -> NDArray[Any]:
-        """The input tensor (1, C, H, W) in the dtype of the model, padded at the bottom and right.
+        """The input tensor, (1, C, H, W) or as its layout says, in the dtype of the model, padded at bottom and right.
 
         Pictures are padded by repeating the edge, events with zeros. The returned array is reused: the next call
         overwrites it.
@@ -122,18 +145,18 @@ class Preprocessor:
         if frame.shape != self.shape:
             raise InputError(f"the first frame has shape {self.shape}, this one {frame.shape}")
         height, width = self.size
-        inner = self._tensor[0, :, :height, :width]
-        if self._table is None:
+        inner = self._chw[:, :height, :width]
+        if self._tables is None:
             inner[...] = frame
         else:
-            for channel, table in enumerate(self._table):
-                inner[channel] = np.take(table, frame[..., channel], mode="clip")  # "clip" skips the range check
+            for plane, table, channel in zip(inner, self._tables, self._order, strict=True):
+                plane[...] = np.take(table, frame[..., channel], mode="clip")  # "clip" skips the range check
         if self.spec.events:
             return self._tensor
         if height < self.padded[0]:
-            self._tensor[0, :, height:, :width] = inner[:, -1:, :]
+            self._chw[:, height:, :width] = inner[:, -1:, :]
         if width < self.padded[1]:
-            self._tensor[0, :, :, width:] = self._tensor[0, :, :, width - 1 : width]
+            self._chw[:, :, width:] = self._chw[:, :, width - 1 : width]
         return self._tensor
 
 
@@ -142,27 +165,22 @@ def pad_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def gain_and_offset(spec: TensorSpec, channels: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Gain and offset (C, 1, 1) of tensor = pixel * gain + offset; without a range, pixels stay 0 to 255."""
-    low, high = spec.range or (0.0, 255.0)
-    mean = np.broadcast_to(spec.mean or 0.0, channels).reshape(-1, 1, 1)
-    std = np.broadcast_to(spec.std or 1.0, channels).reshape(-1, 1, 1)
-    return (high - low) / 255 / std, (low - mean) / std
-
-
 def _check_channels(spec: TensorSpec, channels: int) -> None:
-    if channels != spec.shape[1]:
+    wanted = picture_channels(spec)
+    if channels != wanted:
         got = _PIXELS.get(channels, f"{channels} channels")
-        wanted = _PIXELS[int(spec.shape[1])]
-        pixel_format = "gray" if spec.shape[1] == 1 else "yuv420p"
+        convert = {
+            1: "convert them first, such as: ffmpeg -i INPUT -pix_fmt gray OUTPUT",
+            3: "convert them first, such as: ffmpeg -i INPUT -pix_fmt yuv420p OUTPUT",
+        }
         raise InputError(
-            f"{spec.name}: the model takes {wanted}, the frames are {got}",
-            hint=f"convert them first, such as: ffmpeg -i INPUT -pix_fmt {pixel_format} OUTPUT",
+            f"{spec.name}: the model takes {_PIXELS[wanted or 1]}, the frames are {got}",
+            hint=convert.get(wanted or 1, "four channels come from a .npy (T, H, W, 4) or (T, 4, H, W), or from stdin"),
         )
 
 
-def _pixel_table(spec: TensorSpec, channels: int) -> NDArray[Any]:
-    """(C, 256): the tensor value of each pixel value, computed in float64 and rounded once."""
+def _pixel_tables(spec: TensorSpec, channels: int) -> NDArray[Any]:
+    """(C, 256): the tensor value of each pixel value, per channel of the tensor; in float64, and rounded once."""
     gain, offset = gain_and_offset(spec, channels)
     table: NDArray[Any] = np.arange(256) * gain[:, :, 0] + offset[:, :, 0]
-    return (np.rint(table) if np.dtype(spec.dtype).kind in "iu" else table).astype(spec.dtype)
+    return (np.rint(table) if np.dtype(spec.dtype).kind in "iub" else table).astype(spec.dtype)

@@ -24,10 +24,11 @@ class RawSource(Source):
     Args:
         stream: such as `sys.stdin.buffer`; `close` leaves it open.
         size: (width, height) in pixels.
-        channels: 3 (rgb24) or 1 (gray8).
+        channels: 3 (rgb24), 1 (gray8) or 4.
     """
 
     live = True
+    pixels = True
 
     def __init__(self, stream: BinaryIO, size: tuple[int, int], channels: int) -> None:
         self.name = "stdin"

@@ -56,7 +56,8 @@ class Resize:
             )
         if match[1]:
             return cls((int(match[1]), int(match[2])), match[3] == "fit")
-        height, width = spec.shape[2:]
+        layout = spec.layout or "NCHW"
+        height, width = spec.shape[layout.index("H")], spec.shape[layout.index("W")]
         if not isinstance(height, int) or not isinstance(width, int):
             raise UsageError(
                 f"--resize {text}: the size of {spec.name} is not fixed in the model ({width} x {height})",
@@ -77,7 +78,7 @@ class ResizedSource(Source):
         require("av", extra="video", purpose="resizing frames")
         self._source, self._how = source, how
         self.name, self.fps, self.length, self.live = source.name, source.fps, source.length, source.live
-        self.has_sound = source.has_sound
+        self.has_sound, self.pixels = source.has_sound, getattr(source, "pixels", None)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         shape = None

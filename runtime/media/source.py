@@ -22,7 +22,7 @@ class Source(Protocol):
     """An input of frames, iterated once.
 
     A frame is an array: pixels (H, W, C) uint8 with C = 3 (RGB) or 1 (grey), or a float tensor (C, H, W)
-    that is already in the range of the model. A frame that cannot be read raises InputError with its number.
+    that already has the values that the model takes. A frame that cannot be read raises InputError with its number.
 
     Attributes:
         name: as the user wrote it; "stdin" for `-`.
@@ -30,6 +30,7 @@ class Source(Protocol):
         length: number of frames; None: not known.
         live: reopening it continues at the current time instead of at the first frame, as for a camera.
         has_sound: it has an audio track, which no output has unless it is copied.
+        pixels: whether frames are pixels; None: not known before the first one.
         seconds: timestamp of the last frame on the clock of the source; None: its frames have none.
         pixel_aspect: width of a pixel by its height, known from the first frame on.
         colour: colour description, known from the first frame on; None: not stated.
@@ -40,6 +41,7 @@ class Source(Protocol):
     length: int | None = None
     live: bool = False
     has_sound: bool = False
+    pixels: bool | None = None
     seconds: float | None = None
     pixel_aspect: Fraction = Fraction(1)
     colour: Colour | None = None

@@ -44,6 +44,8 @@ class VideoSource(Source):
         MissingDependencyError: PyAV is not installed.
     """
 
+    pixels = True
+
     def __init__(self, name: str) -> None:
         av = require("av", extra="video", purpose="reading video")
         self.name = display_name(name)

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from stepcell.contract import TensorSpec
+from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
 from stepcell.overwrite import check_output, is_no_model
+from stepcell.pixels import picture_channels
 from stepcell.runtime.media.open_sink import STDOUT, open_sink
 from stepcell.runtime.media.open_source import STDIN, is_remote, open_source
 from stepcell.runtime.media.raw_frames import RawSource
@@ -32,14 +33,13 @@ from stepcell.runtime.streams.reset_policy import ResetPolicy
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.scheduler import POLL_SECONDS
 from stepcell.runtime.streams.stream import Stream
+from stepcell.runtime.streams.undeclared import Input, Output, Undeclared
 
-__all__ = ["Audio", "Input", "Output", "StreamOptions", "check_names", "open_streams", "stream_names"]
+__all__ = ["Audio", "StreamOptions", "check_names", "open_streams", "stream_names"]
 
 logger = logging.getLogger(__name__)
 
 Audio = Literal["copy"]
-Input = str | Path | Source
-Output = str | Path | Sink | None
 DEFAULT_FPS = Fraction(25)  # of an output whose input has no frame rate
 
 
@@ -140,7 +140,8 @@ def open_streams(
     outputs: Sequence[Output],
     options: StreamOptions,
     *,
-    spec: TensorSpec,
+    model: str,
+    contract: StepContract,
     events: EventSpec | None,
     starts: Mapping[str, int],
     control: RunControl,
@@ -152,7 +153,8 @@ def open_streams(
         inputs: inputs of the streams.
         outputs: none, or one for each input; None: the frames are only stepped.
         options: the same for every stream.
-        spec: input of the model.
+        model: its name, for messages.
+        contract: its contract, with what the user declared of its pictures.
         events: encoding of its events; None: it takes pictures.
         starts: frames that were stepped before, by the name of the stream.
         control: after a request to stop, cameras and URLs that do not answer are not waited for.
@@ -161,11 +163,16 @@ def open_streams(
     Raises:
         InputError: an input cannot be opened, and is not a camera or URL that may be reopened.
         OutputError: an output cannot be created.
-        UsageError: an output of an unknown kind, or a size for an input that takes none.
+        UsageError: an output of an unknown kind, a size for an input that takes none, or pixels for or from values
+            whose range is undefined.
         MissingDependencyError: PyAV is not installed.
     """
+    spec = contract.inputs[0]
     with contextlib.ExitStack() as opened:
         sources = _open_sources(inputs, options, spec, events, control, opened, isolated=isolated)
+        undeclared = Undeclared(model, inputs, outputs)
+        if events is None and any(source is None or getattr(source, "pixels", None) for source in sources):
+            undeclared.refuse_input(contract)
         sinks: list[Sink | None] = []
         clocks = []
         for each, source, output in zip(inputs, sources, outputs or [None] * len(inputs), strict=True):
@@ -175,6 +182,7 @@ def open_streams(
             sink = _open_output(output, each, source, fps, options)
             if sink is not None:
                 opened.callback(sink.abandon)
+                undeclared.refuse_output(contract, sink)
             sinks.append(sink)
             keep = isinstance(sink, TimedSink) and options.keeps_timestamps(source)
             name = source.name if source else str(each)
@@ -268,7 +276,7 @@ def _open_source(
     if isinstance(each, (str, Path)):
         text = str(each)
         size = options.size if alone or text == STDIN or events is not None else None
-        source = open_source(text, channels=int(spec.shape[1]), size=size, events=events)
+        source = open_source(text, channels=picture_channels(spec) or 3, size=size, events=events)
     else:
         source = each
     return source if options.resize is None else ResizedSource(source, Resize.parse(options.resize, spec))

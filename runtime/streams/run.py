@@ -12,6 +12,7 @@ from typing import TypeVar, cast, get_args
 from stepcell.errors import OutputError, UsageError
 from stepcell.files import write_atomic
 from stepcell.overwrite import is_report, is_snapshot
+from stepcell.pixels import Declaration, changes, declare
 from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.preprocess import event_input, image_input
 from stepcell.runtime.media.source import FRAME_RATES, display_name
@@ -21,8 +22,6 @@ from stepcell.runtime.streams.metrics import Metrics
 from stepcell.runtime.streams.non_finite import OnNonFinite
 from stepcell.runtime.streams.open_streams import (
     Audio,
-    Input,
-    Output,
     StreamOptions,
     check_names,
     open_streams,
@@ -36,6 +35,7 @@ from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SNAPSHOT_EVERY, SnapshotWriter, resume_streams
 from stepcell.runtime.streams.scheduler import Scheduler
 from stepcell.runtime.streams.stream import Stream
+from stepcell.runtime.streams.undeclared import Input, Output
 
 __all__ = ["run_streams"]
 
@@ -55,6 +55,7 @@ def run_streams(
     threads: int | None = None,
     check_file: bool = True,
     size: tuple[int, int] | None = None,
+    pixels: Declaration | None = None,
     event_window: str | None = None,
     fps: float | Fraction | None = None,
     limit: int | None = None,
@@ -97,6 +98,8 @@ def run_streams(
         threads: see `model`.
         check_file: see `model`.
         size: (width, height) in pixels of raw frames on stdin, or of an event sensor.
+        pixels: what the values of pictures are, in place of what the contract says, as --range, --mean, --std,
+            --channels and --layout declare it: a `Pixels` for every picture, or by name of an input or output.
         event_window: events of one step, such as "30ms"; by default that of the contract.
         fps: frames per second of the outputs, 0.001 to 1000; by default those of the input, else 25.
         limit: end each stream after this many frames.
@@ -127,8 +130,8 @@ def run_streams(
         The report, with one entry per input.
 
     Raises:
-        UsageError: options that contradict each other or are out of range, or an output that is an input or a foreign
-            file.
+        UsageError: options that contradict each other or are out of range, an output that is an input or a foreign
+            file, or pictures of which neither the contract nor `pixels` says what their values are.
         RunError: a stream failed, or the report could not be written; `report` of the error has the report, and
             its exit code is that of the cause.
         InputError: an input cannot be opened, or the model takes neither pictures nor events.
@@ -205,7 +208,10 @@ def run_streams(
                 )
             )
         logger.info(f"{loop.name}: {loop.description}")
-        spec = image_input(loop.contract, len(inputs) if clips is None else 1)
+        contract = declare(loop.contract, pixels)
+        for change in changes(loop.contract, contract):
+            logger.info(f"{loop.name}: {change} (for this run)")
+        spec = image_input(contract, len(inputs) if clips is None else 1)
         starts = resume_streams(loop, snapshot_path, names) if resume and snapshot_path else {}
         snapshots = None
         if snapshot_path is not None:
@@ -223,15 +229,16 @@ def run_streams(
                 logger.warning(f"{len(inputs) - len(reports)} clips were not run")
                 break
             opened = open_streams(
-                some, their_outputs, options, spec=spec, events=events, starts=starts, control=control,
-                isolated=clips is not None,
+                some, their_outputs, options, model=loop.name, contract=contract, events=events, starts=starts,
+                control=control, isolated=clips is not None,
             )  # fmt: skip
             streams += opened
             if metrics is not None:
                 metrics.watch(streams)
             scheduler = Scheduler(
-                loop, opened, snapshots=snapshots, control=control, times=metrics, progress=_of_all(progress, streams)
-            )
+                loop, opened, contract=contract, snapshots=snapshots, control=control, times=metrics,
+                progress=_of_all(progress, streams),
+            )  # fmt: skip
             reports += scheduler.run()
         result = RunReport(model=display_name(loop.name), streams=reports)
     failures = {stream.name: stream.failure for stream in streams if stream.failure is not None}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from stepcell.contract import StepContract
 from stepcell.errors import DeviceError, InputError, StepcellError
 from stepcell.runtime.loop.inputs import require_finite
 from stepcell.runtime.loop.latency import Latency
@@ -58,6 +59,7 @@ class Scheduler:
             stream has a `start`; all other streams start from the initial states.
         streams: a stream that fails has its `failure` set afterwards. A failing device, or a model that takes
             neither pictures nor events, fails all of them.
+        contract: what the pictures of the model are; by default its own contract.
         snapshots: written when due, and at the end unless every stream failed.
         control: stops the run and resets states.
         times: receives the time of every step and frame.
@@ -69,12 +71,14 @@ class Scheduler:
         loop: StepLoop,
         streams: Sequence[Stream],
         *,
+        contract: StepContract | None = None,
         snapshots: SnapshotWriter | None = None,
         control: RunControl | None = None,
         times: StepTimes | None = None,
         progress: Callable[[RunProgress], None] | None = None,
     ) -> None:
         self._loop, self._streams, self._snapshots = loop, streams, snapshots
+        self._contract = contract or loop.contract
         self._control = control or RunControl()
         self._times, self._progress = times, progress
         self._steps = 0
@@ -116,11 +120,11 @@ class Scheduler:
     def _run(self) -> None:
         self._loop.latency = Latency()
         self._report_progress()
-        self._spec = image_input(self._loop.contract, len(self._streams))
+        self._spec = image_input(self._contract, len(self._streams))
         self._prepare_states()
         for stream in self._streams:
             with self._isolated(stream):
-                stream.begin(self._loop.contract, self._changed)
+                stream.begin(self._contract, self._changed)
         while not self._control.stopping and (running := [stream for stream in self._streams if stream.running]):
             batch = self._take(running)
             if batch:

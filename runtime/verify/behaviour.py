@@ -252,8 +252,10 @@ def _different_rows(
 
 def _spoiled(array: NDArray[Any], axis: int, row: int, value: float) -> NDArray[Any]:
     changed = array.copy()
+    index: list[Any] = [slice(None)] * array.ndim
+    index[axis] = row
     if array.dtype.kind == "f":
-        index: list[Any] = [slice(None)] * array.ndim
-        index[axis] = row
         changed[tuple(index)] = value
+    elif array.dtype == np.uint8:  # there is no NaN: every pixel another
+        changed[tuple(index)] = 255 - array[tuple(index)]
     return changed

@@ -34,7 +34,7 @@ class Forgetting(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         rho: largest Lyapunov factor per step.
         transient: C, at least 1: growth above that rate.
-        gains: by output, the largest change of it over the change of the states.
+        gains: by output of floats, the largest change of it over the change of the states.
         steps: Jacobians that went into it.
     """
 
@@ -91,7 +91,8 @@ def forgetting(
     zero = {name: np.zeros(now[name].shape) for name in now if name in names}
     tangents = [_unit({name: rng.standard_normal(now[name].shape) for name in names}) for _ in range(_DIRECTIONS)]
     logs: list[list[float]] = [[0.0] for _ in tangents]
-    gains = dict.fromkeys((spec.name for spec in exact.contract.outputs), 0.0)
+    floats = (spec.name for spec in exact.contract.outputs if spec.dtype.startswith("float"))
+    gains = dict.fromkeys(floats, 0.0)
     for t in range(start, start + steps):
         after = now
         for index, tangent in enumerate(tangents):

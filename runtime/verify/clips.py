@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import bind, resolve
 from stepcell.errors import InputError
+from stepcell.pixels import picture_channels
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.preprocess import Preprocessor, event_input, image_input
+from stepcell.sample_frames import random_frame
 
 __all__ = ["Clip", "array_clip", "random_clip", "recorded_clip", "sizes_for", "source_clip"]
 
@@ -100,23 +102,10 @@ def random_clip(contract: StepContract, sizes: Mapping[str, int], *, count: int 
     """
     rng = np.random.default_rng(seed)
     frames = [
-        {spec.name: _random(spec, resolve(spec.shape, sizes), rng) for spec in contract.inputs} for _ in range(count)
+        {spec.name: random_frame(spec, resolve(spec.shape, sizes), rng) for spec in contract.inputs}
+        for _ in range(count)
     ]
     return Clip(frames, f"random, seed {seed}, {count} frames")
-
-
-def _random(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
-    if not spec.dtype.startswith("float"):
-        return rng.integers(0, 2, shape).astype(spec.dtype)
-    low, high = spec.range or (-1.0, 1.0)
-    values = rng.uniform(low, high, shape)
-    if spec.layout is not None and "C" in spec.layout and (spec.mean or spec.std):
-        axis = spec.layout.index("C")
-        column = [-1 if place == axis else 1 for place in range(len(shape))]
-        mean = np.broadcast_to(spec.mean or 0.0, shape[axis]).reshape(column)
-        std = np.broadcast_to(spec.std or 1.0, shape[axis]).reshape(column)
-        values = (values - mean) / std
-    return values.astype(spec.dtype)
 
 
 def source_clip(contract: StepContract, text: str, *, limit: int = MOST_FRAMES, window: str | None = None) -> Clip:
@@ -126,7 +115,7 @@ def source_clip(contract: StepContract, text: str, *, limit: int = MOST_FRAMES, 
         InputError: it cannot be read, or the model takes something else.
     """
     spec = image_input(contract)
-    source = open_source(text, channels=int(spec.shape[1]), events=event_input(spec, window))
+    source = open_source(text, channels=picture_channels(spec) or 3, events=event_input(spec, window))
     frames: list[Frame] = []
     preprocess: Preprocessor | None = None
     try:

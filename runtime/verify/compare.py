@@ -32,6 +32,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         mean_rms: over all frames.
         cosine: between the two outputs as a whole.
         psnr: in dB, of pixels; None: these are none, or they are equal.
+        differing: share of the values that differ, of integers and booleans; None: one output is of floats.
         beyond: first frame with a difference above the tolerance; None: there is none.
     """
 
@@ -44,6 +45,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     cosine: float
     psnr: float | None
     beyond: int | None = None
+    differing: float | None = None
 
 
 def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comparison:
@@ -58,7 +60,7 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
     """
     rows: list[tuple[float, float]] = []
     scale = dot = norm_a = norm_b = squares = 0.0
-    count, pixels = 0, True
+    count, unequal, pixels, integers = 0, 0, True, True
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(contextlib.closing(_frames(path))) for path in (a, b)]
         lengths = [0, 0]
@@ -76,6 +78,8 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
             wrong = difference(left, right)
             rows.append((max_abs(wrong), rms(wrong)))
             scale = max(scale, max_abs(right))
+            integers &= left.dtype.kind != "f" and right.dtype.kind != "f"
+            unequal += int(np.count_nonzero(left != right))
             pixels &= left.dtype == np.uint8 == right.dtype
             x, y = wide(left).ravel(), wide(right).ravel()
             dot, norm_a, norm_b = dot + float(x @ y), norm_a + float(x @ x), norm_b + float(y @ y)
@@ -101,6 +105,7 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
         worst_frame=worst + 1,
         mean_rms=float(np.mean([each for _, each in rows])),
         cosine=dot / float(np.sqrt(norm_a * norm_b)) if norm_a and norm_b else float(norm_a == norm_b),
+        differing=unequal / count if integers and count else None,
         psnr=float(10 * np.log10(255.0**2 / mean_square)) if pixels and mean_square else None,
         beyond=None
         if tolerance is None

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepcell.runtime.verify.clips import Clip
-from stepcell.runtime.verify.measure import compared_steps, difference, max_abs, rms
+from stepcell.runtime.verify.measure import compared_steps, deviation, max_abs
 from stepcell.runtime.verify.results import Growth, Verdict, judged
 from stepcell.runtime.verify.stepper import Arrays, Stepper
 
-__all__ = ["AMPLIFIED", "error_growth", "growth_verdict"]
+__all__ = ["AMPLIFIED", "SHARE", "error_growth", "growth_verdict"]
 
+SHARE = {"float16": 0.02, "float32": 1e-3}  # of labels and bytes: the last bit of a float decides between two of them
 AMPLIFIED = 4.0  # two runs of the same precision round in different places, and the model amplifies both
 _ROUNDINGS = 4.0  # last bits of the largest value that any implementation may be off by
 
@@ -45,9 +46,9 @@ def error_growth(
             scales[name] = max(scales[name], max_abs(truth[name]))
         if t + 1 in compared:
             for name in kinds:
-                wrong = difference(got[name], truth[name])
-                peer_rms = rms(difference(results[2][name], truth[name])) if peer is not None else math.nan
-                errors[name].append((max_abs(wrong), rms(wrong), peer_rms))
+                largest, error = deviation(got[name], truth[name])
+                of_peer = deviation(results[2][name], truth[name])[1] if peer is not None else math.nan
+                errors[name].append((largest, error, of_peer))
         tick(t + 1)
     return tuple(
         Growth(
@@ -58,6 +59,7 @@ def error_growth(
             max_abs=tuple(found[0] for found in errors[name]),
             rms=tuple(found[1] for found in errors[name]),
             peer_rms=() if peer is None else tuple(found[2] for found in errors[name]),
+            is_share=truth[name].dtype.kind != "f",
         )
         for name, kind in kinds.items()
     )
@@ -75,7 +77,8 @@ def growth_verdict(
 
     The limit is, by what is known: the user's tolerance for outputs (largest absolute difference); `AMPLIFIED` times
     what the peer was off by until then; the bound for runs of any length; else the tensor's own scale, beyond which
-    nothing of the signal is left.
+    nothing of the signal is left. Of integers and booleans a share of the elements may differ: the tolerance, or
+    `SHARE` and `AMPLIFIED` times that of the peer.
 
     Args:
         peer: its name, where the growth has its figures and it is not the subject itself.
@@ -86,13 +89,17 @@ def growth_verdict(
     worst, at, name_of_worst = -1.0, 0, ""
     for each in growth:
         kind = kinds[each.name]
+        share = SHARE[subject.contract.precision]
         last_bit = float(np.finfo(kind).eps) * max(each.scale, 1e-30) if kind.startswith("float") else 0.5
         allowed = 0.0
         for place, step in enumerate(each.steps):
             if tolerance is not None:
                 if each.kind != "output":
                     continue
-                ratio = each.max_abs[place] / tolerance
+                ratio = (each.rms if each.is_share else each.max_abs)[place] / tolerance
+            elif each.is_share:
+                allowed = max(allowed, each.peer_rms[place] if peer is not None else 0.0)
+                ratio = each.rms[place] / max(AMPLIFIED * allowed, share)
             else:
                 if peer is not None:
                     allowed = max(allowed, each.peer_rms[place])
@@ -108,7 +115,10 @@ def growth_verdict(
         return judged("growth", 0.0, 1.0, "there is nothing to compare")
     found = next(each for each in growth if each.name == name_of_worst)
     place = found.steps.index(at)
-    if tolerance is not None:
+    if found.is_share:
+        against = f"{tolerance:.1e} asked for" if tolerance is not None else "what rounding may decide"
+        error = f"{found.rms[place]:.2%} of the elements differ"
+    elif tolerance is not None:
         against = f"{tolerance:.1e} asked for"
         error = f"largest difference {found.max_abs[place]:.1e}"
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["compared_steps", "difference", "max_abs", "norm", "rms", "scale", "wide"]
+__all__ = ["compared_steps", "deviation", "difference", "max_abs", "norm", "rms", "scale", "wide"]
 
 Array = NDArray[Any]
 
@@ -28,6 +28,19 @@ def difference(a: Array, b: Array) -> NDArray[np.float64]:
         same = (left == right) | (np.isnan(left) & np.isnan(right))
         found = np.where(strange, np.where(same, 0.0, np.inf), found)
     return found
+
+
+def deviation(got: Array, truth: Array) -> tuple[float, float]:
+    """The largest absolute difference, and for floats the rms difference, for integers the share that differs.
+
+    Integers of up to 16 bits, such as bytes of a picture, differ where they are more than one level apart: one level is
+    the rounding of a float. Labels, which are wider integers, and booleans differ or do not.
+    """
+    wrong = difference(got, truth)
+    if truth.dtype.kind == "f":
+        return max_abs(wrong), rms(wrong)
+    rounding = 1.0 if truth.dtype.kind in "iu" and truth.dtype.itemsize <= 2 else 0.0
+    return max_abs(wrong), float(np.mean(np.abs(wrong) > rounding)) if wrong.size else 0.0
 
 
 def rms(array: Array) -> float:

@@ -41,6 +41,7 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
         scale: largest absolute value of the reference over the run.
         steps: the compared steps, counted from 1.
         max_abs, rms: error of the subject at these steps; infinite where it holds NaN or Inf.
+            Of integers and booleans `rms` is the share of the elements that differ (`measure.deviation`).
         peer_rms: the same for the peer, the file as written or the module in the file's precision; empty: no peer.
     """
 
@@ -51,6 +52,7 @@ class Growth(msgspec.Struct, frozen=True, kw_only=True):
     max_abs: tuple[float, ...]
     rms: tuple[float, ...]
     peer_rms: tuple[float, ...] = ()
+    is_share: bool = False
 
 
 class WarmError(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,10 +59,11 @@ def command(a: Path, b: Path, tolerance: float | None, plot_path: Path | None, o
         log(f"plot:    {plot_path}")
     if found.lengths[0] != found.lengths[1]:
         log(f"note:    {a} has {found.lengths[0]} frames, {b} {found.lengths[1]}; the rest is not compared")
+    share = f", {found.differing:.2%} of the values differ" if found.differing is not None else ""
     quality = f", PSNR {found.psnr:.1f} dB" if found.psnr is not None else ""
     log(
         f"compared {found.frames} frames: largest difference {found.worst:.3g} in frame {found.worst_frame} of values "
-        f"up to {growth.scale:.3g}, mean rms {found.mean_rms:.3g}, cosine {found.cosine:.6f}{quality}"
+        f"up to {growth.scale:.3g}, mean rms {found.mean_rms:.3g}, cosine {found.cosine:.6f}{share}{quality}"
     )
     if as_json:
         print_json(found)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepcell.cli.common import joined, json_option, overwrite_option, parse_settings
+from stepcell.cli.common import error_of, joined, json_option, overwrite_option, parse_settings
 from stepcell.cli.console import log, print_json, stage, table, working
+from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
 from stepcell.overwrite import check_output, is_exported_model
@@ -43,7 +44,7 @@ def _list_families(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     epilog="""\b
 Examples:
   stepcell export denoiser.safetensors -o denoiser.onnx
-  stepcell export net.pth -o net.onnx --module my_package.net:make --set channels=32 --shape x:1x3x256x256
+  stepcell export net.pth -o net.onnx --module my_package.net:make --set channels=32 --shape x:1x3x256x256 --range 0,1
   stepcell export gru.pth --family gru --shape x:1x64 --precision float32
   stepcell export rvm.pth --checkpoint-key params_ema --prefix module.
 """
@@ -89,6 +90,7 @@ Examples:
     metavar="NAME=POSITION",
     help="With --module: the argument NAME takes what forward returned at POSITION; not needed where it is last.",
 )
+@pixel_options
 @click.option("--precision", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option(
     "--state-dtype",
@@ -118,6 +120,7 @@ def command(
     opset: int,
     overwrite: bool,
     as_json: bool,
+    **pixel_arguments: Any,
 ) -> None:
     """Export CHECKPOINT as a single-step ONNX model with explicit hidden state.
 
@@ -135,6 +138,7 @@ def command(
     arguments = parse_settings(settings)
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     symbols = [symbol.strip() for symbol in dynamic.split(",")] if dynamic else []
+    pixels = pop_pixels(pixel_arguments)
     positions = _positions(returned)
     if positions and module is None:
         raise UsageError("--state: is for --module; a family knows its states")
@@ -162,6 +166,7 @@ def command(
             state_dtype=state_dtype,
             shapes=lifted.example_shapes if lifted else shapes,
             dynamic=symbols,
+            pixels=pixels,
             opset=opset,
             family=name,
             source=source,
@@ -233,7 +238,7 @@ def _positions(returned: Sequence[str]) -> dict[str, int]:
 
 
 def _errors(parity: Parity) -> str:
-    worst = ", ".join(f"{name} {error:.1e}" for name, error in parity.max_abs_error.items())
+    worst = ", ".join(error_of(parity, name) for name in parity.max_abs_error)
     return f"max error over {parity.steps} steps: {worst}"
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepcell.cli.common import joined, json_option, overwrite_option
+from stepcell.cli.common import error_of, joined, json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, table, working
+from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
 from stepcell.shapes import parse_shapes
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @click.command(
     epilog="""\b
 Examples:
-  stepcell fuse model.onnx -o fused.onnx
+  stepcell fuse model.onnx -o fused.onnx --range 0,1
   stepcell fuse model.onnx -o fused.onnx --state mem_a=trace_p --state mem_b=trace_q
   stepcell fuse model.onnx -o fused.onnx --shape src:1x3x256x256
   stepcell fuse --contract model.onnx simplified.onnx -o repaired.onnx
@@ -52,6 +53,7 @@ Examples:
     "--tolerance", type=click.FloatRange(0, min_open=True), metavar="T",
     help="With --contract, the relative difference to ORIGINAL that is allowed, such as of a quantised file.",
 )  # fmt: skip
+@pixel_options
 @overwrite_option
 @json_option
 def command(
@@ -63,13 +65,18 @@ def command(
     tolerance: float | None,
     overwrite: bool,
     as_json: bool,
+    **pixel_arguments: Any,
 ) -> None:
     """Convert MODEL, an ONNX file of one step that another program exported.
 
     States are found by name and by the cells of the graph, recurrent cells become one op each, and
     the state contract is written into the file. The result is compared with MODEL over 100 steps
     before it is written; beyond the tolerance the exit code is 3 and no file is written.
+
+    In a MODEL that has a contract already, --range, --mean, --std, --channels and --layout change what it says of
+    pictures, and nothing else.
     """
+    pixels = pop_pixels(pixel_arguments)
     pairs = _parse_states(states)
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
@@ -79,15 +86,30 @@ def command(
     started = time.monotonic()
     with working(f"fusing {model}"):
         report = fuse(
-            model, output, states=pairs, shapes=shapes, contract=contract, tolerance=tolerance, overwrite=overwrite
+            model,
+            output,
+            states=pairs,
+            shapes=shapes,
+            contract=contract,
+            tolerance=tolerance,
+            pixels=pixels,
+            overwrite=overwrite,
         )
+    if report.redeclared:
+        stage("fuse", output, time.monotonic() - started, "only what the contract says of pictures was changed")
+        if as_json:
+            print_json(report)
+        return
     _print_report(report)
     parity = report.contract.parity
-    assert parity is not None
-    worst = max(parity.max_abs_error.values(), default=0.0)
-    nodes = f"{report.nodes_before} -> {report.nodes_after} nodes"
-    stage("fuse", output, time.monotonic() - started, f"{nodes}, max error over {parity.steps} steps: {worst:.1e}")
-    if parity.amplified:
+    detail = f"{report.nodes_before} -> {report.nodes_after} nodes"
+    if parity is not None and parity.max_abs_error:
+        worst = max(parity.max_abs_error.values())
+        detail += f", max error over {parity.steps} steps: {worst:.1e}"
+        shares = {name: error_of(parity, name) for name in parity.differing if parity.max_abs_error[name]}
+        detail += "".join(f", {share}" for share in shares.values())
+    stage("fuse", output, time.monotonic() - started, detail)
+    if parity is not None and parity.amplified:
         log("warning: this model amplifies rounding: the original is as far from itself where its last bit changes")
     if as_json:
         print_json(report)

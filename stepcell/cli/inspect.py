@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from stepcell.cli.common import json_option
+from stepcell.cli.common import error_of, json_option
 from stepcell.cli.console import echo, log, print_json, table
 from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.errors import InputError
 from stepcell.files import human_size
+from stepcell.pixels import picture_channels, value_range
 
 if TYPE_CHECKING:
     from stepcell.runtime.engine.sidecar import Sidecar
@@ -78,7 +79,7 @@ def _print_contract(contract: StepContract, title: str) -> None:
         table("\ncells", ["name", "op", "hidden", "variant"], cells, to_stdout=True)
     facts = [[key, _short(value)] for key, value in contract.source.items()]
     if contract.parity:
-        worst = ", ".join(f"{name} {error:.1e}" for name, error in contract.parity.max_abs_error.items())
+        worst = ", ".join(error_of(contract.parity, name) for name in contract.parity.max_abs_error)
         parity = contract.parity
         how = f" ({parity.arithmetic})" if parity.arithmetic else ""
         facts.append(["parity", f"{parity.steps} steps against {parity.reference}: max error {worst}{how}"])
@@ -112,8 +113,13 @@ def _row(kind: str, name: str, spec: Spec) -> list[str]:
     notes = [spec.layout or ""]
     if spec.range is not None:
         notes.append(f"range {spec.range[0]:g} to {spec.range[1]:g}")
-    if spec.mean is not None or spec.std is not None:
-        notes.append(f"mean {spec.mean}, std {spec.std}")
+    elif picture_channels(spec) is not None and value_range(spec) is None and spec.dtype.startswith("float"):
+        notes.append("range undefined")
+    for what, values in (("mean", spec.mean), ("std", spec.std)):
+        if values is not None:
+            notes.append(f"{what} {' '.join(f'{value:g}' for value in values)}")
+    if spec.channels is not None:
+        notes.append(spec.channels)
     if spec.pad_multiple > 1:
         notes.append(f"height, width multiples of {spec.pad_multiple}")
     if spec.events:

@@ -13,6 +13,7 @@ import click
 
 from stepcell.cli.common import json_option, leaving, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json
+from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.cli.signals import signal_control
 from stepcell.cli.verified import check_verified
 from stepcell.cli.view import View
@@ -144,6 +145,7 @@ Examples:
 @click.option("--resume", is_flag=True, help="Continue from --snapshot at the next frame, if the file exists.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Stop each stream after N frames.")
 @click.option("--size", "size_text", metavar="WxH", help="Size of raw frames on stdin, or of an event camera.")
+@pixel_options
 @click.option(
     "--event-window", metavar="WINDOW",
     help="Events of one step: 30ms, 15000events or 0.35events/pixel.  [default: the contract's]",
@@ -174,11 +176,13 @@ def command(
 ) -> None:
     """Run the step loop over one stream of frames or several.
 
-    Frames are scaled, padded to the model's multiple and cropped back, as its contract says. Ctrl-C stops after the
-    current step, and outputs are finished as valid files. SIGUSR1 resets the states of every stream.
+    Frames are scaled, padded to the model's multiple and cropped back, as its contract says; --range, --mean, --std,
+    --channels and --layout say it in its place. Ctrl-C stops after the current step, and outputs are finished as valid
+    files. SIGUSR1 resets the states of every stream.
     """
     if as_json and "-" in outputs:
         raise UsageError("--json and --output - both write to stdout", hint="--report FILE writes the report to a file")
+    options["pixels"] = pop_pixels(options)
     options["size"] = parse_size(size_text) if size_text else None
     options["fps"] = parse_rate(fps_text) if fps_text else None
     address = parse_address(address_text) if address_text else None

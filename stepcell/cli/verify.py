@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -14,12 +14,14 @@ import msgspec
 from stepcell import __version__
 from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
+from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.contract import StepContract
 from stepcell.errors import InputError, ParityError, UsageError
 from stepcell.files import read_bytes, write_atomic
 from stepcell.onnx_model import read_onnx
 from stepcell.optional_imports import require
 from stepcell.overwrite import check_output, is_no_model, is_reference
+from stepcell.pixels import changes, declare
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ Examples:
     "-i", "--input", "input_text", default="random", show_default=True, metavar="CLIP",
     help="A video, a folder, a .npy, a file of events, or random values in the model's range.",
 )  # fmt: skip
+@pixel_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random input.")
 @click.option(
     "--shape",
@@ -121,6 +124,7 @@ def command(
     plot_path: Path | None,
     overwrite: bool,
     as_json: bool,
+    **pixel_arguments: Any,
 ) -> None:
     """Verify MODEL, an .onnx file or an engine, over many steps with its states fed back.
 
@@ -135,6 +139,7 @@ def command(
     from stepcell.runtime.verify.verification import VerifyOptions, verify
 
     check_plot(plot_path)
+    pixels = pop_pixels(pixel_arguments)
     reads: dict[str | Path, str] = {model: "the model", input_text: "--input"}
     if against is not None:
         reads[against] = "--against"
@@ -153,9 +158,14 @@ def command(
     )
     recorded = _recorded(against, contract)
     if recorded is None:
-        clip = _clip(contract, sidecar, input_text, seed, shape)
-    elif input_text != "random" or shape is not None or record_path is not None:
-        raise UsageError(f"--against {against}: brings its own input; --input, --shape and --record do not fit")
+        declared = declare(contract, pixels)
+        for change in changes(contract, declared):
+            log(f"pixels:    {change}")
+        clip = _clip(declared, sidecar, input_text, seed, shape)
+    elif input_text != "random" or shape is not None or record_path is not None or pixels:
+        raise UsageError(
+            f"--against {against}: brings its own input; --input, --shape, --range and --record do not fit"
+        )
     else:
         clip = recorded.clip
     if record_path is not None:
@@ -327,8 +337,12 @@ def _report(
 
 def _show(report: Report) -> None:
     steps = [str(step) for step in report.growth[0].steps] if report.growth else []
-    rows = [[each.name, *(f"{error:.1e}" for error in each.rms)] for each in report.growth]
+    shares = [each for each in report.growth if each.is_share]
+    rows = [[each.name, *(f"{error:.1e}" for error in each.rms)] for each in report.growth if not each.is_share]
     table("rms error after N steps", ["", *steps], rows)
+    if shares:
+        rows = [[each.name, *(f"{error:.2%}" for error in each.rms)] for each in shares]
+        table("share of integers and booleans that differ by more than rounding", ["", *steps], rows)
     table("", ["", "", ""], [[_MARKS[v.passed], v.name, v.says] for v in report.verdicts])
     asked = [verdict for verdict in report.verdicts if verdict.passed is not None]
     wrong = [verdict for verdict in asked if not verdict.passed]

@@ -34,7 +34,7 @@ def test_round_trip(contract: StepContract) -> None:
 
 def test_document_spells_out_what_a_reader_needs(contract: StepContract) -> None:
     document = json.loads(contract.to_json())
-    assert document["schema"] == "1.0"
+    assert document["schema"] == "1.1"
     state = document["states"][0]
     assert (state["input"], state["output"], state["init"]) == ("state_in.h", "state_out.h", "zeros")
     assert document["cells"] == [

@@ -58,6 +58,8 @@ class EventSource(Source):
         InputError: the file cannot be read, or the size of its sensor is unknown or differs from `size`.
     """
 
+    pixels = False
+
     def __init__(self, path: Path, spec: EventSpec, size: tuple[int, int] | None = None) -> None:
         self.name: str = str(path)
         self.seconds: float | None = None

@@ -34,7 +34,7 @@ def test_array(array: NDArray[Any], tmp_path: Path) -> None:
         np.zeros((4, 6, 3), np.uint8),
         np.zeros((2, 4, 6, 3), np.int32),
         np.zeros((2, 4, 6, 2), np.uint8),
-        np.zeros((2, 4, 6, 3), np.float32),
+        np.zeros((2, 8, 6, 3), np.float32),
         np.zeros((0, 4, 6, 3), np.uint8),
         np.zeros(5, np.float32),
     ],

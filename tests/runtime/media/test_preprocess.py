@@ -11,14 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepcell.contract import StepContract, TensorSpec
-from stepcell.errors import InputError, StepcellError
-from stepcell.runtime.media.postprocess import crop, to_pixels
-from stepcell.runtime.media.preprocess import Preprocessor, image_input, is_image
+from stepcell.errors import InputError, StepcellError, UsageError
+from stepcell.pixels import as_chw
+from stepcell.runtime.media.postprocess import crop, is_picture, to_pixels
+from stepcell.runtime.media.preprocess import Preprocessor, image_input
 
 
-def picture(channels: int = 3, **fields: Any) -> TensorSpec:
-    fields.setdefault("shape", ("batch", channels, "height", "width"))
-    return TensorSpec(name="x", layout="NCHW", **fields)
+def picture(count: int = 3, **fields: Any) -> TensorSpec:
+    fields = {"layout": "NCHW", "range": (0.0, 255.0), **fields}
+    sizes = {"N": "batch", "C": count, "H": "height", "W": "width"}
+    fields.setdefault("shape", tuple(sizes[letter] for letter in fields["layout"]))
+    return TensorSpec(name="x", **fields)
 
 
 def random_frame(height: int, width: int, channels: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -35,10 +38,12 @@ def test_scaling_equals_torch() -> None:
 SCALES: list[dict[str, Any]] = [
     {"range": (0.0, 1.0)},
     {"range": (-1.0, 1.0)},
-    {"range": None},
+    {"range": (0.0, 255.0)},
     {"range": (0.0, 1.0), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
     {"range": (0.0, 1.0), "dtype": "float16"},
     {"range": None, "dtype": "uint8"},
+    {"range": (-128.0, 127.0), "dtype": "int8"},
+    {"range": (0.0, 65535.0), "dtype": "uint16"},
 ]
 
 
@@ -57,12 +62,77 @@ def test_pad_and_crop_round_trip(fields: dict[str, Any], height: int, width: int
     assert tensor.shape[2] - height < multiple
     assert tensor.dtype == np.dtype(spec.dtype)
     assert tensor.flags.c_contiguous
-    np.testing.assert_array_equal(to_pixels(spec, crop(tensor, preprocessor.size, preprocessor.padded)), frame)
+    cropped = crop(tensor, preprocessor.size, preprocessor.padded, "NCHW")
+    np.testing.assert_array_equal(to_pixels(spec, cropped[0]), frame)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "CHW", "HWC"])
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_layout_and_order_of_the_channels_are_those_of_the_model(layout: str, order: str) -> None:
+    frame = random_frame(5, 7)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    spec = picture(layout=layout, channels=order, range=(0.0, 1.0), mean=mean, std=std, pad_multiple=4)
+    preprocessor = Preprocessor(spec, frame)
+    tensor = preprocessor(frame)
+    ordered = frame if order == "RGB" else frame[..., ::-1]
+    expected = (np.pad(ordered, ((0, 3), (0, 1), (0, 0)), mode="edge") / 255 - mean) / std  # in the model's order
+    places = {"N": None, "H": 0, "W": 1, "C": 2}
+    expected = expected.transpose([places[letter] for letter in layout if letter != "N"])
+    np.testing.assert_allclose(tensor, expected[None] if layout[0] == "N" else expected, rtol=0, atol=1e-6)
+    cropped = crop(tensor, preprocessor.size, preprocessor.padded, layout)
+    np.testing.assert_array_equal(to_pixels(spec, as_chw(cropped, layout)), frame)
+
+
+def test_imagenet_statistics_equal_torchvision_s_order_of_operations() -> None:
+    frame = random_frame(4, 4)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    tensor = Preprocessor(picture(range=(0.0, 1.0), mean=mean, std=std), frame)(frame)
+    scaled = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+    expected = (scaled - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    np.testing.assert_allclose(tensor[0], expected.numpy(), rtol=0, atol=1e-6)
+
+
+def test_undefined_range_takes_no_pixels_and_gives_none() -> None:
+    with pytest.raises(UsageError, match="the range of its pixel values is undefined") as caught:
+        Preprocessor(picture(range=None), random_frame(4, 4))
+    assert "--range x:0,1" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="undefined"):
+        to_pixels(picture(range=None), np.zeros((3, 2, 2), np.float32))
+    scaled = np.zeros((3, 4, 4), np.float32)  # the values that the model takes already
+    assert Preprocessor(picture(range=None), scaled)(scaled).shape == (1, 3, 4, 4)
+
+
+def test_masks_labels_and_bytes_are_pixels() -> None:
+    mask = picture(1, dtype="bool", range=None)
+    assert to_pixels(mask, np.array([[[False, True]]])).ravel().tolist() == [0, 255]
+    labels = picture(layout="NHW", dtype="int64", range=None)
+    assert is_picture(labels)
+    assert to_pixels(labels, np.array([[[0, 3, 255]]])).ravel().tolist() == [0, 3, 255]
+    spread = picture(layout="NHW", dtype="int64", range=(0.0, 5.0))
+    assert to_pixels(spread, np.array([[[0, 3, 5]]])).ravel().tolist() == [0, 153, 255]
+    with pytest.raises(StepcellError, match="the label 256 is no grey level"):
+        to_pixels(labels, np.array([[[0, 256]]]))
+    with pytest.raises(StepcellError, match="the label -1 is no grey level"):
+        to_pixels(labels, np.array([[[0, -1]]]))
+    frame = random_frame(2, 2)
+    data = picture(layout="NHWC", dtype="uint8", range=None)
+    np.testing.assert_array_equal(to_pixels(data, as_chw(frame[None], "NHWC")), frame)
+    given = np.array([[[0], [127], [128], [255]]], np.uint8)
+    assert Preprocessor(mask, given)(given).ravel().tolist() == [False, False, True, True]
+
+
+def test_four_channels_come_as_four() -> None:
+    frame = random_frame(4, 6, 4)
+    tensor = Preprocessor(picture(4, range=(0.0, 1.0)), frame)(frame)
+    np.testing.assert_allclose(tensor[0], frame.transpose(2, 0, 1) / 255, rtol=0, atol=1e-7)
+    with pytest.raises(InputError, match="takes 4 channels, the frames are colour") as caught:
+        Preprocessor(picture(4), random_frame(4, 6))
+    assert "(T, H, W, 4)" in str(caught.value.hint)
 
 
 def test_padding_repeats_the_edge() -> None:
     frame = random_frame(5, 6)
-    tensor = Preprocessor(picture(pad_multiple=8, range=None), frame)(frame)
+    tensor = Preprocessor(picture(pad_multiple=8), frame)(frame)
     expected = np.pad(frame, ((0, 3), (0, 2), (0, 0)), mode="edge").transpose(2, 0, 1)[None]
     np.testing.assert_array_equal(tensor, expected)
 
@@ -73,7 +143,8 @@ def test_crop_follows_a_model_that_changes_the_size(factor: float) -> None:
     preprocessor = Preprocessor(picture(pad_multiple=8), frame)
     assert preprocessor.padded == (16, 24)
     output = np.zeros((1, 3, int(16 * factor), int(24 * factor)))
-    assert crop(output, preprocessor.size, preprocessor.padded).shape == (
+    assert crop(output, preprocessor.size, preprocessor.padded, "NCHW").shape == (
+        1,
         3,
         int(np.ceil(13 * factor)),
         int(np.ceil(21 * factor)),
@@ -101,7 +172,7 @@ def test_pixels_that_are_no_numbers_are_an_error(bad: float) -> None:
 @pytest.mark.parametrize(
     ("spec", "shape", "message"),
     [
-        (picture(3), (4, 4, 1), r"takes colour \(3 channels, RGB\), the frames are greyscale \(1 channel\)"),
+        (picture(3), (4, 4, 1), r"takes colour \(3 channels\), the frames are greyscale \(1 channel\)"),
         (picture(1), (4, 4, 3), r"takes greyscale \(1 channel\), the frames are colour"),
         (picture(shape=(1, 3, 64, 96)), (64, 64, 3), "exported for 96x64 frames, got 64x64"),
         (picture(shape=("batch", 3, "height", 96)), (64, 64, 3), "exported for 96xheight frames, got 64x64"),
@@ -131,7 +202,7 @@ def contract(*inputs: TensorSpec) -> StepContract:
 
 def test_one_picture_input_is_found() -> None:
     assert image_input(contract(picture())) == picture()
-    assert is_image(picture(1))
+    assert is_picture(picture(1))
 
 
 def test_a_fixed_batch_takes_as_many_streams() -> None:

@@ -1,0 +1,79 @@
+"""Options with which `export`, `fuse`, `run` and `verify` declare what the values of pictures are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+import click
+import msgspec
+
+from stepcell.errors import UsageError
+from stepcell.pixels import ALL, ChannelOrder, Pixels
+
+__all__ = ["pixel_options", "pop_pixels"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option(
+        "--range", "pixel_range", multiple=True, metavar="[NAME:]LOW,HIGH",
+        help="Values of a black and a white pixel, such as 0,1; without NAME for every picture.",
+    ),
+    click.option(
+        "--mean", multiple=True, metavar="[NAME:]M,...",
+        help="Mean per channel, subtracted after scaling to --range, in its units.",
+    ),
+    click.option("--std", multiple=True, metavar="[NAME:]S,...", help="Standard deviation per channel."),
+    click.option("--channels", multiple=True, metavar="[NAME:]RGB|BGR", help="Order of three channels."),
+    click.option("--layout", multiple=True, metavar="[NAME:]NCHW|NHWC", help="Axes of pictures."),
+)  # fmt: skip
+
+
+def pixel_options(command: _F) -> _F:
+    """Add --range, --mean, --std, --channels and --layout to a command; `pop_pixels` reads them."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def pop_pixels(options: dict[str, Any]) -> dict[str, Pixels]:
+    """Take the five options out of the arguments of a command, as a declaration.
+
+    Raises:
+        UsageError: a malformed value, or one that is given twice.
+    """
+    found: dict[str, Pixels] = {}
+    texts = {name: options.pop("pixel_range" if name == "range" else name) for name in Pixels.__struct_fields__}
+    for option, values in texts.items():
+        for text in values:
+            name, _, value = str(text).rpartition(":")
+            before = found.get(name or ALL, Pixels())
+            if getattr(before, option) is not None:
+                raise UsageError(f"--{option} {text}: given twice for {name or 'every picture'}")
+            found[name or ALL] = msgspec.structs.replace(before, **{option: _value(option, value, text)})
+    return found
+
+
+def _value(option: str, value: str, text: str) -> Any:
+    if option == "channels":
+        if value.upper() not in get_args(ChannelOrder):
+            raise UsageError(f"--channels: expected RGB or BGR, got {text!r}")
+        return value.upper()
+    if option == "layout":
+        if not value.isalpha():
+            raise UsageError(f"--layout: expected letters for the axes, got {text!r}", hint="such as NCHW or NHWC")
+        return value.upper()
+    numbers = _numbers(value)
+    if numbers is None or (option == "range" and len(numbers) != 2):
+        expected = "[NAME:]LOW,HIGH" if option == "range" else "[NAME:] and a number per channel, with commas between"
+        example = {"range": "0,1", "mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225"}[option]
+        raise UsageError(f"--{option}: expected {expected}, got {text!r}", hint=f"such as --{option} {example}")
+    return numbers
+
+
+def _numbers(text: str) -> tuple[float, ...] | None:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return None
