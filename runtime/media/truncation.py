@@ -15,25 +15,32 @@ _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # RFC 8794, 11.2.1; 
 _FIRST_BOXES = (b"ftyp", b"styp", b"sidx", b"wide", b"skip", b"free")
 _NEEDED_BOXES = (b"moov", b"moof", b"mdat")  # indices and frames
 
+# MPEG-TS is a sequence of packets (ISO/IEC 13818-1, 2.4.3), in .m2ts with a time stamp of 4 bytes before each.
+_PACKET, _TIMED_PACKET, _SYNC = 188, 192, b"\x47"
+
 
 def missing_bytes(path: Path) -> int | None:
-    """Bytes that a Matroska, MP4, QuickTime or AVI file declares beyond its end.
+    """Bytes that a Matroska, MP4, QuickTime, AVI or MPEG-TS file declares beyond its end.
 
-    0: it is as long as it says. None: the format does not say, as in MPEG-TS, or the file cannot be read.
+    0: it is as long as it says, or ends with a whole packet of MPEG-TS. None: the format does not say, or the file
+    cannot be read.
     """
     try:
         if not path.is_file():
             return None
         with path.open("rb") as file:
-            declared = _declared_length(file)
             length = os.fstat(file.fileno()).st_size
+            declared = _declared_length(file, length)
     except OSError:
         return None
     return None if declared is None else max(0, declared - length)
 
 
-def _declared_length(file: BinaryIO) -> int | None:
-    head = file.read(12)
+def _declared_length(file: BinaryIO, length: int) -> int | None:
+    head = file.read(_TIMED_PACKET + 5)
+    for packet, at in ((_PACKET, 0), (_TIMED_PACKET, 4)):
+        if head[at::packet][:2] == _SYNC * 2:
+            return -(-length // packet) * packet
     file.seek(0)
     if head[:4] == _EBML:
         return _matroska_length(file)

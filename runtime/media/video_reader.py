@@ -78,6 +78,7 @@ class VideoSource(Source):
         self._stream.thread_type = "SLICE" if self.live else "AUTO"
         self._rotation: int | None = None  # of the last frame, in degrees, without mirroring
         self._orientation = UPRIGHT
+        self._joinable = self._container.format.name == "mpegts"
         self._broken = 0  # consecutive damaged packets
         rate = self._stream.average_rate or self._stream.guessed_rate
         # Fraction(): PyAV 19 has a type of its own. Outside this range FFmpeg writes files that it cannot read.
@@ -134,10 +135,15 @@ class VideoSource(Source):
             )
 
     def _decode(self, packet: Any, number: int) -> Sequence[Any]:
-        """The frames of a packet; a live stream skips damaged packets until too many are consecutive."""
+        """The frames of a packet; a live stream skips damaged packets until too many are consecutive.
+
+        In a file of MPEG-TS the mark is also set where two recordings were joined, so a marked packet is decoded.
+        """
         try:
-            if packet.is_corrupt:
+            if packet.is_corrupt and (self.live or not self._joinable):
                 raise InputError(f"{self.name}: broken or truncated at frame {number}")
+            if packet.is_corrupt:
+                logger.warning(f"{self.name}: frame {number} or one of the next: damaged, or recordings joined there")
             frames: Sequence[Any] = packet.decode()
         except (InputError, self._error):
             self._broken += 1

@@ -88,11 +88,26 @@ def test_what_is_behind_the_frames_is_not_needed(tmp_path: Path) -> None:
     assert len(list(open_source(str(path)))) == 60
 
 
-def test_transport_stream_does_not_say(tmp_path: Path) -> None:
-    path = write_clip(tmp_path / "clip.ts", NOISE, codec="mpeg2video", start=7 * SECOND)
-    assert missing_bytes(path) is None
+@pytest.mark.parametrize("timed", ["0", "1"], ids=["ts", "m2ts"])
+def test_transport_stream_ends_with_a_whole_packet(timed: str, tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "clip.ts", NOISE, codec="mpeg2video", start=7 * SECOND, mpegts_m2ts_mode=timed)
+    assert missing_bytes(path) == 0
     assert len(list(open_source(str(path)))) == 60
     assert open_source(str(path)).fps == Fraction(25)
+    path.write_bytes(path.read_bytes()[:50_001])
+    assert 0 < (missing_bytes(path) or 0) < 192
+    with pytest.raises(InputError, match=r"truncated: \d+ bytes are missing"):
+        list(open_source(str(path)))
+
+
+def test_transport_streams_that_were_joined(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    """FFmpeg marks the packet at the joint as damaged, although nothing is missing."""
+    if "libx264" not in av.codecs_available:
+        pytest.skip("FFmpeg has no H.264 encoder here")
+    parts = [write_clip(tmp_path / f"{n}.ts", NOISE, codec="libx264", start=n * 60) for n in range(3)]
+    (tmp_path / "all.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert len(list(open_source(str(tmp_path / "all.ts")))) == 180
+    assert "damaged, or recordings joined there" in logged.text
 
 
 def test_matroska_of_unknown_size_is_read_to_its_end(tmp_path: Path) -> None:
