@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import ExportError
@@ -45,7 +46,8 @@ class OnnxSession:
 
     def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         with library_errors(self._subject, ExportError, what="the step fails in ONNX Runtime"):
-            return dict(zip(self._names, self._run(dict(feeds)), strict=True))
+            arrays = {name: np.asarray(array) for name, array in feeds.items()}  # it takes no NumPy scalars
+            return dict(zip(self._names, self._run(arrays), strict=True))
 
     def _run(self, feeds: dict[str, NDArray[Any]]) -> list[Any]:
         run = functools.partial(self._session.run, None, feeds, self._options)

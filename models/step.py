@@ -78,7 +78,8 @@ def initial_states(model: StepModule, *inputs: Tensor, dtype: torch.dtype | None
         if value is None:
             states.append(torch.zeros(shape, **options))
         else:
-            states.append(value.unsqueeze(state.batch_axis).expand(shape).contiguous())
+            value = value if state.batch_axis is None else value.unsqueeze(state.batch_axis)
+            states.append(value.expand(shape).contiguous())
     return tuple(states)
 
 

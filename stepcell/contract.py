@@ -6,6 +6,7 @@ the sidecar of the engine. The step loop connects states by it alone. docs/contr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -64,6 +65,10 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
         channels: order of three channels; None: RGB, or the tensor is no picture of three.
         pad_multiple: height and width are padded up to a multiple of this before the step.
         events: how the tensor is computed from the events of an event camera; unset: it is not.
+        value: of an input: what a step takes that is not given one, in C order; a single number fills the tensor.
+            Unset: every step needs the input.
+        batch_axis: number of the axis that counts streams; None: it has none, and all streams share the tensor. Unset:
+            the first axis of the size that the states' batch axes have.
     """
 
     name: str
@@ -76,6 +81,16 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     channels: ChannelOrder | None = None
     pad_multiple: int = 1
     events: EventSpec | msgspec.UnsetType = msgspec.UNSET
+    value: tuple[float | int | bool, ...] | msgspec.UnsetType = msgspec.UNSET
+    batch_axis: int | msgspec.UnsetType | None = msgspec.UNSET
+
+    def filled(self, shape: Sequence[int]) -> NDArray[Any]:
+        """The array of `value`; raises ContractError where there is none, or it does not fit `shape`."""
+        numbers = () if isinstance(self.value, msgspec.UnsetType) else self.value
+        if len(numbers) not in (1, math.prod(shape)) or not numbers:
+            raise ContractError(f"{self.name}: a value of {len(numbers)} numbers does not fit {tuple(shape)}")
+        array = np.array(numbers, self.dtype)
+        return np.full(shape, array[0]) if len(numbers) == 1 else array.reshape(shape)
 
 
 class InitialValue(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +129,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
         name: `h`, `c`, `h0`, `c0`, `encoder.2.h`, ...
         shape: as in `TensorSpec`; every symbol also occurs in a data input.
         dtype: in which the state is stored between steps (float32 by default).
-        batch_axis: number of the batch axis.
+        batch_axis: number of the axis that counts streams; None: it has none, and the model steps one stream.
         init: value before the first step: "zeros", or a learned one.
         original_input: name of the input tensor in the file that was fused.
         original_output: name of the output tensor in that file.
@@ -123,7 +138,7 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     shape: tuple[Dim, ...]
     dtype: DType = "float32"
-    batch_axis: int = 0
+    batch_axis: int | None = 0
     init: Literal["zeros"] | InitialValue = "zeros"
     input: str = ""
     output: str = ""
@@ -139,8 +154,18 @@ class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
         """The value before the first step in the dtype of the state: a read-only array of `shape`, batch included."""
         value = np.zeros((), self.dtype)
         if isinstance(self.init, InitialValue):
-            value = np.expand_dims(self.init.array().astype(self.dtype), self.batch_axis)
+            value = self.init.array().astype(self.dtype)
+            value = value if self.batch_axis is None else np.expand_dims(value, self.batch_axis)
         return np.broadcast_to(value, tuple(shape))
+
+    @property
+    def streams(self) -> Dim:
+        """The number of streams that it holds: the size of its batch axis, 1 without one."""
+        return 1 if self.batch_axis is None else self.shape[self.batch_axis]
+
+    def by_stream(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A view of the state with the axis of the streams first; it is added where there is none."""
+        return array[None] if self.batch_axis is None else np.moveaxis(array, self.batch_axis, 0)
 
 
 Spec = TensorSpec | StateSpec

@@ -51,8 +51,9 @@ def check_contract(contract: StepContract, subject: str) -> None:
             )
     for tensor in (*contract.inputs, *contract.outputs):
         _check_pixels(tensor, f"{subject}: {tensor.name}")
+        _check_streams(tensor, f"{subject}: {tensor.name}")
     for state in contract.states:
-        if not 0 <= state.batch_axis < len(state.shape):
+        if state.batch_axis is not None and not 0 <= state.batch_axis < len(state.shape):
             raise ContractError(
                 f"{subject}: {state.name}: batch_axis {state.batch_axis} is not an axis of {state.shape}"
             )
@@ -117,6 +118,17 @@ def _check_events(spec: TensorSpec, subject: str) -> None:
         raise ContractError(f"{subject}: {spec.name}: expected a window {whole}, got {size:g} {unit}")
 
 
+def _check_streams(spec: TensorSpec, subject: str) -> None:
+    """Check that the axis of the streams is one, and that a value fits the tensor."""
+    if isinstance(spec.batch_axis, int) and not 0 <= spec.batch_axis < len(spec.shape):
+        raise ContractError(f"{subject}: batch_axis {spec.batch_axis} is not an axis of {spec.shape}")
+    if isinstance(spec.value, msgspec.UnsetType) or len(spec.value) == 1:
+        return
+    sizes = [dim for dim in spec.shape if isinstance(dim, int)]
+    if len(sizes) < len(spec.shape) or len(spec.value) != math.prod(sizes):
+        raise ContractError(f"{subject}: a value of {len(spec.value)} numbers does not fit {spec.shape}")
+
+
 def _check_initial(state: StateSpec, subject: str) -> None:
     """Check that an initial value fits the state at every size."""
     if isinstance(state.init, str):
@@ -124,7 +136,9 @@ def _check_initial(state: StateSpec, subject: str) -> None:
     name, init = f"{subject}: {state.name}: initial value", state.init
     if not state.dtype.startswith("float"):
         raise ContractError(f"{name}: only floating-point states can have one, this one is {state.dtype}")
-    dims = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
+    dims = state.shape
+    if state.batch_axis is not None:
+        dims = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
     if len(init.shape) != len(dims) or any(size not in (1, dim) for size, dim in zip(init.shape, dims, strict=True)):
         raise ContractError(
             f"{name}: expected shape {dims}, or 1 for an axis, got {init.shape}",

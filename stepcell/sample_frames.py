@@ -22,23 +22,28 @@ _SMALL_INTEGERS = ("uint8", "int8", "uint16", "int16")
 def random_frame(spec: TensorSpec, shape: Sequence[int], rng: np.random.Generator) -> NDArray[Any]:
     """Independent uniform values over the whole range: the hardest input for a recurrence.
 
-    Integers have every value of the range, floats without a range -1 to 1.
+    Integers have every value of the range, floats without a range -1 to 1. An input that has a value in the contract
+    keeps it.
     """
+    if spec.value:
+        return spec.filled(shape)
     low, high = _range(spec)
     if spec.dtype.startswith("float"):
-        return _normalised(spec, rng.uniform(low, high, shape))
-    return rng.integers(int(np.ceil(low)), int(np.floor(high)) + 1, shape).astype(spec.dtype)
+        return _normalised(spec, np.asarray(rng.uniform(low, high, shape)))
+    return np.asarray(rng.integers(int(np.ceil(low)), int(np.floor(high)) + 1, shape), spec.dtype)
 
 
 def smooth_frame(spec: TensorSpec, shape: Sequence[int], t: int) -> NDArray[Any]:
     """Frame number `t` of a slowly moving wave over 90 % of the range: states converge, and drift shows."""
+    if spec.value:
+        return spec.filled(shape)
     low, high = _range(spec)
     phase = np.zeros((1,) * len(shape))
     for axis, size in enumerate(shape):
         ramp = np.arange(size) * 0.13 * (axis + 1)
         phase = phase + ramp.reshape([-1 if other == axis else 1 for other in range(len(shape))])
     wave = low + (high - low) * (0.5 + 0.45 * np.sin(phase + 0.05 * t))
-    return _normalised(spec, wave) if spec.dtype.startswith("float") else np.rint(wave).astype(spec.dtype)
+    return _normalised(spec, wave) if spec.dtype.startswith("float") else np.asarray(np.rint(wave), spec.dtype)
 
 
 def undeclared_integers(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
@@ -66,4 +71,4 @@ def _normalised(spec: TensorSpec, values: NDArray[np.float64]) -> NDArray[Any]:
         mean = np.broadcast_to(spec.mean or 0.0, values.shape[axis]).reshape(column)
         std = np.broadcast_to(spec.std or 1.0, values.shape[axis]).reshape(column)
         values = (values - mean) / std
-    return values.astype(spec.dtype)
+    return np.asarray(values, spec.dtype)

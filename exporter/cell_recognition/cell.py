@@ -70,15 +70,22 @@ class RecognisedCell:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NearMiss:
-    """A part of the graph that has the form of a cell but is not replaced, with the reason in a short sentence."""
+    """A part of the graph that has the form of a cell but is not replaced, with the reason in a short sentence.
+
+    Attributes:
+        states: (before, after) of the states that its equations determine: h of a GRU, c of an LSTM.
+        after: the new h.
+    """
 
     name: str
     kind: OpName
     hidden: int
     kernel: tuple[int, int]
     reason: str
+    states: tuple[tuple[ir.Value, ir.Value], ...]
+    after: ir.Value
 
     @property
     def spec(self) -> CellSpec:

@@ -28,7 +28,7 @@ from stepcell.exporter.cell_recognition.hidden_state import hidden_state
 from stepcell.exporter.cell_recognition.peephole import peephole_weights, split_peephole
 from stepcell.exporter.cell_recognition.polynomial import Algebra
 from stepcell.exporter.cell_recognition.values import Array, channel_count, rank, uncast
-from stepcell.ops import Gates, Reset
+from stepcell.ops import Gates, OpName, Reset
 
 __all__ = ["find_cells"]
 
@@ -281,8 +281,9 @@ def _cell(
 
 
 def _near_miss(name: str, found: Gru | Lstm, reason: str) -> NearMiss:
-    state = found.h if isinstance(found, Gru) else found.c
+    state, new = (found.h, found.after) if isinstance(found, Gru) else (found.c, found.c_after)
     widths = [gate.channels[1] - gate.channels[0] for gate in found.gates if gate.channels is not None]
     widths += [size for value in (found.gates[0].argument, state) if (size := channel_count(value)) is not None]
     kernel = first_kernel(gate.argument for gate in found.gates)
-    return NearMiss(name, "ConvGRU" if isinstance(found, Gru) else "ConvLSTM", (widths or [0])[0], kernel, reason)
+    kind: OpName = "ConvGRU" if isinstance(found, Gru) else "ConvLSTM"
+    return NearMiss(name, kind, (widths or [0])[0], kernel, reason, ((state, new),), found.after)

@@ -2,77 +2,77 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import msgspec
 import onnx
 from onnxscript import ir
 
 from stepcell.contract import METADATA_KEY, DType, StateSpec, StepContract, TensorSpec
-from stepcell.dims import Dim, symbols_of
+from stepcell.dims import Dim, substitute
 from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
-from stepcell.exporter.from_onnx.onnx_file import OnnxFile
+from stepcell.exporter.from_onnx.input_values import Number
+from stepcell.exporter.from_onnx.onnx_file import OnnxFile, Port
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
+from stepcell.exporter.from_onnx.stream_axis import StreamAxes
 from stepcell.exporter.step_onnx.graph import embed_contract, set_shape
 from stepcell.pixels import completed, map_layout, natural_layout
 
 __all__ = ["FAMILY", "contract_of", "rename", "write_contract"]
 
 FAMILY = "adopted"
-_BATCH = re.compile(r"batch|(b|n|bs)$", re.IGNORECASE)
 
 
 def contract_of(
     file: OnnxFile,
     pairs: Sequence[Pair],
     sizes: Sizes,
+    streams: StreamAxes,
+    values: Mapping[str, tuple[Number, ...]],
     cells: Sequence[RecognisedCell],
     near_misses: Sequence[NearMiss],
     source: Mapping[str, object],
 ) -> StepContract:
     """The contract of the fused file; `parity` is added after the comparison."""
-    after = {pair.output for pair in pairs}
-    inputs = [_tensor(p.name, p.dtype, sizes) for p in file.inputs if p.name not in {pair.input for pair in pairs}]
-    batch = _batch(inputs)
+    ends = {end for pair in pairs for end in (pair.input, pair.output)}
     dtypes = {port.name: port.dtype for port in file.inputs}
+    ones = dict.fromkeys(streams.only_one, 1)
+
+    def tensors(ports: Sequence[Port], others: Sequence[TensorSpec] = ()) -> Iterator[TensorSpec]:
+        for port in ports:
+            if port.name not in ends:
+                spec = _tensor(port.name, port.dtype, substitute(sizes.shapes[port.name], ones), others)
+                axis = streams.axes[port.name] if pairs else msgspec.UNSET
+                value = values.get(port.name, msgspec.UNSET)
+                yield msgspec.structs.replace(spec, batch_axis=axis, value=value)
+
+    inputs = tuple(tensors(file.inputs))
     return StepContract(
         family=FAMILY,
         precision=file.precision,
-        inputs=tuple(inputs),
-        outputs=tuple(_tensor(port.name, port.dtype, sizes, inputs) for port in file.outputs if port.name not in after),
+        inputs=inputs,
+        outputs=tuple(tensors(file.outputs, inputs)),
         states=tuple(
             StateSpec(
                 name=pair.name,
-                shape=sizes.shapes[pair.input],
+                shape=substitute(sizes.shapes[pair.input], ones),
                 dtype=dtypes[pair.input],
-                batch_axis=_batch_axis(sizes.shapes[pair.input], batch),
+                batch_axis=streams.axes[pair.input],
                 original_input=pair.input,
                 original_output=pair.output,
             )
             for pair in pairs
         ),
         cells=(*(cell.spec for cell in cells), *(miss.spec for miss in near_misses)),
-        example=sizes.example,
+        example={symbol: size for symbol, size in sizes.example.items() if symbol not in ones},
         source=dict(source),
     )
 
 
-def _tensor(name: str, dtype: DType, sizes: Sizes, inputs: Sequence[TensorSpec] = ()) -> TensorSpec:
-    shape = sizes.shapes[name]
+def _tensor(name: str, dtype: DType, shape: Sequence[Dim], inputs: Sequence[TensorSpec]) -> TensorSpec:
     layout = natural_layout(shape) or map_layout(shape, inputs)
-    return completed(TensorSpec(name=name, shape=shape, dtype=dtype, layout=layout))
-
-
-def _batch(inputs: Sequence[TensorSpec]) -> Dim | None:
-    """The size of the batch: one that has such a name, else the first size of the first input that has axes."""
-    named = (symbol for symbol in symbols_of(dim for spec in inputs for dim in spec.shape) if _BATCH.match(symbol))
-    return next(named, next((spec.shape[0] for spec in inputs if spec.shape), None))
-
-
-def _batch_axis(shape: Sequence[Dim], batch: Dim | None) -> int:
-    """The axis of a state that has the size of the batch; the first where several have it."""
-    return next((axis for axis, dim in enumerate(shape) if dim == batch), 0)
+    return completed(TensorSpec(name=name, shape=tuple(shape), dtype=dtype, layout=layout))
 
 
 def rename(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +20,18 @@ from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
-from stepcell.exporter.cell_recognition.state_pairs import CARRYING, states_of_cells
 from stepcell.exporter.declared_range import warn_of_range
 from stepcell.exporter.from_onnx.check import check_fused
 from stepcell.exporter.from_onnx.contract import contract_of, rename, write_contract
+from stepcell.exporter.from_onnx.evidence import Evidence, find_evidence
+from stepcell.exporter.from_onnx.input_values import Number, bake, checked_values
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, read_onnx_file
-from stepcell.exporter.from_onnx.pairs import find_pairs
+from stepcell.exporter.from_onnx.pairs import Pairing, find_pairs
 from stepcell.exporter.from_onnx.redeclare import declared, redeclare
 from stepcell.exporter.from_onnx.restore import cells_of_nodes, check_restored, restore_contract
 from stepcell.exporter.from_onnx.sizes import find_sizes
+from stepcell.exporter.from_onnx.state_ends import with_equal_ends
+from stepcell.exporter.from_onnx.stream_axis import StreamAxes, find_stream_axes
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import Seen
 from stepcell.exporter.step_onnx.graph import attach_functions
@@ -52,6 +55,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
             and `parity` the comparison with the original file.
         transforms: by cell, the exact transformation of its weights, where one was needed.
         notes: for a person: what may be a state and was not taken, cells that could not be replaced.
+        warnings: for a person: what the file does not remember from step to step.
         nodes_before: nodes of the graph before, without those of graphs inside nodes.
         nodes_after: the same after.
         redeclared: the file had a contract, and only what it says of pictures was changed.
@@ -60,6 +64,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
     contract: StepContract
     transforms: dict[str, str]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     nodes_before: int
     nodes_after: int
     redeclared: bool = False
@@ -76,6 +81,9 @@ def fuse(
     *,
     states: Mapping[str, str] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    stateless: bool = False,
+    constants: Mapping[str, Sequence[Number]] | None = None,
+    values: Mapping[str, Sequence[Number]] | None = None,
     contract: Path | None = None,
     tolerance: float | None = None,
     pixels: Declaration | None = None,
@@ -88,9 +96,12 @@ def fuse(
     Args:
         source: an ONNX file of one step with its states as inputs and outputs.
         target: the file to write, neither `source` nor a file with its weights.
-        states: by state input the output that is its next value, where names and cells do not
+        states: by state input the output that is its next value, where names and graph do not
             determine it; an empty output: the input is not a state.
         shapes: sizes to fix, by input.
+        stateless: no input is a state, whatever names and graph say.
+        constants: by input the values that replace it, in C order; one number fills it.
+        values: by input the values that it has in a step that is not given any; it stays an input.
         contract: the file that `source` was before another tool changed it: its contract is brought back (`restore`),
             and neither states nor shapes are given.
         tolerance: with `contract`, the difference to that file that is allowed, relative to max(1, largest value).
@@ -108,8 +119,12 @@ def fuse(
         ParityError: the result differs from the original over 100 steps; nothing is written.
         OutputError: `target` cannot be written.
     """
-    if contract is not None and (states or shapes):
-        raise UsageError("--contract: brings states and sizes of the original; --state and --shape do not fit")
+    said = states or shapes or stateless or constants or values
+    if contract is not None and said:
+        raise UsageError(
+            "--contract: brings states, sizes and values of the original; leave out --state, --stateless, --shape, "
+            "--constant and --value"
+        )
     if tolerance is not None and contract is None:
         raise UsageError("--tolerance: is for --contract")
     reads: dict[str | Path, str] = {source: "the model"}
@@ -118,10 +133,12 @@ def fuse(
     with atomic_path(target) as temporary:  # first, so that an invalid path is reported before the work
         if contract is not None:
             report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance, pixels)
-        elif pixels and not states and not shapes and is_exported_model(source):
+        elif pixels and not said and is_exported_model(source):
             report, model = _redeclared(*redeclare(source, target, pixels))
         else:
-            report, model = _fuse(read_onnx_file(source), states or {}, shapes or {}, pixels)
+            file = bake(read_onnx_file(source), constants or {})
+            pairs = _given_states(file, states or {}, stateless=stateless)
+            report, model = _fuse(file, _Given(pairs, shapes or {}, values or {}, stateless, pixels))
         temporary.write_bytes(model.SerializeToString())
     return report
 
@@ -129,22 +146,29 @@ def fuse(
 def _redeclared(contract: StepContract, model: onnx.ModelProto) -> tuple[FuseReport, onnx.ModelProto]:
     count = len(model.graph.node)
     report = FuseReport(
-        contract=contract, transforms={}, notes=(), nodes_before=count, nodes_after=count, redeclared=True
+        contract=contract, transforms={}, notes=(), warnings=(), nodes_before=count, nodes_after=count, redeclared=True
     )
     return report, model
 
 
-def _fuse(
-    file: OnnxFile,
-    states: Mapping[str, str],
-    shapes: Mapping[str, Sequence[int]],
-    pixels: Declaration | None,
-) -> tuple[FuseReport, onnx.ModelProto]:
-    original = OnnxSession(file.data, str(file.path))
+def _given_states(file: OnnxFile, states: Mapping[str, str], *, stateless: bool) -> Mapping[str, str]:
+    if not stateless:
+        return states
+    if pairs := [f"--state {source}={target}" for source, target in states.items() if target]:
+        raise UsageError(f"--stateless: no input is a state, but {pairs[0]} makes one", hint="leave out one of the two")
+    return {**states, **{port.name: "" for port in file.inputs}}
+
+
+def _fuse(file: OnnxFile, given: _Given) -> tuple[FuseReport, onnx.ModelProto]:
     found = _find(file)
+    pairing = find_pairs(file.inputs, file.outputs, found.evidence, given.states)
+    file, reshaped = with_equal_ends(file, pairing.pairs)
+    found = _find(file) if reshaped else found
+    original = OnnxSession(file.data, str(file.path))
     model, cells = found.model, found.cells
-    pairing = find_pairs(file.inputs, file.outputs, found.evidence, states)
-    sizes = find_sizes(file, original, pairing.pairs, shapes)
+    values = _values_of_data(file, pairing, given.values)
+    sizes = find_sizes(file, original, pairing.pairs, given.shapes, values)
+    streams = find_stream_axes(file, original, pairing.pairs, sizes)
     source = {
         "onnx_sha256": file.sha256,
         "producer": f"{file.model.producer_name} {file.model.producer_version}".strip(),
@@ -154,8 +178,8 @@ def _fuse(
         "onnxscript": onnxscript.__version__,
         "opset": model.opset_imports.get("", file.opset),
     }
-    contract = contract_of(file, pairing.pairs, sizes, cells, found.near_misses, source)
-    contract = declared(contract, pixels)
+    contract = contract_of(file, pairing.pairs, sizes, streams, values, cells, found.near_misses, source)
+    contract = declared(contract, given.pixels)
     try:
         contract.check(str(file.path))
     except ContractError as error:
@@ -171,13 +195,20 @@ def _fuse(
     seen: Seen = {}
     with integers_explained(contract):
         parity = check_fused(original, fused, contract, sizes, seen)
-    if pixels:
+    if given.pixels:
         warn_of_range(contract, seen)
     contract = write_contract(proto, msgspec.structs.replace(contract, parity=parity))
     report = FuseReport(
         contract=contract,
         transforms={cell.name: cell.note for cell in cells if cell.note},
-        notes=(*file.notes, *found.notes, *pairing.notes),
+        notes=(
+            *file.notes,
+            *found.notes,
+            *pairing.notes,
+            *reshaped,
+            *(_stream_notes(contract, streams) if pairing.pairs else ()),
+        ),
+        warnings=() if given.stateless else tuple(found.evidence.warnings({pair.input for pair in pairing.pairs})),
         nodes_before=len(file.model.graph.node),
         nodes_after=len(proto.graph.node),
     )
@@ -227,6 +258,7 @@ def _restore(
         contract=contract,
         transforms={},
         notes=tuple(notes),
+        warnings=(),
         nodes_before=len(file.model.graph.node),
         nodes_after=len(proto.graph.node),
     )
@@ -256,6 +288,38 @@ def _with_first_names(contract: StepContract, before: StepContract) -> tuple[Sta
     )
 
 
+def _values_of_data(
+    file: OnnxFile, pairing: Pairing, values: Mapping[str, Sequence[Number]]
+) -> dict[str, tuple[Number, ...]]:
+    found = checked_values(file.inputs, values, option="--value")
+    for pair in pairing.pairs:
+        if pair.input in found:
+            raise UsageError(
+                f"--value {pair.input}: is a state, which starts at zero and then follows {pair.output}",
+                hint=f"if it is none: --state {pair.input}=",
+            )
+    return found
+
+
+def _stream_notes(contract: StepContract, streams: StreamAxes) -> Iterator[str]:
+    for symbol in streams.only_one:
+        yield f"the file calls {symbol} dynamic, but runs only with 1: it is fixed, and the model steps one stream"
+    if streams.size is None:
+        names = ", ".join(f"{state.name} {' x '.join(map(str, state.shape)) or '1'}" for state in contract.states)
+        yield f"no axis counts streams ({names}): the model steps one stream, and takes neither slots nor masks"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the user says about a file; see `fuse`."""
+
+    states: Mapping[str, str]
+    shapes: Mapping[str, Sequence[int]]
+    values: Mapping[str, Sequence[Number]]
+    stateless: bool
+    pixels: Declaration | None
+
+
 @dataclass(frozen=True)
 class _Found:
     """The graph that is used from here on, its cells, and the state pairs that they imply."""
@@ -263,7 +327,7 @@ class _Found:
     model: ir.Model
     cells: list[RecognisedCell]
     near_misses: list[NearMiss]
-    evidence: dict[str, list[str]]
+    evidence: Evidence
     notes: list[str]
 
 
@@ -286,11 +350,9 @@ def _find(file: OnnxFile) -> _Found:
         cells, near_misses = find_cells(graph)
     except Exception as error:  # the optimizer may fail on graphs of any exporter
         notes.append(f"the graph could not be searched for cells: {_text(error)}")
-        return _Found(ir.from_proto(file.model), [], [], {}, notes)
-    evidence: dict[str, list[str]] = {}
-    for state in states_of_cells(graph, cells, CARRYING):
-        targets = evidence.setdefault(state.input, [])
-        targets += [state.output] if state.output not in targets else []
+        plain = ir.from_proto(file.model)
+        return _Found(plain, [], [], find_evidence(plain, [], []), notes)
+    evidence = find_evidence(graph, cells, near_misses)
     if cells and not notes:
         return _Found(graph, cells, near_misses, evidence, [])
     notes = [f"{len(cells)} cell(s) stay as they are: {note}" for note in notes] if cells else []

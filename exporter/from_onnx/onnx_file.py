@@ -36,6 +36,27 @@ class Port:
     dtype: DType
     shape: tuple[int | str | None, ...] | None
 
+    @property
+    def has_elements(self) -> bool:
+        """Whether it is more than a single number, such as a threshold."""
+        return self.shape is None or any(size != 1 for size in self.shape)
+
+    def becomes(self, other: Port) -> bool:
+        """Whether both can be ends of one state once the other, its next value, is reshaped, or this one broadcast.
+
+        The two have the same sizes above 1 and at most one that is not known, or this one is a single number.
+        """
+        if self.fits(other):
+            return True
+        if self.dtype != other.dtype or self.shape is None or other.shape is None:
+            return False
+        if not self.has_elements:
+            return len(self.shape) == len(other.shape) > 0
+        mine, theirs = ([size for size in shape if size != 1] for shape in (self.shape, other.shape))
+        unknown = sum(not isinstance(size, int) for size in mine)
+        differ = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(mine, theirs, strict=False))
+        return len(mine) == len(theirs) and unknown <= 1 and not differ
+
     def fits(self, other: Port) -> bool:
         """Whether both can be ends of one state: same dtype, same rank, no two numbers that differ."""
         if self.dtype != other.dtype:

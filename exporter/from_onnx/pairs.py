@@ -1,7 +1,8 @@
-"""Pairing of states: finds the output that is the next value of an input, by names and by the cells of the graph.
+"""Pairing of states: finds the output that is the next value of an input, by names and by the graph.
 
 A pair is accepted if there is only one interpretation. If there are several the user is asked: a file
-with wrongly paired states runs without an error and is wrong from the second frame on.
+with wrongly paired states runs without an error and is wrong from the second frame on. So does a file with a state
+that is taken for data, so what may be a state is asked about too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 from stepcell.contract import STATE_IN, STATE_OUT
 from stepcell.errors import UsageError
+from stepcell.exporter.from_onnx.evidence import Evidence, Link
 from stepcell.exporter.from_onnx.onnx_file import Port
 from stepcell.exporter.from_onnx.state_name_words import Mark, core_of, numbered, read, says_data, says_state
 
@@ -69,12 +71,12 @@ class _Search:
 
 
 def find_pairs(
-    inputs: Sequence[Port], outputs: Sequence[Port], cells: Mapping[str, Sequence[str]], given: Mapping[str, str]
+    inputs: Sequence[Port], outputs: Sequence[Port], evidence: Evidence, given: Mapping[str, str]
 ) -> Pairing:
     """Find the states of a file.
 
     Args:
-        cells: by input, the outputs that a cell of the graph computes from it as its new state.
+        evidence: what the graph says.
         given: pairs that the user gave; an empty output: the input is not a state.
 
     Raises:
@@ -84,18 +86,18 @@ def find_pairs(
     search = _Search({port.name: port for port in inputs}, {port.name: port for port in outputs})
     _take_exported(search, given)
     _take_given(search, given)
-    evidence = {
-        source: [t for t in targets if t in search.outputs and search.inputs[source].fits(search.outputs[t])]
-        for source, targets in cells.items()
-        if source in search.inputs
+    links = {
+        source: {t: link for t, link in evidence.outputs_of(source).items() if _fit(search, source, t)}
+        for source in search.inputs
     }
-    _take_by_name(search, evidence)
-    _take_by_cell(search, evidence)
-    _ask_for_rest(search)
+    links = {source: targets for source, targets in links.items() if targets}
+    _take_by_name(search, links)
+    _take_by_graph(search, links)
+    _ask_for_rest(search, evidence, inputs[0].name if inputs else "")
     if search.questions:
         raise UsageError(
             f"which output is the next value of which input is not clear: {'; '.join(search.questions)}",
-            hint=f"give it: {'; '.join(search.arguments)} (an empty right side: not a state)",
+            hint=f"give it: {'; '.join(search.arguments)} (an empty right side: not a state; --stateless: none is)",
         )
     cores = {port.name: search.cores[port.name] for port in inputs if port.name in search.taken}
     ends = {*search.taken, *search.taken.values()}
@@ -114,6 +116,10 @@ def _take_exported(search: _Search, given: Mapping[str, str]) -> None:
             search.take(source, after.name, name)
 
 
+def _fit(search: _Search, source: str, target: str) -> bool:
+    return target in search.outputs and search.inputs[source].becomes(search.outputs[target])
+
+
 def _take_given(search: _Search, given: Mapping[str, str]) -> None:
     for source, target in given.items():
         if source not in search.inputs:
@@ -124,7 +130,7 @@ def _take_given(search: _Search, given: Mapping[str, str]) -> None:
             what = "given twice" if target in search.taken.values() else "no such output"
             raise UsageError(f"--state {source}={target}: {what}", hint=f"outputs: {_list(search.outputs)}")
         before, after = search.inputs[source], search.outputs[target]
-        if not before.fits(after):
+        if not before.becomes(after):
             raise UsageError(
                 f"--state {source}={target}: input and output of a state have one dtype and shape, "
                 f"got {before.dtype} {before.shape} and {after.dtype} {after.shape}"
@@ -136,10 +142,10 @@ def _take_given(search: _Search, given: Mapping[str, str]) -> None:
             del search.inputs[source]
 
 
-def _take_by_name(search: _Search, evidence: Mapping[str, Sequence[str]]) -> None:
+def _take_by_name(search: _Search, links: Mapping[str, Mapping[str, Link]]) -> None:
     matches = []
     for match in _matches(search.inputs.values(), search.outputs.values()):
-        by_cell = match.output in evidence.get(match.input, ())
+        by_cell = match.output in links.get(match.input, ())
         plain = says_data(match.input) or (match.mark < Mark.TIME and not says_state(match.input))
         if plain and not by_cell:
             search.notes.append(
@@ -164,35 +170,49 @@ def _take_by_name(search: _Search, evidence: Mapping[str, Sequence[str]]) -> Non
             search.ask(source, own, why)
             continue
         (match,) = own.values()
-        wired = evidence.get(source, ())
+        wired = links.get(source, {})
         claimed = {other.output for other in matches if other.input != source}
-        if wired and match.output not in wired and claimed.intersection(wired):
-            search.ask(source, {match.output, *wired}, "its name and the cell that reads it imply different outputs")
+        contradicted = any(link.is_sure for link in wired.values()) or claimed.intersection(wired)
+        if wired and match.output not in wired and contradicted:
+            by = next(iter(wired.values())).by
+            search.ask(source, {match.output, *wired}, f"its name and {by}, which reads it, imply different outputs")
         elif source in search.inputs and match.output in search.outputs:
             search.take(source, match.output, core_of(source, match.words))
 
 
-def _take_by_cell(search: _Search, evidence: Mapping[str, Sequence[str]]) -> None:
-    """Pair the rest by the cells of the graph, if the input's name denotes a state or all are numbered alike."""
-    open_pairs = {
-        source: [target for target in targets if target in search.outputs]
-        for source, targets in evidence.items()
+def _take_by_graph(search: _Search, links: Mapping[str, Mapping[str, Link]]) -> None:
+    """Pair the rest as the graph has it, where its nodes or the input's name leave no other reading."""
+    open_links = {
+        source: {target: link for target, link in targets.items() if target in search.outputs}
+        for source, targets in links.items()
         if source in search.inputs
     }
-    open_pairs = {source: targets for source, targets in open_pairs.items() if targets}
-    alike = _count_alike(open_pairs)
-    for source, targets in open_pairs.items():
-        rivals = [other for other in open_pairs if other != source and set(open_pairs[other]) & set(targets)]
-        if not (says_state(source, clearly=True) or alike):
-            either = " or ".join(targets)
+    open_links = {source: targets for source, targets in open_links.items() if targets}
+    sure = {source for source, targets in open_links.items() if all(link.is_sure for link in targets.values())}
+    alike = _count_alike({source: list(targets) for source, targets in open_links.items()})
+    for source, targets in open_links.items():
+        by = next(iter(targets.values())).by
+        rivals = [other for other in open_links if other != source and set(open_links[other]) & set(targets)]
+        named = says_state(source, clearly=True) or alike
+        if says_data(source) and source not in sure and not named:
             search.notes.append(
-                f"{source} and {either} look like a hidden state before and after a recurrent cell, but their names do "
-                f"not; if {either} is fed back: --state {source}={targets[0]}"
+                f"{source} and {' or '.join(targets)} look like a hidden state before and after {by}, but {source} is "
+                f"named like data; if {next(iter(targets))} is fed back: --state {source}={next(iter(targets))}"
             )
         elif len(targets) > 1 or rivals:
-            search.ask(source, targets, "the cell that reads it computes several outputs")
+            search.ask(
+                source, targets, f"{by} reads it as its old state, and its new one may be one of several outputs"
+            )
+        elif named:
+            search.take(source, next(iter(targets)), source)
+        elif source in sure and not says_data(source):
+            search.take(source, next(iter(targets)), source)
+            search.notes.append(
+                f"{source} is a state, and {next(iter(targets))} its next value: {by} computes one from the other; if "
+                f"not: --state {source}="
+            )
         else:
-            search.take(source, targets[0], source)
+            search.ask(source, targets, f"{by} may read it as its old state, and compute its next value")
 
 
 def _count_alike(pairs: Mapping[str, Sequence[str]]) -> bool:
@@ -206,12 +226,27 @@ def _count_alike(pairs: Mapping[str, Sequence[str]]) -> bool:
     return len(pairs) > 1 and len(stems) == 1
 
 
-def _ask_for_rest(search: _Search) -> None:
-    """Ask about inputs that are named like a state, rather than make them data inputs."""
+def _ask_for_rest(search: _Search, evidence: Evidence, first: str) -> None:
+    """Ask about inputs that may be a state, rather than make them data inputs.
+
+    Args:
+        first: the first input of the file, which is data unless its name says otherwise.
+    """
     for source in list(search.inputs):
-        fitting = [t for t, port in search.outputs.items() if port.fits(search.inputs[source]) and port.shape != ()]
-        if fitting and says_state(source, clearly=True) and not says_data(source):
+        before = search.inputs[source]
+        fitting = [t for t, port in search.outputs.items() if port.fits(before) and port.shape != ()]
+        if says_data(source) or not fitting:
+            continue
+        if says_state(source, clearly=True):
             search.ask(source, fitting, "its name denotes a state, and its next value may be one of these outputs")
+            continue
+        computed = [
+            t
+            for t in fitting
+            if (source in evidence.reads.get(t, ()) or evidence.copies.get(t, source) != source) and not says_data(t)
+        ]
+        if source != first and computed and before.dtype.startswith("float") and before.has_elements:
+            search.ask(source, computed, "it may be a state: its dtype and shape are those of")
 
 
 def _matches(inputs: Iterable[Port], outputs: Iterable[Port]) -> list[_Match]:
@@ -226,7 +261,7 @@ def _matches(inputs: Iterable[Port], outputs: Iterable[Port]) -> list[_Match]:
                     before.name, after.name, r.words, max(filter(None, (r.mark, by_words[r.words])), default=Mark.SIDE)
                 )
                 for r in readings
-                if r.words in by_words and before.fits(after)
+                if r.words in by_words and before.becomes(after)
             ]
             if both:
                 found.append(max(both, key=lambda match: (match.mark, len(match.words))))

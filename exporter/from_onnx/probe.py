@@ -7,8 +7,9 @@ Robust Video Matting is `height_1` x `width_1`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 import onnx
 
@@ -21,7 +22,7 @@ from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.step_onnx.graph import set_shape
 from stepcell.external_weights import tensors_of
 
-__all__ = ["Partial", "Prober", "Sample"]
+__all__ = ["Partial", "Prober", "Sample", "is_number"]
 
 # Batch, height, width and any other size. Small ones first, since the comparison runs at them; then
 # sizes for deep pyramids and long windows. Odd sizes distinguish rounding up from rounding down.
@@ -57,6 +58,7 @@ class Prober:
     Attributes:
         data: the data inputs, dynamic sizes named.
         states: shape of every state input, None where it must be found.
+        failures: what ONNX Runtime said where the file did not run.
     """
 
     file: OnnxFile
@@ -64,6 +66,12 @@ class Prober:
     data: Sequence[TensorSpec]
     states: Partial
     pairs: Sequence[Pair]
+    failures: list[str] = field(default_factory=list)
+
+    def with_values(self, values: Mapping[str, float]) -> Prober:
+        """The same with values for some numbers among the data inputs."""
+        data = [msgspec.structs.replace(s, value=(values[s.name],)) if s.name in values else s for s in self.data]
+        return replace(self, data=data)
 
     def samples(self, wanted: int) -> list[Sample]:
         """Up to `wanted` sizes at which the file runs; empty if it runs at none of those tried.
@@ -87,14 +95,49 @@ class Prober:
 
     def at(self, symbols: dict[str, int]) -> Sample | None:
         """A sample at one set of sizes, or None if the file does not run there."""
-        feeds = {spec.name: np.zeros(resolve(spec.shape, symbols), spec.dtype) for spec in self.data}
+        feeds = {spec.name: _plain(spec, resolve(spec.shape, symbols)) for spec in self.data}
         valid, shapes = [], None
         for scalars in _scalars(self.file.model, self.data, symbols):
-            found = _run_at(self.file, self.run, {**feeds, **scalars}, self.states, self.pairs, symbols)
+            found = self._run_at({**feeds, **scalars}, symbols)
             if found is not None:
                 valid.append(scalars)
                 shapes = shapes or found
         return None if shapes is None else Sample(symbols, valid, shapes)
+
+    def _run_at(self, feeds: dict[str, Array], symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]] | None:
+        """Shapes at one set of sizes, or None if the file does not run there."""
+        dtypes = {port.name: port.dtype for port in self.file.inputs}
+        known = {
+            name: [None if d is None else resolve((d,), symbols)[0] for d in shape]
+            for name, shape in self.states.items()
+        }
+        data = {name: array.shape for name, array in feeds.items()}
+        batch = next((array.shape[0] for array in feeds.values() if array.ndim), 1)
+        for default in dict.fromkeys((1, batch)):
+            shapes = _guess(self.file.model, data, known, self.pairs, default)
+            for _ in range(_ROUNDS):
+                zeros = {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
+                try:
+                    results = self.run({**feeds, **zeros})
+                except ExportError as error:  # these are no sizes of the model
+                    self.failures.append(error.message.removeprefix(f"{self.file.path}: "))
+                    break
+                new = {pair.input: results[pair.output].shape for pair in self.pairs}
+                if new == shapes:
+                    return {**data, **shapes, **{name: array.shape for name, array in results.items()}}
+                if not all(map(_fits, new.values(), (known[name] for name in new))):
+                    break
+                shapes = new
+        return None
+
+
+def is_number(spec: TensorSpec) -> bool:
+    """Whether a data input is one floating-point number that no value was given for, such as a ratio."""
+    return spec.dtype.startswith("float") and all(dim == 1 for dim in spec.shape) and spec.value is msgspec.UNSET
+
+
+def _plain(spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+    return np.ones(shape, spec.dtype) if is_number(spec) else np.zeros(shape, spec.dtype)
 
 
 def _symbols(data: Sequence[TensorSpec], rung: tuple[int, int, int, int], *, shrink: bool) -> dict[str, int]:
@@ -118,11 +161,17 @@ def _symbols(data: Sequence[TensorSpec], rung: tuple[int, int, int, int], *, shr
 
 def _scalars(model: onnx.ModelProto, data: Sequence[TensorSpec], symbols: Mapping[str, int]) -> list[dict[str, Array]]:
     """Values for integers of one element, such as a sampling rate: those with which the graph compares them."""
-    single = [s for s in data if not s.dtype.startswith("float") and np.prod(resolve(s.shape, symbols)) == 1]
+    given = {s.name: s.filled(resolve(s.shape, symbols)) for s in data if s.value is not msgspec.UNSET}
+    single = [
+        s
+        for s in data
+        if s.name not in given and not s.dtype.startswith("float") and np.prod(resolve(s.shape, symbols)) == 1
+    ]
     values = {spec.name: [1, 0] if spec.dtype == "bool" else _compared_with(model, spec.name) for spec in single}
     count = max(map(len, values.values()), default=1)
     return [
-        {
+        given
+        | {
             spec.name: np.full(
                 resolve(spec.shape, symbols), values[spec.name][index % len(values[spec.name])], spec.dtype
             )
@@ -149,36 +198,6 @@ def _compared_with(model: onnx.ModelProto, name: str) -> list[int]:
                 if other in constants:
                     found += [int(value) for value in onnx.numpy_helper.to_array(constants[other]).ravel()[:_VALUES]]
     return list(dict.fromkeys([*found, 1]))[:_VALUES]
-
-
-def _run_at(
-    file: OnnxFile,
-    run: OnnxSession,
-    feeds: dict[str, Array],
-    states: Partial,
-    pairs: Sequence[Pair],
-    symbols: Mapping[str, int],
-) -> dict[str, tuple[int, ...]] | None:
-    """Shapes at one set of sizes, or None if the file does not run there."""
-    dtypes = {port.name: port.dtype for port in file.inputs}
-    known = {name: [None if d is None else resolve((d,), symbols)[0] for d in shape] for name, shape in states.items()}
-    data = {name: array.shape for name, array in feeds.items()}
-    batch = next((array.shape[0] for array in feeds.values() if array.ndim), 1)
-    for default in dict.fromkeys((1, batch)):
-        shapes = _guess(file.model, data, known, pairs, default)
-        for _ in range(_ROUNDS):
-            zeros = {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
-            try:
-                results = run({**feeds, **zeros})
-            except ExportError:  # these are no sizes of the model
-                break
-            new = {pair.input: results[pair.output].shape for pair in pairs}
-            if new == shapes:
-                return {**data, **shapes, **{name: array.shape for name, array in results.items()}}
-            if not all(map(_fits, new.values(), (known[name] for name in new))):
-                break
-            shapes = new
-    return None
 
 
 def _fits(shape: Sequence[int], known: Sequence[int | None]) -> bool:

@@ -6,12 +6,15 @@ import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from stepcell.contract import TensorSpec
 from stepcell.dims import Dim, evaluate, symbols_of
 from stepcell.errors import ContractError, ExportError, UsageError
+from stepcell.exporter.from_onnx.input_values import Number
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, Port
 from stepcell.exporter.from_onnx.pairs import Pair
-from stepcell.exporter.from_onnx.probe import Partial, Prober, Sample
+from stepcell.exporter.from_onnx.probe import Partial, Prober, Sample, is_number
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.size_rules import Rule, rules, telling_size
 from stepcell.pixels import natural_layout
@@ -23,6 +26,7 @@ _SAMPLES = 2
 _SAMPLES_TO_DERIVE = 5
 _SAMPLES_AT_MOST = 40
 _LARGER = 16
+_NUMBERS = (1.0, 0.5, 0.25)  # values for a number among the inputs, such as a ratio of sizes
 _REFUSED = 6  # discriminating sizes at which the model did not run
 
 
@@ -43,27 +47,30 @@ class Sizes:
     short: Sample | None = None
 
 
-def find_sizes(file: OnnxFile, run: OnnxSession, pairs: Sequence[Pair], given: Mapping[str, Sequence[int]]) -> Sizes:
+def find_sizes(
+    file: OnnxFile,
+    run: OnnxSession,
+    pairs: Sequence[Pair],
+    given: Mapping[str, Sequence[int]],
+    values: Mapping[str, tuple[Number, ...]] | None = None,
+) -> Sizes:
     """Name the dynamic sizes of the data inputs and derive all others from them.
 
     Args:
         given: shapes by input; the sizes they give are fixed.
+        values: of data inputs.
 
     Raises:
-        UsageError: a shape in `given` does not fit.
+        UsageError: a shape in `given` does not fit, or a number among the data inputs sets sizes and has no value.
         ExportError: the file runs at none of the sizes that were tried, or a size cannot be derived;
             the hint says which shapes to give.
     """
     fixed = _checked_shapes(file.inputs, given)
     names = {pair.input for pair in pairs}
-    declared, data = _name_sizes([port for port in file.inputs if port.name not in names], fixed)
+    declared, specs = _name_sizes([port for port in file.inputs if port.name not in names], fixed)
+    known = values or {}
+    data = [msgspec.structs.replace(s, value=known[s.name]) if s.name in known else s for s in specs]
     states = [port for port in file.inputs if port.name in names]
-    for port in states:
-        if port.shape == ():
-            raise ExportError(
-                f"{file.path}: {port.name}: a state needs a batch axis, got a number without axes",
-                hint=f"add one to the model, or make it a data input: --state {port.name}=",
-            )
     for trusted in (True, False):
         # One name on a state and on a data input usually means one size; some files use a name for several sizes.
         partial: Partial = {
@@ -74,19 +81,12 @@ def find_sizes(file: OnnxFile, run: OnnxSession, pairs: Sequence[Pair], given: M
         )
         sized = {**partial, **_from_outputs(file, pairs, partial, declared if trusted else {})}
         prober = Prober(file, run, data, sized, pairs)
+        _check_numbers(prober)
         samples = prober.samples(_SAMPLES if whole else _SAMPLES_TO_DERIVE)
         if samples:
             break
     else:
-        example = ",".join(
-            f"{spec.name}:{'x'.join('?' if isinstance(d, str) else str(d) for d in spec.shape)}"
-            for spec in data
-            if spec.shape
-        )
-        raise ExportError(
-            f"{file.path}: runs at none of the sizes that were tried",
-            hint=f"give sizes that it takes: --shape {example}",
-        )
+        raise _runs_nowhere(prober, fixed)
     hints = {name: list(shape) for name, shape in partial.items()}
     for port in file.outputs:
         hints[port.name] = list(_state_shape(port, declared, None, rank=len(samples[0].shapes[port.name])))
@@ -99,6 +99,50 @@ def find_sizes(file: OnnxFile, run: OnnxSession, pairs: Sequence[Pair], given: M
     lengths = {dim for spec in data if len(spec.shape) < 4 for dim in spec.shape[1:] if isinstance(dim, str)}
     short = prober.at({**first, **dict.fromkeys(lengths & first.keys(), 1)}) if lengths else None
     return Sizes(shapes, samples, large if prober.at(large) else first, short)
+
+
+def _check_numbers(prober: Prober) -> None:
+    """Raise UsageError for a number among the data inputs on which sizes depend: rules hold for one value of it."""
+    numbers = [spec.name for spec in prober.data if is_number(spec)]
+    for name in numbers:
+        others = {other: 1.0 for other in numbers if other != name}
+        runs = {value: prober.with_values({**others, name: value}) for value in _NUMBERS}
+        samples = {value: each.samples(1) for value, each in runs.items()}
+        first = next((found[0] for found in samples.values() if found), None)
+        if first is None:
+            continue
+        shapes = {value: each.at(first.symbols) for value, each in runs.items()}
+        for end in (*(pair.output for pair in prober.pairs), *(port.name for port in prober.file.outputs)):
+            seen = {value: sample.shapes[end] if sample is not None else None for value, sample in shapes.items()}
+            if len(set(seen.values())) > 1:
+                sizes = " and ".join(
+                    f"{' x '.join(map(str, shape))} at {value:g}" if shape else f"not computed at {value:g}"
+                    for value, shape in seen.items()
+                )
+                raise UsageError(
+                    f"{prober.file.path}: {name}: sizes depend on this number: {end} is {sizes}",
+                    hint=f"fix it: --constant {name}={_NUMBERS[-1]:g} (the value you use), or --value {name}="
+                    f"{_NUMBERS[-1]:g} to keep it as an input that has this value where none is given",
+                )
+
+
+def _runs_nowhere(prober: Prober, fixed: Mapping[str, Sequence[int]]) -> ExportError:
+    """The error of a file that runs at no size: what was tried, what ONNX Runtime said, what may help."""
+    numbers = [spec.name for spec in prober.data if is_number(spec)]
+    said = f"; at the last ones: {prober.failures[-1]}" if prober.failures else ""
+    hints = [f"give the value of {name}: --constant {name}=VALUE" for name in numbers]
+    free = [spec for spec in prober.data if any(isinstance(dim, str) for dim in spec.shape)]
+    if free:
+        shapes = {spec.name: [d if isinstance(d, int) else 256 for d in spec.shape] for spec in free}
+        hints.append(f"give sizes that it takes, such as --shape {format_shapes(shapes)}")
+    unknown = [port for port in prober.file.inputs if port.name in prober.states and port.name not in fixed]
+    if unknown and not free:
+        hints.append(
+            f"give the size of the state: --shape {unknown[0].name}:{'x'.join('?' * len(unknown[0].shape or ()))}"
+        )
+    return ExportError(
+        f"{prober.file.path}: runs at none of the sizes that were tried{said}", hint="; or ".join(hints) or None
+    )
 
 
 def _state_shape(

@@ -44,7 +44,7 @@ _STATE = {
 _STATE_IF_NUMBERED = {"r", "s", "m"}  # r1, as in Robust Video Matting
 _DATA = {
     *("frame", "frames", "image", "images", "img", "imgs", "rgb", "video", "clip", "src", "audio", "wav", "x", "y"),
-    *("mask", "flow", "depth", "logits", "features", "feat", "feature", "events", "points"),
+    *("mask", "flow", "depth", "logits", "features", "feat", "feature", "feats", "events", "points", "skip", "context"),
 }
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepcell.contract import DType, TensorSpec
+from stepcell.dims import bind, resolve, symbols_of
 from stepcell.errors import InputError
 from stepcell.runtime.backends.base import Backend, Device
 from stepcell.runtime.cuda import DeviceArray, OnDevice, is_on_device, read_device_array
@@ -34,6 +36,7 @@ class StepInputs:
     def __init__(self, backend: Backend, *, check_finite: bool) -> None:
         self._backend, self.check_finite = backend, check_finite
         self._specs = {spec.name: spec for spec in backend.contract.inputs}
+        self._valued = [spec for spec in backend.contract.inputs if spec.value is not msgspec.UNSET]
         self._fixed: list[tuple[str, tuple[int, ...], np.dtype[Any]]] = []  # for `are_converted`
 
     def fix(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -66,6 +69,20 @@ class StepInputs:
                 require_finite(name, array)
         return bool(self._fixed)
 
+    def complete(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inputs, with the contract's values for those that are left out.
+
+        Raises:
+            InputError: an input that gives the size of one that is left out does not fit the contract.
+        """
+        missing = [spec for spec in self._valued if spec.name not in inputs]
+        if not missing:
+            return inputs
+        free = any(symbols_of(spec.shape) for spec in missing)
+        given = inputs.keys() & self._specs.keys() if free else set()
+        symbols = bind((name, self._specs[name].shape, np.shape(inputs[name])) for name in given)
+        return {**inputs, **{spec.name: spec.filled(resolve(spec.shape, symbols)) for spec in missing}}
+
     def convert(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> dict[str, NDArray[Any] | DeviceArray]:
         """The inputs of a whole batch, by name.
 
@@ -87,6 +104,7 @@ class StepInputs:
             InputError: as for `convert`, with the name of the slot.
         """
         try:
+            inputs = self.complete(inputs)
             self._require_names(inputs)
             return {name: as_input(spec, inputs[name]) for name, spec in self._specs.items()}
         except InputError as error:

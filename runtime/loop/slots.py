@@ -9,14 +9,15 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.contract import Spec, StepContract
+from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import Dim
 from stepcell.errors import InputError, StateError, UsageError
 
-__all__ = ["Slot", "SlotTable"]
+__all__ = ["Slot", "SlotTable", "is_shared", "require_streams"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -45,7 +46,7 @@ class SlotTable:
 
     Raises:
         UsageError: `count` is below one or differs from the fixed batch size of the model, or an input, output or
-            state has no batch axis.
+            state has no batch axis. An input that has a value in the contract needs none: all slots share it.
     """
 
     def __init__(self, contract: StepContract, count: int) -> None:
@@ -58,7 +59,7 @@ class SlotTable:
                 f"slots: expected {dim}, the batch this model is fixed at, got {count}",
                 hint="export it with --dynamic batch, or with that many rows in --shape",
             )
-        self._inputs = {spec.name: _axis(spec, dim) for spec in contract.inputs}
+        self._inputs = {spec.name: _axis(spec, dim) for spec in contract.inputs if not is_shared(spec)}
         self._outputs = {spec.name: _axis(spec, dim) for spec in contract.outputs}
         self._attached: dict[str, Slot] = {}
         self._frame_shapes: dict[str, tuple[int, ...]] = {}  # that the batch is allocated for
@@ -136,6 +137,9 @@ class SlotTable:
         for slot, arrays in frames.items():
             now.add(slot.index)
             for name, array in arrays.items():
+                if name not in self._inputs:
+                    self._share(name, array, slot, first)
+                    continue
                 if array.shape != shapes[name]:
                     raise InputError(
                         f"slot {slot.name}: {name}: got {array.shape}, slot {first.name} {shapes[name]}",
@@ -148,10 +152,19 @@ class SlotTable:
         self._filled = now
         return self._staging
 
+    def _share(self, name: str, array: NDArray[Any], slot: Slot, first: Slot) -> None:
+        """Take the value of an input that all streams share from the first slot, and check that of the others."""
+        if slot is first:
+            self._staging[name] = array
+        elif not np.array_equal(array, self._staging[name]):
+            raise InputError(
+                f"slot {slot.name}: {name}: all streams share this input, and {first.name} has another value"
+            )
+
     def _allocate(self, slot: Slot, arrays: Arrays) -> None:
         staging, rows = {}, {}
-        for name, array in arrays.items():
-            axis = self._inputs[name]
+        for name, axis in self._inputs.items():
+            array = arrays[name]
             if array.ndim <= axis or array.shape[axis] != 1:
                 raise InputError(f"slot {slot.name}: {name}: expected batch size 1 on axis {axis}, got {array.shape}")
             staging[name] = np.zeros((*array.shape[:axis], self.count, *array.shape[axis + 1 :]), array.dtype)
@@ -172,9 +185,25 @@ def _row(array: NDArray[Any], axis: int, row: int) -> NDArray[Any]:
     return array[(slice(None),) * axis + (slice(row, row + 1),)]
 
 
+def is_shared(spec: TensorSpec) -> bool:
+    """Whether all streams share an input: one without an axis of streams, which has a value in the contract."""
+    return spec.batch_axis is None and spec.value is not msgspec.UNSET
+
+
+def require_streams(contract: StepContract) -> None:
+    """Raise UsageError where a state has no axis of streams, so that the model steps one stream."""
+    for state in contract.states:
+        if state.batch_axis is None:
+            raise UsageError(
+                f"this model steps one stream: no axis of its state {state.name} {state.shape} counts streams",
+                hint="reset() clears the state; give each stream a loop of its own: StepLoop.open(...) without slots",
+            )
+
+
 def _batch_dim(contract: StepContract) -> Dim:
     """The dimension of the batch axis: a symbol, or a number if the batch is fixed."""
-    dims = {state.shape[state.batch_axis] for state in contract.states}
+    require_streams(contract)
+    dims = {state.streams for state in contract.states}
     dims = dims or {contract.inputs[0].shape[0]} if contract.inputs else dims
     dim = dims.pop() if len(dims) == 1 else None
     if dim is None or not (isinstance(dim, int) or dim.isidentifier()):
@@ -186,8 +215,10 @@ def _batch_dim(contract: StepContract) -> Dim:
     return dim
 
 
-def _axis(spec: Spec, dim: Dim) -> int:
-    if dim not in spec.shape:
+def _axis(spec: TensorSpec, dim: Dim) -> int:
+    if isinstance(spec.batch_axis, int):
+        return spec.batch_axis
+    if dim not in spec.shape or spec.batch_axis is None:
         raise UsageError(
             f"slots: {spec.name} {spec.shape} has no batch axis {dim!r}",
             hint="give each stream a loop of its own: StepLoop.open(...) without slots",

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepcell.contract import StepContract
+from stepcell.dims import evaluate
 from stepcell.errors import InputError, StateError
 from stepcell.runtime.backends.base import Backend
+from stepcell.runtime.loop.slots import require_streams
 
 __all__ = ["LoopStates", "as_states"]
 
@@ -68,9 +70,8 @@ class LoopStates:
             self._backend.reset(rows)
         elif self._loaded is not None:  # without a loaded state, the first step starts from the initial values
             for spec in self._contract.states:
-                array = self._loaded[spec.name]
-                index = (slice(None),) * spec.batch_axis + (np.flatnonzero(rows),)
-                array[index] = spec.initial(array.shape)[index]
+                array, chosen = self._loaded[spec.name], np.flatnonzero(rows)
+                spec.by_stream(array)[chosen] = spec.by_stream(spec.initial(array.shape))[chosen]
 
     def read(self) -> dict[str, NDArray[Any]]:
         """A copy of every state, by name.
@@ -99,10 +100,12 @@ class LoopStates:
 
         Raises:
             InputError: something else.
+            UsageError: the model steps one stream.
             StateError: no step has run yet.
         """
+        require_streams(self._contract)
         self._require_sizes()
-        counts = {self._shapes()[spec.name][spec.batch_axis] for spec in self._contract.states}
+        counts = {evaluate(spec.streams, self._symbols or {}) for spec in self._contract.states}
         array = np.asarray(flags)
         if array.dtype != bool or array.ndim != 1 or (counts and {len(array)} != counts):
             wanted = max(counts, default=1)
@@ -149,7 +152,7 @@ def as_states(contract: StepContract, state: Mapping[str, ArrayLike], rows: int 
             raise StateError(
                 f"{spec.name}: expected {spec.dtype} of shape {spec.shape}, got {array.dtype} {array.shape}"
             )
-        if rows is not None and array.shape[spec.batch_axis] != rows:
+        if rows is not None and len(spec.by_stream(array)) != rows:
             raise StateError(f"{spec.name}: expected {rows} slots on axis {spec.batch_axis}, got {array.shape}")
         with np.errstate(over="ignore"):  # a value beyond float16 becomes Inf, as it would in the model
             arrays[spec.name] = np.ascontiguousarray(array, spec.dtype)

@@ -129,6 +129,7 @@ class StepLoop:
 
         Args:
             inputs: data inputs by name: numpy arrays, or objects that numpy reads (`__array__`, DLPack on the CPU).
+                One that has a value in the contract may be left out.
                 Floats are cast to the dtype of the contract; integers are refused for a float input, since their
                 scale is not known. A model on a GPU also takes arrays on that GPU (DLPack or
                 `__cuda_array_interface__`) with the dtype of the contract; these are not checked for NaN.
@@ -348,6 +349,7 @@ class StepLoop:
 
     def _batch(self, inputs: Mapping[str, ArrayLike | OnDevice]) -> Mapping[str, NDArray[Any] | DeviceArray]:
         """The inputs of a step of the whole batch, converted and checked; fixes the sizes."""
+        inputs = self._inputs.complete(inputs)
         if self._inputs.are_converted(inputs):  # never true for a closed loop or one with slots
             return inputs
         self._require_open()

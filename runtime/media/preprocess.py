@@ -19,7 +19,7 @@ _PIXELS = {1: "greyscale (1 channel)", 3: "colour (3 channels)", 4: "4 channels"
 
 
 def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
-    """The only data input of a model that takes pictures or events.
+    """The only data input of a model that takes pictures or events, apart from those that have a value in the contract.
 
     Args:
         contract: contract of the model.
@@ -31,7 +31,8 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
     """
     hint = "step it from Python with StepLoop (docs/run.md)"
     names = ", ".join(f"{spec.name} {spec.shape}" for spec in contract.inputs)
-    spec = contract.inputs[0] if len(contract.inputs) == 1 else None
+    frames = [spec for spec in contract.inputs if not spec.value]  # the others need no frame
+    spec = frames[0] if len(frames) == 1 else None
     if spec is None or not (picture_channels(spec) is not None or spec.events):
         layout = f"; this one has layout {spec.layout}, --layout NHWC names another" if spec is not None else ""
         raise InputError(

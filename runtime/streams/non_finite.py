@@ -27,7 +27,7 @@ def non_finite_rows(contract: StepContract, states: Mapping[str, NDArray[Any]]) 
     """Rows of the batch whose states hold NaN or Inf, each with the name of the first such state."""
     rows: dict[int, str] = {}
     for spec in contract.states:
-        finite = np.isfinite(np.moveaxis(states[spec.name], spec.batch_axis, 0))
+        finite = np.isfinite(spec.by_stream(states[spec.name]))
         for row in np.flatnonzero(~finite.reshape(len(finite), -1).all(1)):
             rows.setdefault(int(row), spec.name)
     return rows

@@ -262,9 +262,11 @@ class Scheduler:
         if self._shared:
             self._loop.reset([self._slots[stream]])
         else:
-            # A frame of another size needs states of another size.
+            # A mask keeps the sizes, and so the buffers. A frame of another size needs states of another size, and a
+            # model without an axis of streams takes no mask.
             known = self._loop.latency.first is not None and cause != "size"
-            self._loop.reset([True] if known else None)
+            masks = all(state.batch_axis is not None for state in self._loop.contract.states)
+            self._loop.reset([True] if known and masks else None)
         stream.count_reset(cause)
 
     def _step_finite(self, inputs: dict[Stream, Arrays], tainted: Collection[Stream]) -> dict[Stream, Arrays]:

@@ -227,10 +227,15 @@ def _digest(array: NDArray[Any]) -> bytes:
 
 def _row_axes(contract: StepContract, clip: Clip) -> dict[str, int] | None:
     """By tensor name the axis that counts rows; None where there is one row."""
-    found: dict[str, int] = {state.name: state.batch_axis for state in contract.states}
-    batch = {state.shape[state.batch_axis] for state in contract.states}
+    found: dict[str, int] = {state.name: state.batch_axis for state in contract.states if state.batch_axis is not None}
+    if len(found) < len(contract.states) or any(
+        spec.batch_axis is None for spec in (*contract.inputs, *contract.outputs)
+    ):
+        return None
+    batch = {state.streams for state in contract.states}
     for spec in (*contract.inputs, *contract.outputs):
         axes = [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim in batch]
+        axes = [spec.batch_axis] if isinstance(spec.batch_axis, int) else axes
         found[spec.name] = axes[0] if axes else 0
     return found if contract.inputs and contract.states and _rows(found, clip) >= 2 else None
 

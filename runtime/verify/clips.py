@@ -14,6 +14,7 @@ from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import bind, resolve
 from stepcell.errors import InputError
 from stepcell.pixels import picture_channels
+from stepcell.runtime.loop.slots import is_shared
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.preprocess import Preprocessor, event_input, image_input
 from stepcell.sample_frames import random_frame
@@ -63,6 +64,9 @@ class Clip:
         for number in range(len(self._frames)):
             frame = {}
             for spec in contract.inputs:
+                if is_shared(spec):
+                    frame[spec.name] = self[number][spec.name]
+                    continue
                 axis = _batch_axis(contract, spec)
                 parts = [np.take(self[number + row][spec.name], [0], axis=axis) for row in range(count)]
                 frame[spec.name] = np.concatenate(parts, axis=axis)
@@ -72,7 +76,9 @@ class Clip:
 
 def _batch_axis(contract: StepContract, spec: TensorSpec) -> int:
     """Axis of an input that counts streams: the one whose size the states' batch axes have."""
-    dims = {state.shape[state.batch_axis] for state in contract.states}
+    if isinstance(spec.batch_axis, int):
+        return spec.batch_axis
+    dims = {state.streams for state in contract.states}
     return next((axis for axis, dim in enumerate(spec.shape) if dim in dims and isinstance(dim, str)), 0)
 
 
@@ -87,7 +93,7 @@ def sizes_for(contract: StepContract, shapes: Mapping[str, Sequence[int]] | None
     given = shapes or {}
     found = bind((spec.name, spec.shape, given[spec.name]) for spec in contract.inputs if spec.name in given)
     multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
-    batch = {state.shape[state.batch_axis] for state in contract.states} | {"batch"}
+    batch = {state.streams for state in contract.states} | {"batch"}
     for symbol in contract.symbols:
         small = min(contract.example.get(symbol, SMALL), math.ceil(SMALL / multiple) * multiple)
         found.setdefault(symbol, 1 if symbol in batch else small)

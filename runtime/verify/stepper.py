@@ -165,8 +165,8 @@ class StatelessRunning:
             return
         states = {name: array.copy() for name, array in self._states.items()}
         for spec in self._stepper.contract.states:
-            index = (slice(None),) * spec.batch_axis + (np.flatnonzero(rows),)
-            states[spec.name][index] = spec.initial(states[spec.name].shape)[index]
+            array, chosen = states[spec.name], np.flatnonzero(rows)
+            spec.by_stream(array)[chosen] = spec.by_stream(spec.initial(array.shape))[chosen]
         self._states = states
 
     def load(self, states: Mapping[str, Array]) -> None:

@@ -273,6 +273,6 @@ def _worse(a: Verdict, b: Verdict) -> Verdict:
 
 def with_rows(contract: StepContract, clip: Clip, rows: int) -> Clip:
     """The clip with so many rows, where the batch is free."""
-    batch = {state.shape[state.batch_axis] for state in contract.states}
+    batch = {state.streams for state in contract.states}
     free = bool(batch) and all(isinstance(dim, str) for dim in batch)
     return clip.rows(contract, rows) if free and rows > 1 else clip

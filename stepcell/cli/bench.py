@@ -259,7 +259,7 @@ def _sizes(path: Path, contract: StepContract, shape: str | None, streams: int) 
         profiles = read_sidecar(path).profiles
         shapes = {spec.name: profiles[spec.name].opt for spec in contract.inputs if spec.name in profiles}
     sizes = sizes_for(contract, shapes)
-    batch = {dim for state in contract.states if isinstance(dim := state.shape[state.batch_axis], str)}
+    batch = {dim for state in contract.states if isinstance(dim := state.streams, str)}
     if not shapes:
         sizes |= {symbol: contract.example.get(symbol, size) for symbol, size in sizes.items() if symbol not in batch}
     if streams > 1 and not batch:

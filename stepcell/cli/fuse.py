@@ -27,6 +27,7 @@ Examples:
   stepcell fuse model.onnx -o fused.onnx --state mem_a=trace_p --state mem_b=trace_q
   stepcell fuse model.onnx -o fused.onnx --shape src:1x3x256x256
   stepcell fuse --contract model.onnx simplified.onnx -o repaired.onnx
+  stepcell fuse matting.onnx -o fused.onnx --constant downsample_ratio=0.25
 """
 )
 @click.argument("model", type=click.Path(path_type=Path))
@@ -37,6 +38,21 @@ Examples:
     multiple=True,
     metavar="IN=OUT",
     help="Output OUT is the next value of input IN; an empty OUT: IN is no state.",
+)
+@click.option("--stateless", is_flag=True, help="No input is a state: every step is computed from its inputs alone.")
+@click.option(
+    "--constant",
+    "constants",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Replace input NAME by a constant, such as downsample_ratio=0.25.",
+)
+@click.option(
+    "--value",
+    "values",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Value of input NAME in steps that do not give it; it stays an input.",
 )
 @click.option(
     "--shape",
@@ -60,6 +76,9 @@ def command(
     model: Path,
     output: Path,
     states: Sequence[str],
+    stateless: bool,
+    constants: Sequence[str],
+    values: Sequence[str],
     shape: str | None,
     contract: Path | None,
     tolerance: float | None,
@@ -69,7 +88,7 @@ def command(
 ) -> None:
     """Convert MODEL, an ONNX file of one step that another program exported.
 
-    States are found by name and by the cells of the graph, recurrent cells become one op each, and
+    States are found by name and in the graph, recurrent cells become one op each, and
     the state contract is written into the file. The result is compared with MODEL over 100 steps
     before it is written; beyond the tolerance the exit code is 3 and no file is written.
 
@@ -78,6 +97,9 @@ def command(
     """
     pixels = pop_pixels(pixel_arguments)
     pairs = _parse_states(states)
+    fixed, kept = _parse_values(constants, "--constant"), _parse_values(values, "--value")
+    if both := sorted(fixed.keys() & kept.keys()):
+        raise UsageError(f"--constant {both[0]} and --value {both[0]}: give one of the two")
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     for package in ("torch", "onnx", "onnxscript", "onnxruntime"):
         require(package, extra="export", purpose="`stepcell fuse`")
@@ -92,6 +114,9 @@ def command(
             shapes=shapes,
             contract=contract,
             tolerance=tolerance,
+            stateless=stateless,
+            constants=fixed,
+            values=kept,
             pixels=pixels,
             overwrite=overwrite,
         )
@@ -127,6 +152,29 @@ def _parse_states(states: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+def _parse_values(texts: Sequence[str], option: str) -> dict[str, list[float | int | bool]]:
+    """Numbers by input, of NAME=1,0.5,true."""
+    found: dict[str, list[float | int | bool]] = {}
+    for text in texts:
+        name, _, numbers = text.partition("=")
+        if name in found:
+            raise UsageError(f"{option} {name}: given twice")
+        try:
+            found[name] = [_number(number.strip()) for number in numbers.split(",")]
+        except ValueError:
+            raise UsageError(
+                f"{option}: expected NAME=VALUE with numbers, got {text!r}",
+                hint=f"such as {option} downsample_ratio=0.25",
+            ) from None
+    return found
+
+
+def _number(text: str) -> float | int | bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
 def _print_report(report: FuseReport) -> None:
     contract = report.contract
     if contract.states:
@@ -135,11 +183,12 @@ def _print_report(report: FuseReport) -> None:
                 state.name,
                 str(state.original_input or state.input),
                 str(state.original_output or state.output),
-                " x ".join(map(str, state.shape)),
+                " x ".join(map(str, state.shape)) or "1",
+                "one" if state.batch_axis is None else f"{state.streams}, on axis {state.batch_axis}",
             ]
             for state in contract.states
         ]
-        table("states", ["name", "input was", "output was", "shape"], rows)
+        table("states", ["name", "input was", "output was", "shape", "streams"], rows)
     else:
         log("states   none: steps are independent")
     if contract.cells:
@@ -156,3 +205,5 @@ def _print_report(report: FuseReport) -> None:
         table("cells", ["name", "op", "hidden", "kernel", "weights"], rows)
     for note in report.notes:
         log(f"note: {note}")
+    for warning in report.warnings:
+        log(f"warning: {warning}")

@@ -109,7 +109,8 @@ def _row(kind: str, name: str, spec: Spec) -> list[str]:
     shape = " x ".join(str(dim) for dim in spec.shape)
     if not isinstance(spec, TensorSpec):
         was = f", was {spec.original_input} -> {spec.original_output}" if spec.original_input else ""
-        return [kind, name, shape, spec.dtype, f"{spec.input} -> {spec.output}, starts at {spec.init}{was}"]
+        alone = ", one stream" if spec.batch_axis is None else ""
+        return [kind, name, shape, spec.dtype, f"{spec.input} -> {spec.output}, starts at {spec.init}{alone}{was}"]
     notes = [spec.layout or ""]
     if spec.range is not None:
         notes.append(f"range {spec.range[0]:g} to {spec.range[1]:g}")
@@ -124,6 +125,8 @@ def _row(kind: str, name: str, spec: Spec) -> list[str]:
         notes.append(f"height, width multiples of {spec.pad_multiple}")
     if spec.events:
         notes.append(str(spec.events))
+    if spec.value:
+        notes.append(f"{', '.join(map(str, spec.value))} where it is not given")
     return [kind, name, shape, spec.dtype, ", ".join(filter(None, notes))]
 
 

@@ -226,7 +226,7 @@ def _most_rows(contract: StepContract, sidecar: Sidecar | None) -> int:
         return ROWS
     state = contract.states[0]
     profile = sidecar.profiles.get(state.input)
-    return ROWS if profile is None else min(ROWS, profile.max[state.batch_axis])
+    return ROWS if profile is None or state.batch_axis is None else min(ROWS, profile.max[state.batch_axis])
 
 
 def _clip(contract: StepContract, sidecar: Sidecar | None, text: str, seed: int, shape: str | None) -> Clip:

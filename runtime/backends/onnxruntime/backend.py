@@ -213,8 +213,9 @@ class OrtBackend:
         for spec in self.contract.states:
             # Assign instead of multiplying by a mask: 0 * NaN is NaN.
             initial = spec.initial(self._states[spec.name][0].shape)
-            index = (slice(None),) * spec.batch_axis + (chosen,)
-            self._states[spec.name][self._parity].assign(index, initial[index])
+            index = (...,) if spec.batch_axis is None else (slice(None),) * spec.batch_axis + (chosen,)
+            if spec.batch_axis is not None or rows is None or any(rows):
+                self._states[spec.name][self._parity].assign(index, initial[index])
 
     def read_state(self) -> dict[str, NDArray[Any]]:
         return {name: pair[self._parity].read() for name, pair in self._states.items()}
@@ -263,8 +264,9 @@ class OrtBackend:
         stream = self._copy_stream() if self._device.kind == "cuda" else None
         for spec in self.contract.states:
             pair = self._states[spec.name]
+            assert spec.batch_axis is not None or not idle  # slots need an axis of streams
             for row in idle:
-                pair[1 - self._parity].copy_row(pair[self._parity], row, spec.batch_axis, stream)
+                pair[1 - self._parity].copy_row(pair[self._parity], row, spec.batch_axis or 0, stream)
         if stream is not None:
             stream.synchronize()
 

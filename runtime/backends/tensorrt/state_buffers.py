@@ -36,11 +36,16 @@ class StateBuffers:
     ) -> None:
         self.spec = spec
         self.shape = resolve(spec.shape, symbols)
-        self._count = self.shape[spec.batch_axis]
+        # Without an axis of streams, the whole state is the row of one stream.
+        axis = 0 if spec.batch_axis is None else spec.batch_axis
+        shape = (1, *self.shape) if spec.batch_axis is None else self.shape
+        self._count = shape[axis]
         self._stream = stream
-        axis = spec.batch_axis
-        initial = None if spec.init == "zeros" else spec.initial((*self.shape[:axis], 1, *self.shape[axis + 1 :]))
-        self._state = _BufferPair(spec.input, spec.output, self.shape, spec.dtype, axis, initial, stream, own)
+        initial = None
+        if spec.init != "zeros":
+            one = self.shape if spec.batch_axis is None else (*shape[:axis], 1, *shape[axis + 1 :])
+            initial = spec.initial(one).reshape((*shape[:axis], 1, *shape[axis + 1 :]))
+        self._state = _BufferPair(spec.input, spec.output, shape, spec.dtype, axis, initial, stream, own)
         self._mirror: _BufferPair | None = None
         if mirror is not None:
             row = None if initial is None else half_map(initial)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
 from stepcell.errors import UsageError
+from stepcell.exporter.from_onnx.evidence import Evidence, Link
 from stepcell.exporter.from_onnx.onnx_file import Port
 from stepcell.exporter.from_onnx.pairs import Pairing, find_pairs
 
@@ -18,9 +20,19 @@ def ports(text: str) -> list[Port]:
 
 
 def pair(
-    inputs: str, outputs: str, cells: Mapping[str, Sequence[str]] | None = None, given: Mapping[str, str] | None = None
+    inputs: str,
+    outputs: str,
+    cells: Mapping[str, Sequence[str]] | None = None,
+    given: Mapping[str, str] | None = None,
+    **more: Any,
 ) -> Pairing:
-    return find_pairs(ports(inputs), ports(outputs), cells or {}, given or {})
+    """`cells`: by input the outputs that a cell computes from it; an input ending in "?": it may be another's state."""
+    links = [
+        Link(source.removesuffix("?"), target, "cell r", is_sure=not source.endswith("?"))
+        for source, targets in (cells or {}).items()
+        for target in targets
+    ]
+    return find_pairs(ports(inputs), ports(outputs), Evidence(tuple(links), **more), given or {})
 
 
 @pytest.mark.parametrize(
@@ -87,7 +99,7 @@ def test_named_alike_without_a_word_is_a_note_and_a_cell_decides() -> None:
 def test_dtype_and_shape_must_fit() -> None:
     assert pair("h:8 x:3", "h_next:9").pairs == ()
     half = [Port("h_next", "float16", ("batch", 8, None, None))]
-    assert find_pairs(ports("h x:3"), half, {}, {}).pairs == ()
+    assert find_pairs(ports("h x:3"), half, Evidence(), {}).pairs == ()
 
 
 def test_cells_pair_what_no_name_pairs() -> None:
@@ -101,13 +113,36 @@ def test_cells_pair_what_no_name_pairs() -> None:
     assert [(p.input, p.output) for p in counted.pairs] == [("s0", "t0"), ("s1", "t1")]
 
 
-def test_a_cell_between_data_inputs_is_no_state() -> None:
-    found = pair("decoder:4 skip", "merged", {"skip": ["merged"]})
+def test_a_cell_that_may_merge_two_inputs_of_one_step() -> None:
+    found = pair("decoder:4 skip", "merged", {"skip?": ["merged"]})
     assert found.pairs == ()
-    assert "their names do not; if merged is fed back: --state skip=merged" in found.notes[0]
-    crossed = pair("x:5 s0 s1", "t0 t1", {"s0": ["t1"], "s1": ["t0"]})  # numbers that contradict say nothing
-    assert crossed.pairs == ()
-    assert len(crossed.notes) == 2
+    assert "skip is named like data; if merged is fed back: --state skip=merged" in found.notes[0]
+    with pytest.raises(UsageError, match="cell r may read it as its old state") as caught:
+        pair("decoder:4 a", "merged", {"a?": ["merged"]})
+    assert "--state a=merged or --state a= (" in str(caught.value.hint)
+    assert "--stateless" in str(caught.value.hint)
+
+
+def test_what_the_graph_computes_from_one_another_is_a_state_whatever_the_names() -> None:
+    found = pair("input_1:3 input_2 input_3", "output_1:3 output_2 output_3", {"input_2": ["output_2"]})
+    assert [(p.input, p.output) for p in found.pairs] == [("input_2", "output_2")]
+    assert "input_2 is a state, and output_2 its next value: cell r" in found.notes[0]
+    crossed = pair("x:5 s0 s1", "t0 t1", {"s0": ["t1"], "s1": ["t0"]})
+    assert [(p.input, p.output) for p in crossed.pairs] == [("s0", "t1"), ("s1", "t0")]
+    with pytest.raises(UsageError, match="feat: cell r may read it"):  # named like data, and the graph says otherwise
+        pair("x:3 feat", "y:3 a", {"feat": ["a"]})
+
+
+def test_what_may_be_a_state_is_asked_about() -> None:
+    reads = {"b": frozenset({"noise", "a"}), "last": frozenset({"noise"})}
+    with pytest.raises(UsageError, match="a: it may be a state: its dtype and shape are those of: b") as caught:
+        pair("noise:3 a", "clean:3 b", reads=reads)
+    assert "--state a=b or --state a= (" in str(caught.value.hint)
+    assert pair("noise:3 a", "clean:3 b", given={"a": ""}, reads=reads).pairs == ()
+    with pytest.raises(UsageError, match="before: it may be a state"):  # the frame comes back as it is
+        pair("noise:3 before:3", "last:3", reads={"last": frozenset({"noise"})}, copies={"last": "noise"})
+    assert pair("noise:3 a", "clean:3 b", reads={"b": frozenset({"noise"})}).pairs == ()  # b does not depend on a
+    assert pair("noise:3", "clean:3", reads={"clean": frozenset({"noise"})}).pairs == ()  # the only input is data
 
 
 @pytest.mark.parametrize(

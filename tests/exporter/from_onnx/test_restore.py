@@ -156,7 +156,7 @@ def test_another_model_is_refused(original: Path, stack_onnx: Path, tmp_path: Pa
 
 
 def test_arguments_that_the_contract_answers_are_refused(original: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--state and --shape do not fit"):
+    with pytest.raises(UsageError, match="leave out --state, --stateless, --shape"):
         fuse(original, tmp_path / "x.onnx", contract=original, states={"h": "h"})
     with pytest.raises(UsageError, match="also used as --contract"):
         fuse(original, original, contract=original)
