@@ -108,7 +108,11 @@ class VideoSource(Source):
                     last = max(last, frame.time or 0.0)
                     number += 1
         except (self._error, OSError) as error:
-            raise InputError(f"{self.name}: broken at frame {number} ({_reason(error)})") from error
+            webp = self._path is not None and self._path.suffix.lower() == ".webp"
+            raise InputError(
+                f"{self.name}: broken at frame {number} ({_reason(error)})",
+                hint="an animated .webp needs PyAV 19 or later" if webp else None,
+            ) from error
         if number == 0:
             raise InputError(f"{self.name}: holds no frame")
         self._check_complete(first, last)

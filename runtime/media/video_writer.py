@@ -41,7 +41,7 @@ _MATROSKA = {"cluster_time_limit": "1000", "flush_packets": "1"}  # milliseconds
 _FRAGMENTED = {"movflags": "+hybrid_fragmented+delay_moov", "frag_duration": "1000000", "flush_packets": "1"}  # us
 _REORDERED = 17  # most frames that H.264 decodes before it shows one, and one for rounding
 _FRAGMENTED_SINCE = (62, 12)  # version of libavformat in FFmpeg 8.1
-# With B-frames, FFmpeg ends an .mp4 whose timing varies before its last frames.
+# With B-frames, FFmpeg ends an .mp4 whose timing varies too early (findings/mp4-varying-timing-b-frames.sh).
 _NO_B_FRAMES = {"bf": "0"}
 # Clocks of varying timing, in ticks per second: Matroska stores milliseconds, MPEG-4 has 16 bits.
 _MATROSKA_TICKS, _H264_TICKS, _MPEG4_TICKS = 1000, 90000, 60000
