@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from stepcell.errors import OutputError, UsageError
 from stepcell.optional_imports import require
 from stepcell.runtime.media.audio_copy import AudioCopy
-from stepcell.runtime.media.colour import Colour
+from stepcell.runtime.media.colour import BT709, Colour
 from stepcell.runtime.media.resize import fit_inside
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
@@ -184,6 +185,9 @@ class VideoSink:
         if self._like is not None:
             if self._like.colour is not None and channels == 3:
                 self._colour = self._like.colour.output
+                reformatter = require("av.video.reformatter", extra="video", purpose="writing video")
+                if not hasattr(reformatter.Colorspace, "BT2020"):  # PyAV 17
+                    self._colour = replace(self._colour, matrix=BT709)
             if self._like.pixel_aspect != 1:
                 stream.sample_aspect_ratio = context.sample_aspect_ratio = self._like.pixel_aspect
         context.colorspace, context.color_primaries = self._colour.matrix, self._colour.primaries

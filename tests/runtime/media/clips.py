@@ -11,7 +11,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["marked", "timestamps", "write_clip"]
+__all__ = ["WEIGHTS", "marked", "timestamps", "write_clip"]
+
+
+# kr and kb of ITU-R BT.709, BT.601 (three numbers), SMPTE 240M and BT.2020, by the matrix of ITU-T H.273.
+WEIGHTS = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)} | dict.fromkeys((2, 5, 6), (0.299, 0.114))
 
 
 def marked(width: int = 64, height: int = 48) -> NDArray[np.uint8]:
@@ -39,7 +43,7 @@ def write_clip(
     """Write frames of 25 per second, or at these times, and a tone of the same length.
 
     Args:
-        colour: numbers of matrix, primaries and transfer function.
+        colour: numbers of matrix, primaries and transfer function, for yuv444p.
         start: number of the first frame on the clock of the file.
         sound: audio codec.
     """
@@ -58,9 +62,11 @@ def write_clip(
             context.color_range = 2
         tone = container.add_stream(sound, rate=48000, layout="mono") if sound else None
         for number, array in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(array, "rgb24").reformat(
-                format=pixels, dst_colorspace=colour and colour[0], dst_color_range=2 if full_range else None
-            )
+            if colour:
+                frame = av.VideoFrame.from_ndarray(_coded(array, colour[0]), "yuv444p")
+            else:
+                frame = av.VideoFrame.from_ndarray(array, "rgb24")
+                frame = frame.reformat(format=pixels, dst_color_range=2 if full_range else None)
             frame.pts = (milliseconds[number] if milliseconds else number) + start
             frame.time_base = Fraction(1, ticks)
             container.mux(stream.encode(frame))
@@ -68,6 +74,15 @@ def write_clip(
         if tone is not None:
             _add_tone(container, tone, len(frames) * 1920, start * 1920)
     return path
+
+
+def _coded(pixels: NDArray[np.uint8], matrix: int) -> NDArray[np.uint8]:
+    """RGB (H, W, 3) as Y, Cb and Cr (3, H, W) of limited range."""
+    kr, kb = WEIGHTS.get(matrix, WEIGHTS[1])
+    red, green, blue = np.moveaxis(pixels / 255, -1, 0)
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = [128 + 224 * (red_or_blue - luma) / (2 * (1 - k)) for red_or_blue, k in ((blue, kb), (red, kr))]
+    return np.rint([16 + 219 * luma, *chroma]).astype(np.uint8)
 
 
 def _add_tone(container: Any, stream: Any, samples: int, start: int) -> None:
