@@ -10,7 +10,8 @@ import sys
 import msgspec
 
 from stepcell import __version__
-from stepcell.errors import StepcellError
+from stepcell.errors import MissingDependencyError, StepcellError
+from stepcell.optional_imports import require
 from stepcell.plugins.prepare import plugin_unavailable
 from stepcell.runtime import cuda
 from stepcell.runtime.engine.tensorrt_module import FLAVORS, load_tensorrt
@@ -158,8 +159,10 @@ def _video() -> Finding:
     found = _packages("video", ("av",), costs, remedy)
     if not found.ok:
         return found
-    import av
-
+    try:
+        av = require("av", extra="video", purpose="video")
+    except MissingDependencyError as error:  # it is too old
+        return Finding(what="video", ok=False, found=error.message, costs=costs, remedy=remedy)
     encoders = [name for name in ("libx264", "h264", "mpeg4") if name in av.codecs_available]
     camera = "" if sys.platform.startswith("linux") else ", cameras only on Linux"
     return msgspec.structs.replace(found, found=f"{found.found}, encoders {', '.join(encoders)}{camera}")

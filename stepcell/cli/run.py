@@ -76,6 +76,8 @@ def _no_nan(_ctx: click.Context, _option: click.Parameter, value: float | None) 
 Examples:
   stepcell run model.onnx --input clip.mp4 --output out.mp4
   stepcell run model.onnx --input frames --output denoised
+  stepcell run model.onnx --input 'clips/*.mp4' --output denoised
+  stepcell run model.onnx --input clip.mp4 --output small.mp4 --resize 640x360,fit --audio copy
   stepcell run model.onnx --input clip.mp4 --limit 100 --json
   stepcell run model.onnx --input a.mp4 --input b.mp4 --output a-out.mp4 --output b-out.mp4
   stepcell run model.engine --device cuda --input camera:0 --output out.mp4
@@ -88,7 +90,7 @@ Examples:
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "-i", "--input", "inputs", required=True, multiple=True, metavar="SOURCE",
-    help="Video file or URL, folder of pictures, .npy, camera:N, or - for raw rgb24 frames on stdin; "
+    help="Video file or URL, folder of pictures or of clips, .npy, camera:N, or - for raw rgb24 frames on stdin; "
     "for a model of events .dat, .raw or .npz. Several inputs share one batched step.",
 )  # fmt: skip
 @click.option(

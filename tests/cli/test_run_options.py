@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stepcell.cli.run import parse_address, parse_rate, parse_size
 from stepcell.cli.signals import signal_control
 from stepcell.errors import UsageError
+from stepcell.runtime.media.open_source import open_source
+from tests.cli.command import run
+from tests.runtime.media.clips import timestamps, write_clip
 
 
 @pytest.mark.parametrize("size", ["640", "640x", "x480", "0x480", "640X480", "-1x5", "640x480x3", "1e2x5"])
@@ -56,3 +62,19 @@ def test_signals_stop_and_reset_a_run_and_the_old_handlers_come_back() -> None:
 def test_an_interrupt_of_something_else_is_not_swallowed() -> None:
     with pytest.raises(KeyboardInterrupt), signal_control():
         raise KeyboardInterrupt
+
+
+def test_options_of_video_reach_the_run(accumulator: Callable[..., Path], tmp_path: Path) -> None:
+    """`--resize` without a value takes the size of the model."""
+    model = accumulator(shape=("batch", 3, 16, 24), range=(0.0, 1.0))
+    clip = write_clip(tmp_path / "in.mkv", [np.full((8, 16, 3), 90, np.uint8)] * 3, milliseconds=[0, 40, 700])
+    output = tmp_path / "out.mkv"
+    result = run(model, "-i", clip, "-o", output, "--timestamps", "keep", "--on-size-change", "reset", "--resize")
+    assert result.exit_code == 0, result.stderr
+    assert "16x8 resized to 24x16" in result.stderr
+    assert timestamps(output) == [0, 0.04, 0.7]
+    assert next(iter(open_source(str(output)))).shape == (16, 24, 3)
+    refused = run(model, "-i", clip, "-o", output, "--resize", "16", "--overwrite")
+    assert (refused.exit_code, "--resize: expected WIDTHxHEIGHT" in refused.stderr) == (2, True)
+    silent = run(model, "-i", clip, "-o", output, "--resize", "fit", "--audio", "copy", "--overwrite")
+    assert (silent.exit_code, "has no sound to copy" in silent.stderr) == (1, True)

@@ -13,6 +13,7 @@ from av.video import reformatter
 
 from stepcell.errors import InputError, MissingDependencyError
 from stepcell.optional_imports import require
+from stepcell.runtime.doctor import _video
 from stepcell.runtime.media.colour import Colour
 from stepcell.runtime.media.open_sink import open_sink
 from stepcell.runtime.media.open_source import open_source
@@ -81,3 +82,11 @@ def test_a_version_that_converts_wrongly_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(av, "__version__", "16.1.0")
     with pytest.raises(MissingDependencyError, match=r"'av' 17\.1 or later, got 16\.1\.0"):
         require("av", extra="video", purpose="reading video")
+
+
+def test_doctor_names_a_version_that_converts_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _video().ok
+    monkeypatch.setattr(av, "__version__", "16.1.0")
+    found = _video()
+    assert not found.ok
+    assert "17.1 or later, got 16.1.0" in found.found
