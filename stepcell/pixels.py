@@ -239,7 +239,8 @@ def declare(contract: StepContract, given: Declaration | None) -> StepContract:
         outputs=tuple(declared(spec, is_input=False) for spec in contract.outputs),
     )
     if idle := [option for option in _given(everyone, *Pixels.__struct_fields__) if option not in used]:
-        raise UsageError(_inapplicable(idle[0], contract), hint=f"name the tensor: --{idle[0]} {names[0]}:...")
+        message, hint = _inapplicable(idle[0], contract)
+        raise UsageError(message, hint=hint or f"name the tensor: --{idle[0]} {names[0]}:...")
     return result
 
 
@@ -262,17 +263,18 @@ _HINT = (
 )
 
 
-def _inapplicable(option: str, contract: StepContract) -> str:
+def _inapplicable(option: str, contract: StepContract) -> tuple[str, str | None]:
+    """Message and hint for an option that applies to nothing."""
     if option == "layout":
-        return "--layout: no input or output has as many axes"
+        return "--layout: no input or output has as many axes", None
     pictures = [spec for spec in (*contract.inputs, *contract.outputs) if picture_channels(spec) is not None]
     if option == "channels" and pictures:
-        return f"--channels: is an order of three channels, and {pictures[0].name} is {pictures[0].shape}"
+        return f"--channels: is an order of three channels, and {pictures[0].name} is {pictures[0].shape}", "omit it"
     if option == "range" and pictures:
-        return f"--range: {pictures[0].name} takes {pictures[0].dtype}, which are pixels as they are"
+        return f"--range: {pictures[0].name} takes {pictures[0].dtype}, which are pixels as they are", "omit it"
     tensors = ", ".join(f"{spec.name} {spec.shape}" for spec in (*contract.inputs, *contract.outputs))
     what = "no picture is an input" if option in ("mean", "std") else "nothing is a picture"
-    return f"--{option}: {what} (1, 3 or 4 channels and a layout such as NCHW): {tensors}"
+    return f"--{option}: {what} (1, 3 or 4 channels and a layout such as NCHW): {tensors}", None
 
 
 def _given(pixels: Pixels, *names: str) -> dict[str, Any]:

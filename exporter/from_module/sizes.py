@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from stepcell.dims import Dim
 from stepcell.errors import ExportError
 from stepcell.exporter.size_rules import rules
+from stepcell.pixels import natural_layout
 
 __all__ = ["Shapes", "symbolic_shapes"]
 
 Measure = Callable[[Mapping[str, Sequence[int]]], list[tuple[int, ...]]]
 
-_AXES = {"batch": 0, "height": 2, "width": 3}
+_LETTERS = {"batch": "N", "height": "H", "width": "W"}
 _MULTIPLES = (1, 2, 4, 8, 16, 32)
 _FAR = 64  # a multiple of each, far enough to tell `size // 32` from a constant
 
@@ -39,7 +40,7 @@ def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str],
     """Shapes in which the sizes listed in `dynamic` are symbols, and the others numbers.
 
     Args:
-        inputs: example shapes; axis 0 is the batch, axes 2 and 3 of four are height and width.
+        inputs: example shapes; axis 0 is the batch; of four, 2 and 3 are height and width, or 1 and 2 of NHWC.
         dynamic: the sizes out of batch, height, width that are not fixed.
         measure: shapes of outputs and states for given input shapes; may raise anything.
 
@@ -50,7 +51,7 @@ def symbolic_shapes(inputs: Mapping[str, Sequence[int]], dynamic: Sequence[str],
     shapes: list[list[Dim]] = [list(shape) for shape in base]
     named: dict[str, list[Dim]] = {name: list(shape) for name, shape in inputs.items()}
     batch_axes, multiple = [0] * len(base), 1
-    for symbol in _AXES:
+    for symbol in _LETTERS:
         if symbol != "batch" and symbol not in dynamic:
             continue
         rules = _rules(symbol, inputs, base, measure)
@@ -109,8 +110,9 @@ def _rule(symbol: str, sizes: Sequence[int], values: Sequence[int]) -> Dim | Non
     return found[0].dim if found else None
 
 
-def _axes(symbol: str, shape: Sequence[object]) -> list[int]:
-    return [_AXES[symbol]] if symbol == "batch" or len(shape) == 4 else []
+def _axes(symbol: str, shape: Sequence[int | str]) -> list[int]:
+    layout = natural_layout(shape) or "N"
+    return [layout.index(_LETTERS[symbol])] if _LETTERS[symbol] in layout else []
 
 
 def _size(symbol: str, inputs: Mapping[str, Sequence[int]]) -> int:

@@ -190,6 +190,8 @@ def _hint(spec: TensorSpec, array: NDArray[Any]) -> str:
         scaled = "frame.astype('float32') / 255"
         scaled += f" * {high - low:g}" if high - low != 1 else ""
         scaled += f" + {low:g}" if low else ""
+        scaled += ", then the contract's mean and std per channel" if spec.mean or spec.std else ""
+        scaled += ", channels in the order BGR" if spec.channels == "BGR" else ""
         return f"scale pixels to the model's range {low:g} to {high:g} first: {scaled}"
     if spec.dtype.startswith("float"):
         return "scale to the model's range and convert first: array.astype('float32')"
