@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture clean
+.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -70,6 +70,11 @@ release-check: setup
 docker:
 	docker build --tag stepcell .
 	docker run --rm --volume "$(CURDIR)/demo-output:/stepcell/demo-output" stepcell
+
+# Changed files of every kind, an hour for each (FUZZ_SECONDS); only errors of stepcell may come of them.
+FUZZ_SECONDS ?= 3600
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 clean:
 	rm -rf build dist site demo-output $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache

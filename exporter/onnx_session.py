@@ -35,7 +35,9 @@ class OnnxSession:
         self.data = data
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        create = functools.partial(onnxruntime.InferenceSession, data, options, providers=["CPUExecutionProvider"])
+        create = functools.partial(
+            onnxruntime.InferenceSession, data, options, enable_fallback=0, providers=["CPUExecutionProvider"]
+        )
         with library_errors(subject, ExportError, what="ONNX Runtime does not load it"):
             self._session = within_seconds(FIRST_STEP_SECONDS, create, f"{subject}: loading in ONNX Runtime")
         self._options = onnxruntime.RunOptions()

@@ -37,6 +37,7 @@ from stepcell.exporter.parity import Seen
 from stepcell.exporter.step_onnx.graph import attach_functions
 from stepcell.exporter.undeclared_integers import integers_explained
 from stepcell.files import atomic_path
+from stepcell.library_errors import library_errors
 from stepcell.onnx_model import read_onnx
 from stepcell.ops import DOMAIN
 from stepcell.overwrite import check_output, is_exported_model
@@ -131,14 +132,16 @@ def fuse(
     reads |= {} if contract is None else {contract: "--contract"}
     check_output(target, is_exported_model, reads=reads, overwrite=overwrite)
     with atomic_path(target) as temporary:  # first, so that an invalid path is reported before the work
-        if contract is not None:
-            report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance, pixels)
-        elif pixels and not said and is_exported_model(source):
-            report, model = _redeclared(*redeclare(source, target, pixels))
-        else:
-            file = bake(read_onnx_file(source), constants or {})
-            pairs = _given_states(file, states or {}, stateless=stateless)
-            report, model = _fuse(file, _Given(pairs, shapes or {}, values or {}, stateless, pixels))
+        # onnx and onnxscript raise any exception for graphs that they do not expect
+        with library_errors(str(source), ExportError, what="cannot be converted"):
+            if contract is not None:
+                report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance, pixels)
+            elif pixels and not said and is_exported_model(source):
+                report, model = _redeclared(*redeclare(source, target, pixels))
+            else:
+                file = bake(read_onnx_file(source), constants or {})
+                pairs = _given_states(file, states or {}, stateless=stateless)
+                report, model = _fuse(file, _Given(pairs, shapes or {}, values or {}, stateless, pixels))
         temporary.write_bytes(model.SerializeToString())
     return report
 
@@ -339,7 +342,7 @@ def _find(file: OnnxFile) -> _Found:
         try:
             model = onnx.version_converter.convert_version(file.model, OPSET)
             OnnxSession(model.SerializeToString(), f"{file.path}, in opset {OPSET}")
-        except (RuntimeError, ValueError, ExportError) as error:
+        except Exception as error:  # its errors have no common base
             model = file.model
             notes.append(
                 f"the ops need opset {OPSET}, the file has {file.opset}, and onnx cannot convert it: {_text(error)}"

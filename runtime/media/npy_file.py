@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
+from stepcell.library_errors import library_errors
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.temporary_file import TemporaryFile
@@ -28,10 +29,8 @@ class ArraySource(Source):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        try:
+        with library_errors(str(path), InputError, what="not a readable .npy array"):
             array = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: not a readable .npy array ({error})") from error
         pixels = array.dtype == np.uint8
         if not (pixels or array.dtype.kind == "f") or array.ndim != 4:
             raise InputError(
@@ -48,7 +47,8 @@ class ArraySource(Source):
         self.length = len(array)
         self._path, self._shape, self._dtype, self._start = path, array.shape, array.dtype, array.offset
         # In Fortran order the values of one frame are not contiguous, so the whole file is loaded.
-        self._array = None if array.flags.c_contiguous else np.array(array)
+        with library_errors(str(path), InputError):
+            self._array = None if array.flags.c_contiguous else np.array(array)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         if self._array is not None:

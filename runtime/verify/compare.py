@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.library_errors import library_errors
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.verify.measure import compared_steps, difference, max_abs, rms, wide
 from stepcell.runtime.verify.results import Growth
@@ -115,10 +116,8 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
 
 def _frames(path: Path) -> Generator[NDArray[Any], None, None]:
     if path.suffix == ".npy":
-        try:
+        with library_errors(str(path), InputError, what="not a readable .npy array"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path}: not a readable .npy array ({error})") from error
         if array.ndim < 1:
             raise InputError(f"{path}: expected an array with time first, got a single number")
         for start in range(0, len(array), _TOGETHER):

@@ -79,8 +79,7 @@ class SpecializedSessions:
                     options.add_free_dimension_override_by_name(text, size)
         with tempfile.TemporaryDirectory(prefix="stepcell-") as folder:
             options.optimized_model_filepath = str(Path(folder) / "model.onnx")
-            create = functools.partial(ort.InferenceSession, self._model, options, providers=["CPUExecutionProvider"])
-            within_seconds(FIRST_STEP_SECONDS, create, f"{self._path}: loading in ONNX Runtime")
+            _session(ort, self._path, self._model, options, Device("cpu", 0))
             return onnx.load(options.optimized_model_filepath)
 
 
@@ -125,6 +124,7 @@ def _for_cpu(file: OnnxFile, keep_float16: bool) -> bytes | None:
 def _options(ort: Any, threads: int | None, *, only_basic: bool = False) -> Any:
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
+    options.log_severity_level = 4  # names in its messages are those of the file; errors are raised too
     if threads is not None:
         options.intra_op_num_threads = threads
     if only_basic:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -12,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.library_errors import library_errors
 from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.reader import CHUNK, LARGEST
 
 __all__ = ["NpzReader"]
 
 _COLUMNS = ("x", "y", "p", "t")
-# NotImplementedError: unknown compression; RuntimeError: encrypted.
-_BROKEN = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError)
 
 
 class NpzReader:
@@ -35,7 +33,7 @@ class NpzReader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.name = str(path)
         self._file = file
-        try:
+        with library_errors(str(path), InputError, what="not a readable .npz file"):
             self._zip = zipfile.ZipFile(file)
             members = set(self._zip.namelist())
             missing = [name for name in _COLUMNS if f"{name}.npy" not in members]
@@ -46,8 +44,6 @@ class NpzReader:
                 )
             self._columns = {name: _Column(self._zip.open(f"{name}.npy"), f"{path}: {name}") for name in _COLUMNS}
             self.size = self._size() if {"width.npy", "height.npy"} <= members else None
-        except _BROKEN as error:
-            raise InputError(f"{path}: not a readable .npz file ({error})") from error
         lengths = {name: column.length for name, column in self._columns.items()}
         if len(set(lengths.values())) != 1:
             raise InputError(f"{path}: x, y, p and t need the same length, got {lengths}")
@@ -59,10 +55,8 @@ class NpzReader:
     def __iter__(self) -> Iterator[Events]:
         while self._left > 0:
             count = min(CHUNK, self._left)
-            try:
+            with library_errors(self.name, InputError, what="broken or truncated"):
                 x, y, p, t = (self._columns[name].read(count) for name in _COLUMNS)
-            except _BROKEN as error:
-                raise InputError(f"{self.name}: broken or truncated ({error})") from error
             self._left -= count
             self._check(x, y, p, t)
             if t.dtype.kind == "f":
