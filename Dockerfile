@@ -7,7 +7,7 @@ COPY . .
 
 # An index with CPU wheels of torch makes the image several GB smaller: --build-arg PIP_EXTRA_INDEX_URL=...
 ARG PIP_EXTRA_INDEX_URL
-RUN pip install --no-cache-dir --constraint constraints.txt --editable '.[demo]' \
+RUN PIP_NO_CACHE_DIR=1 python tools/install_pinned.py '.[demo]' \
     && useradd --uid 1000 --create-home stepcell \
     && install --directory --owner=1000 demo-output
 

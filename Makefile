@@ -3,14 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz clean
+.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz audit sbom clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tools/install_pinned.py '.[dev]'
 	touch $@
 
 demo: setup
@@ -65,6 +64,20 @@ docs: setup
 # Version, changelog, wheel and sdist; the wheel in a clean environment. docs/releasing.md has the other steps.
 release-check: setup
 	$(BIN)/python -m tools.release_check
+
+# Known vulnerabilities of the pinned packages; asks the public database of PyPI, so it needs the network.
+audit: build/release/.ready
+	build/release/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
+
+# The packages of a release and their licences in CycloneDX form, from the environment of `make setup`.
+sbom: setup build/release/.ready
+	build/release/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+		--output-file build/stepcell.cdx.json
+
+build/release/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/release
+	build/release/bin/python tools/install_pinned.py '.[release]'
+	touch $@
 
 # The demonstration in a container.
 docker:

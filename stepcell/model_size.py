@@ -26,13 +26,13 @@ def check_model_bytes(size: int, path: Path) -> None:
     MODEL_BYTES.check(size, str(path), "the model with its weights")
 
 
-def check_model_nodes(model: ModelProto, path: Path) -> None:
+def check_model_nodes(model: ModelProto, subject: object) -> None:
     """Refuse a model with more nodes than the limit `NODES`, or with functions that call themselves or too many others.
 
     Raises:
         InputError: with the figure and the limit.
     """
-    NODES.check(inlined_nodes(model, str(path)), str(path), "with its functions inlined")
+    NODES.check(inlined_nodes(model, str(subject)), str(subject), "with its functions inlined")
 
 
 def inlined_nodes(model: ModelProto, subject: str) -> int:
@@ -50,12 +50,10 @@ def inlined_nodes(model: ModelProto, subject: str) -> int:
     def count(nodes: Iterable[NodeProto]) -> int:
         total = 0
         for node in nodes:
-            total += 1
             for attribute in node.attribute:
                 total += sum(count(graph.node) for graph in (attribute.g, *attribute.graphs))
             key = (node.domain, node.op_type, node.overload)
-            if key in bodies:
-                total += called(key)
+            total += called(key) if key in bodies else 1
         return total
 
     def called(key: _Function) -> int:

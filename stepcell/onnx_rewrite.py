@@ -11,15 +11,15 @@ from collections.abc import Iterable, Iterator, MutableSequence
 from typing import TYPE_CHECKING
 
 from stepcell.errors import InputError
+from stepcell.model_size import check_model_nodes
 from stepcell.ops import DOMAIN
 from stepcell.optional_imports import require
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["MOST_NODES", "count_inlined", "inline_foreign", "sort_nodes", "use_time_first"]
+__all__ = ["inline_foreign", "sort_nodes", "use_time_first"]
 
-MOST_NODES = 1_000_000  # after inlining
 _RECURRENT = ("GRU", "LSTM", "RNN")
 _SWAP = (1, 0, 2)  # the first two axes
 
@@ -28,7 +28,7 @@ def inline_foreign(model: ModelProto, *, keep: str = DOMAIN) -> ModelProto:
     """The model without model-local functions of other domains than `keep`; the model itself if it has none.
 
     Raises:
-        InputError: a function that calls itself, or more than `MOST_NODES` nodes, with what they are.
+        InputError: a function that calls itself, or more nodes than the limit, with what they are.
     """
     onnx = require("onnx", extra="rtx", purpose="building an engine")
     from onnx import inliner
@@ -36,9 +36,7 @@ def inline_foreign(model: ModelProto, *, keep: str = DOMAIN) -> ModelProto:
     foreign = [function for function in model.functions if function.domain != keep]
     if not foreign:
         return model
-    nodes = count_inlined(model)
-    if nodes > MOST_NODES:
-        raise InputError(f"the graph has {nodes} nodes once its functions are inlined, expected at most {MOST_NODES}")
+    check_model_nodes(model, "the graph")
     kept = [(function.domain, function.name) for function in model.functions if function.domain == keep]
     try:
         inlined: ModelProto = inliner.inline_selected_functions(model, kept, exclude=True)
@@ -46,33 +44,6 @@ def inline_foreign(model: ModelProto, *, keep: str = DOMAIN) -> ModelProto:
         name = f"{foreign[0].domain}::{foreign[0].name}"
         raise InputError(f"function {name} cannot be inlined: {' '.join(str(error).split())}") from error
     return inlined
-
-
-def count_inlined(model: ModelProto) -> int:
-    """Number of nodes once every function is inlined.
-
-    Raises:
-        InputError: a function calls itself.
-    """
-    functions = {(function.domain, function.name, function.overload): function for function in model.functions}
-    counts: dict[tuple[str, str, str], int] = {}
-    active: list[tuple[str, str, str]] = []
-
-    def count(nodes: Iterable[NodeProto]) -> int:
-        total = 0
-        for node in nodes:
-            key = (node.domain, node.op_type, node.overload)
-            if key in active:
-                raise InputError(f"function {node.domain}::{node.op_type} calls itself")
-            if key in functions and key not in counts:
-                active.append(key)
-                counts[key] = count(functions[key].node)
-                active.pop()
-            total += counts.get(key, 1)
-            total += sum(count(graph.node) for graph in _graphs_of(node))
-        return total
-
-    return count(model.graph.node)
 
 
 def sort_nodes(model: ModelProto) -> bool:

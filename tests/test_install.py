@@ -15,6 +15,7 @@ import pytest
 import stepcell
 from stepcell.files import human_size
 from tools import release_check
+from tools.install_pinned import write_pins
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +74,8 @@ def test_wheel_on_a_device(archives: tuple[Path, Path], denoiser_onnx: Path, cli
         subprocess.run([python, "-m", "venv", str(environment)], check=True)
     bare = sum(f.stat().st_size for f in environment.rglob("*") if f.is_file() and not f.is_symlink())
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    installed = [str(environment / "bin" / "pip"), "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
+    write_pins(tmp_path / "pins.txt")
+    installed = [str(environment / "bin" / "pip"), "install", "--quiet", "--constraint", str(tmp_path / "pins.txt")]
     subprocess.run([*installed, f"{wheel}[ort,video]"], check=True, env=clean)
     size = sum(f.stat().st_size for f in environment.rglob("*") if f.is_file() and not f.is_symlink()) - bare
 

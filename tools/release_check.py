@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import stepcell
+from tools.install_pinned import write_pins
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("exporter", "models", "plugins", "runtime")  # links in stepcell/ to folders of these names
@@ -92,7 +93,8 @@ def run_in_clean_environment(wheel: Path, folder: Path) -> None:
     venv.create(folder / "env", with_pip=True)
     scripts = folder / "env" / "bin"
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    constraint = ["--constraint", str(ROOT / "constraints.txt")]
+    write_pins(folder / "pins.txt")
+    constraint = ["--constraint", str(folder / "pins.txt")]
     checkpoint = ROOT / "models" / "zoo" / "denoiser.safetensors"
     for command in (
         ["pip", "install", "--quiet", *constraint, f"{wheel}[export]"],

@@ -43,7 +43,7 @@ def run_tests(version: str, python: str) -> None:
         subprocess.run([python, "-m", "venv", environment], check=True)
     python = str(environment / "bin" / "python")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    install = ["-m", "pip", "install", "--quiet", "--constraint", "constraints.txt", "--editable", f".[{EXTRAS}]"]
+    install = ["tools/install_pinned.py", f".[{EXTRAS}]"]
     test = [
         "-m",
         "pytest",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepcell.contract import StateSpec
-from stepcell.errors import PluginError, UsageError
+from stepcell.errors import BuildError, PluginError, UsageError
+from stepcell.library_errors import library_errors
 from stepcell.ops import DOMAIN, OPS, same_pads
 from stepcell.optional_imports import require
 from stepcell.plugins.fp16_mirrors import Fp16Mirror
@@ -99,7 +100,8 @@ def _refuse_nested(model: ModelProto) -> None:
 
 def _types(onnx: Any, model: ModelProto) -> dict[str, int]:
     """Element types of the graph's tensors, inferred where the file does not state them."""
-    inferred = onnx.shape_inference.infer_shapes(model)
+    with library_errors("the graph", BuildError, what="its types cannot be inferred"):
+        inferred = onnx.shape_inference.infer_shapes(model)
     tensors = (*inferred.graph.input, *inferred.graph.value_info)
     return {tensor.name: tensor.type.tensor_type.elem_type for tensor in tensors}
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepcell.errors import BuildError
+from stepcell.library_errors import library_errors
 from stepcell.ops import DOMAIN
 from stepcell.plugins.prepare import PreparedModel
 from stepcell.runtime.engine.parser_model import node_label
@@ -161,7 +162,8 @@ def _values(model: ModelProto) -> dict[str, Any]:
     """The type of every value of the graph that shape inference finds."""
     from onnx import shape_inference
 
-    graph = shape_inference.infer_shapes(model).graph
+    with library_errors("the graph", BuildError, what="its types cannot be inferred"):
+        graph = shape_inference.infer_shapes(model).graph
     return {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
 
 

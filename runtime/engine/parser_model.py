@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stepcell.errors import BuildError
+from stepcell.library_errors import library_errors
 from stepcell.onnx_model import OnnxFile
 from stepcell.onnx_rewrite import inline_foreign, sort_nodes, use_time_first
 from stepcell.ops import DOMAIN
@@ -85,7 +86,8 @@ def _refuse_float64(model: ModelProto, file: OnnxFile) -> None:
         )
     from onnx import shape_inference
 
-    graph = shape_inference.infer_shapes(model).graph if _mentions_float64(model) else None
+    with library_errors(str(file.path), BuildError, what="its types cannot be inferred"):
+        graph = shape_inference.infer_shapes(model).graph if _mentions_float64(model) else None
     for node, types in _nodes_with_types(graph) if graph is not None else ():
         names = [name for name in (*node.input, *node.output) if types.get(name) == _DOUBLE]
         if names and (node.domain not in ("", "ai.onnx") or node.op_type not in _MOVING):

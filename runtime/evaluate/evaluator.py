@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepcell.contract import Spec, StepContract
-from stepcell.errors import ContractError, InputError, StateError, UsageError
+from stepcell.errors import ContractError, EvaluationError, InputError, StateError, UsageError
+from stepcell.library_errors import library_errors
 from stepcell.onnx_model import contract_text, missing_contract, read_onnx
 from stepcell.optional_imports import require
 from stepcell.runtime.evaluate.arithmetic import Arithmetic, Array, Widening, is_float
@@ -80,7 +81,8 @@ class GraphEvaluator:
             self.contract = StepContract.from_json(text, subject=f"{self.name}: contract", check=False)
         self.arithmetic: Arithmetic = arithmetic
         self._widening = Widening(arithmetic)
-        self._program = program_of(model, arithmetic)
+        with library_errors(self.name, EvaluationError, what="cannot be evaluated"):  # such as damaged constants
+            self._program = program_of(model, arithmetic)
         for kind, ours, graph in (
             ("inputs", self.contract.graph_inputs, self._program.inputs),
             ("outputs", self.contract.graph_outputs, self._program.outputs),

@@ -119,21 +119,26 @@ def _models() -> list[bytes]:
 
 
 def _use_model(path: Path) -> None:
-    from stepcell.onnx_model import read_onnx
-    from stepcell.plugins.onnx.rewrite import plugin_model
-    from stepcell.plugins.prepare import unchanged
-    from stepcell.runtime.engine.onnx_input import check_graph
     from stepcell.runtime.evaluate.evaluator import GraphEvaluator
     from stepcell.runtime.loop.step_loop import StepLoop
 
-    file = read_onnx(path, check=False)
-    check_graph(unchanged(file), lambda _: True)
-    plugin_model(file.model, file.contract.states)
     x = np.full((1, 3, 8, 8), 0.5, np.float32)
     with StepLoop.open(path, check_file=False, threads=1) as loop:
         for _ in range(2):
             loop.step(x=x)
     GraphEvaluator(path, check_file=False)
+
+
+def _use_build(path: Path) -> None:
+    """What a build does before TensorRT parses the model."""
+    from stepcell.onnx_model import read_onnx
+    from stepcell.plugins.onnx.rewrite import plugin_model
+    from stepcell.plugins.prepare import unchanged
+    from stepcell.runtime.engine.onnx_input import check_graph
+
+    file = read_onnx(path, check=False)
+    plugin_model(file.model, file.contract.states)
+    check_graph(unchanged(file), lambda _: True)
 
 
 def _foreign() -> list[bytes]:
@@ -297,6 +302,7 @@ def _use_video(path: Path) -> None:
 INPUTS = (
     Input("contract", _contracts, ".json", _use_contract, mutate_json),
     Input("onnx", _models, ".onnx", _use_model, mutate_onnx, cost=10),
+    Input("build", _models, ".onnx", _use_build, mutate_onnx, cost=2),
     Input("fuse", _foreign, ".onnx", _use_foreign, mutate_onnx, cost=100),
     Input("sidecar", _sidecars, ".engine.json", _use_sidecar, mutate_json),
     Input("snapshot", _snapshots, ".safetensors", _use_snapshot, _mutate_snapshot),

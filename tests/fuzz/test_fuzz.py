@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.harness import fuzz
 from tests.fuzz.inputs import INPUTS, Input
 
-NEEDS = {"onnx": "onnxruntime", "fuse": "onnxscript", "video": "av"}
+NEEDS = {"onnx": "onnxruntime", "build": "onnx", "fuse": "onnxscript", "video": "av"}
 
 
 @pytest.mark.parametrize("what", INPUTS, ids=lambda each: each.name)

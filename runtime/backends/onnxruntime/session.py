@@ -99,12 +99,13 @@ def open_session(
     if not path.is_file():
         read_bytes(path)  # raises an error that says why
     file = read_onnx(path, check=check_file)
-    model = _for_cpu(file, keep_float16) if device.kind == "cpu" else None
-    options = _options(ort, threads, only_basic=model is not None)
-    session = _create(ort, path, model or str(path), device, options)
-    contract = _contract(session, path)
-    _check_graph(session, contract, path)
-    return session, contract, None if model is None else SpecializedSessions(path, model, threads, session)
+    with library_errors(str(path), InputError, what="cannot be opened"):  # such as names that are not valid Unicode
+        model = _for_cpu(file, keep_float16) if device.kind == "cpu" else None
+        options = _options(ort, threads, only_basic=model is not None)
+        session = _create(ort, path, model or str(path), device, options)
+        contract = _contract(session, path)
+        _check_graph(session, contract, path)
+        return session, contract, None if model is None else SpecializedSessions(path, model, threads, session)
 
 
 def _for_cpu(file: OnnxFile, keep_float16: bool) -> bytes | None:
