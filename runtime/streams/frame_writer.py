@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from stepcell.errors import StepcellError
+from stepcell.library_errors import as_stepcell_error
 from stepcell.runtime.loop.latency import Latency, Stopwatch
 from stepcell.runtime.media.sink import Sink, TimedSink
 from stepcell.runtime.streams.run_control import RunControl
@@ -141,7 +142,8 @@ class FrameWriter:
                 self.written = 0
                 self.sink.abandon()
         except BaseException as error:  # raised by the next call, in the calling thread
-            self.written, self._error = 0, error
+            self.written = 0
+            self._error = as_stepcell_error(error, self.sink.name) if isinstance(error, MemoryError) else error
             with self._changed:
                 self.unwritten = 0
                 self._queue.clear()

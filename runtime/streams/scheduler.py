@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract
 from stepcell.errors import DeviceError, InputError, StepcellError
+from stepcell.library_errors import as_stepcell_error
 from stepcell.runtime.loop.inputs import require_finite
 from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.slots import Slot
@@ -101,6 +102,8 @@ class Scheduler:
             self._run()
         except StepcellError as error:  # of the loop, and so of every stream
             self._end("error", error)
+        except MemoryError as error:
+            self._end("error", as_stepcell_error(error, self._loop.name))
         except KeyboardInterrupt:
             if not self._control.stopping:
                 raise

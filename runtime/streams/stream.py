@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
-from stepcell.errors import InputError, OutputError, StepcellError
+from stepcell.errors import DeviceError, InputError, OutputError, StepcellError
 from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.postprocess import OutputPostprocessor
@@ -337,7 +337,7 @@ class Stream:
                 self._ended = max(self._ended, self.writer.closed or 0.0)
             elif self.sink is not None:
                 self.sink.abandon()
-        except OutputError as error:
+        except (OutputError, DeviceError) as error:
             self.failure = self.failure or error
             self.stopped = "error"
         if self.failure is not None and self.sink is not None and self.written:
