@@ -14,7 +14,16 @@ from typing import TypeVar
 
 from stepcell.errors import InputError, UsageError
 
-__all__ = ["EMPTY_WINDOWS", "FIRST_STEP_SECONDS", "MODEL_BYTES", "NESTING", "NODES", "Limit", "within_seconds"]
+__all__ = [
+    "EMPTY_WINDOWS",
+    "FIRST_STEP_SECONDS",
+    "LOOP_ITERATIONS",
+    "MODEL_BYTES",
+    "NESTING",
+    "NODES",
+    "Limit",
+    "within_seconds",
+]
 
 _T = TypeVar("_T")
 GRACE_SECONDS = 5.0  # for work that was asked to stop
@@ -69,6 +78,7 @@ NODES = Limit("STEPCELL_MAX_NODES", 100_000, "nodes")
 NESTING = Limit("STEPCELL_MAX_NESTING", 50, "levels")
 MODEL_BYTES = Limit("STEPCELL_MAX_MODEL_BYTES", 16 << 30, "bytes")
 FIRST_STEP_SECONDS = Limit("STEPCELL_FIRST_STEP_SECONDS", 120, "seconds")
+LOOP_ITERATIONS = Limit("STEPCELL_MAX_LOOP_ITERATIONS", 10_000, "iterations")
 EMPTY_WINDOWS = Limit("STEPCELL_MAX_EMPTY_WINDOWS", 10_000_000, "windows")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.install_pinned import FIRST, LOCK, install, locked, normal
+from tools.install_pinned import FIRST, LOCK, exact, install, locked, normal
 
 EXTRAS = re.compile(r'^\s+"([A-Za-z0-9._-]+)', re.MULTILINE)
 
@@ -23,6 +23,12 @@ def test_the_lock_has_hashes_for_all() -> None:
     assert "://" not in text
     declared = set(map(normal, EXTRAS.findall((LOCK.parent / "pyproject.toml").read_text())))
     assert {"torch", "onnx", "numpy", "av"} & declared <= set(blocks)
+
+
+def test_builds_with_a_local_version_keep_it() -> None:
+    block = "torch==2.13.0 ; sys_platform == 'linux' --hash=sha256:00\n"
+    assert exact(block, "2.13.0+cpu") == "torch==2.13.0+cpu ; sys_platform == 'linux' --hash=sha256:00\n"
+    assert exact(block, "2.13.0") == block
 
 
 def test_a_file_with_another_hash_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,22 @@ def main(spec: str) -> None:
         write_pins(pins)
         what = ["--editable", spec] if spec.startswith(".") else [spec]
         pip("--dry-run", "--ignore-installed", "--no-build-isolation", "--report", report, "--constraint", pins, *what)
-        found = [each["metadata"]["name"] for each in json.loads(report.read_text())["install"]]
-        install([each for each in map(normal, found) if each not in ("stepcell", *FIRST)], blocks, folder)
+        needed = [each["metadata"] for each in json.loads(report.read_text())["install"]]
+        found = {normal(each["name"]): each["version"] for each in needed}
+        for name, version in found.items():
+            blocks[name] = [(pin, exact(block, version)) for pin, block in blocks.get(name, [])]
+        install([each for each in found if each not in ("stepcell", *FIRST)], blocks, folder)
     bare = spec.partition("[")[0]
     pip("--no-deps", "--no-build-isolation", *(["--editable", bare] if spec.startswith(".") else [bare]))
+
+
+def exact(block: str, version: str) -> str:
+    """A block for a build with a local version, such as 2.13.0+cpu for 2.13.0; otherwise the block itself.
+
+    pip takes a build with a local version for the pinned one, but prefers another whose hash its index states.
+    """
+    public, plus, _ = version.partition("+")
+    return re.sub(rf"=={re.escape(public)}(?=\s)", f"=={version}", block) if plus else block
 
 
 def write_pins(path: Path) -> None:
@@ -46,7 +58,7 @@ def write_pins(path: Path) -> None:
 
 def install(names: Sequence[str], blocks: dict[str, list[tuple[str, str]]], folder: Path) -> None:
     """Install packages, each in the pinned version and with one of its hashes."""
-    unpinned = [each for each in names if each not in blocks]
+    unpinned = [each for each in names if not blocks.get(each)]
     if unpinned:
         raise SystemExit(f"constraints.txt has no {', '.join(unpinned)}; its first lines say how it is made")
     listed = folder / "requirements.txt"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from stepcell.limits import LOOP_ITERATIONS
 from stepcell.runtime.evaluate.arithmetic import Array
 from stepcell.runtime.evaluate.registry import Node, as_ints, register, unsupported
 
@@ -52,6 +53,7 @@ def _iterate(node: Node, inputs: Sequence[Any], tangents: Sequence[Any] | None) 
     changes: dict[str, Any] = {}
     step, going = 0, condition is None or bool(condition.item())
     while going and (limit is None or step < limit.item()):
+        LOOP_ITERATIONS.check(step, node.op, "a loop in NumPy")
         feeds = {**outer, **_named(body.inputs, [np.array(step, np.int64), np.array(True), *carried])}  # noqa: FBT003
         if tangents is None:
             results = body.run(feeds)
