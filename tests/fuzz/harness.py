@@ -16,7 +16,7 @@ from tests.fuzz.inputs import Input
 
 __all__ = ["Outcome", "fuzz"]
 
-SLOW_SECONDS = 30.0
+SLOW_SECONDS = 60.0  # also on a busy machine, and with the imports of the first case
 
 
 @dataclass
