@@ -58,7 +58,8 @@ def load_model(
     Args:
         checkpoint: file in upstream's layout or written by `save_checkpoint`.
         family: name of the family; by default it is recognised from the file.
-        key, prefix: which weights of the file, as for `load_checkpoint`.
+        key: which weights of the file, as for `load_checkpoint`.
+        prefix: as for `load_checkpoint`.
         arguments: values that the tensors do not determine, as for `stepcell export --set`.
 
     Returns:
