@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from stepcell.errors import CheckpointError, UsageError
 from stepcell.exporter.from_checkpoint.checkpoint import Checkpoint
+from stepcell.exporter.from_checkpoint.dense_weights import first_problem
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
 from stepcell.exporter.from_checkpoint.families.registry import FAMILIES, find_family
 from stepcell.exporter.from_checkpoint.part import Miss, Part, ask, fitting_parts, lines_of, report
@@ -43,8 +44,8 @@ def choose_family(
     if family.cell and part.left_out and name is None and checkpoint.prefix is None:
         raise ask(
             checkpoint,
-            f"{len(part.tensors)} of its {len(part.tensors) + len(part.left_out)} tensors are a {family.name}; "
-            "the whole network is of no known family",
+            f"{len(part.tensors)} of its {len(part.tensors) + len(part.left_out)} tensors fit family {family.name}, a "
+            "cell; the whole network is of no known family",
             [
                 f"--prefix {shlex.quote(part.prefix)}  (the {family.name} alone)",
                 f"{_MODULE}  (the whole network, as your own module)",
@@ -100,12 +101,19 @@ def _no_match(checkpoint: Checkpoint, misses: Sequence[Miss], family: Family | N
         for (_, prefix), reason in places.items()
     )
     entries = f"; entries that are no tensors: {', '.join(checkpoint.odd[:4])}" if checkpoint.odd else ""
+    if (problem := first_problem(checkpoint.tensors)) is not None:
+        entries += f"; tensor {problem[0]}: {problem[1]}"
     if family is not None:
         reasons = reasons.replace(f"{family.name}: ", "")
         return CheckpointError(
             f"{checkpoint.path}: not a checkpoint of family {family.name}: {reasons or 'no part of it fits'}{entries}"
         )
+    hint = f"name it with --family, or give your own module with {_MODULE}"
+    if near and near[0].reason.near:
+        return CheckpointError(f"{checkpoint.path}: matches no known model family ({reasons}){entries}", hint=hint)
+    names = list(checkpoint.tensors)
+    holds = f"{len(names)} tensors: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
     return CheckpointError(
-        f"{checkpoint.path}: matches no known model family ({reasons}){entries}",
-        hint=f"name it with --family, or give your own module with {_MODULE}",
+        f"{checkpoint.path}: matches no known model family; it holds {holds}{entries}",
+        hint=f"{hint}\n  " + reasons.replace("; ", "\n  "),
     )

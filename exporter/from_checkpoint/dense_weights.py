@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepcell.errors import CheckpointError
 
-__all__ = ["DTYPES", "check_finite", "dense_weights"]
+__all__ = ["DTYPES", "check_finite", "dense_weights", "first_problem"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT = "export the float checkpoint it was made from"
@@ -40,6 +40,12 @@ def dense_weights(
         checked[name] = tensor.detach().resolve_neg().contiguous()
     check_finite(checked, subject)
     return checked
+
+
+def first_problem(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """Name of the first tensor that is no weight, and what it is; None if all are weights."""
+    problems = ((name, _problem(name, tensor, None)) for name, tensor in tensors.items() if tensor.dim())
+    return next(((name, problem[0]) for name, problem in problems if problem), None)
 
 
 def check_finite(tensors: Mapping[str, Tensor], subject: str) -> None:

@@ -33,6 +33,7 @@ class Part(Generic[T]):
         tensors: by name without the prefix.
         left_out: other weights of the set.
         match: what they fit.
+        averaged: whether they are a running average, by its key or prefix.
     """
 
     key: str
@@ -40,11 +41,7 @@ class Part(Generic[T]):
     tensors: dict[str, Tensor]
     left_out: tuple[str, ...]
     match: T
-
-    @property
-    def averaged(self) -> bool:
-        """Whether key or prefix is the name of a running average."""
-        return is_average(self.key) or is_average(self.prefix)
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,21 +76,35 @@ def fitting_parts(checkpoint: Checkpoint, matches: Callable[[Tensors], T]) -> tu
             if any(miss.key == weights.key and prefix.startswith(miss.prefix) and miss.reason.near for miss in misses):
                 continue
             tensors = {name[len(prefix) :]: weights.tensors[name] for name in names}
+            weighty = {name: tensor for name, tensor in tensors.items() if "." in name or tensor.dim()}
             try:
-                match = matches(tensors)
+                match, tensors = _first_match(matches, tensors, weighty)
             except NotThisFamily as reason:
                 whole = len(names) == len(weights.tensors) or prefix == checkpoint.prefix
                 if reason.near or whole:
                     misses.append(Miss(weights.key, prefix, tuple(tensors), reason))
                 continue
-            inside = set(names)
+            inside = {prefix + name for name in tensors}
             scope = checkpoint.prefix or ""
             left_out = [name for name in weights.tensors if name.startswith(scope) and name not in inside]
             counted = tuple(name for name in left_out if weights.tensors[name].dim())  # a number is a counter
-            part = Part(weights.key, prefix, tensors, counted, match)
+            averaged = is_average(weights.key) or is_average(prefix) or _averaged_by_lightning(checkpoint, weights.key)
+            part = Part(weights.key, prefix, tensors, counted, match, averaged)
             if not any(_same(part, other) for other in parts):
                 parts.append(part)
     return parts, misses
+
+
+def _first_match(matches: Callable[[Tensors], T], *several: dict[str, Tensor]) -> tuple[T, dict[str, Tensor]]:
+    """The first of several dicts of tensors that matches; raises NotThisFamily as the first one does."""
+    first: NotThisFamily | None = None
+    for tensors in several:
+        try:
+            return matches(tensors), tensors
+        except NotThisFamily as reason:
+            first = first or reason
+    assert first is not None
+    raise first
 
 
 def ask(checkpoint: Checkpoint, rule: str, lines: Sequence[str]) -> UsageError:
@@ -139,7 +150,7 @@ def report(checkpoint: Checkpoint, part: Part[T], what: str, misses: Sequence[Mi
         _logger.info("weights: %d tensors%s", len(part.tensors), place)
     others = [weights for weights in (WeightSet(checkpoint.key, {}), *checkpoint.others) if weights.key != part.key]
     for weights in others:
-        average = is_average(weights.key)
+        average = is_average(weights.key) or _averaged_by_lightning(checkpoint, weights.key)
         if not average and not part.averaged:
             continue
         reason = next((str(miss.reason) for miss in misses if miss.key == weights.key), "it has other tensors")
@@ -174,6 +185,12 @@ def _prefixes(weights: WeightSet, given: str | None) -> Iterator[tuple[str, list
     for prefix in sorted(groups, key=lambda prefix: prefix.count(".")):
         if prefix.startswith(given or ""):
             yield prefix, groups[prefix]
+
+
+def _averaged_by_lightning(checkpoint: Checkpoint, key: str) -> bool:
+    """Whether a set was averaged by Lightning's WeightAveraging: it keeps the raw weights under another key."""
+    keys = {checkpoint.key, *(weights.key for weights in checkpoint.others)}
+    return key == "state_dict" and "current_model_state" in keys
 
 
 def _same(part: Part[T], other: Part[T]) -> bool:

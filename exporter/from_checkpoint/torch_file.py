@@ -26,11 +26,12 @@ _OTHERS = {
     b"<!DOCTYPE": ("a web page", "download the file again, from the link to the file itself"),
     b"<html": ("a web page", "download the file again, from the link to the file itself"),
     b"\x1f\x8b": ("compressed with gzip", "gunzip it first"),
+    b"{": ("a JSON file, such as the index of several shards", "load the shards, save their tensors in one file"),
     b"\x93NUMPY": ("a NumPy array", "save a state_dict with torch.save or safetensors"),
 }
 # Names in every file of `torch.save`: tensors, their storages and dtypes, plain collections.
 _HARMLESS = re.compile(
-    r"torch\.\w+|torch\.(_utils|_tensor)\._rebuild_\w+|torch\.storage\.\w+|torch\.nn\.parameter\.(Parameter|Buffer)"
+    r"torch\.(?!ScriptObject)\w+|torch\.(_utils|_tensor)\._rebuild_\w+|torch\.storage\.\w+|torch\.nn\.parameter\.(Parameter|Buffer)"
     r"|torch\.serialization\._get_layout|collections\.\w+|_codecs\.encode|(builtins|__builtin__)\.(set|bytearray|complex)"
 )
 # Keys under which training scripts store weights, to name the likely one in a hint.
@@ -46,6 +47,8 @@ def read_torch_file(path: Path, max_expansion: float) -> object:
     Raises:
         CheckpointError: damaged, of another format, holding pickled objects, or unpacking to too much.
     """
+    if path.suffix == ".onnx":
+        raise CheckpointError(f"{path}: an ONNX file, not a checkpoint", hint=f"stepcell fuse {path} -o fused.onnx")
     head = read_bytes(path, 32)
     for magic, (what, remedy) in _OTHERS.items():
         if head.startswith(magic):
@@ -91,6 +94,11 @@ def _refusal(path: Path, error: Exception) -> CheckpointError:
             hint="compare its size and hash with the original; a file of an old torch or Python is written again with\n"
             f'  content = torch.load("{path.name}", map_location="cpu", weights_only=False)  # only a file you trust\n'
             f'  torch.save(content, "{path.stem}-new.pth")',
+        )
+    if "torch.ScriptObject" in found:
+        return CheckpointError(
+            f"{path}: holds the packed weights of a quantised model (torch.ScriptObject)",
+            hint="export the float checkpoint it was made from",
         )
     shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     content, saved = "content", f'content["{_likely_key(strings)}"]'

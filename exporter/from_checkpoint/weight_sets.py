@@ -43,7 +43,8 @@ def weight_sets(content: object) -> list[WeightSet]:
     """All sets of weights in a checkpoint's content, the one with the most tensors first.
 
     States of optimisers are left out. A list of tensors that fit the parameters of a set one by one, as some averages
-    are stored (`shadow_params`), is a set with the names and the buffers of that one.
+    are stored (`shadow_params`), is a set with the names and the buffers of that one; in any other list the names are
+    numbers.
     """
     sets: list[WeightSet] = []
     lists: list[tuple[str, Sequence[Tensor]]] = []
@@ -54,7 +55,7 @@ def weight_sets(content: object) -> list[WeightSet]:
         elif tensors := {_text(name): value for name, value in found.items() if isinstance(value, Tensor)}:
             sets.append(WeightSet(key, tensors, _no_tensors(found)))
     sets.sort(key=lambda weights: -len(weights.tensors))
-    return sets + [named for key, tensors in lists if (named := _named(key, tensors, sets)) is not None]
+    return sets + [_named(key, tensors, sets) for key, tensors in lists]
 
 
 def _collections(
@@ -88,10 +89,10 @@ def _text(name: object) -> str:
     return printable(str(name))
 
 
-def _named(key: str, tensors: Sequence[Tensor], sets: Sequence[WeightSet]) -> WeightSet | None:
+def _named(key: str, tensors: Sequence[Tensor], sets: Sequence[WeightSet]) -> WeightSet:
     shapes = [tensor.shape for tensor in tensors]
     for weights in sets:
         names = [name for name in weights.tensors if not name.endswith(_BUFFERS)]
         if [weights.tensors[name].shape for name in names] == shapes:
             return WeightSet(key, {**weights.tensors, **dict(zip(names, tensors, strict=True))})
-    return None
+    return WeightSet(key, {str(index): tensor for index, tensor in enumerate(tensors)})

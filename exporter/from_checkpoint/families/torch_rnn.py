@@ -18,7 +18,7 @@ def _recognise(gates: int, kind: str) -> Callable[[Tensors], dict[str, object]]:
         if "weight_ih_l0" not in tensors or "weight_hh_l0" not in tensors:
             raise NotThisFamily("no tensor weight_ih_l0 with a weight_hh_l0")
         if any("reverse" in name or name.startswith("weight_hr") for name in tensors):
-            raise NotThisFamily("bidirectional and projected layers cannot be run one step at a time")
+            raise NotThisFamily("bidirectional and projected layers cannot be run one step at a time", near=True)
         rows, hidden = tensors["weight_hh_l0"].shape
         if rows != gates * hidden:
             raise NotThisFamily(f"weight_hh_l0 has {rows} rows, a {kind} has {gates} x {hidden}")

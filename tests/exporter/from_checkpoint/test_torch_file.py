@@ -76,6 +76,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "array": (lambda p: save_arrays(p, np.save), "a NumPy array"),
     "archive": (lambda p: save_arrays(p, np.savez), "a NumPy archive"),
     "zip": (lambda p: p.write_bytes(b"PK\5\6" + bytes(18)), "a zip file of another program"),
+    "shards": (lambda p: p.write_text('{"weight_map": {}}'), "load the shards"),
     "HDF5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)), "an HDF5 file"),
 }  # fmt: skip
 
@@ -87,6 +88,18 @@ def test_other_formats_are_named(kind: str, tmp_path: Path) -> None:
     text = refusal(tmp_path / "c.pth")
     assert "not a PyTorch checkpoint" in text
     assert message in text
+
+
+def test_an_onnx_file_is_for_fuse(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x0a")
+    assert f"stepcell fuse {tmp_path / 'm.onnx'}" in refusal(tmp_path / "m.onnx")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao.quantization is deprecated
+def test_a_quantised_model(tmp_path: Path) -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(3, 4)), {nn.LSTM}, dtype=torch.qint8)
+    torch.save(quantised.state_dict(), tmp_path / "q.pth")
+    assert "holds the packed weights of a quantised model" in refusal(tmp_path / "q.pth")
 
 
 def test_formats_go_by_their_content(tmp_path: Path) -> None:
