@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -69,21 +70,23 @@ def fitting_parts(checkpoint: Checkpoint, matches: Callable[[Tensors], T]) -> tu
     """
     parts: list[Part[T]] = []
     misses: list[Miss] = []
+    match_once = _Matcher(matches)
     for weights in (WeightSet(checkpoint.key, checkpoint.tensors), *checkpoint.others):
+        closed: list[str] = []  # prefixes inside of which nothing is looked for
         for prefix, names in _prefixes(weights, checkpoint.prefix):
-            if any(part.key == weights.key and prefix.startswith(part.prefix) for part in parts):
-                continue
-            if any(miss.key == weights.key and prefix.startswith(miss.prefix) and miss.reason.near for miss in misses):
+            if prefix.startswith(tuple(closed)):
                 continue
             tensors = {name[len(prefix) :]: weights.tensors[name] for name in names}
-            weighty = {name: tensor for name, tensor in tensors.items() if "." in name or tensor.dim()}
             try:
-                match, tensors = _first_match(matches, tensors, weighty)
+                match, tensors = match_once(tensors)
             except NotThisFamily as reason:
+                if reason.near:
+                    closed.append(prefix)
                 whole = len(names) == len(weights.tensors) or prefix == checkpoint.prefix
                 if reason.near or whole:
                     misses.append(Miss(weights.key, prefix, tuple(tensors), reason))
                 continue
+            closed.append(prefix)
             inside = {prefix + name for name in tensors}
             scope = checkpoint.prefix or ""
             left_out = [name for name in weights.tensors if name.startswith(scope) and name not in inside]
@@ -95,16 +98,31 @@ def fitting_parts(checkpoint: Checkpoint, matches: Callable[[Tensors], T]) -> tu
     return parts, misses
 
 
-def _first_match(matches: Callable[[Tensors], T], *several: dict[str, Tensor]) -> tuple[T, dict[str, Tensor]]:
-    """The first of several dicts of tensors that matches; raises NotThisFamily as the first one does."""
-    first: NotThisFamily | None = None
-    for tensors in several:
+class _Matcher(Generic[T]):
+    """Calls `matches`, once for all parts with the same names and shapes: large networks repeat their layers."""
+
+    def __init__(self, matches: Callable[[Tensors], T]) -> None:
+        self._matches = matches
+        self._refused: dict[tuple[object, ...], NotThisFamily] = {}
+
+    def __call__(self, tensors: dict[str, Tensor]) -> tuple[T, dict[str, Tensor]]:
+        """What the tensors match, with or without the single numbers among them; raises NotThisFamily."""
+        structure = tuple((name, tensor.dim(), *_sizes(tensor)) for name, tensor in tensors.items())
+        if structure in self._refused:
+            raise self._refused[structure]
         try:
-            return matches(tensors), tensors
+            return self._matches(tensors), tensors
         except NotThisFamily as reason:
-            first = first or reason
-    assert first is not None
-    raise first
+            rest = {name: tensor for name, tensor in tensors.items() if "." in name or tensor.dim()}
+            if 0 < len(rest) < len(tensors):
+                with contextlib.suppress(NotThisFamily):
+                    return self._matches(rest), rest
+            self._refused[structure] = reason
+            raise
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    return () if tensor.is_nested else tuple(tensor.shape)
 
 
 def ask(checkpoint: Checkpoint, rule: str, lines: Sequence[str]) -> UsageError:

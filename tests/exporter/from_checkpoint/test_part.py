@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from stepcell.cli import main
 from stepcell.errors import CheckpointError, UsageError
-from stepcell.exporter import load_checkpoint, load_model, step_model
+from stepcell.exporter import Checkpoint, load_checkpoint, load_model, step_model
+from stepcell.exporter.from_checkpoint.families.family import NotThisFamily
+from stepcell.exporter.from_checkpoint.part import fitting_parts
 from stepcell.exporter.from_checkpoint.step_model import family_model
 from stepcell.models import conv_gru_stack
 
@@ -213,10 +215,25 @@ def test_the_only_set_that_fits_is_taken_and_the_other_one_named(
         assert "tensor convz1.bias" in caplog.text or "unexpected tensor 0" in caplog.text
 
 
-def test_the_same_values_twice_are_no_choice(tmp_path: Path) -> None:
-    raw = sep_gru()
+@pytest.mark.parametrize("make", [sep_gru, small_update_block])
+def test_the_same_values_twice_are_no_choice(make: Callable[[], Tensors], tmp_path: Path) -> None:
+    raw = make()
     copy = {name: tensor.clone() for name, tensor in raw.items()}
     assert_equal(values(tmp_path, {"model": raw, "model_ema": copy}), values(tmp_path, raw))
+
+
+def test_a_large_network_with_many_layers_is_searched_once_per_kind_of_layer() -> None:
+    layer = torch.zeros(2, 2)
+    names = [f"enc.layers.{i}.block.{j}.attn.{k}.weight" for i in range(30) for j in range(10) for k in range(10)]
+    seen: list[int] = []
+
+    def matches(tensors: Mapping[str, Tensor]) -> None:
+        seen.append(len(tensors))
+        raise NotThisFamily("none")
+
+    checkpoint = Checkpoint(Path("c.pth"), dict.fromkeys(names, layer), "", None, {})
+    assert fitting_parts(checkpoint, matches)[0] == []
+    assert len(seen) < 20
 
 
 def test_a_key_or_prefix_that_is_not_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -18,12 +19,13 @@ _GRU = ("ih.0.weight", "ih.0.bias", "hh.0.weight", "hh.0.bias")
 _RGB = 3
 
 
-def decoder_names() -> set[str]:
+@functools.cache
+def decoder_names() -> frozenset[str]:
     """Names of all tensors of upstream's decoder."""
     names = {f"decode{level}.gru.{name}" for level in (4, 3, 2, 1) for name in _GRU}
     for conv, norm in _convs():
         names |= {f"{conv}.weight", *(f"{norm}.{name}" for name in _NORM)}
-    return names
+    return frozenset(names)
 
 
 def decoder_channels(tensors: Tensors, prefix: str = "") -> tuple[list[int], list[int]]:

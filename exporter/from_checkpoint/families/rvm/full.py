@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -49,7 +50,8 @@ def _squeezes() -> dict[str, str]:
     return found
 
 
-def _names(*, deep: bool) -> set[str]:
+@functools.cache
+def _names(*, deep: bool) -> frozenset[str]:
     names = {f"decoder.{name}" for name in decoder_names()} | _SEGMENTATION | {"aspp.aspp2.1.weight"}
     plain = [*_squeezes().values(), "project_mat.conv"]
     normed = list(_backbone_convs().values())
@@ -60,7 +62,7 @@ def _names(*, deep: bool) -> set[str]:
     names |= weight_and_bias(plain)
     for conv, norm in normed:
         names |= {f"{conv}.weight", *(f"{norm}.{part}" for part in _NORM)}
-    return names
+    return frozenset(names)
 
 
 def _recognise(tensors: Tensors) -> dict[str, object]:
