@@ -85,14 +85,18 @@ def _no_tensors(found: Mapping[object, object]) -> dict[str, str]:
     }
 
 
+def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...] | None]:
+    return [None if tensor.is_nested else tuple(tensor.shape) for tensor in tensors]
+
+
 def _text(name: object) -> str:
     return printable(str(name))
 
 
 def _named(key: str, tensors: Sequence[Tensor], sets: Sequence[WeightSet]) -> WeightSet:
-    shapes = [tensor.shape for tensor in tensors]
+    shapes = _shapes(tensors)
     for weights in sets:
         names = [name for name in weights.tensors if not name.endswith(_BUFFERS)]
-        if [weights.tensors[name].shape for name in names] == shapes:
+        if _shapes([weights.tensors[name] for name in names]) == shapes:
             return WeightSet(key, {**weights.tensors, **dict(zip(names, tensors, strict=True))})
     return WeightSet(key, {str(index): tensor for index, tensor in enumerate(tensors)})

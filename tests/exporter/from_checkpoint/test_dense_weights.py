@@ -136,6 +136,13 @@ def test_a_statistic_that_becomes_nan(tmp_path: Path) -> None:
         step_model(load_checkpoint(tmp_path / "c.pth"))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_nested_tensors_in_a_list(tmp_path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    torch.save({"net": weights(), "ema": [nested] * 4}, tmp_path / "c.pth")
+    assert step_model(load_checkpoint(tmp_path / "c.pth"))[1] == "gru"
+
+
 @pytest.mark.parametrize("value", [[0.1, 0.2], 3.0, "text"])
 def test_an_entry_that_is_no_tensor(value: object, tmp_path: Path) -> None:
     conv = {f"conv{g}": nn.Conv2d(5, 2, 3) for g in "zrq"}
