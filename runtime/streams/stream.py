@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
+from stepcell.display import displayed
 from stepcell.errors import DeviceError, InputError, OutputError, StepcellError
 from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.step_loop import StepLoop
@@ -349,7 +350,7 @@ class Stream:
     def _error(self) -> str | None:
         if self.failure is None and self.writer is not None and self.writer.closed is None:
             return f"{display_name(self.writer.sink.name)}: not finished when the run was aborted"
-        return display_name(self.failure.message) if self.failure else None
+        return displayed(self.failure.message) if self.failure else None
 
     def report(self, loop: StepLoop, snapshots: SnapshotWriter | None) -> StreamReport:
         """The report of this stream; after `close`."""
