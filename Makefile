@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz audit sbom clean
+.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz audit sbom interop clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,15 @@ gpu-check: setup
 # Registers, spills and code size of every kernel for every GPU (ten minutes, no GPU needed).
 kernels-report: setup
 	$(BIN)/python -m tools.kernels_report
+
+# What tools and runtimes of others do with an exported file: docs/interop.md and its JSON (ten minutes, 3 GB of packages).
+interop: setup build/interop/.ready
+	$(BIN)/python -m tools.interop build/interop/bin/python
+
+build/interop/.ready: tools/interop/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 # Every kernel with every tile in an emulator of PTX (fifteen minutes, no GPU needed).
 kernels-emulate: setup

@@ -16,7 +16,7 @@ from onnxscript.rewriter import RewriteRuleSet, pattern
 from stepcell.exporter.cell_recognition.values import integers, is_float_cast
 from stepcell.exporter.quiet import errors_only
 
-__all__ = ["normalise"]
+__all__ = ["fold_constants", "normalise"]
 
 _UNROLLED = 16  # iterations
 _SHORT = 64  # elements of a list of paddings or sizes
@@ -32,12 +32,12 @@ def normalise(model: ir.Model) -> None:
 
 
 def _normalise(model: ir.Model) -> None:
-    _optimise(model)
+    fold_constants(model)
     if any(node.op_type in ("Loop", "SequenceAt") for node in model.graph):
         _unroll_loops(model.graph)
-        _optimise(model)
+        fold_constants(model)
         _read_lists(model.graph)
-        _optimise(model)
+        fold_constants(model)
     _LERP.apply_to_model(model)
     _drop_round_trips(model.graph)
     _lower_casts_of_inputs(model.graph)
@@ -64,7 +64,8 @@ def _blend(op, start, end, weight):  # type: ignore[no-untyped-def]
 _LERP = RewriteRuleSet([pattern.RewriteRule(_lerp, _blend)], commute=True)
 
 
-def _optimise(model: ir.Model) -> None:
+def fold_constants(model: ir.Model) -> None:
+    """Inline functions and compute what is constant, weights that are cut and joined included, in place."""
     optimizer.optimize_ir(model, should_fold=_hides_constant)
 
 

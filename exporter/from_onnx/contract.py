@@ -16,7 +16,7 @@ from stepcell.exporter.from_onnx.onnx_file import OnnxFile, Port
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
 from stepcell.exporter.from_onnx.stream_axis import StreamAxes
-from stepcell.exporter.step_onnx.graph import embed_contract, set_shape
+from stepcell.exporter.step_onnx.graph import embed_contract, separate_outputs, set_shape
 from stepcell.pixels import completed, map_layout, natural_layout
 
 __all__ = ["FAMILY", "contract_of", "rename", "write_contract"]
@@ -84,7 +84,7 @@ def rename(
         data: new names of data inputs and outputs.
     """
     graph = model.graph
-    _separate_outputs(graph, [port.name for port in file.outputs])
+    separate_outputs(graph, [port.name for port in file.outputs])
     inputs = {**(data or {}), **{str(state.original_input): state.input for state in contract.states}}
     outputs = {**(data or {}), **{str(state.original_output): state.output for state in contract.states}}
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
@@ -101,20 +101,6 @@ def rename(
         del ports[:]
         ports.extend(copies)
     return proto
-
-
-def _separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Give every output a separate value: one value cannot have two names."""
-    seen: set[int] = set()
-    for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
-        if value.is_graph_input() or value.is_initializer() or id(value) in seen:
-            if value.is_initializer():
-                value.name = f"{name}.constant"
-            copy = ir.node("Identity", inputs=[value], name=f"{name}/Identity")
-            copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = name, value.type, value.shape
-            graph.append(copy)
-            graph.outputs[index] = copy.outputs[0]
-        seen.add(id(value))
 
 
 def write_contract(model: onnx.ModelProto, contract: StepContract) -> StepContract:

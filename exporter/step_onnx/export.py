@@ -21,6 +21,7 @@ from stepcell.exporter.parity import Seen
 from stepcell.exporter.step_onnx.check import check_export
 from stepcell.exporter.step_onnx.contract import contract_for
 from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
+from stepcell.exporter.step_onnx.plain import plain_graph
 from stepcell.exporter.step_onnx.trace import onnx_from_module
 from stepcell.exporter.undeclared_integers import integers_explained
 from stepcell.files import atomic_path
@@ -53,6 +54,7 @@ def export_onnx(
     dynamic: Sequence[str] = (),
     pixels: Declaration | None = None,
     opset: int = DEFAULT_OPSET,
+    plain: bool = False,
     family: str = "module",
     source: Mapping[str, object] | None = None,
     overwrite: bool = False,
@@ -70,6 +72,7 @@ def export_onnx(
         pixels: what the values of pictures are, in place of what the model says: a `Pixels` for every picture, or by
             name of an input or output.
         opset: ONNX opset, 18 to 23.
+        plain: write cells in standard operators, for runtimes that take no functions (docs/interop.md).
         family: name of the model family, recorded in the contract.
         source: where the weights come from (checkpoint hash, arguments), recorded in the contract.
         overwrite: replace an existing file that is no exported model.
@@ -102,6 +105,7 @@ def export_onnx(
             contract,
             opset,
             family,
+            plain,
             {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
             declared=bool(pixels),
         )
@@ -110,7 +114,14 @@ def export_onnx(
 
 
 def _onnx_and_contract(
-    model: nn.Module, contract: StepContract, opset: int, family: str, source: dict[str, object], *, declared: bool
+    model: nn.Module,
+    contract: StepContract,
+    opset: int,
+    family: str,
+    plain: bool,
+    source: dict[str, object],
+    *,
+    declared: bool,
 ) -> tuple[onnx.ModelProto, StepContract]:
     contract = msgspec.structs.replace(contract, family=family, source=source)
     proto = onnx_from_module(_in_precision(model, contract.precision), contract, opset)
@@ -118,6 +129,8 @@ def _onnx_and_contract(
         proto, contract = model.rewrite_graph(proto, contract)
     tidy(proto, contract)
     contract = attach_functions(proto, contract)
+    if plain:
+        proto, contract = plain_graph(proto, contract)
     embed_contract(proto, contract)
     _check_valid(proto)
     seen: Seen = {}

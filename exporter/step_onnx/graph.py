@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 import onnx
 import onnx.inliner
+from onnxscript import ir
 
 from stepcell import __version__
 from stepcell.contract import METADATA_KEY, StepContract
@@ -17,7 +18,7 @@ from stepcell.dims import Dim
 from stepcell.exporter.step_onnx.op_functions import DOMAIN, Variant, function_for, variant_of
 from stepcell.graph_hash import graph_sha256
 
-__all__ = ["attach_functions", "embed_contract", "set_shape", "tidy"]
+__all__ = ["attach_functions", "embed_contract", "separate_outputs", "set_shape", "tidy"]
 
 _INLINED = "a file holds one variant of an op, and another one is more frequent"
 
@@ -98,6 +99,20 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         used[name] += 1
         node.name = name if used[name] == 1 else f"{name}_{used[name]}"
         node.doc_string = ""
+
+
+def separate_outputs(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Give every output a separate value: one value cannot have two names."""
+    seen: set[int] = set()
+    for index, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if value.is_graph_input() or value.is_initializer() or id(value) in seen:
+            if value.is_initializer():
+                value.name = f"{name}.constant"
+            copy = ir.node("Identity", inputs=[value], name=f"{name}/Identity")
+            copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = name, value.type, value.shape
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+        seen.add(id(value))
 
 
 def set_shape(value: onnx.ValueInfoProto, shape: Sequence[Dim | None]) -> None:

@@ -45,6 +45,7 @@ def _list_families(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 Examples:
   stepcell export denoiser.safetensors -o denoiser.onnx
   stepcell export net.pth -o net.onnx --module my_package.net:make --set channels=32 --shape x:1x3x256x256 --range 0,1
+  stepcell export denoiser.safetensors -o plain.onnx --plain --precision float32 --shape x:1x3x256x256
   stepcell export gru.pth --family gru --shape x:1x64 --precision float32
   stepcell export rvm.pth --checkpoint-key params_ema --prefix module.
 """
@@ -100,6 +101,10 @@ Examples:
     help="Dtype of the hidden state between steps; float16 loses small updates.",
 )
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset, 18 to 23.")
+@click.option(
+    "--plain", is_flag=True,
+    help="Cells in standard operators, for OpenVINO, tract, ncnn, IREE and others; see docs/interop.md.",
+)  # fmt: skip
 @click.option("--list-families", is_flag=True, is_eager=True, expose_value=False, callback=_list_families)
 @overwrite_option
 @json_option
@@ -118,6 +123,7 @@ def command(
     precision: Any,
     state_dtype: Any,
     opset: int,
+    plain: bool,
     overwrite: bool,
     as_json: bool,
     **pixel_arguments: Any,
@@ -168,6 +174,7 @@ def command(
             dynamic=symbols,
             pixels=pixels,
             opset=opset,
+            plain=plain,
             family=name,
             source=source,
             overwrite=overwrite,
