@@ -15,7 +15,7 @@ from torch import Tensor
 from stepcell.errors import UsageError
 from stepcell.exporter.from_checkpoint.checkpoint import Checkpoint
 from stepcell.exporter.from_checkpoint.families.family import NotThisFamily, Tensors
-from stepcell.exporter.from_checkpoint.weight_sets import TOP, WeightSet, is_average
+from stepcell.exporter.from_checkpoint.weight_sets import TOP, WeightSet, is_average, shape_of
 
 __all__ = ["Miss", "Part", "ask", "fitting_parts", "lines_of", "report", "source_of"]
 
@@ -107,7 +107,7 @@ class _Matcher(Generic[T]):
 
     def __call__(self, tensors: dict[str, Tensor]) -> tuple[T, dict[str, Tensor]]:
         """What the tensors match, with or without the single numbers among them; raises NotThisFamily."""
-        structure = tuple((name, tensor.dim(), *_sizes(tensor)) for name, tensor in tensors.items())
+        structure = tuple((name, tensor.dim(), shape_of(tensor)) for name, tensor in tensors.items())
         if structure in self._refused:
             raise self._refused[structure]
         try:
@@ -119,10 +119,6 @@ class _Matcher(Generic[T]):
                     return self._matches(rest), rest
             self._refused[structure] = reason
             raise
-
-
-def _sizes(tensor: Tensor) -> tuple[int, ...]:
-    return () if tensor.is_nested else tuple(tensor.shape)
 
 
 def ask(checkpoint: Checkpoint, rule: str, lines: Sequence[str]) -> UsageError:

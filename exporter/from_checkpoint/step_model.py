@@ -15,6 +15,7 @@ from stepcell.exporter.from_checkpoint.choose_family import choose_family
 from stepcell.exporter.from_checkpoint.dense_weights import check_finite, dense_weights
 from stepcell.exporter.from_checkpoint.families.family import Family, NotThisFamily, Tensors
 from stepcell.exporter.from_checkpoint.part import ask, fitting_parts, lines_of, report, source_of
+from stepcell.exporter.from_checkpoint.weight_sets import shape_of
 from stepcell.models.checkpoint_writer import set_family
 from stepcell.renamed_families import current_name
 
@@ -179,7 +180,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], subject: str)
         CheckpointError: names every tensor that is missing, unexpected or of another shape.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    got = {name: shape_of(tensor) for name, tensor in tensors.items()}
     problems = [f"missing {name} {wanted[name]}" for name in sorted(set(wanted) - set(got))]
     problems += [f"unexpected {name} {got[name]}" for name in sorted(set(got) - set(wanted))]
     problems += [

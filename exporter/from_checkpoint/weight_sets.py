@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepcell.exporter.from_checkpoint.printable import printable
 
-__all__ = ["TOP", "WeightSet", "is_average", "weight_sets"]
+__all__ = ["TOP", "WeightSet", "is_average", "shape_of", "weight_sets"]
 
 TOP = "."  # value of --checkpoint-key for the file's top level
 _MAX_DEPTH = 12
@@ -85,8 +85,9 @@ def _no_tensors(found: Mapping[object, object]) -> dict[str, str]:
     }
 
 
-def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...] | None]:
-    return [None if tensor.is_nested else tuple(tensor.shape) for tensor in tensors]
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Its shape; () for a nested tensor, which has none."""
+    return () if tensor.is_nested else tuple(tensor.shape)
 
 
 def _text(name: object) -> str:
@@ -94,9 +95,9 @@ def _text(name: object) -> str:
 
 
 def _named(key: str, tensors: Sequence[Tensor], sets: Sequence[WeightSet]) -> WeightSet:
-    shapes = _shapes(tensors)
+    shapes = list(map(shape_of, tensors))
     for weights in sets:
         names = [name for name in weights.tensors if not name.endswith(_BUFFERS)]
-        if _shapes([weights.tensors[name] for name in names]) == shapes:
+        if [shape_of(weights.tensors[name]) for name in names] == shapes:
             return WeightSet(key, {**weights.tensors, **dict(zip(names, tensors, strict=True))})
     return WeightSet(key, {str(index): tensor for index, tensor in enumerate(tensors)})

@@ -141,6 +141,9 @@ def test_nested_tensors_in_a_list(tmp_path: Path) -> None:
     nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     torch.save({"net": weights(), "ema": [nested] * 4}, tmp_path / "c.pth")
     assert step_model(load_checkpoint(tmp_path / "c.pth"))[1] == "gru"
+    torch.save({"other": nested, **weights()}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="unexpected other"):
+        load_weights(nn.GRU(3, 4), load_checkpoint(tmp_path / "c.pth"), "a module")
 
 
 @pytest.mark.parametrize("value", [[0.1, 0.2], 3.0, "text"])
