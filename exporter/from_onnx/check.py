@@ -90,6 +90,7 @@ def check_fused(
         raise ExportError(
             f"{state.original_input}: taken for a state, and changes no output and no state at any step of "
             f"{len(clips)} runs",
-            hint=f"if it is none: --state {state.original_input}=",
+            hint="if a flag or a number switches it off, give the value that the model runs with: --value NAME=VALUE; "
+            f"only if it is data, new at every step: --state {state.original_input}=",
         )
     return parity

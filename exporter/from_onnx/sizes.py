@@ -90,15 +90,18 @@ def find_sizes(
     hints = {name: list(shape) for name, shape in partial.items()}
     for port in file.outputs:
         hints[port.name] = list(_state_shape(port, declared, None, rank=len(samples[0].shapes[port.name])))
-    found = _tell_apart(prober, hints, data, samples)
-    shapes: dict[str, tuple[Dim, ...]] = {spec.name: spec.shape for spec in data}
-    shapes |= {name: tuple(_simplest(file, name, rows, data, samples)) for name, rows in found.items()}
     first = samples[0].symbols
     batches = {spec.shape[0] for spec in data if spec.shape}
     large = {symbol: size if symbol in batches else size * _LARGER for symbol, size in first.items()}
+    at_large = prober.at(large)
+    # Rules that agree at small sizes may differ at those of a camera.
+    seen = [*samples, *([at_large] if at_large is not None else [])]
+    found = _tell_apart(prober, hints, data, seen)
+    shapes: dict[str, tuple[Dim, ...]] = {spec.name: spec.shape for spec in data}
+    shapes |= {name: tuple(_simplest(file, name, rows, data, seen)) for name, rows in found.items()}
     lengths = {dim for spec in data if len(spec.shape) < 4 for dim in spec.shape[1:] if isinstance(dim, str)}
     short = prober.at({**first, **dict.fromkeys(lengths & first.keys(), 1)}) if lengths else None
-    return Sizes(shapes, samples, large if prober.at(large) else first, short)
+    return Sizes(shapes, samples, large if at_large is not None else first, short)
 
 
 def _check_numbers(prober: Prober) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract
+from stepcell.runtime.loop.slots import is_shared
 from stepcell.runtime.verify.clips import Clip
 from stepcell.runtime.verify.measure import difference, rms, wide
 from stepcell.runtime.verify.results import Verdict, judged, unchecked
@@ -122,7 +123,10 @@ def isolation(subject: Stepper, clip: Clip) -> Verdict:
     expected = list(_free_run(subject, clip, _STEPS))
     for what, value in (("NaN", np.nan), ("a huge value", _HUGE)):
         frames = [
-            {name: _spoiled(array, axes[name], spoiled, value) for name, array in clip[t].items()}
+            {
+                name: _spoiled(array, axes[name], spoiled, value) if name in axes else array
+                for name, array in clip[t].items()
+            }
             for t in range(_STEPS)
         ]
         for t, got in enumerate(_free_run(subject, Clip(frames, clip.name), _STEPS)):
@@ -228,12 +232,11 @@ def _digest(array: NDArray[Any]) -> bytes:
 def _row_axes(contract: StepContract, clip: Clip) -> dict[str, int] | None:
     """By tensor name the axis that counts rows; None where there is one row."""
     found: dict[str, int] = {state.name: state.batch_axis for state in contract.states if state.batch_axis is not None}
-    if len(found) < len(contract.states) or any(
-        spec.batch_axis is None for spec in (*contract.inputs, *contract.outputs)
-    ):
+    own = [spec for spec in (*contract.inputs, *contract.outputs) if not is_shared(spec)]
+    if len(found) < len(contract.states) or any(spec.batch_axis is None for spec in own):
         return None
     batch = {state.streams for state in contract.states}
-    for spec in (*contract.inputs, *contract.outputs):
+    for spec in own:
         axes = [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str) and dim in batch]
         axes = [spec.batch_axis] if isinstance(spec.batch_axis, int) else axes
         found[spec.name] = axes[0] if axes else 0
@@ -241,7 +244,7 @@ def _row_axes(contract: StepContract, clip: Clip) -> dict[str, int] | None:
 
 
 def _rows(axes: Mapping[str, int], clip: Clip) -> int:
-    return min(shape[axes[name]] for name, shape in clip.shapes.items())
+    return min(shape[axes[name]] for name, shape in clip.shapes.items() if name in axes)
 
 
 def _different_rows(

@@ -19,6 +19,7 @@ from stepcell import StepLoop
 from stepcell.errors import InputError, UsageError
 from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
 from stepcell.exporter.onnx_session import OnnxSession
+from stepcell.exporter.size_rules import rules
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
 
@@ -379,3 +380,11 @@ def test_a_constant_is_in_the_graph(adopt: Adopt, tmp_path: Path) -> None:
     assert "downsample_ratio" not in [value.name for value in model.graph.input]
     values = [numpy_helper.to_array(tensor).tolist() for tensor in model.graph.initializer if len(tensor.dims) <= 1]
     assert any(0.25 in np.ravel(value) for value in values)
+
+
+def test_sizes_behind_a_ratio() -> None:
+    heights = (16, 24, 32, 48, 23, 256, 384)
+    values = [(height * 3 + 120) // 128 for height in heights]  # three eighths, then halved four times, rounded up
+    found = rules(values, [{"height": height} for height in heights], ["height"])
+    assert found[0].dim == "(height * 3 + 120) // 128"
+    assert all(found[0].of(height) == (height * 3 + 120) // 128 for height in range(1, 2000))
