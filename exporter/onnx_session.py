@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stepcell.errors import ExportError
 from stepcell.library_errors import library_errors
 from stepcell.limits import FIRST_STEP_SECONDS, within_seconds
+from stepcell.runtime.backends.onnxruntime.trial import choose_level
 
 __all__ = ["OnnxSession"]
 
@@ -27,6 +28,7 @@ class OnnxSession:
         ExportError: ONNX Runtime does not load the model, or (on a call) fails with these inputs.
         InputError: loading or the first call takes longer than the limit.
         DeviceError: not enough memory.
+        StepcellError: ONNX Runtime ends its process while it loads the model.
     """
 
     def __init__(self, data: bytes, subject: str) -> None:
@@ -35,6 +37,7 @@ class OnnxSession:
         self.data = data
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        choose_level(data, options, subject)
         create = functools.partial(
             onnxruntime.InferenceSession, data, options, enable_fallback=0, providers=["CPUExecutionProvider"]
         )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepcell.exporter.from_module.trees import flatten
+from stepcell.exporter.from_module.trees import flatten, map_leaves
 
 __all__ = [
     "Inputs",
     "Starts",
     "StateAttribute",
+    "attributes_kept",
+    "cast_attributes",
     "demote_buffers",
+    "detached_copy",
     "is_state",
     "random",
     "same",
@@ -72,8 +77,52 @@ def snapshot(module: nn.Module) -> dict[StateAttribute, Any]:
 
 
 def is_state(leaf: object) -> bool:
-    """Whether a leaf of a container can be a hidden state."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0
+    """Whether a leaf of a container can be a hidden state: a tensor of any real dtype, also one without axes."""
+    return isinstance(leaf, Tensor) and not leaf.is_complex()
+
+
+def cast_attributes(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Apply a conversion to the tensors in plain attributes, which `nn.Module.to` leaves as they are."""
+    for child in module.modules():
+        for name, value in list(vars(child).items()):
+            if name in _INTERNALS:
+                continue
+            leaves, spec = flatten(value)
+            if any(isinstance(leaf, Tensor) for leaf in leaves):
+                new = [function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                child.__dict__[name] = spec.unflatten(new)
+
+
+def detached_copy(module: nn.Module) -> nn.Module:
+    """A deep copy, also of a module that keeps tensors with a gradient graph from earlier calls."""
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        plain = [value for name, value in vars(child).items() if name not in _INTERNALS]
+        for leaf in (leaf for value in (*plain, *child._buffers.values()) for leaf in flatten(value)[0]):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+@contextlib.contextmanager
+def attributes_kept(module: nn.Module, attributes: Iterable[StateAttribute]) -> Iterator[None]:
+    """Restore attributes after a call, as the tracer requires; those that did not exist are removed again."""
+    saved = []
+    for attribute in attributes:
+        if attribute.exists(module):
+            value = attribute.get(module)
+            saved.append((attribute, True, value))
+            attribute.set(module, map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value))
+        else:
+            saved.append((attribute, False, None))
+    try:
+        yield
+    finally:
+        for attribute, existed, value in saved:
+            if existed:
+                attribute.set(module, value)
+            elif attribute.exists(module):
+                delattr(module.get_submodule(attribute.path), attribute.name)
 
 
 def state_leaves(value: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ call sets and the next one reads. Both are found by calling copies of the module
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.errors import ExportError
+from stepcell.exporter.floats import is_float
 from stepcell.exporter.from_module.attributes import Inputs, Starts, StateAttribute, is_state, same, snapshot
 from stepcell.exporter.from_module.determinism import check_deterministic
+from stepcell.exporter.from_module.local_states import LocalState
 from stepcell.exporter.from_module.trees import flatten, map_leaves
 
 __all__ = ["Argument", "Interface", "find_interface", "outputs_of"]
+
+_CALLS = 6  # along which attributes are judged
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,30 @@ class Interface:
     Attributes:
         arguments: state arguments.
         attributes: attributes that hold states.
+        locals: states that live in variables of `forward`, between the calls of a submodule.
         scratch: attributes that a call changes and no later call reads.
         timed, time_axis: inputs that the module takes as sequences (of one frame), and their time axis.
+        keeps_time: the step keeps that axis.
         output_axes: the time axis of each output, None where it has none.
     """
 
     arguments: tuple[Argument, ...] = ()
     attributes: tuple[StateAttribute, ...] = ()
+    locals: tuple[LocalState, ...] = ()
     scratch: tuple[StateAttribute, ...] = ()
     timed: tuple[str, ...] = ()
     time_axis: int = 0
+    keeps_time: bool = False
     output_axes: tuple[int | None, ...] = ()
 
     @property
-    def places(self) -> tuple[Argument | StateAttribute, ...]:
-        return (*self.arguments, *self.attributes)
+    def places(self) -> tuple[Argument | StateAttribute | LocalState, ...]:
+        return (*self.arguments, *self.attributes, *self.locals)
+
+    @property
+    def changing(self) -> tuple[StateAttribute, ...]:
+        """The attributes that a call changes."""
+        return (*self.attributes, *self.scratch)
 
     def first(self, module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[Any, list[Any]]:
         """The first call, on a fresh module: state arguments from `starts`, or omitted.
@@ -71,27 +85,57 @@ class Interface:
         Returns:
             The result of `forward`, and the value of every place afterwards.
         """
-        return self._call(module, inputs, dict(starts))
+        return self._call(module, self._sequences(inputs), dict(starts), {})
+
+    def over_clip(self, module: nn.Module, frames: Sequence[Inputs]) -> tuple[Any, list[Any]]:
+        """One call with all frames, on a fresh module without state arguments; the places have the last values."""
+        first, *_ = frames
+        join = torch.cat if self.keeps_time else torch.stack
+        clip = {
+            name: join([frame[name] for frame in frames], self.time_axis) if name in self.timed else tensor
+            for name, tensor in first.items()
+        }
+        return self._call(module, clip, {}, {})
 
     def step(self, module: nn.Module, inputs: Inputs, memory: Sequence[Any]) -> tuple[Any, list[Any]]:
         """A later call: every place is set to its value first."""
-        count = len(self.arguments)
-        for attribute, value in zip(self.attributes, memory[count:], strict=True):
-            attribute.set(module, value)
-        given = {argument.name: value for argument, value in zip(self.arguments, memory[:count], strict=True)}
-        return self._call(module, inputs, given)
+        # The module may change a container in place; the caller's must stay as it is.
+        values = dict(zip(self.places, map(_same_leaves, memory), strict=True))
+        for attribute in self.attributes:
+            attribute.set(module, values[attribute])
+        given = {argument.name: values[argument] for argument in self.arguments}
+        return self._call(module, self._sequences(inputs), given, {each: values[each] for each in self.locals})
 
     def outputs(self, result: Any) -> list[Tensor]:
         """The output tensors in a result, without a time axis."""
-        tensors = [leaf for leaf in flatten(outputs_of(result, self.arguments))[0] if isinstance(leaf, Tensor)]
+        tensors = self.tensors(result)
         axes = self.output_axes or (None,) * len(tensors)
-        return [t if axis is None else t.squeeze(axis) for t, axis in zip(tensors, axes, strict=True)]
+        return [
+            t if axis is None or self.keeps_time else t.squeeze(axis) for t, axis in zip(tensors, axes, strict=True)
+        ]
 
-    def _call(self, module: nn.Module, inputs: Inputs, states: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-        frames = {name: x.unsqueeze(self.time_axis) if name in self.timed else x for name, x in inputs.items()}
-        result = module(**frames, **states)
+    def tensors(self, result: Any) -> list[Tensor]:
+        """The output tensors in a result as they are."""
+        return [leaf for leaf in flatten(outputs_of(result, self.arguments))[0] if isinstance(leaf, Tensor)]
+
+    def _sequences(self, inputs: Inputs) -> Inputs:
+        if self.keeps_time:
+            return inputs
+        return {name: x.unsqueeze(self.time_axis) if name in self.timed else x for name, x in inputs.items()}
+
+    def _call(
+        self, module: nn.Module, inputs: Inputs, states: Mapping[str, Any], local: Mapping[LocalState, Any]
+    ) -> tuple[Any, list[Any]]:
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(place.exchanged(module, local.get(place))) for place in self.locals]
+            result = module(**inputs, **states)
         values = [argument.pick(result) for argument in self.arguments]
-        return result, [*values, *(attribute.get(module) for attribute in self.attributes)]
+        values += [attribute.get(module) for attribute in self.attributes]
+        return result, [*map(_same_leaves, values), *(values for (values,) in found)]
+
+
+def _same_leaves(value: Any) -> Any:
+    return map_leaves(lambda leaf: leaf, value)
 
 
 def outputs_of(result: Any, arguments: Sequence[Argument]) -> Any:
@@ -109,7 +153,7 @@ def outputs_of(result: Any, arguments: Sequence[Argument]) -> Any:
 
 
 def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int], starts: Starts) -> Interface:
-    """Find a module's states by calling copies of it; `module` itself is not changed.
+    """Find the states that a module keeps or takes and returns, by calling copies of it; `module` is not changed.
 
     Args:
         module: in eval mode and float64.
@@ -118,7 +162,7 @@ def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int
         starts: zeros for those of them that need a value in the first call.
 
     Raises:
-        ExportError: `forward` cannot be called like this, is random, or has no state.
+        ExportError: `forward` cannot be called like this, or is random.
     """
     check_deterministic(module, inputs, starts)
     arguments = tuple(Argument(name, index) for name, index in returned.items())
@@ -132,14 +176,7 @@ def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int
             f"forward needs {min(foreign)}, which is not a state: no part of the result can be passed for it",
             hint="give its shape in --shape",
         )
-    interface = _find_attributes(module, inputs, Interface(arguments), starts)
-    if not interface.places:
-        raise ExportError(
-            f"{type(module).__name__}: no state: no argument takes a part of the previous result, and no attribute "
-            "that a call changes is read by the next",
-            hint="a state argument defaults to None and is returned last; --state NAME=POSITION names another",
-        )
-    return interface
+    return _find_attributes(module, inputs, Interface(arguments), starts)
 
 
 def _find_arguments(module: nn.Module, inputs: Inputs, starts: Starts) -> tuple[Argument, ...]:
@@ -170,7 +207,7 @@ def _refusal(module: nn.Module, inputs: Inputs, arguments: tuple[Argument, ...],
     try:
         _, memory = interface.first(own, inputs, starts)
         for each in memory:
-            if not any(map(is_state, flatten(each)[0])):
+            if not any(map(is_float, flatten(each)[0])):
                 return "the result has no floating-point tensor there"
         before = copy.deepcopy(own)
         fed, after = interface.step(own, inputs, memory)
@@ -184,50 +221,88 @@ def _refusal(module: nn.Module, inputs: Inputs, arguments: tuple[Argument, ...],
 
 
 def _find_attributes(module: nn.Module, inputs: Inputs, interface: Interface, starts: Starts) -> Interface:
+    """Attributes that a call changes; those whose value matters at one of several calls are states."""
     own = copy.deepcopy(module)
     rng = torch.Generator().manual_seed(1)
     frames = [
-        {
-            name: torch.randn(t.shape, generator=rng, dtype=t.dtype) if t.is_floating_point() else t
-            for name, t in inputs.items()
-        }
-        for _ in range(3)
+        {name: torch.randn(t.shape, generator=rng, dtype=t.dtype) if is_float(t) else t for name, t in inputs.items()}
+        for _ in range(_CALLS)
     ]
     _, memory = interface.first(own, frames[0], starts)
-    snapshots, before = [snapshot(own)], own
+    calls: list[_Call] = []
+    after = [snapshot(own)]
     for frame in frames[1:]:
-        before = copy.deepcopy(own)
-        previous = memory
+        before, given = copy.deepcopy(own), memory
         result, memory = interface.step(own, frame, memory)
-        snapshots.append(snapshot(own))
-    changed = [s for s in snapshots[-1] if any(not same(snapshots[0].get(s), each[s]) for each in snapshots[1:])]
+        after.append(snapshot(own))
+        calls.append(_Call(before, frame, given, result, after[-1]))
+    changed = [s for s in after[-1] if any(not same(after[0].get(s), each[s]) for each in after[1:])]
     attributes, scratch = [], []
     for attribute in changed:
-        if not any(map(is_state, flatten(snapshots[-1][attribute])[0])):
-            scratch.append(attribute)
-            continue
-        shapes = [[_shape(leaf) for leaf in flatten(each.get(attribute))[0]] for each in snapshots[1:]]
-        steady = shapes[0] == shapes[1]
-        other = copy.deepcopy(before)
-        attribute.set(other, map_leaves(_shifted, attribute.get(other)))
-        shifted, _ = interface.step(other, frames[2], previous)
-        left = snapshot(other)
+        shapes = [[_shape(leaf) for leaf in flatten(each.get(attribute))[0]] for each in after[1:]]
+        steady = all(each == shapes[0] for each in shapes)
         watched = [s for s in changed if steady or s != attribute]
-        if same(result, shifted) and all(same(left[s], snapshots[-1][s]) for s in watched):
+        has_tensors = any(map(is_state, flatten(after[-1][attribute])[0]))
+        if not has_tensors or not _matters(interface, attribute, calls, watched):
             scratch.append(attribute)
         elif steady:
             attributes.append(attribute)
         else:
+            grows = len(shapes[0]) < len(shapes[-1])
             raise ExportError(
-                f"{attribute}: a state whose shape changes from call to call: {shapes[0]}, then {shapes[1]}"
+                f"{attribute}: a state whose shape changes from call to call: {shapes[0]}, then {shapes[1]}",
+                hint="a step has room for a fixed number of tensors: a deque with `maxlen`, filled at the first call: "
+                "`while len(past) < past.maxlen: past.append(torch.zeros_like(x))`"
+                if grows
+                else "a state has one shape at all steps",
             )
     return replace(interface, attributes=tuple(attributes), scratch=tuple(scratch))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call: the module before it, what it was given and returned, and the attributes after it."""
+
+    before: nn.Module
+    frame: Inputs
+    memory: list[Any]
+    result: Any
+    after: Mapping[StateAttribute, Any]
+
+
+def _matters(
+    interface: Interface, attribute: StateAttribute, calls: Sequence[_Call], watched: Sequence[StateAttribute]
+) -> bool:
+    """Whether another value of an attribute changes a result, or an attribute, at one of the calls."""
+    for call in calls:
+        if not attribute.exists(call.before):
+            continue
+        for change in (_shifted, _far):
+            other = copy.deepcopy(call.before)
+            attribute.set(other, map_leaves(change, attribute.get(other)))
+            try:
+                result, _ = interface.step(other, call.frame, call.memory)
+            except Exception:  # an index out of bounds, say: it matters
+                return True
+            left = snapshot(other)
+            if not same(call.result, result) or not all(same(left[s], call.after[s]) for s in watched):
+                return True
+    return False
 
 
 def _shifted(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor) or not is_state(leaf):
         return leaf
+    if leaf.dtype == torch.bool:
+        return ~leaf
+    if not is_float(leaf):
+        return leaf + 1
     return leaf + torch.rand(leaf.shape, generator=torch.Generator().manual_seed(2), dtype=leaf.dtype) - 0.25
+
+
+def _far(leaf: Any) -> Any:
+    """A value far off: one beyond a threshold."""
+    return 8 * (1 + leaf.abs().max()) - leaf if is_float(leaf) else _shifted(leaf)
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | None:

@@ -12,17 +12,24 @@ from stepcell.contract import state_names
 from stepcell.errors import ExportError
 from stepcell.exporter.from_module.attributes import StateAttribute
 from stepcell.exporter.from_module.find_states import Argument
+from stepcell.exporter.from_module.local_states import LocalState
 from stepcell.exporter.from_module.trees import flatten
 
 __all__ = ["Owner", "StateTensor", "names_of_outputs", "names_of_states"]
 
+Place = Argument | StateAttribute | LocalState
+
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One lifted tensor: which place of the interface it belongs to, and which leaf of the value there."""
+    """One lifted tensor: which place of the interface it belongs to, and which leaf of the value there.
+
+    A tensor without axes (`is_scalar`) is a state of one element.
+    """
 
     place: int
     leaf: int
+    is_scalar: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Owner:
 
 
 def names_of_states(
-    places: Sequence[Argument | StateAttribute], tensors: Sequence[StateTensor], owners: Sequence[Owner | None]
+    places: Sequence[Place], tensors: Sequence[StateTensor], owners: Sequence[Owner | None]
 ) -> list[str]:
     """A name for every lifted tensor.
 
@@ -51,9 +58,9 @@ def names_of_states(
     names: list[str] = []
     for position, place in enumerate(places):
         own = [(tensor, owner) for tensor, owner in zip(tensors, owners, strict=True) if tensor.place == position]
-        plain = [str(place) if len(own) == 1 else f"{place}{_leaf(place, tensor)}" for tensor, _ in own]
+        plain = [_plain(place) if len(own) == 1 else f"{place}{_leaf(place, tensor)}" for tensor, _ in own]
         known = [owner for _, owner in own if owner is not None]
-        if isinstance(place, StateAttribute):
+        if isinstance(place, (StateAttribute, LocalState)):
             by_cell = [_path(owner) if owner else name for (_, owner), name in zip(own, plain, strict=True)]
             names += by_cell if len(set(by_cell)) == len(by_cell) else plain
         elif len(known) == len(own) and not (_count(places, Argument) > 1 and len(own) == 1):
@@ -86,8 +93,12 @@ def names_of_outputs(outputs: Any) -> list[str]:
     return ["y"] if len(keys) == 1 else [f"y{index}" for index in range(len(keys))]
 
 
-def _leaf(place: Argument | StateAttribute, tensor: StateTensor) -> str:
-    return f".{tensor.leaf}" if isinstance(place, StateAttribute) else str(tensor.leaf)
+def _leaf(place: Place, tensor: StateTensor) -> str:
+    return f".{tensor.leaf}" if isinstance(place, (StateAttribute, LocalState)) else str(tensor.leaf)
+
+
+def _plain(place: Place) -> str:
+    return f"{place}.h" if isinstance(place, LocalState) else str(place)
 
 
 def _path(owner: Owner) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize, remove_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -80,7 +81,7 @@ def _replacement(module: nn.Module) -> nn.Module:
                 f"got {type(new).__name__}"
             )
         return new.double()
-    if isinstance(module, nn.RNNBase) and type(module) in _LAYERS and not (module.bidirectional or module.proj_size):
+    if isinstance(module, nn.RNNBase) and type(module) in _LAYERS:
         return UnrolledRNN(module)
     return module
 
@@ -100,9 +101,10 @@ def _make_weights_plain(module: nn.Module) -> None:
 
 
 class UnrolledRNN(nn.Module):
-    """A unidirectional `torch.nn.GRU`, `LSTM` or `RNN` as single cells, since a step graph has no loop operator.
+    """A `torch.nn.GRU`, `LSTM` or `RNN` as single cells, since a step graph has no loop operator.
 
-    Input (T, N, F), or (N, T, F) with `batch_first`; states (layers, N, C); as the layer takes and returns them.
+    Input (T, N, F), or (N, T, F) with `batch_first`; states (layers, N, C); as the layer takes and returns them. A
+    bidirectional layer may run over an axis inside a frame, without states between frames.
     """
 
     def __init__(self, rnn: nn.RNNBase) -> None:
@@ -110,15 +112,21 @@ class UnrolledRNN(nn.Module):
         self.batch_first, self.num_layers = rnn.batch_first, rnn.num_layers
         self.input_size, self.hidden_size = rnn.input_size, rnn.hidden_size
         self.is_lstm = isinstance(rnn, nn.LSTM)
+        self.output_size = rnn.proj_size or rnn.hidden_size
+        self.directions = 2 if rnn.bidirectional else 1
         options: dict[str, Any] = {"nonlinearity": rnn.nonlinearity} if isinstance(rnn, nn.RNN) else {}
-        self.cells = nn.ModuleList()
+        self.cells = nn.ModuleList()  # forward and backward cell of each layer in turn
         for layer in range(rnn.num_layers):
-            size = rnn.input_size if layer == 0 else rnn.hidden_size
-            cell = _LAYERS[type(rnn)](size, rnn.hidden_size, rnn.bias, **options)
-            names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if rnn.bias else ()))
-            for name in names:
-                setattr(cell, name, getattr(rnn, f"{name}_l{layer}"))
-            self.cells.append(cell)
+            size = rnn.input_size if layer == 0 else self.output_size * self.directions
+            for suffix in ("", "_reverse")[: self.directions]:
+                if rnn.proj_size:
+                    cell: nn.Module = ProjectedLSTMCell(rnn, f"_l{layer}{suffix}")
+                else:
+                    cell = _LAYERS[type(rnn)](size, rnn.hidden_size, rnn.bias, **options)
+                    names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if rnn.bias else ()))
+                    for name in names:
+                        setattr(cell, name, getattr(rnn, f"{name}_l{layer}{suffix}"))
+                self.cells.append(cell)
 
     def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         time = 1 if self.batch_first else 0
@@ -129,14 +137,41 @@ class UnrolledRNN(nn.Module):
                 f"a recurrent layer runs over a sequence of {input.shape[time]} inside the step, more than {_LONGEST}"
             )
         if hx is None:
-            zeros = input.new_zeros(self.num_layers, input.shape[1 - time], self.hidden_size)
-            hx = (zeros, zeros) if self.is_lstm else zeros
+            count, batch = len(self.cells), input.shape[1 - time]
+            h = input.new_zeros(count, batch, self.output_size)
+            hx = (h, input.new_zeros(count, batch, self.hidden_size)) if self.is_lstm else h
         states: list[Any] = list(zip(*hx, strict=True)) if self.is_lstm else list(hx)
-        outputs = []
-        for x in input.unbind(time):
-            for layer, cell in enumerate(self.cells):
-                states[layer] = cell(x, states[layer])
-                x = states[layer][0] if self.is_lstm else states[layer]
-            outputs.append(x)
+        frames = list(input.unbind(time))
+        for layer in range(self.num_layers):
+            ways = []
+            for index in range(layer * self.directions, (layer + 1) * self.directions):
+                backwards = index % self.directions == 1
+                outputs = []
+                for x in reversed(frames) if backwards else frames:
+                    states[index] = self.cells[index](x, states[index])
+                    outputs.append(states[index][0] if self.is_lstm else states[index])
+                ways.append(outputs[::-1] if backwards else outputs)
+            frames = [torch.cat(both, -1) if len(both) > 1 else both[0] for both in zip(*ways, strict=True)]
         stacked = tuple(map(torch.stack, zip(*states, strict=True))) if self.is_lstm else torch.stack(states)
-        return torch.stack(outputs, time), stacked
+        return torch.stack(frames, time), stacked
+
+
+class ProjectedLSTMCell(nn.Module):
+    """One layer of `torch.nn.LSTM(proj_size=...)`: h is a projection of the LSTM's output, and what it reads back.
+
+    Takes x (N, F) and (h (N, P), c (N, C)) and returns the new (h, c). Source of the equations: torch.nn.LSTM.
+    """
+
+    def __init__(self, rnn: nn.RNNBase, suffix: str) -> None:
+        super().__init__()
+        self.weight_ih, self.weight_hh = getattr(rnn, f"weight_ih{suffix}"), getattr(rnn, f"weight_hh{suffix}")
+        self.weight_hr = getattr(rnn, f"weight_hr{suffix}")
+        self.bias_ih = getattr(rnn, f"bias_ih{suffix}") if rnn.bias else None
+        self.bias_hh = getattr(rnn, f"bias_hh{suffix}") if rnn.bias else None
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        gates = functional.linear(x, self.weight_ih, self.bias_ih) + functional.linear(h, self.weight_hh, self.bias_hh)
+        i, f, g, o = gates.chunk(4, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return functional.linear(torch.sigmoid(o) * torch.tanh(c), self.weight_hr), c

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stepcell.contract import DType, StateSpec, TensorSpec
 from stepcell.errors import ExportError
@@ -16,6 +16,7 @@ from stepcell.exporter.from_module.find_states import outputs_of
 from stepcell.exporter.from_module.model import LiftedModel
 from stepcell.exporter.from_module.names import names_of_outputs, names_of_states
 from stepcell.exporter.from_module.sizes import symbolic_shapes
+from stepcell.exporter.step_onnx.contract import TORCH_DTYPES
 from stepcell.pixels import natural_layout
 
 __all__ = ["fill_in_specs"]
@@ -39,38 +40,47 @@ def fill_in_specs(
         result, memory = interface.first(copy.deepcopy(original), frame, begin)
         return [tuple(leaf.shape) for leaf in (*interface.outputs(result), *state_leaves(memory))]
 
-    result, _ = interface.first(copy.deepcopy(original), data, starts)
+    result, memory = interface.first(copy.deepcopy(original), data, starts)
     names = names_of_outputs(outputs_of(result, interface.arguments))
+    outputs, leaves = interface.outputs(result), state_leaves(memory)
     shapes = symbolic_shapes(
-        {name: tuple(t.shape) for name, t in {**data, **starts}.items() if t is not None}, dynamic, measure
+        {name: tuple(t.shape) for name, t in {**data, **starts}.items() if t is not None}, dynamic, measure, len(names)
     )
 
-    def spec(name: str, shape: tuple[Any, ...], multiple: int = 1, dtype: DType = "float32") -> TensorSpec:
+    def spec(name: str, shape: tuple[Any, ...], dtype: torch.dtype, multiple: int = 1) -> TensorSpec:
         layout = natural_layout(shape)
-        return TensorSpec(name=name, shape=shape, dtype=dtype, layout=layout, pad_multiple=multiple if layout else 1)
-
-    model.inputs = [spec(name, shapes.inputs[name], shapes.pad_multiple) for name in data]
-    dtypes = [_dtype(name, tensor) for name, tensor in zip(names, interface.outputs(result), strict=True)]
-    model.outputs = [
-        spec(name, shape, dtype=dtype) for name, shape, dtype in zip(names, shapes.measured, dtypes, strict=False)
-    ]
-    model.states = [
-        StateSpec(name=name, shape=shape, batch_axis=axis)
-        for name, shape, axis in zip(
-            names_of_states(interface.places, model.tensors, [None] * len(model.tensors)),
-            shapes.measured[len(names) :],
-            shapes.batch_axes[len(names) :],
-            strict=True,
+        return TensorSpec(
+            name=name,
+            shape=shape,
+            dtype=_dtype(name, dtype),
+            layout=layout,
+            pad_multiple=multiple if layout else 1,
         )
+
+    model.inputs = [spec(name, shapes.inputs[name], data[name].dtype, shapes.pad_multiple) for name in data]
+    model.outputs = [
+        spec(name, shape, tensor.dtype) for name, shape, tensor in zip(names, shapes.measured, outputs, strict=False)
     ]
+    model.output_axes = [*shapes.batch_axes[: len(names)]]
+    names_of = names_of_states(interface.places, model.tensors, [None] * len(model.tensors))
+    model.states = []
+    for name, shape, axis, leaf in zip(
+        names_of, shapes.measured[len(names) :], shapes.batch_axes[len(names) :], leaves, strict=True
+    ):
+        if not shape and (shapes.batch != 1):
+            raise ExportError(
+                f"{name}: a state without axes, which all rows of the batch share: a stream could not be reset alone",
+                hint="export a batch of one, or keep one value for each row: torch.zeros(x.shape[0], 1, 1, 1)",
+            )
+        model.states.append(StateSpec(name=name, shape=shape or (1,), batch_axis=axis, dtype=_dtype(name, leaf.dtype)))
     model.example_shapes = {name: tuple(tensor.shape) for name, tensor in data.items()}
 
 
-def _dtype(name: str, output: Tensor) -> DType:
-    """The dtype of an output in the contract: floats have that of the file."""
-    if output.is_floating_point():
+def _dtype(name: str, dtype: torch.dtype) -> DType:
+    """The dtype in a spec; floats are float32 there, and become what the export asks for."""
+    if dtype.is_floating_point:
         return "float32"
-    dtype = str(output.dtype).removeprefix("torch.")
-    if dtype not in get_args(DType):
-        raise ExportError(f"output {name}: expected one of {', '.join(get_args(DType))}, got {dtype}")
-    return dtype  # type: ignore[return-value]
+    for known, each in TORCH_DTYPES.items():
+        if each == dtype:
+            return known  # type: ignore[return-value]
+    raise ExportError(f"{name}: a file cannot hold {dtype}", hint="convert it, such as with .to(torch.int64)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from stepcell.contract import Parity, StepContract
 from stepcell.dims import resolve
 from stepcell.errors import ExportError
 from stepcell.exporter.arithmetic import AS_WRITTEN, IN_ONNX_RUNTIME, evaluated_step, holds_float16
+from stepcell.exporter.floats import Floats
 from stepcell.exporter.liveness import dead_states
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import (
@@ -32,6 +34,7 @@ from stepcell.exporter.parity import (
     tolerance_of,
 )
 from stepcell.exporter.step_onnx.contract import sizes_for_check
+from stepcell.exporter.step_onnx.precision import in_precision
 
 __all__ = ["STEPS", "check_export"]
 
@@ -61,7 +64,7 @@ def check_export(
     in_onnx_runtime = file_step(OnnxSession(data, "the exported file"), contract)
 
     def own_runs() -> Sequence[Model]:
-        narrow = copy.deepcopy(model).half() if contract.precision == "float16" else model
+        narrow = in_precision(model, contract)
         step = _torch_step(narrow, contract, wide=False)
         return [nudged(fed_back(step), contract.precision, run) for run in range(OWN_RUNS)]
 
@@ -104,7 +107,7 @@ def _torch_step(model: nn.Module, contract: StepContract, *, wide: bool) -> Step
     def step(inputs: Arrays, states: Arrays) -> Arrays:
         arrays = [inputs[spec.name] for spec in contract.inputs] + [states[state.name] for state in contract.states]
         tensors = [torch.from_numpy(array) for array in arrays]
-        with torch.no_grad():
+        with torch.no_grad(), Floats(torch.float64) if wide else contextlib.nullcontext():
             results = model(*(t.double() if wide and t.is_floating_point() else t for t in tensors))
         return {name: result.numpy() for name, result in zip(names, results, strict=True)}
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepcell.contract import DType, InitialValue, StateSpec, StepContract, TensorSpec
-from stepcell.dims import bind, substitute, symbols_of
+from stepcell.dims import bind, resolve, substitute, symbols_of
 from stepcell.errors import ExportError, InputError, UsageError
 from stepcell.models.step import StepModule, cell_specs
 from stepcell.pixels import completed, map_layout
 
-__all__ = ["TORCH_DTYPES", "contract_for", "sizes_for_check", "sizes_for_trace"]
+__all__ = ["TORCH_DTYPES", "contract_for", "example_tensors", "sizes_for_check", "sizes_for_trace"]
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -79,7 +79,7 @@ def contract_for(
         raise ExportError(f"initial: the model has no state {strangers[0]!r}")
 
     def remembered(state: StateSpec) -> StateSpec:
-        dtype = _state_dtype(state_dtype)
+        dtype = _state_dtype(state_dtype) if state.dtype.startswith("float") else state.dtype
         spec = msgspec.structs.replace(state, shape=substitute(state.shape, fixed), dtype=dtype)
         if state.name not in initial:
             return spec
@@ -129,6 +129,14 @@ def sizes_for_check(contract: StepContract) -> list[dict[str, int]]:
             first[symbol] = min(first[symbol], _up(40 + 8 * index, multiple))
             second[symbol] = min(second[symbol], _up(23 + 7 * index, multiple))
     return [first, second] if contract.symbols else [first]
+
+
+def example_tensors(contract: StepContract, sizes: dict[str, int]) -> tuple[Tensor, ...]:
+    """Zeros for every data input and state, in the order of `forward`'s arguments."""
+    return tuple(
+        torch.zeros(resolve(spec.shape, sizes), dtype=TORCH_DTYPES[spec.dtype])
+        for spec in contract.graph_inputs.values()
+    )
 
 
 def _multiple(inputs: Sequence[TensorSpec]) -> int:

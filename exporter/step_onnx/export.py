@@ -22,6 +22,7 @@ from stepcell.exporter.step_onnx.check import check_export
 from stepcell.exporter.step_onnx.contract import contract_for
 from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
 from stepcell.exporter.step_onnx.plain import plain_graph
+from stepcell.exporter.step_onnx.precision import in_precision
 from stepcell.exporter.step_onnx.trace import onnx_from_module
 from stepcell.exporter.undeclared_integers import integers_explained
 from stepcell.files import atomic_path
@@ -100,15 +101,17 @@ def export_onnx(
     for change in changes(own, contract):
         logger.info(f"pixels:  {change}")
     with atomic_path(path) as temporary:  # first, so that an invalid path is reported before the work
-        proto, contract = _onnx_and_contract(
-            copy.deepcopy(model).float().eval(),
-            contract,
-            opset,
-            family,
-            plain,
-            {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
-            declared=bool(pixels),
-        )
+        # functions and parts of the module under torch.compile run as they are written
+        with torch.compiler.set_stance("force_eager"):
+            proto, contract = _onnx_and_contract(
+                copy.deepcopy(model).float().eval(),
+                contract,
+                opset,
+                family,
+                plain,
+                {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
+                declared=bool(pixels),
+            )
         temporary.write_bytes(proto.SerializeToString())
     return contract
 
@@ -124,7 +127,7 @@ def _onnx_and_contract(
     declared: bool,
 ) -> tuple[onnx.ModelProto, StepContract]:
     contract = msgspec.structs.replace(contract, family=family, source=source)
-    proto = onnx_from_module(_in_precision(model, contract.precision), contract, opset)
+    proto = onnx_from_module(in_precision(model, contract), contract, opset)
     if isinstance(model, RewritesGraph):
         proto, contract = model.rewrite_graph(proto, contract)
     tidy(proto, contract)
@@ -139,19 +142,6 @@ def _onnx_and_contract(
     if declared:
         warn_of_range(contract, seen)
     return proto, embed_contract(proto, msgspec.structs.replace(contract, parity=parity))
-
-
-def _in_precision(model: nn.Module, precision: str) -> nn.Module:
-    if precision == "float32":
-        return model
-    limit = torch.finfo(torch.float16).max
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.abs().max() > limit:
-            raise ExportError(
-                f"tensor {name}: holds {tensor.abs().max():.3g}, beyond float16's largest value {limit:.0f}",
-                hint="export with --precision float32",
-            )
-    return copy.deepcopy(model).half()
 
 
 def _check_valid(proto: onnx.ModelProto) -> None:

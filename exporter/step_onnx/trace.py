@@ -5,32 +5,28 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+import stepcell
 from stepcell.contract import StepContract
 from stepcell.dims import resolve
 from stepcell.errors import ExportError
 from stepcell.exporter.quiet import errors_only
-from stepcell.exporter.step_onnx.contract import TORCH_DTYPES, sizes_for_check, sizes_for_trace
+from stepcell.exporter.step_onnx.contract import TORCH_DTYPES, example_tensors, sizes_for_check, sizes_for_trace
 
-__all__ = ["example_tensors", "onnx_from_module"]
+__all__ = ["onnx_from_module"]
 
 # The step loop is the recurrence: a graph with a loop is not a single step.
 _FORBIDDEN = {"Loop", "Scan", "GRU", "LSTM", "RNN"}
-
-
-def example_tensors(contract: StepContract, sizes: dict[str, int]) -> tuple[Tensor, ...]:
-    """Zeros for every data input and state, in the order of `forward`'s arguments."""
-    return tuple(
-        torch.zeros(resolve(spec.shape, sizes), dtype=TORCH_DTYPES[spec.dtype])
-        for spec in contract.graph_inputs.values()
-    )
 
 
 def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> onnx.ModelProto:
@@ -61,15 +57,41 @@ def onnx_from_module(model: nn.Module, contract: StepContract, opset: int) -> on
                 verbose=False,
             )
     except Exception as error:  # any exception of any pass
-        cause = error.__cause__ or error
-        raise ExportError(
-            f"tracing failed: {type(cause).__name__}: {_first_line(cause)}",
-            hint="the forward pass must be free of data-dependent Python control flow",
-        ) from error
+        raise _tracing_error(error) from error
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     _check_graph(proto, contract)
     return proto
+
+
+def _tracing_error(error: BaseException) -> ExportError:
+    """What stopped the tracer, and where in the user's code."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for each in chain:
+        if isinstance(each, GuardOnDataDependentSymNode):
+            return ExportError(
+                f"tracing failed: {_place(each)}forward chooses by the value of a tensor (`if`, `while`, bool(), "
+                "item()), and a file holds one way",
+                hint="compute both ways and select: h = torch.where(x.mean() > 0, cell(x, h), h)",
+            )
+    cause = error.__cause__ or error
+    return ExportError(
+        f"tracing failed: {_place(cause)}{type(cause).__name__}: {_first_line(cause)}",
+        hint="forward must consist of torch operations on its inputs and states",
+    )
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of code outside torch and stepcell that an error passed, as `net.py, line 12: `."""
+    own = Path(stepcell.__file__).resolve().parent
+    skipped = (Path(torch.__file__).resolve().parent, own, own.parent / "exporter", own.parent / "models")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).resolve()
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in skipped):
+            return f"{file.name}, line {frame.lineno}: "
+    return ""
 
 
 def _like_signature(model: nn.Module, per_tensor: list[dict[int, Any]]) -> tuple[Any, ...]:
@@ -129,6 +151,9 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's exporter from printing its progress and unrelated warnings."""
-    with errors_only("torch.onnx"), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    loggers = ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch.export")
+    # the tracer also prints the graph of a failed attempt
+    silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with errors_only(*loggers), warnings.catch_warnings(), silent[0], silent[1]:
         warnings.simplefilter("ignore")
         yield

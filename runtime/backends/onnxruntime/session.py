@@ -24,6 +24,7 @@ from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
 from stepcell.runtime.backends.onnxruntime.split_convolutions import split_convolutions
+from stepcell.runtime.backends.onnxruntime.trial import choose_level
 
 __all__ = ["SpecializedSessions", "captures_graphs", "open_session"]
 
@@ -73,11 +74,16 @@ class SpecializedSessions:
         """
         onnx = require("onnx", extra="ort", purpose="running a model")
         options = _options(ort, 1, only_basic=True)
-        for name, shape in shapes.items():
-            for text, size in zip(self._inputs[name], shape, strict=True):
-                if isinstance(text, str):
-                    options.add_free_dimension_override_by_name(text, size)
+        sizes = {
+            text: size
+            for name, shape in shapes.items()
+            for text, size in zip(self._inputs[name], shape, strict=True)
+            if isinstance(text, str)
+        }
+        for text, size in sizes.items():
+            options.add_free_dimension_override_by_name(text, size)
         with tempfile.TemporaryDirectory(prefix="stepcell-") as folder:
+            choose_level(self._model, options, str(self._path), sizes)
             options.optimized_model_filepath = str(Path(folder) / "model.onnx")
             _session(ort, self._path, self._model, options, Device("cpu", 0))
             return onnx.load(options.optimized_model_filepath)
@@ -136,6 +142,8 @@ def _options(ort: Any, threads: int | None, *, only_basic: bool = False) -> Any:
 def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: Any) -> Any:
     if device.kind == "cuda":
         _require_cuda(ort, device)
+    else:
+        choose_level(model, options, str(path))
     cuda_errors = device.kind == "cuda"
     what = f"cannot be opened on {device}" if cuda_errors else "ONNX Runtime cannot run this model"
     with library_errors(str(path), DeviceError if cuda_errors else InputError, what=what):

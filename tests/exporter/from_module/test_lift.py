@@ -255,7 +255,20 @@ class Heads(nn.Module):
 FRAME = (1, 3, 32, 24)
 SHAPE = {"x": FRAME}
 MAP = (16, 12)
+
+
 # module, shapes, state positions, expected states, outputs, stepcell ops
+class LearnedStart(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(1, C, 1, 1))
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        f = self.features(x)
+        h = self.cell(f, self.start.expand(f.shape) if h is None else h)
+        return self.head(h), h
+
+
 CASES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], list[str], list[str], int]] = {
     "attribute": (Kept, SHAPE, {}, ["cell.h"], ["y"], 1),
     "list in an attribute": (KeptInAList, SHAPE, {}, ["cell.h", "top.h"], ["flow", "mean"], 2),
@@ -281,6 +294,7 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], list[str
     "clip": (Clip, {"x": (1, *FRAME)}, {}, ["h"], ["y"], 1),
     "clip, batch first": (BatchFirstClip, {"x": (2, 1, *FRAME[1:])}, {}, ["h"], ["y"], 1),
     "torch.nn.LSTM": (Heads, SHAPE, {}, ["h", "c"], ["y"], 2),
+    "learned start": (LearnedStart, SHAPE, {}, ["h", "started"], ["y"], 1),
 }
 
 
@@ -413,17 +427,6 @@ class Growing(Base):
         return self.head(torch.stack(self.cache).mean(0))  # type: ignore[no-any-return]
 
 
-class LearnedStart(Base):
-    def __init__(self) -> None:
-        super().__init__()
-        self.start = nn.Parameter(torch.randn(1, C, 1, 1))
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        f = self.features(x)
-        h = self.cell(f, self.start.expand(f.shape) if h is None else h)
-        return self.head(h), h
-
-
 class Counts(Kept):
     """What it does depends on a number that no tensor holds."""
 
@@ -448,7 +451,6 @@ REFUSED: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], type[S
     "random": (Random, SHAPE, {}, ExportError, "Random: forward is random in eval mode"),
     "random inside": (RandomInside, SHAPE, {}, ExportError, "noisy: forward is random in eval mode"),
     "growing": (Growing, SHAPE, {}, ExportError, "cache: a state whose shape changes"),
-    "learned start": (LearnedStart, SHAPE, {}, ExportError, "h: the first call computes something else"),
     "counts": (Counts, SHAPE, {}, ParityError, "differs from the original"),
     "needs more": (NeedsMore, SHAPE, {}, ExportError, "NeedsMore: forward failed"),
     "returns a number": (ReturnsNumber, SHAPE, {}, ExportError, "forward returns a float"),

@@ -171,7 +171,7 @@ def test_a_layer_over_a_short_sequence_is_unrolled(rnn: nn.Module, op: str | Non
     ("rnn", "frames", "message"),
     [
         (nn.GRU(3, C, batch_first=True), 40, "runs over a sequence of 40 inside the step"),
-        (nn.GRU(3, C, batch_first=True, bidirectional=True), 2, "GRU loops inside the step"),
+        (nn.GRU(3, C, batch_first=True, bidirectional=True), 2, "rnn is bidirectional and carries a state"),
     ],
 )
 def test_other_layers_are_refused(rnn: nn.Module, frames: int, message: str, tmp_path: Path) -> None:
