@@ -40,8 +40,8 @@ class StepcellError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        self.message = displayed(message)
-        self.hint = None if hint is None else displayed(hint)
+        self.message: str = displayed(message)
+        self.hint: str | None = None if hint is None else displayed(hint)
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -58,7 +58,7 @@ class EventSource(Source):
         InputError: the file cannot be read, or the size of its sensor is unknown or differs from `size`.
     """
 
-    pixels = False
+    pixels: bool | None = False
 
     def __init__(self, path: Path, spec: EventSpec, size: tuple[int, int] | None = None) -> None:
         self.name: str = str(path)

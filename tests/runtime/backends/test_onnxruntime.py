@@ -141,7 +141,7 @@ def test_cuda_sessions_capture_graphs_where_onnx_runtime_lets_them(
         return SimpleNamespace(get_provider_options=lambda: {name: {"enable_cuda_graph": "0", **given}})
 
     ort = SimpleNamespace(InferenceSession=create)
-    session = ort_session._session(ort, "model.onnx", None, Device("cuda", 1))
+    session = ort_session._session(ort, Path("model.onnx"), "model.onnx", None, Device("cuda", 1))
     assert ort_session.captures_graphs(session) is not refused
     assert all((given["device_id"], given["use_tf32"]) == ("1", "0") for given in asked)
     assert len(asked) == 1 + refused
