@@ -19,7 +19,7 @@ from typing import Any
 from stepcell.cli.console import log
 from stepcell.errors import StepcellError
 from stepcell.exporter import FAMILIES, export_onnx, load_checkpoint, step_model
-from stepcell.exporter.reference import module_jvp, module_step
+from stepcell.exporter.module_step import module_jvp, module_step
 from stepcell.files import write_atomic
 from stepcell.runtime.verify.clips import random_clip, sizes_for
 from stepcell.runtime.verify.growth import error_growth

@@ -41,12 +41,13 @@ class Difference:
     def is_beyond(self) -> bool:
         return not self.error <= self.limit
 
-    def said(self, limit: float) -> str:
+    @property
+    def said(self) -> str:
         """For a message: by how much, and what the limit is."""
         if self.measure == "values":
-            return f"by {self.error:.3g}, the limit is {limit:.3g},"
+            return f"by {self.error:.3g}, the limit is {self.limit:.3g},"
         by = f" by more than {self.rounding:.3g}" if self.rounding else ""
-        return f"in {self.error:.2%} of its elements{by}, the limit is {limit:.2%},"
+        return f"in {self.error:.2%} of its elements{by}, the limit is {self.limit:.2%},"
 
 
 def difference(name: str, truth: Array, value: Array, tolerance: float, subject: str, t: int) -> Difference:

@@ -189,25 +189,31 @@ class CellSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of the parity check after export: the largest absolute difference over all steps.
+    """Result of the check after export: errors over some steps with states fed back, and their derived bound.
 
     Attributes:
         steps: number of steps.
         reference: what the model was compared with.
         arithmetic: how the file was computed; None: not recorded.
-        max_abs_error: by name of the output or state.
+        max_abs_error: largest absolute error over all steps, by name of the output or state.
+        rms_error: largest root mean square error of a step, by name of the output or state of floats.
         differing: by name of an output or state of integers or booleans, the largest share of its elements that
             differ at a step.
-        amplified: the difference exceeds the usual limit, and PyTorch in the same precision does so too; see
-            docs/export.md.
+        rho: factor per step by which a perturbation of the states shrinks or grows; None: not derived.
+        memory: frames after which a perturbation is at 1/e; None where rho is not below 1.
+        bound: largest rms error in a run of any length, by name, see docs/verify.md; None where rho is not below 1: no
+            bound exists, since a rounding error is never forgotten.
     """
 
     steps: int
     reference: str
     max_abs_error: dict[str, float]
+    rms_error: dict[str, float] = {}
     differing: dict[str, float] = {}
-    amplified: bool = False
     arithmetic: str | None = None
+    rho: float | None = None
+    memory: float | None = None
+    bound: dict[str, float] | None = None
 
 
 class StepContract(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,18 +23,8 @@ from stepcell.errors import ExportError, ParityError
 from stepcell.exporter.arithmetic import AS_WRITTEN, IN_ONNX_RUNTIME, evaluated_step, holds_float16
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, Port
 from stepcell.exporter.onnx_session import OnnxSession
-from stepcell.exporter.parity import (
-    OWN_RUNS,
-    Arrays,
-    Step,
-    check_equal,
-    fed_back,
-    file_step,
-    nudged,
-    random_clip,
-    smooth_clip,
-    tolerance_of,
-)
+from stepcell.exporter.parity import Arrays, Step, file_step, random_clip, smooth_clip
+from stepcell.exporter.rounding import CheckedFile, check_rounding
 from stepcell.exporter.step_onnx.contract import sizes_for_check
 from stepcell.ops import DOMAIN, OPS
 
@@ -250,32 +240,23 @@ def check_restored(
     def converted(feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         return original({name: array.astype(wanted[name]) for name, array in feeds.items()})
 
-    def compared(reference: Step, other: Step, own: Step, subject: str, arithmetic: str) -> Parity:
+    def compared(reference: Step, step: Step, subject: str, arithmetic: str) -> Parity:
+        file = CheckedFile(restored.data, step, arithmetic, common, lambda: in_float64)
         try:
-            parity = check_equal(
-                fed_back(reference),
-                fed_back(other),
-                clips,
-                tolerance or tolerance_of(contract.precision, contract.states),
-                own_runs=lambda: [nudged(fed_back(own), contract.precision, run) for run in range(1, OWN_RUNS + 1)],
-                subject=subject,
-            )
+            return check_rounding(reference, file, clips, subject=subject, tolerance=tolerance)
         except ParityError as error:
             raise ParityError(
                 error.message, hint="if the file was quantised or pruned, give what is allowed: --tolerance 0.2"
             ) from error
-        return msgspec.structs.replace(parity, arithmetic=arithmetic)
 
     reference = file_step(converted, common)
-    parity = compared(reference, file_step(restored, common), reference, "the original file", IN_ONNX_RUNTIME)
+    in_float64 = evaluated_step(original.data, "float64", common, clips[0]) or reference
+    parity = compared(reference, file_step(restored, common), "the original file", IN_ONNX_RUNTIME)
     if before.parity is not None and not any(parity.max_abs_error.values()) and _same_types(before, contract):
         return before.parity
-    if holds_float16(contract):
-        exact = evaluated_step(original.data, "float64", common, clips[0])
-        own = evaluated_step(original.data, "as_written", common, clips[0])
-        after = evaluated_step(restored.data, "as_written", common, clips[0])
-        if exact and own and after:
-            parity = compared(exact, after, own, "the original file in float64", AS_WRITTEN)
+    written = evaluated_step(restored.data, "as_written", common, clips[0]) if holds_float16(contract) else None
+    if written is not None and in_float64 is not reference:
+        parity = compared(in_float64, written, "the original file in float64", AS_WRITTEN)
     return parity
 
 

@@ -79,12 +79,12 @@ def export_onnx(
         overwrite: replace an existing file that is no exported model.
 
     Returns:
-        The contract as written into the file, with the worst error of the comparison.
+        The contract as written into the file, with the errors of the comparison and their bound.
 
     Raises:
         UsageError: sizes, symbols, pixels or opset that do not fit, or a foreign file at `path`.
         ExportError: the module cannot be traced, or the result is not a valid model.
-        ParityError: the file differs from the module by more than `parity.TOLERANCE`.
+        ParityError: the file computes something else than the module, or errs more than its rounding explains.
         OutputError: the file cannot be written.
     """
     if not is_step_module(model):

@@ -16,10 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.runtime.verify.clips import Clip
 from stepcell.runtime.verify.measure import norm, wide
-from stepcell.runtime.verify.results import Verdict, WarmError, unchecked
-from stepcell.runtime.verify.stepper import Arrays, Differentiable, Stepper
+from stepcell.runtime.verify.results import Verdict, unchecked
+from stepcell.runtime.verify.stepper import Arrays, Differentiable, Frames
 
 __all__ = ["Bound", "Forgetting", "bound_verdict", "derive_bound", "forgetting"]
 
@@ -69,34 +68,33 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def forgetting(
-    exact: Stepper,
-    jacobian: Differentiable,
-    clip: Clip,
+    reference: Differentiable,
+    frames: Frames,
     states: Mapping[str, NDArray[Any]],
     steps: int,
     *,
     start: int = 0,
-    seed: int = 0,
+    directions: int = _DIRECTIONS,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Forgetting:
-    """Power iteration along `steps` steps of the clip.
+    """Power iteration along `steps` steps.
 
     Args:
-        exact, jacobian: the reference twice: as a stepper, and with its derivative.
-        states: warm.
+        reference: in float64.
+        states: of the reference before step `start`; warm.
+        directions: random perturbations to start with.
     """
-    rng = np.random.default_rng(seed)
-    names = [state.name for state in exact.contract.states if state.dtype.startswith("float")]
+    rng = np.random.default_rng(0)
+    names = [state.name for state in reference.contract.states if state.dtype.startswith("float")]
     now: Arrays = {name: np.asarray(array) for name, array in states.items()}
     zero = {name: np.zeros(now[name].shape) for name in now if name in names}
-    tangents = [_unit({name: rng.standard_normal(now[name].shape) for name in names}) for _ in range(_DIRECTIONS)]
+    tangents = [_unit({name: rng.standard_normal(now[name].shape) for name in names}) for _ in range(directions)]
     logs: list[list[float]] = [[0.0] for _ in tangents]
-    floats = (spec.name for spec in exact.contract.outputs if spec.dtype.startswith("float"))
-    gains = dict.fromkeys(floats, 0.0)
+    gains = dict.fromkeys((spec.name for spec in reference.contract.outputs if spec.dtype.startswith("float")), 0.0)
     for t in range(start, start + steps):
         after = now
         for index, tangent in enumerate(tangents):
-            _, after, along_outputs, along_states = jacobian.jvp(clip[t], now, {**zero, **tangent})
+            _, after, along_outputs, along_states = reference.jvp(frames[t], now, {**zero, **tangent})
             for name in gains:
                 if name in along_outputs:
                     gains[name] = max(gains[name], norm({name: along_outputs[name]}))
@@ -124,23 +122,23 @@ def forgetting(
 
 def derive_bound(
     found: Forgetting,
-    warm: Sequence[WarmError],
+    one_step: Mapping[str, Sequence[float]],
     sizes: Mapping[str, int],
     output_errors: Mapping[str, float],
 ) -> Bound | None:
     """The bound of every state and output; None where rho >= 1.
 
     Args:
-        warm: their one-step errors.
+        one_step: by state of floats, rms errors of single steps, as many for each.
         sizes: elements of every state and output.
         output_errors: by output, the largest rms error of a single step.
     """
-    if not found.forgets or not warm:
+    if not found.forgets or not one_step:
         return None
-    length = len(warm[0].one_step)
-    eps = max(math.sqrt(sum(each.one_step[t] ** 2 * sizes[each.name] for each in warm)) for t in range(length))
+    squares = [[error**2 * sizes[name] for error in errors] for name, errors in one_step.items()]
+    eps = max(math.sqrt(sum(step)) for step in zip(*squares, strict=True))
     total = found.transient * eps / (1 - found.rho)
-    rms = {each.name: total / math.sqrt(sizes[each.name]) for each in warm}
+    rms = {name: total / math.sqrt(sizes[name]) for name in one_step}
     for name, gain in found.gains.items():
         rms[name] = gain * total / math.sqrt(sizes[name]) + output_errors.get(name, 0.0)
     return Bound(forgetting=found, one_step=eps, rms=rms)

@@ -12,11 +12,11 @@ from stepcell.runtime.verify.measure import compared_steps, deviation, max_abs
 from stepcell.runtime.verify.results import Growth, Verdict, judged
 from stepcell.runtime.verify.stepper import Arrays, Stepper
 
-__all__ = ["AMPLIFIED", "SHARE", "error_growth", "growth_verdict"]
+__all__ = ["AMPLIFIED", "ROUNDINGS", "SHARE", "error_growth", "growth_verdict"]
 
 SHARE = {"float16": 0.02, "float32": 1e-3}  # of labels and bytes: the last bit of a float decides between two of them
 AMPLIFIED = 4.0  # two runs of the same precision round in different places, and the model amplifies both
-_ROUNDINGS = 4.0  # last bits of the largest value that any implementation may be off by
+ROUNDINGS = 4.0  # last bits of the largest value that any implementation may be off by
 
 
 def error_growth(
@@ -103,9 +103,9 @@ def growth_verdict(
             else:
                 if peer is not None:
                     allowed = max(allowed, each.peer_rms[place])
-                    limit = max(AMPLIFIED * allowed, _ROUNDINGS * last_bit)
+                    limit = max(AMPLIFIED * allowed, ROUNDINGS * last_bit)
                 elif bound is not None and each.name in bound:
-                    limit = max(bound[each.name], _ROUNDINGS * last_bit)
+                    limit = max(bound[each.name], ROUNDINGS * last_bit)
                 else:
                     limit = max(each.scale, last_bit)
                 ratio = each.rms[place] / limit

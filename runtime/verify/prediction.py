@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.runtime.verify.clips import Clip
 from stepcell.runtime.verify.measure import difference, rms, wide
 from stepcell.runtime.verify.results import Verdict, WarmError, judged, unchecked
-from stepcell.runtime.verify.stepper import Arrays, Stepper, rounded
+from stepcell.runtime.verify.stepper import Arrays, Frames, Stepper, rounded
 
 __all__ = ["WINDOW", "prediction_verdict", "warm_errors"]
 
@@ -41,7 +40,7 @@ _HARMLESS = 0.05  # of the path of the state, as in `stepcell.runtime.verify.sto
 def warm_errors(
     subject: Stepper,
     exact: Stepper,
-    clip: Clip,
+    clip: Frames,
     states: Mapping[str, NDArray[Any]],
     steps: int = WINDOW,
     *,
@@ -139,7 +138,9 @@ def prediction_verdict(warm: Sequence[WarmError], sizes: Mapping[str, int]) -> V
     return judged("prediction", worst_ratio, 1.0, says, [worst.name])
 
 
-def _one_step(subject: Stepper, exact: Stepper, frame: Arrays, states: Arrays, after: Arrays) -> Arrays:
+def _one_step(
+    subject: Stepper, exact: Stepper, frame: Mapping[str, NDArray[Any]], states: Arrays, after: Arrays
+) -> Arrays:
     """Error of one step from `states`, whose true successor is `after`; see the module."""
     stored = rounded(subject.contract.states, states)
     got = subject.step(frame, stored)[1]

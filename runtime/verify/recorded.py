@@ -125,7 +125,7 @@ def record_reference(
     arrays |= {f"{_WARM}/{options.window}/state/{name}": array for name, array in states.items()}
     forgets = None
     if reference.differentiable:
-        forgets = forgetting(exact, exact, clip, warm.states, options.lyapunov)  # type: ignore[arg-type]
+        forgets = forgetting(exact, clip, warm.states, options.lyapunov)  # type: ignore[arg-type]
     record = Record(
         contract_hash=contract_hash(contract),
         reference=exact.name,
@@ -162,7 +162,8 @@ def verify_recorded(
     found.warm, output_errors = _warm(subject, recorded)
     sizes = {name: int(np.size(array)) for name, array in {**recorded.warm_outputs[0], **found.states}.items()}
     if record.forgetting is not None:
-        found.bound = derive_bound(record.forgetting, found.warm, sizes, output_errors)
+        one_step = {each.name: each.one_step for each in found.warm}
+        found.bound = derive_bound(record.forgetting, one_step, sizes, output_errors)
     bound = None if found.bound is None else found.bound.rms
     found.verdicts = [
         unchecked("identity", "a recorded reference has no graph to compare with"),

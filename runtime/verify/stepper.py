@@ -18,6 +18,7 @@ from stepcell.runtime.loop.step_loop import StepLoop
 __all__ = [
     "Arrays",
     "Differentiable",
+    "Frames",
     "FunctionStepper",
     "LoopStepper",
     "Running",
@@ -29,6 +30,12 @@ __all__ = [
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
+
+
+class Frames(Protocol):
+    """Data inputs by name, for each number of a step: a `Clip`, or a list."""
+
+    def __getitem__(self, number: int, /) -> Mapping[str, Array]: ...
 
 
 class Running(Protocol):
@@ -68,7 +75,13 @@ class Stepper(Protocol):
 
 
 class Differentiable(Protocol):
-    """A stepper that also knows its Jacobian."""
+    """A step that knows its Jacobian.
+
+    Attributes:
+        contract: as in `Stepper`.
+    """
+
+    contract: StepContract
 
     def jvp(
         self, inputs: Mapping[str, Array], states: Mapping[str, Array], tangents: Mapping[str, Array]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 
 from stepcell.contract import StateSpec, StepContract
@@ -151,11 +150,11 @@ def verify(
 
     if reference.differentiable:
         logger.debug("largest Lyapunov factor over %d steps", options.lyapunov)
-        found.forgetting = forgetting(exact, exact, clip, found.states, options.lyapunov)  # type: ignore[arg-type]
+        found.forgetting = forgetting(exact, clip, found.states, options.lyapunov)  # type: ignore[arg-type]
         outputs, errors = _output_errors(subject, exact, clip, found.states, options.window)
-        found.bound = derive_bound(
-            found.forgetting, (*_aligned(found.warm, found.moving),), {**sizes, **outputs}, errors
-        )
+        moving = {each.name: each.one_step for each in found.moving}
+        one_step = {each.name: (*each.one_step, *moving[each.name]) for each in found.warm}
+        found.bound = derive_bound(found.forgetting, one_step, {**sizes, **outputs}, errors)
 
     verdicts.append(_identity(in_float64, reference, clip, found.states))
     verdicts.append(
@@ -259,12 +258,6 @@ def _output_errors(
             errors[name] = max(errors.get(name, 0.0), rms(difference(got[name], array)))
         now = after
     return sizes, errors
-
-
-def _aligned(still: Sequence[WarmError], moving: Sequence[WarmError]) -> list[WarmError]:
-    """One-step errors of both windows, one after the other."""
-    by_name = {each.name: each for each in moving}
-    return [msgspec.structs.replace(each, one_step=each.one_step + by_name[each.name].one_step) for each in still]
 
 
 def _worse(a: Verdict, b: Verdict) -> Verdict:

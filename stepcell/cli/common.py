@@ -15,13 +15,11 @@ from typing import Any
 
 import click
 
-from stepcell.contract import Parity
 from stepcell.errors import StepcellError, UsageError
 from stepcell.library_errors import as_stepcell_error, first_line, is_out_of_memory
 
 __all__ = [
     "command_error",
-    "error_of",
     "joined",
     "json_option",
     "leaving",
@@ -43,14 +41,6 @@ no_check_option = click.option(
 def joined(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> str | None:
     """Callback of an option with shapes: given several times, it is one list."""
     return ",".join(values) if values else None
-
-
-def error_of(parity: Parity, name: str) -> str:
-    """The worst error of an output or state: `y 1.2e-04`, or `y 1 in 0.02%` of the elements of integers."""
-    error = parity.max_abs_error[name]
-    if name not in parity.differing:
-        return f"{name} {error:.1e}"
-    return f"{name} {error:g} in {parity.differing[name]:.2%} of its elements" if error else f"{name} 0"
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

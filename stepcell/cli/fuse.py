@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepcell.cli.common import error_of, joined, json_option, overwrite_option
+from stepcell.cli.common import joined, json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, table, working
+from stepcell.cli.parity import bound, error_of
 from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
@@ -90,7 +91,7 @@ def command(
 
     States are found by name and in the graph, recurrent cells become one op each, and
     the state contract is written into the file. The result is compared with MODEL over 100 steps
-    before it is written; beyond the tolerance the exit code is 3 and no file is written.
+    before it is written. If it computes something else, the exit code is 3 and no file is written.
 
     In a MODEL that has a contract already, --range, --mean, --std, --channels and --layout change what it says of
     pictures, and nothing else.
@@ -134,8 +135,8 @@ def command(
         shares = {name: error_of(parity, name) for name in parity.differing if parity.max_abs_error[name]}
         detail += "".join(f", {share}" for share in shares.values())
     stage("fuse", output, time.monotonic() - started, detail)
-    if parity is not None and parity.amplified:
-        log("warning: this model amplifies rounding: the original is as far from itself where its last bit changes")
+    if parity is not None and (found := bound(parity)):
+        log(found if parity.memory else f"warning: {found}")
     if as_json:
         print_json(report)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from stepcell.cli.common import error_of, json_option
+from stepcell.cli.common import json_option
 from stepcell.cli.console import echo, log, print_json, table
+from stepcell.cli.parity import bound, error_of
 from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.errors import InputError
 from stepcell.files import human_size
@@ -79,10 +80,12 @@ def _print_contract(contract: StepContract, title: str) -> None:
         table("\ncells", ["name", "op", "hidden", "variant"], cells, to_stdout=True)
     facts = [[key, _short(value)] for key, value in contract.source.items()]
     if contract.parity:
-        worst = ", ".join(error_of(contract.parity, name) for name in contract.parity.max_abs_error)
         parity = contract.parity
         how = f" ({parity.arithmetic})" if parity.arithmetic else ""
+        worst = ", ".join(error_of(parity, name) for name in parity.max_abs_error)
         facts.append(["parity", f"{parity.steps} steps against {parity.reference}: max error {worst}{how}"])
+        if found := bound(parity):
+            facts.append(["error bound", found])
     table("\nsource", ["", ""], facts, to_stdout=True)
 
 

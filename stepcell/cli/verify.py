@@ -282,7 +282,8 @@ def _reference(
         return Reference(exact, peer, exact if compared else None), in_float64(onnx) if compared and onnx else None
     for package in ("torch", "onnx"):
         require(package, extra="export", purpose=f"comparing with {against}")
-    from stepcell.exporter.reference import load_module, module_jvp, module_step
+    from stepcell.exporter.module_step import module_jvp, module_step
+    from stepcell.exporter.reference import load_module
     from stepcell.runtime.verify.stepper import FunctionStepper
 
     module = load_module(contract, against)

@@ -34,7 +34,7 @@ def test_one_level_of_a_byte_is_rounding_and_two_are_not(dtype: str) -> None:
     two.flat[:2] += 2
     found = difference("y", truth, two, 1e-4, "the original", 0)
     assert found.is_beyond
-    assert found.said(found.limit) == "in 0.02% of its elements by more than 1, the limit is 0.01%,"
+    assert found.said == "in 0.02% of its elements by more than 1, the limit is 0.01%,"
     wrapped = difference("y", np.full(10, 255, np.uint8), np.full(10, 0, np.uint8), 1e-4, "the original", 0)
     assert wrapped.largest == 255
     assert wrapped.is_beyond
@@ -49,4 +49,4 @@ def test_of_labels_and_masks_a_share_may_differ(dtype: str) -> None:
     other.flat[:100] = 1
     assert difference("y", truth, other, 1e-4, "the original", 0).is_beyond
     assert not difference("y", truth, other, 2e-2, "the original", 0).is_beyond
-    assert difference("y", truth, other, 1e-4, "the original", 0).said(1e-4).startswith("in 1.00% of its elements, the")
+    assert difference("y", truth, other, 1e-4, "the original", 0).said.startswith("in 1.00% of its elements, the")

@@ -8,15 +8,14 @@ import pytest
 from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import ExportError, ParityError
 from stepcell.exporter.parity import (
+    TOLERANCE,
     Arrays,
     CheckClip,
     Step,
     check_equal,
     fed_back,
-    nudged,
     random_clip,
     smooth_clip,
-    tolerance_of,
 )
 
 CONTRACT = StepContract(
@@ -41,31 +40,20 @@ def clips() -> list[CheckClip]:
     return [make(CONTRACT, "sizes {}", SHAPES, 20) for make in (random_clip, smooth_clip)]
 
 
-def check(reference: Step, other: Step) -> bool:
-    parity = check_equal(
-        fed_back(reference),
-        fed_back(other),
-        clips(),
-        tolerance_of("float32", CONTRACT.states),
-        own_runs=lambda: [nudged(fed_back(reference), "float32", seed) for seed in (1, 2, 3)],
-        subject="the reference",
-    )
-    assert set(parity.max_abs_error) == {"y", "h"}
-    assert (parity.steps, parity.reference) == (20, "the reference")
-    return parity.amplified
+def check(reference: Step, other: Step) -> None:
+    check_equal(fed_back(reference), other, clips(), TOLERANCE["float32"], subject="the reference")
 
 
 def test_rounding_is_accepted() -> None:
-    assert check(model(), model(dtype="float64")) is False
+    check(model(), model(dtype="float64"))
 
 
-def test_an_error_that_accumulates_is_found() -> None:
-    """Below the tolerance at the first step."""
+def test_another_result_of_a_step_is_found() -> None:
     with pytest.raises(ParityError, match=r"differs from the reference by .* \(random frames, sizes {}\)"):
-        check(model(), model(offset=3e-5))
+        check(model(), model(offset=3e-4))
 
 
-def test_what_the_reference_amplifies_itself_is_accepted() -> None:
+def test_what_the_model_amplifies_from_step_to_step_is_accepted() -> None:
     def unstable(dtype: str) -> Step:
         def step(data: Arrays, states: Arrays) -> Arrays:
             h = np.sin(40 * (states["h"] + data["x"])).astype(dtype)
@@ -73,7 +61,7 @@ def test_what_the_reference_amplifies_itself_is_accepted() -> None:
 
         return step
 
-    assert check(unstable("float32"), unstable("float64")) is True
+    check(unstable("float32"), unstable("float64"))
 
 
 def test_a_reference_of_nan_proves_nothing() -> None:

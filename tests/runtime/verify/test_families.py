@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stepcell.exporter import export_onnx, load_checkpoint, step_model
-from stepcell.exporter.reference import module_jvp, module_step
+from stepcell.exporter.module_step import module_jvp, module_step
 from stepcell.runtime.verify.clips import random_clip, sizes_for
 from stepcell.runtime.verify.references import as_written, in_float64
 from stepcell.runtime.verify.results import failed

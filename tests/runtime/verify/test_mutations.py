@@ -16,7 +16,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from stepcell.exporter import export_onnx
-from stepcell.exporter.reference import module_jvp, module_step
+from stepcell.exporter.module_step import module_jvp, module_step
 from stepcell.models import CellStack, ConvGRUCell, ConvLSTMCell
 from stepcell.runtime.evaluate import GraphEvaluator
 from stepcell.runtime.verify.clips import random_clip, sizes_for
