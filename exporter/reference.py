@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 from torch import nn
 
 from stepcell.contract import StepContract
@@ -58,9 +59,19 @@ def load_module(contract: StepContract, checkpoint: Path | None) -> nn.Module:
     if content is not None:
         load_weights(model, content, f"--module {factory}")
     if not is_step_module(model):
-        example = {
-            spec.name: tuple(dim if isinstance(dim, int) else contract.example[dim] for dim in spec.shape)
-            for spec in contract.inputs
-        }
-        model = lift_states(model, example)
+        called_with, positions = _called_with(contract)
+        model = lift_states(model, called_with, returned=positions)
     return model.float().eval()
+
+
+def _called_with(contract: StepContract) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """`--shape` and `--state` of the export; sizes that are not recorded are those of the example."""
+    example = {
+        spec.name: tuple(dim if isinstance(dim, int) else contract.example[dim] for dim in spec.shape)
+        for spec in contract.inputs
+    }
+    try:
+        shapes = msgspec.convert(contract.source.get("shapes", example), dict[str, tuple[int, ...]])
+        return shapes, msgspec.convert(contract.source.get("states", {}), dict[str, int])
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"the contract's `source` does not say how the module was called: {error}") from error

@@ -164,7 +164,10 @@ def command(
         if checkpoint is not None:
             content = load_checkpoint(checkpoint, key=key, prefix=prefix, max_expansion=max_expansion)
         model, name, source = _load(content, family, module, arguments, shapes)
-        lifted = None if is_step_module(model) else _lift_states(model, module, shapes, symbols, positions)
+        lifted = None
+        if not is_step_module(model):
+            lifted = _lift_states(model, module, shapes, symbols, positions)
+            source |= {"shapes": shapes} | ({"states": positions} if positions else {})
         contract = export_onnx(
             lifted or model,
             output,

@@ -151,3 +151,56 @@ def test_a_module_of_ones_own_is_built_again_from_its_contract(tmp_path: Path, m
     # declared float32, computed in float16: stored as narrowly as that
     assert "computed in float16 by the module's own code" in says["precision"]
     assert "lost to rounding in float16" in says["storage"]
+
+
+TWO_ORDERS = """
+import torch
+from torch import nn
+
+class StateFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Conv2d(3 + 4, 4, 3, padding=1)
+
+    def forward(self, x, h):
+        h = torch.tanh(self.cell(torch.cat([x, h], 1)))
+        return h, h.mean(1, keepdim=True)
+
+class Clips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Conv2d(3 + 4, 4, 3, padding=1)
+
+    def forward(self, clip, h=None):
+        if h is None:
+            h = clip.new_zeros(clip.shape[0], 4, *clip.shape[3:])
+        outputs = []
+        for x in clip.unbind(1):
+            h = torch.tanh(self.cell(torch.cat([x, h], 1)))
+            outputs.append(h.mean(1, keepdim=True))
+        return torch.stack(outputs, 1), h
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("StateFirst", ["--shape", "x:1x3x8x8", "--shape", "h:1x4x8x8", "--state", "h=0"]),
+        ("Clips", ["--shape", "clip:1x1x3x8x8"]),
+    ],
+)
+def test_how_a_module_was_called_is_in_its_contract(
+    name: str, call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two_orders.py").write_text(TWO_ORDERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    factory = getattr(importlib.import_module("two_orders"), name)
+    weights, model = tmp_path / "weights.pth", tmp_path / "model.onnx"
+    torch.save(factory().state_dict(), weights)
+    wanted = ["--module", f"two_orders:{name}", *call, "--precision", "float32"]
+    made = CliRunner().invoke(main, ["export", str(weights), *wanted, "-o", str(model)])
+    assert made.exit_code == 0, made.output
+    result = verify(model, "--against", weights, "--steps", "8", "--warm-up", "16", "--json")
+    assert result.exit_code == 0, result.stderr
+    says = {verdict["name"]: verdict["says"] for verdict in json.loads(result.stdout)["verdicts"]}
+    assert "equals its source" in says["identity"]
