@@ -24,12 +24,14 @@ def module_step(model: nn.Module, contract: StepContract, *, precision: str | No
     """One step of the module in float64.
 
     Args:
-        precision: round the weights to this dtype first, as a file of this precision has them; None: as they are.
+        precision: round the weights and the numbers in the code to this dtype first, as a file of this precision has
+            them; None: as they are.
     """
     wide = _in_float64(model, precision)
+    constants = None if precision is None else getattr(torch, precision)
 
     def step(inputs: Arrays, states: Arrays) -> tuple[Arrays, Arrays]:
-        with torch.no_grad(), Floats(torch.float64):
+        with torch.no_grad(), Floats(torch.float64, constants=constants):
             results = wide(*_tensors(contract, inputs, states))
         return _named(contract, [result.numpy() for result in results])
 

@@ -50,6 +50,7 @@ def commands(block: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")  # own-module.md says so
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_blocks_run(document: Path, workplace: Path) -> None:
     namespace: dict[str, object] = {"__name__": document.stem}

@@ -153,6 +153,38 @@ def test_a_module_of_ones_own_is_built_again_from_its_contract(tmp_path: Path, m
     assert "lost to rounding in float16" in says["storage"]
 
 
+LEAKY = """
+import torch
+from torch import nn
+
+class Leaky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.h = nn.Conv2d(3, 4, 3, padding=1), None
+
+    def forward(self, x):
+        new = torch.tanh(self.conv(x))
+        self.h = 0.1 * new if self.h is None else 0.9 * self.h + new * 0.1
+        return self.h / 3.3 + torch.tensor(0.2)
+"""
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_numbers_in_the_code_are_rounded_as_the_file_has_them(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaky_average.py").write_text(LEAKY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights, model = tmp_path / "weights.pth", tmp_path / "model.onnx"
+    torch.save(importlib.import_module("leaky_average").Leaky().state_dict(), weights)
+    wanted = ["--module", "leaky_average:Leaky", "--shape", "x:1x3x8x8", "--precision", precision]
+    made = CliRunner().invoke(main, ["export", str(weights), *wanted, "-o", str(model)])
+    assert made.exit_code == 0, made.output
+    result = verify(model, "--against", weights, "--steps", "8", "--warm-up", "16", "--json")
+    numbers = {verdict["name"]: verdict["value"] for verdict in json.loads(result.stdout)["verdicts"]}
+    assert numbers["identity"] < 1e-12
+
+
 TWO_ORDERS = """
 import torch
 from torch import nn
