@@ -41,10 +41,11 @@ def start_as(model: LiftedModel, original: nn.Module, fresh: nn.Module, data: In
     demote_buffers(fresh, [attribute for attribute in interface.changing if attribute.exists(fresh)])
     model.fresh = fresh
     first = model.plain_states[0]
+    axis = None if first.batch_axis is None or None in model.output_axes else 0
     specs: list[Spec] = [*model.inputs, *model.outputs, *model.states]
     names = {spec.name for spec in specs}
     name = next(name for name in ("started", "started_", "started__") if name not in names)
-    model.states.append(StateSpec(name=name, shape=(first.streams,)))
+    model.states.append(StateSpec(name=name, shape=(1,) if axis is None else (first.streams,), batch_axis=axis))
 
 
 def _begins_as(model: LiftedModel, data: Inputs, values: Sequence[Any], expected: tuple[Any, list[Any]]) -> bool:
@@ -101,7 +102,7 @@ def _initial(model: LiftedModel, values: Sequence[Any]) -> dict[str, Tensor]:
                 hint="keep it as a float, or count from zero",
             )
         value = leaf.reshape(1) if leaf.dim() == 0 else leaf
-        rows = value.unbind(state.batch_axis or 0)
+        rows = [value] if state.batch_axis is None else value.unbind(state.batch_axis)
         if any(not torch.equal(row, rows[0]) for row in rows):
             raise ExportError(f"{state.name}: the rows of the batch start from different values", hint="give them one")
         found[state.name] = rows[0].float()

@@ -123,6 +123,11 @@ class LiftedModel(nn.Module):
             kind = "attribute" if isinstance(place, StateAttribute) else "argument"
             kind = "variable of forward, passed to" if isinstance(place, LocalState) else kind
             lines.append(f"state:   {state.name} ({', '.join(map(str, state.shape))}), {kind} {place}")
+        if any(state.batch_axis is None for state in contract.states):
+            lines.append(
+                "streams: one, since no axis of every state counts streams with rows of their own: "
+                "the model takes neither slots nor masks"
+            )
         if self.fresh is not None:
             lines.append(
                 f"state:   {contract.states[-1].name} ({contract.states[-1].shape[0]}), 0 before the first frame: "

@@ -61,7 +61,7 @@ def check_same(original: nn.Module, model: LiftedModel, data: Inputs, starts: St
         return run
 
     states = [torch.zeros(leaf.shape or (1,), dtype=leaf.dtype) for leaf in state_leaves(memory)]
-    states += [torch.zeros(_rows(model, states)) for _ in model.states[len(states) :]]
+    states += [torch.zeros(_rows(model, states, state)) for state in model.states[len(states) :]]
     for state, tensor in zip(model.states, states, strict=True):
         if state.name in model.initial:
             tensor += _whole(model.initial[state.name], state)
@@ -87,10 +87,10 @@ def _arrays(names: Sequence[str], tensors: Sequence[Tensor]) -> Arrays:
     return {name: tensor.detach().numpy().copy() for name, tensor in zip(names, tensors, strict=True)}
 
 
-def _rows(model: LiftedModel, states: Sequence[Tensor]) -> int:
-    """The size of the batch of these states."""
+def _rows(model: LiftedModel, states: Sequence[Tensor], started: StateSpec) -> int:
+    """The number of streams in `started`."""
     axis = model.states[0].batch_axis
-    return 1 if axis is None else states[0].shape[axis]
+    return 1 if axis is None or started.batch_axis is None else states[0].shape[axis]
 
 
 def _whole(value: Tensor, state: StateSpec) -> Tensor:

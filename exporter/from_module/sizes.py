@@ -15,6 +15,7 @@ __all__ = ["Shapes", "symbolic_shapes"]
 Measure = Callable[[Mapping[str, Sequence[int]]], list[tuple[int, ...]]]
 
 _LETTERS = {"batch": "N", "height": "H", "width": "W"}
+_ROWS = 2
 _SEQUENCE = 3  # axes of a sequence of feature vectors
 _MULTIPLES = (1, 2, 4, 8, 16, 32)
 _FAR = 64  # a multiple of each, far enough to tell `size // 32` from a constant
@@ -27,16 +28,22 @@ class Shapes:
     Attributes:
         inputs: by name.
         measured: measured sizes of all outputs and states.
-        batch_axes: batch axis of each output and state; 0 where it could not be determined.
+        batch_axes: the axis of each output and state that grows with the batch; None: it has none.
+        batch_grows: the module runs with batches of other sizes; if not, no axis grows.
         pad_multiple: height and width must be multiples of it.
         batch: the size of the batch.
+        several: shapes of the inputs with two or more rows, where the module runs with them.
+        input_axes: the axis of the batch, by input.
     """
 
     inputs: dict[str, tuple[Dim, ...]]
     measured: list[tuple[Dim, ...]]
-    batch_axes: list[int]
+    batch_axes: list[int | None]
+    batch_grows: bool
     pad_multiple: int
     batch: Dim
+    several: dict[str, tuple[int, ...]]
+    input_axes: dict[str, int]
 
 
 def symbolic_shapes(
@@ -58,14 +65,17 @@ def symbolic_shapes(
     batch = _batch_axis(inputs, base, measure, outputs)
     shapes: list[list[Dim]] = [list(shape) for shape in base]
     named: dict[str, list[Dim]] = {name: list(shape) for name, shape in inputs.items()}
-    batch_axes, multiple = [0] * len(base), 1
+    batch_axes: list[int | None] = [None] * len(base)
+    batch_grows, multiple = False, 1
     for symbol in _LETTERS:
         if symbol != "batch" and symbol not in dynamic:
             continue
         rules = _rules(symbol, batch, inputs, base, measure)
         if symbol == "batch" and rules is not None:
-            changing = [[axis for axis, rule in enumerate(shape) if isinstance(rule, str)] for shape in rules[1]]
-            batch_axes = [axes[0] if axes else 0 for axes in changing]
+            batch_grows = True
+            batch_axes = [
+                next((axis for axis, rule in enumerate(shape) if isinstance(rule, str)), None) for shape in rules[1]
+            ]
         if symbol not in dynamic:
             continue
         if rules is None:
@@ -88,8 +98,13 @@ def symbolic_shapes(
         {name: tuple(shape) for name, shape in named.items()},
         [tuple(s) for s in shapes],
         batch_axes,
+        batch_grows,
         multiple,
         next((shape[axis] for shape in named.values() for axis in _axes("batch", batch, shape)), 1),
+        _resized("batch", batch, inputs, size, _ROWS)
+        if batch_grows and (size := _size("batch", batch, inputs)) < _ROWS
+        else {name: tuple(shape) for name, shape in inputs.items()},
+        {name: _axes("batch", batch, shape)[0] for name, shape in inputs.items()},
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepcell.contract import DType, StateSpec, TensorSpec
 from stepcell.errors import ExportError
@@ -15,7 +15,8 @@ from stepcell.exporter.from_module.attributes import Inputs, Starts, random, sta
 from stepcell.exporter.from_module.find_states import outputs_of
 from stepcell.exporter.from_module.model import LiftedModel
 from stepcell.exporter.from_module.names import names_of_outputs, names_of_states
-from stepcell.exporter.from_module.sizes import symbolic_shapes
+from stepcell.exporter.from_module.sizes import Shapes, symbolic_shapes
+from stepcell.exporter.from_module.stream_rows import axes_of_size, independent_axes
 from stepcell.exporter.step_onnx.contract import TORCH_DTYPES
 from stepcell.pixels import natural_layout
 
@@ -61,19 +62,46 @@ def fill_in_specs(
     model.outputs = [
         spec(name, shape, tensor.dtype) for name, shape, tensor in zip(names, shapes.measured, outputs, strict=False)
     ]
-    model.output_axes = [*shapes.batch_axes[: len(names)]]
+    axes = _stream_axes(model, original, shapes, [*outputs, *leaves], starts)
+    model.output_axes = axes[: len(names)]
     names_of = names_of_states(interface.places, model.tensors, [None] * len(model.tensors))
     model.states = []
     for name, shape, axis, leaf in zip(
-        names_of, shapes.measured[len(names) :], shapes.batch_axes[len(names) :], leaves, strict=True
+        names_of, shapes.measured[len(names) :], axes[len(names) :], leaves, strict=True
     ):
-        if not shape and (shapes.batch != 1):
-            raise ExportError(
-                f"{name}: a state without axes, which all rows of the batch share: a stream could not be reset alone",
-                hint="export a batch of one, or keep one value for each row: torch.zeros(x.shape[0], 1, 1, 1)",
-            )
         model.states.append(StateSpec(name=name, shape=shape or (1,), batch_axis=axis, dtype=_dtype(name, leaf.dtype)))
     model.example_shapes = {name: tuple(tensor.shape) for name, tensor in data.items()}
+
+
+def _stream_axes(
+    model: LiftedModel, original: nn.Module, shapes: Shapes, tensors: Sequence[Tensor], starts: Starts
+) -> list[int | None]:
+    """The axis of each output and state that counts streams: it grows with the batch, and its rows are independent.
+
+    Where the module runs at one size of the batch only, the axis has that size. Where a state has no such axis, the
+    model steps one stream, and none has one.
+
+    Args:
+        tensors: outputs and states after a first call.
+    """
+    axes: list[int | None] | None
+    if shapes.batch == 1:  # one row is one stream
+        ones = [axes_of_size(tensor.shape or (1,), 1)[0] for tensor in tensors]
+        axes = [one if axis is None else axis for axis, one in zip(shapes.batch_axes, ones, strict=True)]
+    else:
+        inputs = {name: random(shape, index) for index, (name, shape) in enumerate(shapes.several.items())}
+        frame = {name: tensor for name, tensor in inputs.items() if name not in starts}
+        begin = {name: torch.zeros_like(inputs[name]) if name in inputs else None for name in starts}
+        _, memory = model.interface.first(copy.deepcopy(original), frame, begin)
+        choices: list[list[int | None]] = [[axis] for axis in shapes.batch_axes]
+        if not shapes.batch_grows:
+            choices = [axes_of_size(tensor.shape, int(shapes.batch)) for tensor in tensors]
+        states = [leaf.reshape(leaf.shape or (1,)) for leaf in state_leaves(memory)]
+        axes = independent_axes(
+            model, list(frame.values()), states, [shapes.input_axes[name] for name in frame], choices
+        )
+    count = len(model.tensors)
+    return [None] * len(tensors) if axes is None or None in axes[len(axes) - count :] else axes
 
 
 def _dtype(name: str, dtype: torch.dtype) -> DType:

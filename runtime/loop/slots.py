@@ -192,12 +192,12 @@ def is_shared(spec: TensorSpec) -> bool:
 
 def require_streams(contract: StepContract) -> None:
     """Raise UsageError where a state has no axis of streams, so that the model steps one stream."""
-    for state in contract.states:
-        if state.batch_axis is None:
-            raise UsageError(
-                f"this model steps one stream: no axis of its state {state.name} {state.shape} counts streams",
-                hint="reset() clears the state; give each stream a loop of its own: StepLoop.open(...) without slots",
-            )
+    if any(state.batch_axis is None for state in contract.states):
+        names = ", ".join(f"{state.name} {state.shape}" for state in contract.states)
+        raise UsageError(
+            f"this model steps one stream: not every state has an axis that counts streams: {names}",
+            hint="reset() clears the state; give each stream a loop of its own: StepLoop.open(...) without slots",
+        )
 
 
 def _batch_dim(contract: StepContract) -> Dim:

@@ -211,6 +211,22 @@ class Clips(nn.Module):
             h = torch.tanh(self.cell(torch.cat([x, h], 1)))
             outputs.append(h.mean(1, keepdim=True))
         return torch.stack(outputs, 1), h
+
+class Cell(nn.Linear):
+    def forward(self, x, h):
+        return torch.tanh(super().forward(torch.cat([x, h], 1)))
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = Cell(6 + 5, 5), nn.Linear(5, 2)
+
+    def forward(self, clip):
+        h, found = clip.new_zeros(clip.shape[0], 5), []
+        for x in clip.unbind(1):
+            h = self.cell(x, h)
+            found.append(self.head(h))
+        return torch.stack(found, 1)
 """
 
 
@@ -219,6 +235,7 @@ class Clips(nn.Module):
     [
         ("StateFirst", ["--shape", "x:1x3x8x8", "--shape", "h:1x4x8x8", "--state", "h=0"]),
         ("Clips", ["--shape", "clip:1x1x3x8x8"]),
+        ("Loop", ["--shape", "clip:1x4x6"]),
     ],
 )
 def test_how_a_module_was_called_is_in_its_contract(

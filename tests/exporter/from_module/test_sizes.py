@@ -24,6 +24,7 @@ def test_height_and_width_are_where_the_layout_has_them(
         return [(batch, 8, height // 4, width // 4)]
 
     example = tuple((1, 3, 48, 64)[axis] for axis in order)
-    found = symbolic_shapes({"x": example}, ["batch", "height", "width"], measure)  # type: ignore[arg-type]
+    found = symbolic_shapes({"x": example}, ["batch", "height", "width"], measure, 1)  # type: ignore[arg-type]
     assert found.inputs == {"x": expected}
+    assert found.batch_axes == [0]
     assert found.measured == [("batch", 8, "height // 4", "width // 4")]

@@ -238,7 +238,7 @@ def test_a_model_without_a_batch_steps_one_stream(adopt: Adopt, tmp_path: Path) 
     assert [state.batch_axis for state in report.contract.states] == [None]
     assert "the model steps one stream, and takes neither slots nor masks" in report.notes[-1]
     require_equal(tmp_path, {"mem": "mem_out"}, [{"x": x} for x in noise(6)])
-    with pytest.raises(UsageError, match="this model steps one stream: no axis of its state mem"):
+    with pytest.raises(UsageError, match=r"this model steps one stream: not every state has an axis .*: mem"):
         StepLoop.open(tmp_path / "b.onnx", slots=1)
     with StepLoop.open(tmp_path / "b.onnx") as loop:
         first = loop.step(x=noise(6)[0])["y"]
