@@ -51,6 +51,7 @@ def commands(block: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")  # own-module.md says so
+@pytest.mark.filterwarnings("ignore:no signature found for:UserWarning")  # of a file of TorchScript
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_blocks_run(document: Path, workplace: Path) -> None:
     namespace: dict[str, object] = {"__name__": document.stem}

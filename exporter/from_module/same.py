@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,12 +18,15 @@ from stepcell.exporter.parity import TOLERANCE, Arrays, CheckClip, Run, check_eq
 
 __all__ = ["check_same"]
 
+_logger = logging.getLogger(__name__)
 STEPS = 32
 _CLIP = 8  # frames of a clip that a module takes whole: it is called with 1, 2, 3, ... of them
 
 
 def check_same(original: nn.Module, model: LiftedModel, data: Inputs, starts: Starts) -> None:
     """Compare the step model with the original module in float64, each with its own state.
+
+    A Python number that changes from call to call may take effect after these steps only, and is warned of.
 
     Raises:
         ParityError: they differ.
@@ -81,6 +85,11 @@ def check_same(original: nn.Module, model: LiftedModel, data: Inputs, starts: St
         subject="the original module",
         hint=_remembers(model),
     )
+    if numbers := _numbers(model):
+        _logger.warning(
+            f"{_fixed(numbers)}; the first {steps} steps are equal, "
+            "later ones may not be: keep it as a tensor, if the module reads it"
+        )
 
 
 def _arrays(names: Sequence[str], tensors: Sequence[Tensor]) -> Arrays:
@@ -105,13 +114,19 @@ def _states(memory: Sequence[Any]) -> list[Tensor]:
 
 def _remembers(model: LiftedModel) -> str:
     """What a module that is not its states may remember besides."""
-    numbers = [str(each) for each in model.interface.scratch if _is_number(each.get(model.module))]
+    numbers = _numbers(model)
     if numbers:
-        return (
-            f"{', '.join(numbers)}: a Python number that changes from call to call is fixed in the file; keep it as a "
-            "tensor, and choose with torch.where instead of `if`"
-        )
+        return f"{_fixed(numbers)}; keep it as a tensor, and choose with torch.where instead of `if`"
     return "the module remembers something that is no tensor attribute and no returned state"
+
+
+def _numbers(model: LiftedModel) -> list[str]:
+    """Attributes with Python numbers that a call changes."""
+    return [str(each) for each in model.interface.scratch if _is_number(each.get(model.module))]
+
+
+def _fixed(numbers: Sequence[str]) -> str:
+    return f"{', '.join(numbers)}: a Python number that changes from call to call is fixed in the file"
 
 
 def _is_number(value: object) -> bool:

@@ -41,7 +41,9 @@ class ArraySource(Source):
         channels = array.shape[3 if pixels else 1]
         if channels not in (1, 3, 4) or 0 in array.shape:
             raise InputError(
-                f"{path}: expected 1, 3 or 4 channels and at least one frame, got {array.shape} {array.dtype}"
+                f"{path}: expected {'(T, H, W, C) uint8' if pixels else '(T, C, H, W) of floats'} with 1, 3 or 4 "
+                f"channels and at least one frame, got {array.shape} {array.dtype}",
+                hint="put the channels first: frames.transpose(0, 3, 1, 2)" if array.shape[3] in (1, 3, 4) else None,
             )
         self.pixels = pixels
         self.length = len(array)

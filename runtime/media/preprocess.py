@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from stepcell.pixels import as_chw, gain_and_offset, picture_channels, value_ran
 
 __all__ = ["Preprocessor", "event_input", "image_input", "pad_up", "require_declared"]
 
+logger = logging.getLogger(__name__)
 _PIXELS = {1: "greyscale (1 channel)", 3: "colour (3 channels)", 4: "4 channels"}
 
 
@@ -116,6 +118,8 @@ class Preprocessor:
             _check_channels(spec, channels)
             if pixels:
                 require_declared(spec)
+            else:
+                _warn_of_other_range(spec, frame)
         elif pixels or channels != spec.shape[1]:
             got = "pixels" if pixels else f"{channels} channels"
             raise InputError(f"{spec.name}: the model takes events, {spec.events}: {spec.shape[1]} channels; got {got}")
@@ -159,6 +163,21 @@ class Preprocessor:
         if width < self.padded[1]:
             self._chw[:, :, width:] = self._chw[:, :, width - 1 : width]
         return self._tensor
+
+
+def _warn_of_other_range(spec: TensorSpec, frame: NDArray[Any]) -> None:
+    """Floats are taken as they are: say where they cannot be those that the model was trained on."""
+    declared = value_range(spec)
+    if declared is None or not frame.size:
+        return
+    gain, offset = gain_and_offset(spec, len(frame))
+    low, high = float(offset.min()), float((255 * gain + offset).max())
+    least, most = float(frame.min()), float(frame.max())
+    if max(low - least, most - high) > high - low:
+        logger.warning(
+            f"{spec.name}: the values of the first frame lie in {least:.4g} to {most:.4g}, those of pixels in "
+            f"{low:.4g} to {high:.4g}; arrays of floats are taken as they are, bytes are scaled"
+        )
 
 
 def pad_up(size: int, multiple: int) -> int:

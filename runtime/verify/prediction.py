@@ -34,6 +34,7 @@ __all__ = ["WINDOW", "prediction_verdict", "warm_errors"]
 WINDOW = 16  # compared steps
 _LEAST = 0.05  # smaller defects pass
 _SPREAD = 1.5  # of the noise, for a state of many elements
+_FEW = 64  # elements, below which the noise of one step says little: that of the whole window is taken
 _HARMLESS = 0.05  # of the path of the state, as in `stepcell.runtime.verify.storage`
 
 
@@ -101,7 +102,8 @@ def prediction_verdict(warm: Sequence[WarmError], sizes: Mapping[str, int]) -> V
     """Whether one-step errors predict the free run. The value is the worst defect divided by its limit.
 
     The limit is the largest of: 5 %; the defect that rounding explains (`noise`) times 1.5, more for states of few
-    elements; 5 % of the path of the state, because rounding with a constant sign in a long sum is not a stall.
+    elements, whose noise is that of the whole window; 5 % of the path of the state, because rounding with a constant
+    sign in a long sum is not a stall.
 
     Args:
         sizes: elements of each state.
@@ -110,11 +112,13 @@ def prediction_verdict(warm: Sequence[WarmError], sizes: Mapping[str, int]) -> V
         return unchecked("prediction", "the model has no state of floats")
     worst, worst_ratio, at = warm[0], -1.0, 0
     for each in warm:
-        spread = _SPREAD + 4 / math.sqrt(max(1, sizes[each.name]))
+        spread = _SPREAD + 8 / math.sqrt(max(1, sizes[each.name]))
+        typical = math.sqrt(sum(noise * noise for noise in each.noise) / len(each.noise))
         rows = zip(each.measured, each.missed, each.noise, each.path, strict=True)
         for t, (measured, missed, noise, path) in enumerate(rows):
             if not measured:
                 continue
+            noise = max(noise, typical) if sizes[each.name] < _FEW else noise
             limit = max(_LEAST, spread * noise / measured, _HARMLESS * path / measured)
             ratio = math.inf if not math.isfinite(missed) else missed / measured / limit
             if not ratio <= worst_ratio:

@@ -185,6 +185,40 @@ def test_numbers_in_the_code_are_rounded_as_the_file_has_them(
     assert numbers["identity"] < 1e-12
 
 
+TWO_BIASES = """
+import torch
+from torch import nn
+
+class Gated(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inside, self.cell, self.out = nn.Linear(6, 6), nn.GRUCell(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, h=None):
+        h = torch.zeros(x.shape[0], 8) if h is None else h
+        h = self.cell(self.inside(x), h)
+        return self.out(h), h
+"""
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_a_good_file_whose_biases_were_added_passes(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two_biases.py").write_text(TWO_BIASES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    weights, model = tmp_path / "weights.pth", tmp_path / "model.onnx"
+    torch.save(importlib.import_module("two_biases").Gated(2).state_dict(), weights)
+    wanted = ["--module", "two_biases:Gated", "--set", "seed=2", "--shape", "x:1x6", "--precision", precision]
+    made = CliRunner().invoke(main, ["export", str(weights), *wanted, "-o", str(model)])
+    assert made.exit_code == 0, made.output
+    result = verify(model, "--against", weights, "--steps", "10", "--json")
+    assert result.exit_code == 0, result.stderr
+    says = {verdict["name"]: verdict["says"] for verdict in json.loads(result.stdout)["verdicts"]}
+    assert "but for the rounding of weights that it combines" in says["identity"]
+
+
 TWO_ORDERS = """
 import torch
 from torch import nn

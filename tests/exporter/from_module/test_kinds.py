@@ -365,6 +365,25 @@ def test_the_file_holds_both_calls_and_a_reset_of_one_stream_begins_again(tmp_pa
                 np.testing.assert_allclose(got[row], run(frame[row : row + 1])[0], atol=1e-5)
 
 
+class Late(torch.nn.Module):
+    """A number whose effect comes after every step that is compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.h, self.calls = torch.nn.Linear(6, 6), None, 0
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        self.h = self.mix(x) if self.h is None or self.calls % 40 == 0 else torch.tanh(self.h + self.mix(x))
+        return self.h
+
+
+def test_a_number_that_may_matter_later_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    lift_states(Late(), {"x": (1, 6)})
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "calls: a Python number that changes from call to call is fixed in the file" in said
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_own_dtypes_in_a_file(precision: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)

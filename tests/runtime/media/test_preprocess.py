@@ -158,6 +158,22 @@ def test_float_frames_are_taken_as_scaled() -> None:
     np.testing.assert_array_equal(tensor[0, :, :5], frame)
 
 
+def test_floats_of_another_range_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    spec = TensorSpec(
+        name="x",
+        shape=("n", 3, "h", "w"),
+        dtype="float32",
+        layout="NCHW",
+        range=(0.0, 1.0),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    for frame, warned in ((np.full((3, 2, 2), 255.0), True), (np.full((3, 2, 2), -1.5), False)):
+        caplog.clear()
+        Preprocessor(spec, frame.astype(np.float32))
+        assert ("those of pixels in -1 to 1; arrays of floats are taken as they are" in caplog.text) is warned
+
+
 def test_pixels_are_clipped_and_rounded() -> None:
     values = np.float32([-0.5, 0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.5]).reshape(1, 1, 6)
     assert to_pixels(picture(1, range=(0.0, 1.0)), values).ravel().tolist() == [0, 0, 0, 1, 255, 255]

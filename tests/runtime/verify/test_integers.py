@@ -76,7 +76,7 @@ def test_there_is_no_bound_of_labels() -> None:
     exact = stepper()
     clip = random_clip(CONTRACT, {"batch": 1}, count=8)
     states = {"h": np.zeros((1, 1, 40, 50))}
-    assert forgetting(exact, exact, clip, states, 8).gains == {}
+    assert forgetting(exact, clip, states, 8).gains == {}
 
 
 def test_bytes_do_not_wrap_around() -> None:
