@@ -147,7 +147,7 @@ def test_a_password_is_not_told(accumulator: Model, tmp_path: Path) -> None:
     arguments = [accumulator(), "-i", url, "--reconnect", "0.1", "--report", tmp_path / "r.json"]
     result = run(*arguments)
     assert result.exit_code == 1
-    assert "http://user:***@127.0.0.1:1/x: lost" in " ".join(result.stderr.split())
+    assert "http://***@127.0.0.1:1/x: lost" in " ".join(result.stderr.split())
     assert "secret" not in result.stderr + (tmp_path / "r.json").read_text()
 
 
