@@ -93,7 +93,7 @@ class Differentiable(Protocol):
 def rounded(specs: Sequence[Spec], arrays: Mapping[str, Array]) -> Arrays:
     """The arrays in the dtypes of their specs; what is beyond the range of float16 becomes infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return {spec.name: np.ascontiguousarray(arrays[spec.name], spec.dtype) for spec in specs}
+        return {spec.name: np.asarray(arrays[spec.name], spec.dtype, order="C") for spec in specs}
 
 
 def initial_states(contract: StepContract, inputs: Mapping[str, Array], dtype: Any = None) -> Arrays:

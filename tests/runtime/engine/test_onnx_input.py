@@ -27,7 +27,7 @@ def refusal(source: Path, folder: Path, change: Callable[[ModelProto], None]) ->
     broken.write_bytes(model.SerializeToString())
     with pytest.raises(StepcellError) as caught:
         build_engine(broken, folder / "broken.engine", check_file=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["broken.onnx"]
+    assert sorted(path.name for path in folder.iterdir() if path.name != "weights.bin") == ["broken.onnx"]
     return caught.value
 
 
@@ -140,7 +140,7 @@ def test_model_without_a_contract_is_refused(denoiser_onnx: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"schema": "1.0"', '"schema": "2.0"', "schema 2.0 is not supported"),
+        ('"schema": "1.1"', '"schema": "2.0"', "schema 2.0 is not supported"),
         ('"name": "y"', '"name": "z"', "graph and contract differ in outputs"),
         ('"dtype": "float32"', '"dtype": "float16"', "state_in.h: float32 in TensorRT's network, float16"),
         ('"batch",\n    8,', '"batch",\n    9,', "state_in.h: shape"),
