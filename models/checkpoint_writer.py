@@ -24,7 +24,7 @@ def set_family(model: nn.Module, family: str, arguments: Mapping[str, object]) -
 
 
 def save_checkpoint(
-    model: nn.Module, path: Path, *, family: str | None = None, arguments: Mapping[str, object] | None = None
+    model: nn.Module, path: str | Path, *, family: str | None = None, arguments: Mapping[str, object] | None = None
 ) -> None:
     """Write the model's state_dict; `stepcell export` reads the file without `--family` and `--set`.
 
@@ -42,4 +42,4 @@ def save_checkpoint(
     if family is not None:
         metadata = {FAMILY_KEY: family, ARGUMENTS_KEY: json.dumps(dict(arguments or {}))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(path, save(tensors, metadata=metadata))
+    write_atomic(Path(path), save(tensors, metadata=metadata))

@@ -97,6 +97,21 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"rich", "onnx",
         stepcell.step_lop  # noqa: B018
 
 
+def test_paths_may_be_strings(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    weights, model, declared, engine = (
+        str(tmp_path / name) for name in ("w.safetensors", "m.onnx", "d.onnx", "m.engine")
+    )
+    stepcell.models.save_checkpoint(stepcell.models.CellStack([stepcell.models.ConvGRUCell(3, 4)]), weights)
+    network, family, _ = stepcell.step_model(stepcell.load_checkpoint(weights))
+    stepcell.export_onnx(network, model, precision="float32", family=family)
+    stepcell.fuse(model, declared, pixels=stepcell.Pixels(range=(0, 1)))
+    with stepcell.StepLoop.open(declared) as loop:
+        assert loop.contract.inputs[0].range == (0, 1)
+    pytest.importorskip("tensorrt_rtx")
+    assert stepcell.build_engine(declared, engine).engine == engine
+
+
 def imports(code: str) -> list[tuple[str, str]]:
     """Module and name of everything that is imported from stepcell."""
     found = []

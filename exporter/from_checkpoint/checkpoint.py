@@ -49,7 +49,7 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: Path, *, key: str | None = None, prefix: str | None = None, max_expansion: float = MAX_EXPANSION
+    path: str | Path, *, key: str | None = None, prefix: str | None = None, max_expansion: float = MAX_EXPANSION
 ) -> Checkpoint:
     """Read a `.safetensors` file or a file written by `torch.save` (with `weights_only=True`).
 
@@ -66,6 +66,7 @@ def load_checkpoint(
         UsageError: `key` or `prefix` names nothing in the file.
         InputError: the file cannot be read.
     """
+    path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: expected a checkpoint file, got a folder")
     metadata: dict[str, str] = {}

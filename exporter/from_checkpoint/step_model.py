@@ -71,7 +71,7 @@ def load_model(
         CheckpointError: the file cannot be read safely or its tensors do not fit.
         UsageError: an unknown family or argument, or several parts of the file fit.
     """
-    content = load_checkpoint(Path(checkpoint), key=key, prefix=prefix)
+    content = load_checkpoint(checkpoint, key=key, prefix=prefix)
     loaded = family_model(content, family, arguments)
     set_family(loaded.model, loaded.family, loaded.arguments)
     return loaded.model.train()

@@ -77,15 +77,15 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fuse(
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     states: Mapping[str, str] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     stateless: bool = False,
     constants: Mapping[str, Sequence[Number]] | None = None,
     values: Mapping[str, Sequence[Number]] | None = None,
-    contract: Path | None = None,
+    contract: str | Path | None = None,
     tolerance: float | None = None,
     pixels: Declaration | None = None,
     overwrite: bool = False,
@@ -120,6 +120,7 @@ def fuse(
         ParityError: the result differs from the original over 100 steps; nothing is written.
         OutputError: `target` cannot be written.
     """
+    source, target, contract = Path(source), Path(target), None if contract is None else Path(contract)
     said = states or shapes or stateless or constants or values
     if contract is not None and said:
         raise UsageError(

@@ -47,7 +47,7 @@ class RewritesGraph(Protocol):
 
 def export_onnx(
     model: nn.Module,
-    path: Path,
+    path: str | Path,
     *,
     precision: Literal["float16", "float32"] = "float16",
     state_dtype: Literal["float32", "float16"] = "float32",
@@ -95,6 +95,7 @@ def export_onnx(
     assert isinstance(model, StepModule)
     if opset not in OPSETS:
         raise UsageError(f"--opset: expected {OPSETS.start} to {OPSETS.stop - 1}, got {opset}")
+    path = Path(path)
     check_output(path, is_exported_model, reads={}, overwrite=overwrite)
     own = contract_for(model, precision=precision, state_dtype=state_dtype, shapes=shapes or {}, dynamic=dynamic)
     contract = declare(own, pixels)

@@ -49,8 +49,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_engine(
-    onnx: Path,
-    engine: Path,
+    onnx: str | Path,
+    engine: str | Path,
     options: BuildOptions | None = None,
     *,
     check_file: bool = True,
@@ -77,7 +77,7 @@ def build_engine(
         BuildError: TensorRT refused the model.
         OutputError: the files cannot be written.
     """
-    options = options or BuildOptions()
+    onnx, engine, options = Path(onnx), Path(engine), options or BuildOptions()
     library = load_tensorrt(options.flavor)
     check_options(options, library)
     reads: dict[str | Path, str] = {onnx: "the model"}
