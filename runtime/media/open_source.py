@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec
+from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.events.source import EVENT_FILES, EventSource
 from stepcell.runtime.media.npy_file import ArraySource
 from stepcell.runtime.media.picture_folder import FolderSource, matching_pictures
@@ -24,7 +25,12 @@ STDIN = "-"
 
 
 def open_source(
-    text: str, *, channels: int = 3, size: tuple[int, int] | None = None, events: EventSpec | None = None
+    text: str,
+    *,
+    channels: int = 3,
+    size: tuple[int, int] | None = None,
+    events: EventSpec | None = None,
+    on_bad_event: OnBadEvent = "stop",
 ) -> Source:
     """Open an input.
 
@@ -34,6 +40,7 @@ def open_source(
         channels: channels of raw frames on stdin: 3 (rgb24), 1 (gray8) or 4.
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
+        on_bad_event: "stop" before an event outside the sensor or earlier than the one before, "drop" or "clamp" it.
 
     Raises:
         UsageError: `-` without a size, or a size for an input that does not take one.
@@ -45,7 +52,7 @@ def open_source(
         files = ", ".join(EVENT_FILES) if events is not None else "a video, pictures or .npy"
         raise InputError(f"{text}: the model takes {wanted}", hint=f"expected {files}")
     if events is not None:
-        return EventSource(Path(text), events, size)
+        return EventSource(Path(text), events, size, on_bad_event=on_bad_event)
     if (text == STDIN) != (size is not None):
         raise UsageError("--size: required for raw frames on stdin (--input -), not accepted for other pictures")
     if size is not None:

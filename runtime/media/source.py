@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
 from stepcell.display import displayed
 from stepcell.runtime.media.colour import Colour
 
-__all__ = ["FRAME_RATES", "Source", "display_name"]
+__all__ = ["FRAME_RATES", "BadEvent", "BadEventCounts", "Source", "display_name"]
 
+BadEvent = Literal["outside", "back in time"]
+BadEventCounts = dict[BadEvent, int]
 FRAME_RATES = (Fraction(1, 1000), Fraction(1000))  # frames per second: lowest and highest that are accepted
 
 
@@ -34,6 +37,7 @@ class Source(Protocol):
         seconds: timestamp of the last frame on the clock of the source; None: its frames have none.
         pixel_aspect: width of a pixel by its height, known from the first frame on.
         colour: colour description, known from the first frame on; None: not stated.
+        bad_events: events outside the sensor, or earlier than the one before, so far; empty for pictures.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Source(Protocol):
     seconds: float | None = None
     pixel_aspect: Fraction = Fraction(1)
     colour: Colour | None = None
+    bad_events: Mapping[BadEvent, int] = MappingProxyType({})
 
     @abstractmethod
     def __iter__(self) -> Iterator[NDArray[Any]]: ...

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
-from stepcell.runtime.media.source import Source
+from stepcell.runtime.media.source import BadEventCounts, Source
 from stepcell.runtime.streams.reconnect import Reconnect
 
 __all__ = ["DEPTH", "Frame", "FrameReader"]
@@ -75,6 +75,7 @@ class FrameReader:
         self.dropped = self.reconnects = 0
         self._source, self._changed, self._reconnect = source, changed, reconnect
         self._drop_oldest, self._depth = drop_oldest, depth
+        self._bad_events: BadEventCounts = {}  # of the connections before
         self._queue: deque[Frame] = deque()
         self._stopping = threading.Event()
         self._error: BaseException | None = None
@@ -91,6 +92,15 @@ class FrameReader:
     def queued(self) -> int:
         """Frames in the queue."""
         return len(self._queue)
+
+    @property
+    def bad_events(self) -> BadEventCounts:
+        """Bad events of the source, by kind, over reconnections."""
+        with self._changed:
+            found = dict(self._bad_events)
+            for kind, count in getattr(self._source, "bad_events", {}).items():
+                found[kind] = found.get(kind, 0) + count
+            return found
 
     @property
     def ended(self) -> bool:
@@ -138,8 +148,9 @@ class FrameReader:
                         reason = broke.message if broke else "the stream ended"
                         logger.warning(f"{self.name}: lost ({reason}); reconnecting")
                     source.close()
-                    source = None
-                source = self._reopen(self._reconnect, broke)
+                    with self._changed:
+                        self._bad_events, self._source = self.bad_events, None
+                source = self._source = self._reopen(self._reconnect, broke)
         except BaseException as broken:  # raised by `take` in the calling thread
             error = broken
         try:

@@ -28,6 +28,7 @@ _FAMILIES = (
     ("counter", "reconnects", "Times the input was lost and reopened.", "reconnects", None),
     ("gauge", "stream_up", "1 while the stream runs.", "running", None),
     ("counter", "dropped_frames", "Frames that were not stepped.", "dropped", "reason"),
+    ("counter", "bad_events", "Events outside the sensor or earlier than the one before.", "bad_events", "kind"),
     ("counter", "resets", "Resets of the states.", "resets", "cause"),
     ("gauge", "queued_frames", "Frames waiting in a queue.", "queued", "queue"),
 )

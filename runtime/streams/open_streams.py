@@ -20,6 +20,7 @@ from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
 from stepcell.overwrite import check_output, is_no_model
 from stepcell.pixels import picture_channels
+from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.open_sink import STDOUT, open_sink
 from stepcell.runtime.media.open_source import STDIN, is_remote, open_source
 from stepcell.runtime.media.raw_frames import RawSource
@@ -57,6 +58,7 @@ class StreamOptions:
         resize: size to which frames are brought, as of `--resize`; None: they stay as they are.
         timestamps: whether a video has those of its input; None: for cameras and URLs, unless `fps` is given.
         audio: "copy" copies the sound of a file into the video.
+        on_bad_event: what to do with bad events, as of `BadEvents`.
     """
 
     reset: ResetPolicy
@@ -68,6 +70,7 @@ class StreamOptions:
     resize: str | None = None
     timestamps: Timestamps | None = None
     audio: Audio | None = None
+    on_bad_event: OnBadEvent = "stop"
 
     def keeps_timestamps(self, source: Source | None) -> bool:
         """Whether a video of this source has its timestamps."""
@@ -276,7 +279,8 @@ def _open_source(
     if isinstance(each, (str, Path)):
         text = str(each)
         size = options.size if alone or text == STDIN or events is not None else None
-        source = open_source(text, channels=picture_channels(spec) or 3, size=size, events=events)
+        channels, on_bad_event = picture_channels(spec) or 3, options.on_bad_event
+        source = open_source(text, channels=channels, size=size, events=events, on_bad_event=on_bad_event)
     else:
         source = each
     return source if options.resize is None else ResizedSource(source, Resize.parse(options.resize, spec))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stepcell.runtime.loop.latency import Latency
+from stepcell.runtime.media.source import BadEventCounts
 from stepcell.runtime.streams.report import Dropped, Stopped
 from stepcell.runtime.streams.reset_policy import Cause
 
@@ -36,6 +37,8 @@ class StreamProgress(Protocol):
     def resets(self) -> dict[Cause, int]: ...
     @property
     def non_finite(self) -> int: ...
+    @property
+    def bad_events(self) -> BadEventCounts: ...
     @property
     def reconnects(self) -> int: ...
     @property

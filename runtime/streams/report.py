@@ -11,6 +11,7 @@ import msgspec
 from stepcell.errors import StepcellError
 from stepcell.json_text import json_text
 from stepcell.runtime.loop.latency import LatencySummary
+from stepcell.runtime.media.source import BadEventCounts
 from stepcell.runtime.streams.reset_policy import Cause
 
 __all__ = ["Dropped", "RunError", "RunReport", "Stopped", "StreamReport", "append_message", "with_name"]
@@ -31,6 +32,7 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
         late: late frames that were stepped.
         resets: resets of the states, by cause.
         non_finite: frames after which NaN or Inf was found.
+        bad_events: events outside the sensor or earlier than the one before, by kind; empty for pictures.
         reconnects: number of times the input was lost and reopened.
         snapshots: number of snapshots written.
         failed_snapshots: number of snapshots that could not be written.
@@ -58,6 +60,7 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
     late: int
     resets: dict[Cause, int]
     non_finite: int
+    bad_events: BadEventCounts
     reconnects: int
     snapshots: int
     failed_snapshots: int

@@ -14,6 +14,7 @@ from stepcell.files import write_atomic
 from stepcell.overwrite import is_report, is_snapshot
 from stepcell.pixels import Declaration, changes, declare
 from stepcell.runtime.loop.step_loop import StepLoop
+from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.preprocess import event_input, image_input
 from stepcell.runtime.media.source import FRAME_RATES, display_name
 from stepcell.runtime.streams.clip_folder import clip_outputs, find_clips
@@ -57,6 +58,7 @@ def run_streams(
     size: tuple[int, int] | None = None,
     pixels: Declaration | None = None,
     event_window: str | None = None,
+    on_bad_event: OnBadEvent = "stop",
     fps: float | Fraction | None = None,
     limit: int | None = None,
     reset_every: int | None = None,
@@ -101,6 +103,8 @@ def run_streams(
         pixels: what the values of pictures are, in place of what the contract says, as --range, --mean, --std,
             --channels and --layout declare it: a `Pixels` for every picture, or by name of an input or output.
         event_window: events of one step, such as "30ms"; by default that of the contract.
+        on_bad_event: "stop" the stream before an event outside the sensor or earlier than the one before, "drop" such
+            events, or "clamp" them onto the sensor and to the time before; all are counted.
         fps: frames per second of the outputs, 0.001 to 1000; by default those of the input, else 25.
         limit: end each stream after this many frames.
         reset_every: reset the states before every frame whose number is a multiple of this.
@@ -157,6 +161,7 @@ def run_streams(
         ("on_late", on_late, on_late in get_args(OnLate), "drop or block"),
         ("on_nonfinite", on_nonfinite, on_nonfinite in get_args(OnNonFinite), "stop, reset or ignore"),
         ("on_size_change", on_size_change, on_size_change in get_args(OnSizeChange), "stop or reset"),
+        ("on_bad_event", on_bad_event, on_bad_event in get_args(OnBadEvent), "stop, drop or clamp"),
         ("timestamps", timestamps, timestamps in (None, *get_args(Timestamps)), "keep or constant"),
         ("audio", audio, audio in (None, *get_args(Audio)), "copy"),
     )
@@ -188,6 +193,7 @@ def run_streams(
         resize=resize,
         timestamps=timestamps,
         audio=audio,
+        on_bad_event=on_bad_event,
     )
     names = stream_names(inputs)
     control = control or RunControl()

@@ -18,7 +18,7 @@ from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.postprocess import OutputPostprocessor
 from stepcell.runtime.media.preprocess import Preprocessor
 from stepcell.runtime.media.sink import Sink
-from stepcell.runtime.media.source import Source, display_name
+from stepcell.runtime.media.source import BadEventCounts, Source, display_name
 from stepcell.runtime.streams.deadline import Deadline, LateFrames
 from stepcell.runtime.streams.frame_reader import Frame, FrameReader
 from stepcell.runtime.streams.frame_writer import FrameWriter
@@ -137,6 +137,10 @@ class Stream:
     @property
     def reconnects(self) -> int:
         return self.reader.reconnects if self.reader else 0
+
+    @property
+    def bad_events(self) -> BadEventCounts:
+        return self.reader.bad_events if self.reader else {}
 
     @property
     def written(self) -> int | None:
@@ -371,6 +375,7 @@ class Stream:
             late=self.late,
             resets=self.resets,
             non_finite=self.non_finite,
+            bad_events=self.bad_events,
             reconnects=self.reconnects,
             snapshots=snapshots.written if snapshots else 0,
             failed_snapshots=snapshots.failed if snapshots else 0,

@@ -115,13 +115,14 @@ def random_clip(contract: StepContract, sizes: Mapping[str, int], *, count: int 
 
 
 def source_clip(contract: StepContract, text: str, *, limit: int = MOST_FRAMES, window: str | None = None) -> Clip:
-    """Frames of a video, a folder, an array or a file of events, as `stepcell run` would feed them.
+    """Frames of a video, a folder, an array or a file of events, as `stepcell run` would feed them; without bad events.
 
     Raises:
         InputError: it cannot be read, or the model takes something else.
     """
     spec = image_input(contract)
-    source = open_source(text, channels=picture_channels(spec) or 3, events=event_input(spec, window))
+    channels, events = picture_channels(spec) or 3, event_input(spec, window)
+    source = open_source(text, channels=channels, events=events, on_bad_event="drop")
     frames: list[Frame] = []
     preprocess: Preprocessor | None = None
     try:

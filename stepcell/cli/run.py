@@ -153,6 +153,11 @@ Examples:
     help="Events of one step: 30ms, 15000events or 0.35events/pixel.  [default: the contract's]",
 )  # fmt: skip
 @click.option(
+    "--on-bad-event", type=click.Choice(["stop", "drop", "clamp"]), default="stop", show_default=True,
+    help="At an event outside the sensor or earlier than the one before: end the stream, leave the event out, or move "
+    "it onto the sensor and to the time before. All are counted.",
+)  # fmt: skip
+@click.option(
     "--metrics-port", "address_text", metavar="[ADDRESS:]PORT",
     help="Serve Prometheus metrics there.  [default address: 127.0.0.1]",
 )  # fmt: skip

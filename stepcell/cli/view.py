@@ -67,6 +67,7 @@ class View:
                 _latencies(parts)
             _log_counts(f"{prefix}resets", result.resets)
             _log_counts(f"{prefix}dropped", result.dropped)
+            _log_counts(f"{prefix}bad events", result.bad_events)
             _log_counts(f"{prefix}counted", {"late": result.late, "reconnects": result.reconnects})
             if not result.frames:
                 continue

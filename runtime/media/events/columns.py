@@ -11,26 +11,28 @@ from numpy.typing import NDArray
 
 __all__ = ["Events"]
 
+_DTYPES = (np.uint16, np.uint16, np.bool_, np.int64)
+
 
 @dataclass(frozen=True)
 class Events:
     """Events in order of time.
 
     Attributes:
-        x, y: pixel, (n,) uint16, from the upper left corner.
+        x, y: pixel, (n,) uint16, from the upper left corner; from a reader also of a wider integer dtype.
         p: polarity, (n,) bool: True if the pixel became brighter.
         t: time, (n,) int64, microseconds.
     """
 
-    x: NDArray[np.uint16]
-    y: NDArray[np.uint16]
+    x: NDArray[np.integer[Any]]
+    y: NDArray[np.integer[Any]]
     p: NDArray[np.bool_]
     t: NDArray[np.int64]
 
     @classmethod
     def of(cls, x: NDArray[Any], y: NDArray[Any], p: NDArray[Any], t: NDArray[Any]) -> Events:
         """Convert columns of any integer dtype."""
-        return cls(x.astype(np.uint16), y.astype(np.uint16), p.astype(np.bool_), t.astype(np.int64))
+        return cls(*(column.astype(dtype, copy=False) for column, dtype in zip((x, y, p, t), _DTYPES, strict=True)))
 
     @classmethod
     def join(cls, parts: Sequence[Events]) -> Events:

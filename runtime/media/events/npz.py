@@ -18,6 +18,7 @@ from stepcell.runtime.media.events.reader import CHUNK, LARGEST
 __all__ = ["NpzReader"]
 
 _COLUMNS = ("x", "y", "p", "t")
+_BLOCK = 1 << 16  # bytes read at a time: what is lost before the place where a file is damaged
 
 
 class NpzReader:
@@ -53,34 +54,50 @@ class NpzReader:
         self._left = lengths["t"]
 
     def __iter__(self) -> Iterator[Events]:
+        number = 0
         while self._left > 0:
             count = min(CHUNK, self._left)
-            with library_errors(self.name, InputError, what="broken or truncated"):
-                x, y, p, t = (self._columns[name].read(count) for name in _COLUMNS)
-            self._left -= count
-            self._check(x, y, p, t)
+            columns = [self._columns[name] for name in _COLUMNS]
+            x, y, p, t = (column.read(count) for column in columns)
+            whole = min(map(len, (x, y, p, t)))
+            error = next((column.error for column in columns if column.error is not None), None)
+            x, y, p, t = x[:whole], y[:whole], p[:whole], t[:whole]
+            impossible = self._impossible(p, t)
+            if impossible is not None:
+                row, text = impossible
+                error = InputError(f"{self.name}: event {number + row}: {text}")
+                x, y, p, t = x[:row], y[:row], p[:row], t[:row]
             if t.dtype.kind == "f":
                 t = np.rint(t.astype(np.float64) * 1e6)
-            yield Events.of(x, y, p.astype(np.int8) > 0, t)
+            yield Events(x, y, p.astype(np.int8) > 0, t.astype(np.int64))
+            if error is not None:
+                raise error
+            self._left -= count
+            number += count
 
     def close(self) -> None:
         self._zip.close()
         self._file.close()
 
-    def _check(self, x: NDArray[Any], y: NDArray[Any], p: NDArray[Any], t: NDArray[Any]) -> None:
-        for name, column in (("x", x), ("y", y)):
-            if (column < 0).any() or (column > 0xFFFF).any():
-                raise InputError(f"{self.name}: {name}: expected pixels from 0, got {column.min()} to {column.max()}")
-        if not np.isin(p, (-1, 0, 1)).all():
-            raise InputError(f"{self.name}: p: expected 0 and 1, or -1 and 1, got {p.min()} to {p.max()}")
-        if t.dtype.kind == "f" and not (np.abs(t) < 1e12).all():
-            raise InputError(f"{self.name}: t: holds NaN, Inf or more than 1e12 seconds")
+    def _impossible(self, p: NDArray[Any], t: NDArray[Any]) -> tuple[int, str] | None:
+        """The first event whose polarity or time has no meaning, and what is wrong with it."""
+        found = []
+        known = np.isin(p, (-1, 0, 1))
+        if not known.all():
+            row = int(known.argmin())
+            found.append((row, f"p: expected 0 and 1, or -1 and 1, got {p[row]}"))
+        if t.dtype.kind == "f" and not (known := np.abs(t) < 1e12).all():
+            row = int(known.argmin())
+            found.append((row, f"t: expected seconds, at most 1e12, got {t[row]}"))
+        return min(found, default=None)
 
     def _size(self) -> tuple[int, int]:
         sides = []
         for name in ("width", "height"):
             column = _Column(self._zip.open(f"{name}.npy"), f"{self.name}: {name}")
             side = column.read(1)
+            if column.error is not None:
+                raise column.error
             if side.dtype.kind not in "iuf" or not 0 < side[0] <= LARGEST:
                 raise InputError(f"{self.name}: {name}: expected 1 to {LARGEST} pixels, got {side[0]}")
             sides.append(int(side[0]))
@@ -91,7 +108,8 @@ class _Column:
     """A .npy member of the archive, read piece by piece."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        self._file = file
+        self._file, self._name = file, name
+        self.error: InputError | None = None
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, self.dtype = read(file)
@@ -100,8 +118,15 @@ class _Column:
         self.length = int(shape[0]) if shape else 1
 
     def read(self, count: int) -> NDArray[Any]:
-        size = count * self.dtype.itemsize
-        data = self._file.read(size)
-        if len(data) < size:
-            raise EOFError(f"{len(data)} of {size} bytes")
-        return np.frombuffer(data, self.dtype, count)
+        """The next `count` numbers; fewer where the file is damaged, and then `error` says how."""
+        size, data = count * self.dtype.itemsize, bytearray()
+        try:
+            with library_errors(self._name, InputError, what="broken or truncated"):
+                while len(data) < size:
+                    block = self._file.read(min(_BLOCK, size - len(data)))
+                    if not block:
+                        raise EOFError(f"{len(data)} of {size} bytes")
+                    data += block
+        except InputError as error:
+            self.error = error
+        return np.frombuffer(data, self.dtype, len(data) // self.dtype.itemsize)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.columns import Events
 
 __all__ = ["CHUNK", "LARGEST", "EventReader", "unwrap_counter", "validated"]
@@ -20,7 +21,9 @@ CHUNK = 1 << 20  # records read at a time, so that memory does not grow with the
 class EventReader(Protocol):
     """An event file of one format, iterated once in parts of up to `CHUNK` records.
 
-    A reader is made with the path, for messages, and the open file, which it closes.
+    A reader is made with the path, for messages, and the open file, which it closes. A part may be empty, and where the
+    format can hold pixels beyond uint16 or below zero, x and y have a wider dtype: `validated` looks at both. If a part
+    cannot be read to its end, the events before that place are returned before the error is raised.
 
     Attributes:
         name: name of the file.
@@ -35,43 +38,25 @@ class EventReader(Protocol):
     def close(self) -> None: ...
 
 
-def validated(reader: EventReader, size: tuple[int, int]) -> Iterator[Events]:
-    """The non-empty parts of a file, each checked.
+def validated(reader: EventReader, bad: BadEvents) -> Iterator[Events]:
+    """The parts of a file, each checked; a part may be empty.
 
     Args:
         reader: reader of the file.
-        size: (width, height) of the sensor in pixels.
+        bad: what to do with bad events; it counts them.
 
     Raises:
-        InputError: the file contains no event, a timestamp decreases, or a pixel lies outside the sensor.
+        InputError: the file contains no event, or a bad one; the events before it were returned.
     """
-    number, last = 0, None
-    for events in reader:
-        if not len(events):
-            continue
-        _require_order(reader.name, events.t, number, last)
-        outside = (events.x >= size[0]) | (events.y >= size[1])
-        if outside.any():
-            row = int(outside.argmax())
-            raise InputError(
-                f"{reader.name}: event {number + row} is at ({events.x[row]}, {events.y[row]}), "
-                f"outside the sensor of {size[0]}x{size[1]}",
-                hint="the file is broken, or the size is that of another camera",
-            )
+    empty = True
+    for part in reader:
+        empty = empty and not len(part)
+        events, error = bad.mend(part)
         yield events
-        number, last = number + len(events), int(events.t[-1])
-    if number == 0:
+        if error is not None:
+            raise error
+    if empty:
         raise InputError(f"{reader.name}: contains no event")
-
-
-def _require_order(name: str, t: NDArray[np.int64], number: int, last: int | None) -> None:
-    steps = np.diff(t, prepend=t[0] if last is None else last)
-    if (steps < 0).any():
-        row = int((steps < 0).argmax())
-        raise InputError(
-            f"{name}: event {number + row} is {-int(steps[row])} us earlier than the one before it",
-            hint="events must be sorted by time; otherwise the file is broken",
-        )
 
 
 def unwrap_counter(values: NDArray[np.int64], period: int, last: int | None) -> NDArray[np.int64]:

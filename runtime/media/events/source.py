@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,19 +12,23 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.event_spec import EventSpec
+from stepcell.runtime.media.events.bad_events import BadEvents, OnBadEvent
 from stepcell.runtime.media.events.dat import DatReader
 from stepcell.runtime.media.events.npz import NpzReader
 from stepcell.runtime.media.events.raw import RawReader
 from stepcell.runtime.media.events.reader import LARGEST, EventReader, validated
 from stepcell.runtime.media.events.tensor import event_tensor
 from stepcell.runtime.media.events.windows import split_windows
-from stepcell.runtime.media.source import Source
+from stepcell.runtime.media.source import BadEvent, Source
 
 __all__ = ["EVENT_FILES", "EventSource", "open_events"]
+
+logger = logging.getLogger(__name__)
 
 # Reader of each format by the suffix of the file; docs/events.md says how to add one.
 _READERS: dict[str, Callable[[Path, BinaryIO], EventReader]] = {".dat": DatReader, ".raw": RawReader, ".npz": NpzReader}
 EVENT_FILES = tuple(_READERS)
+_LOOKED_AT, _SPARSE = 100, 0.9  # so many of the first windows empty: the times may have another unit
 SHORTEST, LONGEST = 1000, 10**9  # window in us that gives a valid frame rate: 1000 to 0.001 frames per second
 
 
@@ -53,6 +58,7 @@ class EventSource(Source):
         path: .dat, .raw or .npz.
         spec: encoding of the tensor, and the window.
         size: (width, height) of the sensor in pixels, if the file does not say.
+        on_bad_event: what to do with events outside the sensor or earlier than the one before, as of `BadEvents`.
 
     Raises:
         InputError: the file cannot be read, or the size of its sensor is unknown or differs from `size`.
@@ -60,7 +66,14 @@ class EventSource(Source):
 
     pixels: bool | None = False
 
-    def __init__(self, path: Path, spec: EventSpec, size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: EventSpec,
+        size: tuple[int, int] | None = None,
+        *,
+        on_bad_event: OnBadEvent = "stop",
+    ) -> None:
         self.name: str = str(path)
         self.seconds: float | None = None
         self._spec = spec
@@ -77,21 +90,35 @@ class EventSource(Source):
             self.close()
             raise InputError(f"{path}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}")
         self.size: tuple[int, int] = found
+        self._bad = BadEvents(self.name, found, on_bad_event)
         by_time = spec.window.unit == "us" and SHORTEST <= spec.window.size <= LONGEST
         self.fps: Fraction | None = Fraction(1_000_000, round(spec.window.size)) if by_time else None
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         width, height = self.size
-        empty = True
-        for events, end in split_windows(validated(self._reader, self.size), self._spec.window, width * height):
+        number = sparse = 0
+        for events, end in split_windows(validated(self._reader, self._bad), self._spec.window, width * height):
             self.seconds = end / 1e6
-            empty = False
+            number, sparse = number + 1, sparse + (not len(events))
+            if number == _LOOKED_AT and sparse > _SPARSE * number:
+                self._say_sparse(sparse)
             yield event_tensor(events, self._spec, height, width)
-        if empty:
+        if not number:
             raise InputError(
                 f"{self.name}: holds fewer events than one window of {self._spec.window}",
                 hint="choose a smaller window with --event-window",
             )
+
+    def _say_sparse(self, empty: int) -> None:
+        logger.warning(
+            f"{self.name}: {empty} of the first {_LOOKED_AT} windows of {self._spec.window} hold no event: are its "
+            "times in another unit? Integers are read as microseconds, floats as seconds (docs/events.md)"
+        )
+
+    @property
+    def bad_events(self) -> Mapping[BadEvent, int]:  # type: ignore[override]  # a property stands for the attribute
+        """Bad events so far, by kind."""
+        return self._bad.counts
 
     def close(self) -> None:
         self._reader.close()

@@ -34,7 +34,7 @@ def split_windows(parts: Iterable[Events], window: EventWindow, pixels: int) -> 
 def _by_count(parts: Iterable[Events], count: int) -> Iterator[tuple[Events, int]]:
     waiting: list[Events] = []
     for part in parts:
-        waiting.append(part)
+        waiting += [part] if len(part) else []
         if sum(map(len, waiting)) < count:
             continue
         events = Events.join(waiting)
@@ -55,12 +55,14 @@ def _by_time(parts: Iterable[Events], step: int) -> Iterator[tuple[Events, int]]
         if part.t[-1] < end:
             continue
         events = Events.join(waiting)
-        gap = int(np.diff(events.t, prepend=end).max())
-        EMPTY_WINDOWS.check(gap // step, "events", f"a pause of {gap} us in windows of {step} us")
         start = 0
         while end <= events.t[-1]:
             stop = start + int(np.searchsorted(events.t[start:], end))
             yield events[start:stop], end
+            pause = int(events.t[stop]) - end
+            EMPTY_WINDOWS.check(
+                pause // step, "events", f"a pause of {pause} us in windows of {step} us, or times of another unit"
+            )
             start, end = stop, end + step
         waiting = [events[start:]]
     if end is not None:

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from stepcell.errors import OutputError, StepcellError
+from stepcell.runtime.media.source import BadEventCounts
 from stepcell.runtime.streams.metrics import Metrics
 from stepcell.runtime.streams.report import Dropped
 from stepcell.runtime.streams.reset_policy import Cause
@@ -23,6 +24,7 @@ class Counts:
     dropped: Dropped = field(default_factory=lambda: {"late": 0, "queue full": 0})
     resets: dict[Cause, int] = field(default_factory=lambda: {"gap": 0, "cut": 0})
     non_finite: int = 0
+    bad_events: BadEventCounts = field(default_factory=lambda: {"outside": 0, "back in time": 0})
     reconnects: int = 0
     queued: dict[str, int] = field(default_factory=lambda: {"input": 0, "output": 0})
     running: bool = True
@@ -49,7 +51,13 @@ def test_counters_are_those_of_the_streams_at_that_moment() -> None:
         metrics.watch([a, b])
         assert scrape(metrics)["stepcell_frames_total", "camera:0"] == 0
         a.frames, a.late, a.non_finite, a.reconnects, a.running = 7, 2, 3, 4, False
-        a.dropped["queue full"], a.resets["gap"], b.resets["cut"], b.queued["output"] = 5, 6, 8, 9
+        a.bad_events["back in time"], a.dropped["queue full"], a.resets["gap"], b.resets["cut"], b.queued["output"] = (
+            2,
+            5,
+            6,
+            8,
+            9,
+        )
         found = scrape(metrics)
     assert found["stepcell_frames_total", "camera:0"] == 7
     assert found["stepcell_frames_total", b.name] == 0
@@ -58,6 +66,7 @@ def test_counters_are_those_of_the_streams_at_that_moment() -> None:
     assert found["stepcell_reconnects_total", "camera:0"] == 4
     assert (found["stepcell_stream_up", "camera:0"], found["stepcell_stream_up", b.name]) == (0, 1)
     assert found["stepcell_dropped_frames_total", "camera:0", "queue full"] == 5
+    assert found["stepcell_bad_events_total", "camera:0", "back in time"] == 2
     assert found["stepcell_dropped_frames_total", "camera:0", "late"] == 0
     assert found["stepcell_resets_total", "camera:0", "gap"] == 6
     assert found["stepcell_resets_total", b.name, "cut"] == 8

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
 from stepcell.runtime.media.events import Events, write_dat
+from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.evt2 import Evt2
 from stepcell.runtime.media.events.evt3 import Evt3
 from stepcell.runtime.media.events.reader import validated
@@ -33,7 +34,7 @@ def some_events(count: int = 5000, *, span: int = 40_000_000, seed: int = 0) -> 
 
 def read(path: Path) -> Events:
     with contextlib.closing(open_events(path)) as reader:
-        return Events.join(list(validated(reader, reader.size or SIZE)))
+        return Events.join(list(validated(reader, BadEvents(reader.name, reader.size or SIZE))))
 
 
 def sensor(path: Path) -> tuple[int, int] | None:
@@ -237,11 +238,19 @@ HEADER = b"% Data file containing CD events\n% Version 2\n% Width 640\n% Height 
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("e.npz", lambda path: write_npz(path, EVENTS, t=BACK), "event 50 is .* us earlier"),
-        ("e.npz", lambda path: write_npz(path, EVENTS, t=np.full(100, np.nan)), "NaN"),
-        ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x + 640), r"event 0 is at \(\d+, \d+\), outside"),
-        ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x.astype(int) - 700), "pixels from 0"),
-        ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y + 41), r"at \(\d+, 481\), outside the sensor"),
+        ("e.npz", lambda path: write_npz(path, EVENTS, t=BACK), r"event 50 at \(\d+, \d+\), -?\d+ us: \d+ us earlier"),
+        ("e.npz", lambda path: write_npz(path, EVENTS, t=np.full(100, np.nan)), "event 0: t: expected seconds.* nan"),
+        ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x + 640), r"event 0 at \(\d+, \d+\), \d+ us: outside"),
+        (
+            "e.npz",
+            lambda path: write_npz(path, EVENTS, x=EVENTS.x.astype(int) - 700),
+            r"event 0 at \(-\d+, \d+\), \d+ us: outside",
+        ),
+        (
+            "e.npz",
+            lambda path: write_npz(path, EVENTS, y=EVENTS.y + 41),
+            r"at \(\d+, 481\), \d+ us: outside the sensor",
+        ),
         ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x / 2), "x: expected another dtype"),
         ("e.npz", lambda path: write_npz(path, EVENTS, p=np.full(100, 2)), "p: expected 0 and 1"),
         ("e.npz", lambda path: write_npz(path, EVENTS, y=EVENTS.y[1:]), "same length"),
@@ -272,7 +281,7 @@ def test_what_is_no_events_is_refused(name: str, write: Callable[[Path], object]
 def test_a_time_that_goes_back_between_two_parts_is_seen(tmp_path: Path, chunk: int) -> None:
     t = EVENTS.t.copy()
     t[49:] -= t[49] - t[48] + 1  # event 49 is the first of a part of seven
-    with pytest.raises(InputError, match="event 49 is 1 us earlier"):
+    with pytest.raises(InputError, match=r"event 49 at .*: 1 us earlier"):
         read(write_npz(tmp_path / "e.npz", EVENTS, t=t))
 
 
@@ -315,7 +324,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
         count = 0
         with contextlib.closing(open_events(path)) as reader:
             tracemalloc.start()
-            for part in validated(reader, SIZE):
+            for part in validated(reader, BadEvents(reader.name, SIZE)):
                 count += len(part)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
