@@ -8,12 +8,11 @@ from pathlib import Path
 
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from stepcell.cli import main
 from stepcell.errors import InputError
 from stepcell.external_weights import check_external_weights
 from stepcell.onnx_model import read_model
+from tests.cli.command import call
 
 WEIGHTS = "apart.bin"
 
@@ -137,7 +136,7 @@ def test_the_guard_looks_everywhere(tmp_path: Path, where: str) -> None:
 def test_no_command_reads_them(model: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parent(model)
     monkeypatch.chdir(model.parent)
-    result = CliRunner().invoke(main, arguments)
+    result = call(*arguments)
     assert result.exit_code == 1, result.output
     assert "only a plain file in the same folder is opened" in result.output
     assert "Traceback" not in result.output
