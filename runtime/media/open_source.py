@@ -12,7 +12,8 @@ from pathlib import Path
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec
 from stepcell.runtime.media.events.bad_events import OnBadEvent
-from stepcell.runtime.media.events.source import EVENT_FILES, EventSource
+from stepcell.runtime.media.events.formats import EVENT_FILES, is_event_file
+from stepcell.runtime.media.events.source import EventSource
 from stepcell.runtime.media.npy_file import ArraySource
 from stepcell.runtime.media.picture_folder import FolderSource, matching_pictures
 from stepcell.runtime.media.raw_frames import RawSource
@@ -36,7 +37,7 @@ def open_source(
 
     Args:
         text: a video file or URL, a folder of pictures or a pattern such as `frames/*.png`, a .npy file, `camera:N`,
-            or `-` for stdin; for an event model a .dat, .raw or .npz file.
+            or `-` for stdin; for an event model an event file, as of `open_events`.
         channels: channels of raw frames on stdin: 3 (rgb24), 1 (gray8) or 4.
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
@@ -47,7 +48,7 @@ def open_source(
         InputError: the input does not exist, cannot be read, or is not of the kind that the model takes.
         MissingDependencyError: PyAV, which reads videos and pictures, is not installed.
     """
-    if (events is not None) != (Path(text).suffix in EVENT_FILES):
+    if (events is not None) != is_event_file(Path(text)):
         wanted = "events" if events is not None else "pictures"
         files = ", ".join(EVENT_FILES) if events is not None else "a video, pictures or .npy"
         raise InputError(f"{text}: the model takes {wanted}", hint=f"expected {files}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepcell.errors import InputError, UsageError
-from stepcell.runtime.media.events.source import EVENT_FILES
+from stepcell.runtime.media.events.formats import EVENT_FILES
 from stepcell.runtime.media.open_sink import STDOUT, VIDEOS
 from stepcell.runtime.media.open_source import STDIN, is_remote
 from stepcell.runtime.media.picture_folder import PICTURES, natural_key

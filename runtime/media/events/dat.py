@@ -33,6 +33,8 @@ class DatReader:
         InputError: a file of another format, version or record type.
     """
 
+    format = "DAT"
+
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.name = str(path)
         self._file = file

@@ -31,6 +31,8 @@ class NpzReader:
         InputError: an array is missing, or of another dtype or shape.
     """
 
+    format = ".npz"
+
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.name = str(path)
         self._file = file

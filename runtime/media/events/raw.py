@@ -1,4 +1,4 @@
-"""RAW reader: Prophesee's files of encoded events, EVT 2.0 or EVT 3.0.
+"""RAW reader: Prophesee's files of encoded events, EVT 2.0, EVT 2.1 or EVT 3.0.
 
 https://docs.prophesee.ai/stable/data/file_formats/raw.html
 """
@@ -17,8 +17,10 @@ from stepcell.errors import InputError
 from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.evt2 import Evt2
 from stepcell.runtime.media.events.evt3 import Evt3
+from stepcell.runtime.media.events.evt21 import Evt21
 from stepcell.runtime.media.events.header import read_header, read_records, sensor_size
 from stepcell.runtime.media.events.reader import CHUNK
+from stepcell.runtime.media.events.sensors import byte_order, known_sensor
 
 __all__ = ["RawReader"]
 
@@ -42,15 +44,25 @@ class RawReader:
         self.name = str(path)
         self._file = file
         header = read_header(file)
-        self.size = sensor_size(header)
-        encoding = header.get("format", header.get("evt", "none"))
-        match = re.match(r"(?:EVT)?([23])(?:\.0)?(?:;|$)", encoding)
-        if match is None or "endianness=big" in encoding:
+        sensor = known_sensor(header)
+        self.size = sensor_size(header) or (sensor.size if sensor else None)
+        encoding = header.get("format") or header.get("evt") or (sensor.encoding if sensor else "") or "none"
+        match = re.match(r"(?:EVT)?(2\.?1|[23])(?:\.0)?(?:;|$)", encoding)
+        order = byte_order(header, encoding)
+        if match is None or order not in ("little", "legacy"):
+            big = f", {order}-endian" if order == "big" else ""
             raise InputError(
-                f"{path}: encoding {encoding}: only EVT 2.0 and EVT 3.0, little-endian, are read",
-                hint="convert the recording to DAT with Prophesee's metavision_file_to_dat",
+                f"{path}: encoding {encoding}{big}: only EVT 2.0, 2.1 and 3.0, little-endian, are read",
+                hint=f"convert the recording to DAT with Prophesee's tools: metavision_file_to_dat -i {path}",
             )
-        self._decoder: _Decoder = Evt2() if match[1] == "2" else Evt3()
+        number = match[1].replace(".", "")
+        self.format = f"RAW, EVT {number[0]}.{number[1:] or 0}"
+        if number == "21":
+            legacy = order == "legacy"
+            self.format += " legacy" if legacy else " little-endian"
+            self._decoder: _Decoder = Evt21(legacy=legacy)
+        else:
+            self._decoder = Evt2() if number == "2" else Evt3()
 
     def __iter__(self) -> Iterator[Events]:
         for words in read_records(self._file, self.name, self._decoder.word, CHUNK):

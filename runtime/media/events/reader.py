@@ -27,10 +27,12 @@ class EventReader(Protocol):
 
     Attributes:
         name: name of the file.
+        format: the format, for people.
         size: (width, height) of the sensor in pixels; None: the file does not say.
     """
 
     name: str
+    format: str
     size: tuple[int, int] | None
 
     def __iter__(self) -> Iterator[Events]: ...

@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.event_spec import EventSpec
 from stepcell.runtime.media.events.bad_events import BadEvents, OnBadEvent
-from stepcell.runtime.media.events.dat import DatReader
-from stepcell.runtime.media.events.npz import NpzReader
-from stepcell.runtime.media.events.raw import RawReader
-from stepcell.runtime.media.events.reader import LARGEST, EventReader, validated
+from stepcell.runtime.media.events.formats import open_events
+from stepcell.runtime.media.events.reader import LARGEST, validated
 from stepcell.runtime.media.events.tensor import event_tensor
 from stepcell.runtime.media.events.windows import split_windows
 from stepcell.runtime.media.source import BadEvent, Source
 
-__all__ = ["EVENT_FILES", "EventSource", "open_events"]
+__all__ = ["EventSource"]
 
 logger = logging.getLogger(__name__)
 
-# Reader of each format by the suffix of the file; docs/events.md says how to add one.
-_READERS: dict[str, Callable[[Path, BinaryIO], EventReader]] = {".dat": DatReader, ".raw": RawReader, ".npz": NpzReader}
-EVENT_FILES = tuple(_READERS)
 _LOOKED_AT, _SPARSE = 100, 0.9  # so many of the first windows empty: the times may have another unit
 SHORTEST, LONGEST = 1000, 10**9  # window in us that gives a valid frame rate: 1000 to 0.001 frames per second
-
-
-def open_events(path: Path) -> EventReader:
-    """Open an event file with the reader of its suffix.
-
-    Raises:
-        InputError: the file cannot be read, or is not of the format of its suffix.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        return _READERS[path.suffix](path, file)
-    except BaseException:
-        file.close()
-        raise
 
 
 class EventSource(Source):
@@ -55,7 +33,7 @@ class EventSource(Source):
     `fps` is known if windows have a fixed time of 1 ms to 1000 s.
 
     Args:
-        path: .dat, .raw or .npz.
+        path: an event file, as of `open_events`.
         spec: encoding of the tensor, and the window.
         size: (width, height) of the sensor in pixels, if the file does not say.
         on_bad_event: what to do with events outside the sensor or earlier than the one before, as of `BadEvents`.

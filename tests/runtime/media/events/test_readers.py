@@ -17,36 +17,11 @@ from stepcell.runtime.media.events import Events, write_dat
 from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.evt2 import Evt2
 from stepcell.runtime.media.events.evt3 import Evt3
+from stepcell.runtime.media.events.formats import open_events
 from stepcell.runtime.media.events.reader import validated
-from stepcell.runtime.media.events.source import open_events
+from tests.runtime.media.events.files import SIZE, assert_same, read, sensor, some_events, write_raw
 
-SIZE = (640, 480)
 CHUNKS = [f"stepcell.runtime.media.events.{name}.CHUNK" for name in ("dat", "raw", "npz")]
-
-
-def some_events(count: int = 5000, *, span: int = 40_000_000, seed: int = 0) -> Events:
-    """In order of time, many of the same time and row; the counter of EVT 3.0 wraps twice."""
-    rng = np.random.default_rng(seed)
-    t = np.sort(rng.choice(rng.integers(0, span, count // 4), count))
-    y = rng.integers(0, 12, count) * 40
-    return Events.of(rng.integers(0, SIZE[0], count), y, rng.integers(0, 2, count), t)
-
-
-def read(path: Path) -> Events:
-    with contextlib.closing(open_events(path)) as reader:
-        return Events.join(list(validated(reader, BadEvents(reader.name, reader.size or SIZE))))
-
-
-def sensor(path: Path) -> tuple[int, int] | None:
-    with contextlib.closing(open_events(path)) as reader:
-        return reader.size
-
-
-def assert_same(got: Events, wanted: Events) -> None:
-    for name in "xypt":
-        a, b = getattr(got, name), getattr(wanted, name)
-        assert a.dtype == b.dtype
-        assert np.array_equal(a, b), f"{name} differs first at {np.flatnonzero(a[: len(b)] != b[: len(a)])[:1]}"
 
 
 def encode_evt2(events: Events) -> NDArray[np.uint32]:
@@ -95,11 +70,6 @@ def encode_evt3(events: Events, *, vectors: bool = True) -> NDArray[np.uint16]:
             words.append(kind << 12 | sum(1 << g - base for g in group if base <= g < base + length))
             base += length
     return np.array(words, "<u2")
-
-
-def write_raw(path: Path, words: NDArray[Any], *lines: str) -> Path:
-    path.write_bytes("".join(f"% {line}\n" for line in (*lines, "end")).encode() + words.tobytes())
-    return path
 
 
 def in_parts(decoder: Evt2 | Evt3, words: NDArray[Any], seed: int) -> Events:
@@ -265,7 +235,7 @@ HEADER = b"% Data file containing CD events\n% Version 2\n% Width 640\n% Height 
         ("e.dat", lambda path: path.write_bytes(b"\x00" * 100), "not a DAT file"),
         ("e.dat", lambda path: path.write_bytes(b""), "not a DAT file"),
         ("e.dat", lambda path: path.write_bytes(HEADER.replace(b"2", b"1", 1)), "DAT version 1"),
-        ("e.raw", lambda path: write_raw(path, encode_evt3(EVENTS), "evt 2.1"), "encoding 2.1: only EVT 2.0"),
+        ("e.raw", lambda path: write_raw(path, encode_evt3(EVENTS), "evt 4.0"), "encoding 4.0: only EVT 2.0"),
         ("e.raw", lambda path: path.write_bytes(b"\x00" * 100), "encoding none"),
         ("e.raw", lambda path: write_raw(path, np.zeros(9, np.uint8), "evt 3.0"), "ends 1 bytes into a record of 2"),
         ("e.raw", lambda path: write_raw(path, np.zeros(9, np.uint16), "evt 3.0"), "contains no event"),

@@ -137,7 +137,7 @@ def test_padded_and_cropped_to_a_video_by_time(dat: Path, e2vid_onnx: Path, tmp_
 
 
 def _cropped(path: Path) -> dict[str, NDArray[np.generic]]:
-    from stepcell.runtime.media.events.source import open_events
+    from stepcell.runtime.media.events.formats import open_events
 
     reader = open_events(path)
     events = Events.join(list(reader))
