@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "Time models side by side, for several numbers of streams.",
     "compare": "Compare two outputs frame by frame: arrays, clips or folders.",
     "inspect": "Print the inputs, outputs and states of a model or engine.",
+    "events": "Print what an event file holds, and draw it.",
     "kernels": "Compile the fused gate kernels for any GPU, without one.",
     "doctor": "List what works on this machine, and how to add what is missing.",
 }

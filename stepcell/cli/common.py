@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import traceback
@@ -26,6 +27,7 @@ __all__ = [
     "no_check_option",
     "overwrite_option",
     "parse_settings",
+    "parse_size",
 ]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -58,6 +60,18 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--set {key}: given twice")
         parsed[key] = _value(value)
     return parsed
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`640x480` as (width, height).
+
+    Raises:
+        UsageError: another form.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise UsageError(f"--size: expected WIDTHxHEIGHT, got {text!r}", hint="such as 640x480")
+    return int(match[1]), int(match[2])
 
 
 def command_error(error: Exception) -> StepcellError:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
 
-from stepcell.cli.common import json_option, leaving, no_check_option, overwrite_option
+from stepcell.cli.common import json_option, leaving, no_check_option, overwrite_option, parse_size
 from stepcell.cli.console import log, print_json
 from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.cli.signals import signal_control
@@ -23,19 +22,7 @@ from stepcell.runtime.streams.metrics import LOCALHOST, Metrics
 from stepcell.runtime.streams.report import RunError
 from stepcell.runtime.streams.run import run_streams
 
-__all__ = ["command", "parse_address", "parse_rate", "parse_size"]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`640x480` as (width, height).
-
-    Raises:
-        UsageError: another form.
-    """
-    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if match is None:
-        raise UsageError(f"--size: expected WIDTHxHEIGHT, got {text!r}", hint="such as 640x480")
-    return int(match[1]), int(match[2])
+__all__ = ["command", "parse_address", "parse_rate"]
 
 
 def parse_rate(text: str) -> Fraction:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepcell.cli.run import parse_address, parse_rate, parse_size
+from stepcell.cli.common import parse_size
+from stepcell.cli.run import parse_address, parse_rate
 from stepcell.cli.signals import signal_control
 from stepcell.errors import UsageError
 from stepcell.runtime.media.open_source import open_source

@@ -12,7 +12,7 @@ from stepcell.errors import InputError
 from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.columns import Events
 
-__all__ = ["CHUNK", "LARGEST", "EventReader", "unwrap_counter", "validated"]
+__all__ = ["CHUNK", "LARGEST", "EventReader", "require_size", "unwrap_counter", "validated"]
 
 LARGEST = 1 << 14  # pixels along a side of the sensor: the limit of DAT, and more than any sensor has
 CHUNK = 1 << 20  # records read at a time, so that memory does not grow with the file
@@ -38,6 +38,25 @@ class EventReader(Protocol):
     def __iter__(self) -> Iterator[Events]: ...
 
     def close(self) -> None: ...
+
+
+def require_size(reader: EventReader, size: tuple[int, int] | None) -> tuple[int, int]:
+    """(width, height) of the sensor in pixels, of the file or else `size`.
+
+    Raises:
+        InputError: neither says it, they differ, or it is no size of a sensor.
+    """
+    own = reader.size
+    if own is not None and size is not None and own != size:
+        raise InputError(f"{reader.name}: its sensor is {own[0]}x{own[1]}, --size says {size[0]}x{size[1]}")
+    found = own or size
+    if found is None or 0 in found:
+        raise InputError(f"{reader.name}: does not state the size of its sensor", hint="add --size WIDTHxHEIGHT")
+    if max(found) > LARGEST:
+        raise InputError(
+            f"{reader.name}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}"
+        )
+    return found
 
 
 def validated(reader: EventReader, bad: BadEvents) -> Iterator[Events]:

@@ -14,7 +14,7 @@ from stepcell.errors import InputError
 from stepcell.event_spec import EventSpec
 from stepcell.runtime.media.events.bad_events import BadEvents, OnBadEvent
 from stepcell.runtime.media.events.formats import open_events
-from stepcell.runtime.media.events.reader import LARGEST, validated
+from stepcell.runtime.media.events.reader import require_size, validated
 from stepcell.runtime.media.events.tensor import event_tensor
 from stepcell.runtime.media.events.windows import split_windows
 from stepcell.runtime.media.source import BadEvent, Source
@@ -56,19 +56,12 @@ class EventSource(Source):
         self.seconds: float | None = None
         self._spec = spec
         self._reader = open_events(path)
-        own = self._reader.size
-        if own is not None and size is not None and own != size:
+        try:
+            self.size: tuple[int, int] = require_size(self._reader, size)
+        except InputError:
             self.close()
-            raise InputError(f"{path}: its sensor is {own[0]}x{own[1]}, --size says {size[0]}x{size[1]}")
-        found = own or size
-        if found is None or 0 in found:
-            self.close()
-            raise InputError(f"{path}: does not state the size of its sensor", hint="add --size WIDTHxHEIGHT")
-        if max(found) > LARGEST:
-            self.close()
-            raise InputError(f"{path}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}")
-        self.size: tuple[int, int] = found
-        self._bad = BadEvents(self.name, found, on_bad_event)
+            raise
+        self._bad = BadEvents(self.name, self.size, on_bad_event)
         by_time = spec.window.unit == "us" and SHORTEST <= spec.window.size <= LONGEST
         self.fps: Fraction | None = Fraction(1_000_000, round(spec.window.size)) if by_time else None
 

@@ -1,0 +1,100 @@
+"""What an event file holds: sensor, number, rate, duration and bad events, in one pass with constant memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from stepcell.errors import InputError
+from stepcell.runtime.media.events.bad_events import BadEvents
+from stepcell.runtime.media.events.formats import open_events
+from stepcell.runtime.media.events.reader import LARGEST, require_size
+
+__all__ = ["EventSummary", "summarise_events"]
+
+
+class EventSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """An event file.
+
+    Attributes:
+        file: its path.
+        format: such as "RAW, EVT 3.0".
+        width, height: of the sensor in pixels; None: neither the file nor the caller says.
+        events: number of events, bad ones included.
+        rising: those of pixels that became brighter.
+        largest_x, largest_y: of all events.
+        start_us, end_us: earliest and latest time in microseconds.
+        seconds: from the earliest event to the latest.
+        events_per_second: mean over that time; None: it is zero.
+        bad_events: by kind, as `run --on-bad-event drop` counts them; without a size none is outside.
+        broken: what ended the file too early; None: it is whole.
+    """
+
+    file: str
+    format: str
+    width: int | None
+    height: int | None
+    events: int
+    rising: int
+    largest_x: int
+    largest_y: int
+    start_us: int
+    end_us: int
+    seconds: float
+    events_per_second: float | None
+    bad_events: dict[str, int]
+    broken: str | None
+
+
+def summarise_events(path: Path, size: tuple[int, int] | None = None) -> EventSummary:
+    """Read an event file from beginning to end.
+
+    Args:
+        path: an event file, as of `open_events`.
+        size: (width, height) of the sensor in pixels, if the file does not say.
+
+    Raises:
+        InputError: the file cannot be opened, holds no event, or its sensor has another size.
+    """
+    reader = open_events(path)
+    try:
+        found = require_size(reader, size) if reader.size or size else None
+        bad = BadEvents(reader.name, found or (LARGEST, LARGEST), "drop")
+        count = rising = 0
+        largest = [0, 0]
+        start: int | None = None
+        end = 0
+        broken = None
+        try:
+            for part in reader:
+                if not len(part):
+                    continue
+                bad.mend(part)
+                count, rising = count + len(part), rising + int(part.p.sum())
+                largest = [max(largest[0], int(part.x.max())), max(largest[1], int(part.y.max()))]
+                first, last = int(part.t.min()), int(part.t.max())
+                start, end = (first, last) if start is None else (min(start, first), max(end, last))
+        except InputError as error:
+            broken = error.message
+        if start is None:
+            raise InputError(broken or f"{path}: contains no event")
+    finally:
+        reader.close()
+    seconds = (end - start) / 1e6
+    return EventSummary(
+        file=str(path),
+        format=reader.format,
+        width=found[0] if found else None,
+        height=found[1] if found else None,
+        events=count,
+        rising=rising,
+        largest_x=largest[0],
+        largest_y=largest[1],
+        start_us=start,
+        end_us=end,
+        seconds=seconds,
+        events_per_second=count / seconds if seconds else None,
+        bad_events={str(kind): number for kind, number in bad.counts.items()},
+        broken=broken,
+    )
