@@ -32,6 +32,7 @@ def open_source(
     size: tuple[int, int] | None = None,
     events: EventSpec | None = None,
     on_bad_event: OnBadEvent = "stop",
+    event_stream: str | None = None,
 ) -> Source:
     """Open an input.
 
@@ -42,18 +43,21 @@ def open_source(
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
         on_bad_event: "stop" before an event outside the sensor or earlier than the one before, "drop" or "clamp" it.
+        event_stream: which of several streams of events of a file, as of `open_events`.
 
     Raises:
-        UsageError: `-` without a size, or a size for an input that does not take one.
+        UsageError: `-` without a size, a size for an input that does not take one, or a file of several streams of
+            events of which none is chosen.
         InputError: the input does not exist, cannot be read, or is not of the kind that the model takes.
-        MissingDependencyError: PyAV, which reads videos and pictures, is not installed.
+        MissingDependencyError: PyAV, which reads videos and pictures, or the reader of an event file is not installed.
     """
-    if (events is not None) != is_event_file(Path(text)):
+    array = events is None and Path(text).suffix == ".npy"  # holds pictures or events, as the model takes
+    if (events is not None) != is_event_file(Path(text)) and not array:
         wanted = "events" if events is not None else "pictures"
         files = ", ".join(EVENT_FILES) if events is not None else "a video, pictures or .npy"
         raise InputError(f"{text}: the model takes {wanted}", hint=f"expected {files}")
     if events is not None:
-        return EventSource(Path(text), events, size, on_bad_event=on_bad_event)
+        return EventSource(Path(text), events, size, on_bad_event=on_bad_event, stream=event_stream)
     if (text == STDIN) != (size is not None):
         raise UsageError("--size: required for raw frames on stdin (--input -), not accepted for other pictures")
     if size is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepcell.errors import InputError, UsageError
-from stepcell.runtime.media.events.formats import EVENT_FILES
+from stepcell.runtime.media.events.formats import EVENT_CLIPS, is_event_file
 from stepcell.runtime.media.open_sink import STDOUT, VIDEOS
 from stepcell.runtime.media.open_source import STDIN, is_remote
 from stepcell.runtime.media.picture_folder import PICTURES, natural_key
@@ -17,7 +17,7 @@ __all__ = ["clip_outputs", "find_clips"]
 # Suffixes of the files in a folder that are clips; a pattern may name any others.
 _CLIPS = (
     *VIDEOS, ".m4v", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".mxf",
-    ".y4m", ".gif", ".npy", *EVENT_FILES,
+    ".y4m", ".gif", ".npy", *EVENT_CLIPS,
 )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ def find_clips(text: str) -> list[Path] | None:
     path = Path(text)
     try:
         if path.is_dir():
+            if is_event_file(path):
+                return None
             clips = [each for each in path.iterdir() if each.suffix.lower() in _CLIPS and each.is_file()]
             pictures = [each for each in path.iterdir() if each.suffix.lower() in PICTURES and each.is_file()]
         elif path.exists() or not glob.has_magic(text):

@@ -59,6 +59,7 @@ class StreamOptions:
         timestamps: whether a video has those of its input; None: for cameras and URLs, unless `fps` is given.
         audio: "copy" copies the sound of a file into the video.
         on_bad_event: what to do with bad events, as of `BadEvents`.
+        event_stream: which of several streams of events of a file.
     """
 
     reset: ResetPolicy
@@ -71,6 +72,7 @@ class StreamOptions:
     timestamps: Timestamps | None = None
     audio: Audio | None = None
     on_bad_event: OnBadEvent = "stop"
+    event_stream: str | None = None
 
     def keeps_timestamps(self, source: Source | None) -> bool:
         """Whether a video of this source has its timestamps."""
@@ -279,8 +281,10 @@ def _open_source(
     if isinstance(each, (str, Path)):
         text = str(each)
         size = options.size if alone or text == STDIN or events is not None else None
-        channels, on_bad_event = picture_channels(spec) or 3, options.on_bad_event
-        source = open_source(text, channels=channels, size=size, events=events, on_bad_event=on_bad_event)
+        source = open_source(
+            text, channels=picture_channels(spec) or 3, size=size, events=events, on_bad_event=options.on_bad_event,
+            event_stream=options.event_stream,
+        )  # fmt: skip
     else:
         source = each
     return source if options.resize is None else ResizedSource(source, Resize.parse(options.resize, spec))

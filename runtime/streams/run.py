@@ -59,6 +59,7 @@ def run_streams(
     pixels: Declaration | None = None,
     event_window: str | None = None,
     on_bad_event: OnBadEvent = "stop",
+    event_stream: str | None = None,
     fps: float | Fraction | None = None,
     limit: int | None = None,
     reset_every: int | None = None,
@@ -105,6 +106,8 @@ def run_streams(
         event_window: events of one step, such as "30ms"; by default that of the contract.
         on_bad_event: "stop" the stream before an event outside the sensor or earlier than the one before, "drop" such
             events, or "clamp" them onto the sensor and to the time before; all are counted.
+        event_stream: which of several streams of events of a file: a topic of a rosbag, a number of AEDAT4, a group of
+            HDF5.
         fps: frames per second of the outputs, 0.001 to 1000; by default those of the input, else 25.
         limit: end each stream after this many frames.
         reset_every: reset the states before every frame whose number is a multiple of this.
@@ -194,6 +197,7 @@ def run_streams(
         timestamps=timestamps,
         audio=audio,
         on_bad_event=on_bad_event,
+        event_stream=event_stream,
     )
     names = stream_names(inputs)
     control = control or RunControl()

@@ -26,6 +26,10 @@ Examples:
 """
 )
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--event-stream", "stream", metavar="NAME",
+    help="Which of several streams of events: a topic of a rosbag, a number of AEDAT4, a group of HDF5.",
+)  # fmt: skip
 @click.option("--size", "size_text", metavar="WxH", help="Size of the sensor, if the file does not state it.")
 @click.option(
     "--event-window", "window_text", default="30ms", show_default=True, metavar="TIME",
@@ -39,7 +43,13 @@ Examples:
 @overwrite_option
 @json_option
 def command(
-    file: Path, size_text: str | None, window_text: str, output: Path | None, overwrite: bool, as_json: bool
+    file: Path,
+    stream: str | None,
+    size_text: str | None,
+    window_text: str,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Print what the event file FILE holds: format, sensor, events, rate, duration and bad events.
 
@@ -59,7 +69,7 @@ def command(
             raise UsageError(f"--output: expected .png, {', '.join(VIDEOS)}, got {output}")
         check_output(output, lambda _: False, reads={file: "the recording"}, overwrite=overwrite)
     with working(f"reading {file}"):
-        found = summarise_events(file, size)
+        found = summarise_events(file, size, stream)
     if as_json:
         print_json(found)
     else:

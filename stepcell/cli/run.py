@@ -78,7 +78,7 @@ Examples:
 @click.option(
     "-i", "--input", "inputs", required=True, multiple=True, metavar="SOURCE",
     help="Video file or URL, folder of pictures or of clips, .npy, camera:N, or - for raw rgb24 frames on stdin; "
-    "for a model of events .dat, .raw or .npz. Several inputs share one batched step.",
+    "for a model of events an event file, such as .dat, .raw, .aedat4, .h5, .bag or .csv. Several inputs share one batched step.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", "outputs", multiple=True, metavar="SINK",
@@ -143,6 +143,10 @@ Examples:
     "--on-bad-event", type=click.Choice(["stop", "drop", "clamp"]), default="stop", show_default=True,
     help="At an event outside the sensor or earlier than the one before: end the stream, leave the event out, or move "
     "it onto the sensor and to the time before. All are counted.",
+)  # fmt: skip
+@click.option(
+    "--event-stream", metavar="NAME",
+    help="Which of several streams of events of a file: a topic of a rosbag, a number of AEDAT4, a group of HDF5.",
 )  # fmt: skip
 @click.option(
     "--metrics-port", "address_text", metavar="[ADDRESS:]PORT",

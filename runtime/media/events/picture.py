@@ -68,7 +68,7 @@ def write_event_picture(path: Path, summary: EventSummary, size: tuple[int, int]
     panels = np.zeros((count, 2, size[1], size[0]), np.int64)
     width = _scaled(panels[0]).shape[2] * min(count, _COLUMNS) + _GAP * (min(count, _COLUMNS) - 1)
     strip = np.zeros((2, width), np.int64)
-    for events in _parts(Path(summary.file), size):
+    for events in _parts(summary, size):
         for start, panel in zip(starts, panels, strict=True):
             first, last = np.searchsorted(events.t, [start, start + window])
             panel += _counts(events[int(first) : int(last)], size)
@@ -98,9 +98,7 @@ def write_event_clip(path: Path, summary: EventSummary, size: tuple[int, int], w
     rate = min(max(Fraction(1_000_000, window), FRAME_RATES[0]), FRAME_RATES[1])
     sink, frames = VideoSink(path, rate), 0
     try:
-        windows = split_windows(
-            _parts(Path(summary.file), size), EventWindow(size=window, unit="us"), size[0] * size[1]
-        )
+        windows = split_windows(_parts(summary, size), EventWindow(size=window, unit="us"), size[0] * size[1])
         for events, _ in windows:
             sink.write(_coloured(_scaled(_counts(events, size))))
             frames += 1
@@ -111,9 +109,9 @@ def write_event_clip(path: Path, summary: EventSummary, size: tuple[int, int], w
     return frames
 
 
-def _parts(path: Path, size: tuple[int, int]) -> Iterator[Events]:
+def _parts(summary: EventSummary, size: tuple[int, int]) -> Iterator[Events]:
     """The good events of a file, as far as it can be read: the summary says what is wrong with the rest."""
-    with contextlib.closing(open_events(path)) as reader, contextlib.suppress(InputError):
+    with contextlib.closing(open_events(Path(summary.file), summary.stream)) as reader, contextlib.suppress(InputError):
         yield from validated(reader, BadEvents(reader.name, size, "drop"))
 
 

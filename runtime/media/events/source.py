@@ -37,6 +37,7 @@ class EventSource(Source):
         spec: encoding of the tensor, and the window.
         size: (width, height) of the sensor in pixels, if the file does not say.
         on_bad_event: what to do with events outside the sensor or earlier than the one before, as of `BadEvents`.
+        stream: which of several streams of events of a file.
 
     Raises:
         InputError: the file cannot be read, or the size of its sensor is unknown or differs from `size`.
@@ -51,11 +52,12 @@ class EventSource(Source):
         size: tuple[int, int] | None = None,
         *,
         on_bad_event: OnBadEvent = "stop",
+        stream: str | None = None,
     ) -> None:
         self.name: str = str(path)
         self.seconds: float | None = None
         self._spec = spec
-        self._reader = open_events(path)
+        self._reader = open_events(path, stream)
         try:
             self.size: tuple[int, int] = require_size(self._reader, size)
         except InputError:

@@ -20,6 +20,7 @@ class EventSummary(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         file: its path.
         format: such as "RAW, EVT 3.0".
+        stream: which of several streams of events it is about, as the caller chose.
         width, height: of the sensor in pixels; None: neither the file nor the caller says.
         events: number of events, bad ones included.
         rising: those of pixels that became brighter.
@@ -33,6 +34,7 @@ class EventSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     file: str
     format: str
+    stream: str | None
     width: int | None
     height: int | None
     events: int
@@ -47,17 +49,20 @@ class EventSummary(msgspec.Struct, frozen=True, kw_only=True):
     broken: str | None
 
 
-def summarise_events(path: Path, size: tuple[int, int] | None = None) -> EventSummary:
+def summarise_events(path: Path, size: tuple[int, int] | None = None, stream: str | None = None) -> EventSummary:
     """Read an event file from beginning to end.
 
     Args:
         path: an event file, as of `open_events`.
         size: (width, height) of the sensor in pixels, if the file does not say.
+        stream: which of several streams of events of the file.
 
     Raises:
         InputError: the file cannot be opened, holds no event, or its sensor has another size.
+        UsageError: several streams of events and none chosen.
+        MissingDependencyError: the package that reads this format is not installed.
     """
-    reader = open_events(path)
+    reader = open_events(path, stream)
     try:
         found = require_size(reader, size) if reader.size or size else None
         bad = BadEvents(reader.name, found or (LARGEST, LARGEST), "drop")
@@ -85,6 +90,7 @@ def summarise_events(path: Path, size: tuple[int, int] | None = None) -> EventSu
     return EventSummary(
         file=str(path),
         format=reader.format,
+        stream=stream,
         width=found[0] if found else None,
         height=found[1] if found else None,
         events=count,
