@@ -251,7 +251,8 @@ def _forgetting(file: CheckedFile, run: ClipErrors) -> Forgetting | None:
         return None
     try:
         graph = EvaluatedFile(file.data, "float64", file.contract)
-        return forgetting(graph, list(run.clip), run.warm, steps, start=run.start, directions=_DIRECTIONS)
+        own = {name for name, errors in run.single.items() if any(errors)}
+        return forgetting(graph, list(run.clip), run.warm, steps, start=run.start, directions=_DIRECTIONS, rounded=own)
     except EvaluationError as error:
         logger.warning(f"{error.message}; no error bound is derived")
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir.passes.common as common
 from onnxscript import ir, optimizer
 from onnxscript.rewriter import RewriteRuleSet, pattern
@@ -42,11 +43,19 @@ def _normalise(model: ir.Model) -> None:
     _drop_round_trips(model.graph)
     _lower_casts_of_inputs(model.graph)
     _raise_casts_of_outputs(model.graph)
+    _store_in_order(model.graph)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.DeduplicateHashedInitializersPass(),  # two frames of zeros are one state
         common.CommonSubexpressionEliminationPass(),
     )(model)
+
+
+def _store_in_order(graph: ir.Graph) -> None:
+    """Copy folded weights that are views in another order: the pass that compares weights takes none."""
+    for value in graph.initializers.values():
+        if value.const_value is not None and not (array := value.const_value.numpy()).flags.c_contiguous:
+            value.const_value = ir.tensor(np.ascontiguousarray(array), dtype=value.const_value.dtype, name=value.name)
 
 
 # torch.lerp selects, element by element, the one of two equal sums with the smaller rounding error.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract
 from stepcell.runtime.loop.slots import is_shared
 from stepcell.runtime.verify.clips import Clip
-from stepcell.runtime.verify.measure import difference, rms, wide
+from stepcell.runtime.verify.measure import difference, max_abs, rms, wide
 from stepcell.runtime.verify.results import Verdict, judged, unchecked
 from stepcell.runtime.verify.stepper import Arrays, Stepper
 
@@ -31,26 +31,29 @@ Tensors = dict[tuple[str, str], NDArray[Any]]  # by kind ("output", "state") and
 def liveness(subject: Stepper, clip: Clip, states: States, *, start: int = 0, seed: int = 0) -> Verdict:
     """Whether every state, changed a little along real states, changes an output or another state.
 
-    A state that acts through a warp or a product with another may be dead at the zero state, so real ones are used.
-    The number is the smallest effect over the change that caused it.
+    A state that acts through a warp or a product with another may be dead at the zero state, so real ones are used:
+    warm ones, and those after two steps, since a counter of frames may act early only. The number is the smallest
+    effect over the change that caused it.
     """
     rng = np.random.default_rng(seed)
-    base = _play(subject, clip, states, start)
-    effects = {}
-    for spec in subject.contract.states:
-        if not spec.dtype.startswith("float"):
-            continue
-        value = wide(states[spec.name])
-        # the signs are random and the sizes are not: an average over the elements cannot come out as zero
-        change = _PERTURBED * (float(value.std()) or 1.0) * rng.choice([-1.0, 1.0], value.shape)
-        changed = _play(subject, clip, {**states, spec.name: value + change}, start)
-        apart = [
-            rms(difference(new[key], old[key]))
-            for new, old in zip(changed, base, strict=True)
-            for key in old
-            if key != ("state", spec.name)
-        ]
-        effects[spec.name] = max(apart, default=0.0) / rms(change)
+    effects: dict[str, float] = {}
+    for places, begin in ((states, start), (_early(subject, clip), 2)):
+        base = _play(subject, clip, places, begin)
+        for spec in subject.contract.states:
+            if not spec.dtype.startswith("float"):
+                continue
+            value = wide(places[spec.name])
+            # the signs are random and the sizes are not: an average over the elements cannot come out as zero
+            spread = float(value.std()) or max_abs(value) or 1.0
+            change = _PERTURBED * spread * rng.choice([-1.0, 1.0], value.shape)
+            changed = _play(subject, clip, {**places, spec.name: value + change}, begin)
+            apart = [
+                rms(difference(new[key], old[key]))
+                for new, old in zip(changed, base, strict=True)
+                for key in old
+                if key != ("state", spec.name)
+            ]
+            effects[spec.name] = max(effects.get(spec.name, 0.0), max(apart, default=0.0) / rms(change))
     if not effects:
         return unchecked("liveness", "the model has no state of floats")
     weakest = min(effects, key=lambda name: effects[name])
@@ -187,6 +190,14 @@ def resume(subject: Stepper, clip: Clip, *, steps: int) -> Verdict:
                 return judged("resume", float(t + 1), 0.0, says, [name])
     says = f"resumed from its states before each of {steps} steps, the run is bit-identical"
     return judged("resume", 0.0, 0.0, says)
+
+
+def _early(subject: Stepper, clip: Clip) -> Arrays:
+    """The subject's own states after two steps."""
+    run = subject.run()
+    for t in range(2):
+        _, states = run.step(clip[t])
+    return states
 
 
 def _play(subject: Stepper, clip: Clip, states: States, start: int) -> list[Tensors]:

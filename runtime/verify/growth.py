@@ -76,9 +76,9 @@ def growth_verdict(
     """Whether the error stays within its limit. The value is the worst error divided by its limit.
 
     The limit is, by what is known: the user's tolerance for outputs (largest absolute difference); `AMPLIFIED` times
-    what the peer was off by until then; the bound for runs of any length; else the tensor's own scale, beyond which
-    nothing of the signal is left. Of integers and booleans a share of the elements may differ: the tolerance, or
-    `SHARE` and `AMPLIFIED` times that of the peer.
+    what the peer was off by until then; the bound for runs of any length; where none is smaller, the tensor's own
+    scale, beyond which nothing of the signal is left. Of integers and booleans a share of the elements may differ: the
+    tolerance, or `SHARE` and `AMPLIFIED` times that of the peer.
 
     Args:
         peer: its name, where the growth has its figures and it is not the subject itself.
@@ -104,10 +104,9 @@ def growth_verdict(
                 if peer is not None:
                     allowed = max(allowed, each.peer_rms[place])
                     limit = max(AMPLIFIED * allowed, ROUNDINGS * last_bit)
-                elif bound is not None and each.name in bound:
-                    limit = max(bound[each.name], ROUNDINGS * last_bit)
                 else:
-                    limit = max(each.scale, last_bit)
+                    derived = (bound or {}).get(each.name, math.inf)
+                    limit = max(derived, ROUNDINGS * last_bit) if derived < each.scale else max(each.scale, last_bit)
                 ratio = each.rms[place] / limit
             if not ratio <= worst:
                 worst, at, name_of_worst = ratio, step, each.name
@@ -126,7 +125,7 @@ def growth_verdict(
             f"{AMPLIFIED:g} times the error of {peer}"
             if peer is not None
             else "the bound for runs of any length"
-            if bound is not None
+            if (bound or {}).get(found.name, math.inf) < found.scale
             else "the size of the signal"
         )
         error = f"rms error {found.rms[place]:.1e} of a signal up to {found.scale:.2g}"

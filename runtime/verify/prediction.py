@@ -131,13 +131,14 @@ def prediction_verdict(warm: Sequence[WarmError], sizes: Mapping[str, int]) -> V
     end = worst.predicted[last] / worst.measured[last] if worst.measured[last] else 1.0
     if worst_ratio <= 1:
         says = (
-            f"{worst.name}: single-step errors predict {end:.1%} of the error after {last + 1} warm steps; "
-            f"largest defect {defect:.1%} at step {at + 1}, rounding explains {explained:.1%}"
+            f"{worst.name}: after {last + 1} warm steps the errors of single steps add up to {end:.2f} times the "
+            f"measured error; at step {at + 1} the two differ most, by {defect:.2f} times the error, and rounding "
+            f"explains {explained:.2f}"
         )
     else:
         says = (
-            f"{worst.name} stalls or is biased: its single-step errors do not predict {defect:.0%} of the error at "
-            f"step {at + 1} of the warm window, rounding explains {explained:.0%}"
+            f"{worst.name} stalls or is biased: at step {at + 1} of the warm window the errors of single steps miss "
+            f"{defect:.2f} times the measured error, and rounding explains {explained:.2f}"
         )
     return judged("prediction", worst_ratio, 1.0, says, [worst.name])
 

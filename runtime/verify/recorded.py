@@ -172,7 +172,7 @@ def verify_recorded(
         storage_verdict(record.storage),
         unchecked("bound", "the reference was recorded without its Jacobian")
         if record.forgetting is None
-        else bound_verdict(record.forgetting, found.bound, {each.name: max(each.rms) for each in found.growth}),
+        else bound_verdict(record.forgetting, found.bound, found.growth),
         *own_verdicts(
             subject,
             _recorded_step(recorded, subject.contract),

@@ -28,6 +28,7 @@ __all__ = ["LOSS", "SHARE", "Storage", "StorageTrace", "WarmUp", "as_stored", "s
 LOSS = 0.05  # of the path of an element; float16 loses this much with a memory of about 200 frames
 SHARE = 0.01  # of a state's elements may lose more
 _STILL = 64  # steps between two looks at whether the state still moves
+_CHANGED = 0.1  # of a state, to see whether it is stored wide
 _LEAST_PATH = 8.0  # ulps; elements with a shorter path are not counted
 
 
@@ -196,15 +197,28 @@ def _moves(states: Sequence[StateSpec], before: Mapping[str, NDArray[Any]], afte
 def as_stored(subject: Stepper, clip: Clip, states: Mapping[str, NDArray[Any]]) -> list[StateSpec]:
     """The states with their effective dtypes: float16 if all returned values are float16 values.
 
-    A state that is declared float32 but computed in float16 is as narrow as one stored in float16.
+    A state that is declared float32 but computed in float16 is as narrow as one stored in float16. The step starts from
+    `states` changed by up to a tenth, so that a counter or flag is no whole number by itself; one that comes back whole
+    all the same says nothing about its width.
     """
-    run = subject.run()
-    run.load(states)
+    run, rng = subject.run(), np.random.default_rng(0)
+    run.load(
+        {
+            name: (array * rng.uniform(1, 1 + _CHANGED, array.shape)).astype(array.dtype)
+            if array.dtype.kind == "f"
+            else array
+            for name, array in states.items()
+        }
+    )
     _, new = run.step(clip[0])
     found = []
     for state in subject.contract.states:
         values = new[state.name]
-        narrow = state.dtype in ("float32", "float64") and values.dtype.kind == "f" and bool(values.any())
+        narrow = (
+            state.dtype in ("float32", "float64")
+            and values.dtype.kind == "f"
+            and bool((values != np.rint(values)).any())
+        )
         if narrow:
             with np.errstate(over="ignore", invalid="ignore"):
                 narrow = bool(np.array_equal(values.astype(np.float16).astype(values.dtype), values, equal_nan=True))

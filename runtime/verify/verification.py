@@ -150,10 +150,11 @@ def verify(
 
     if reference.differentiable:
         logger.debug("largest Lyapunov factor over %d steps", options.lyapunov)
-        found.forgetting = forgetting(exact, clip, found.states, options.lyapunov)  # type: ignore[arg-type]
-        outputs, errors = _output_errors(subject, exact, clip, found.states, options.window)
         moving = {each.name: each.one_step for each in found.moving}
         one_step = {each.name: (*each.one_step, *moving[each.name]) for each in found.warm}
+        rounded = {name for name, errors in one_step.items() if any(errors)}
+        found.forgetting = forgetting(exact, clip, found.states, options.lyapunov, rounded=rounded)  # type: ignore[arg-type]
+        outputs, errors = _output_errors(subject, exact, clip, found.states, options.window)
         found.bound = derive_bound(found.forgetting, one_step, {**sizes, **outputs}, errors)
 
     verdicts.append(_identity(in_float64, reference, clip, found.states))
@@ -171,8 +172,7 @@ def verify(
     if found.forgetting is None:
         verdicts.append(unchecked("bound", "the reference has no Jacobian here"))
     else:
-        measured = {each.name: max(each.rms) for each in found.growth}
-        verdicts.append(bound_verdict(found.forgetting, found.bound, measured))
+        verdicts.append(bound_verdict(found.forgetting, found.bound, found.growth))
     verdicts += own_verdicts(subject, exact, clip, found.states, stored, options, layers)
     found.verdicts, found.seconds = verdicts, time.perf_counter() - started
     return found

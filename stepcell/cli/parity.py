@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stepcell.contract import Parity
+from stepcell.runtime.verify.bound import never_forgets, remembers
 
 __all__ = ["bound", "error_of"]
 
@@ -12,15 +13,12 @@ def bound(parity: Parity) -> str | None:
     if parity.rho is None:
         return None
     if parity.memory is None:
-        return (
-            f"no error bound exists: perturbations of the states grow by a factor of {parity.rho:.4g} per step, so "
-            "rounding errors are never forgotten, in any precision; reset the states periodically"
-        )
-    memory = f"a memory of {parity.memory:.0f} frames (perturbations shrink by a factor of {parity.rho:.4f} per step)"
+        return f"no error bound exists: {never_forgets(parity.rho)}"
+    memory = remembers(parity.rho, parity.memory)
     if parity.bound is None:
         return f"{memory}; no error bound: a state jumps where it is rounded the other way"
     limits = ", ".join(f"{name} {limit:.1e}" for name, limit in parity.bound.items())
-    return f"{memory}; rms error in a run of any length at most {limits}"
+    return f"{memory}; so the rms error stays below these however long the run is: {limits}"
 
 
 def error_of(parity: Parity, name: str) -> str:

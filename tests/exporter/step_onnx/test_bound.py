@@ -61,8 +61,8 @@ def test_the_bound_holds_for_a_thousand_steps(tmp_path: Path) -> None:
 def test_export_and_inspect_say_it(tmp_path: Path) -> None:
     arguments = {"input_size": 2, "hidden_sizes": [6, 6], "kernel_sizes": [3, 3]}
     for gain, says in (
-        (0.6, "warning: no error bound exists: perturbations of the states grow"),
-        (0.05, "a memory of"),
+        (0.6, "warning: no error bound exists: what was changed in the states grows"),
+        (0.05, "the states remember"),
     ):
         save_checkpoint(stack(gain), tmp_path / "m.safetensors", family="convlstm", arguments=arguments)
         words = ["export", tmp_path / "m.safetensors", "-o", tmp_path / "m.onnx", "--shape", "x:1x2x8x8", "--json"]

@@ -10,6 +10,7 @@ import pytest
 from stepcell.contract import StepContract
 from stepcell.runtime.verify.clips import Clip
 from stepcell.runtime.verify.results import Verdict, failed
+from stepcell.runtime.verify.stepper import Arrays
 from stepcell.runtime.verify.verification import Findings, Reference, VerifyOptions, verify
 from tests.runtime.verify.cells import Function, contract, counting_lstm, exact, gru, slow_memory, stored
 
@@ -65,6 +66,60 @@ def test_a_float16_state_with_fast_gates_passes(constant: bool) -> None:
     found = look(function, H, "float16", constant=constant, steps=100)
     for verdict in found.verdicts:
         print(verdict.name, verdict.passed, verdict.value, verdict.says)
-    assert "defect" in named(found, "prediction").says
+    assert "add up to" in named(found, "prediction").says
     assert named(found, "prediction").passed
     assert named(found, "storage").passed
+
+
+def running_mean(inputs: Arrays, states: Arrays) -> tuple[Arrays, Arrays]:
+    """m' = m + (x - m) / n', n' = n + 1: whole numbers of no rounding, in any float type that holds them."""
+    n = states["n"] + 1
+    m = states["m"] + (inputs["x"] - states["m"]) / n
+    return {"y": inputs["x"] - m}, {"m": m, "n": n}
+
+
+MEAN = {"m": ("batch", 32), "n": ("batch", 1)}
+
+
+def test_a_counter_in_float32_is_stored_wide_and_alive() -> None:
+    found = look(running_mean, MEAN, "float32", constant=False)
+    assert not failed(found.verdicts)
+    assert "n" not in named(found, "precision").subjects
+    assert "the smallest effect" in named(found, "liveness").says
+    assert {each.name: each.dtype for each in found.storage} == {"m": "float32", "n": "float32"}
+    assert found.bound is not None
+    assert found.bound.rms["n"] == 0, "no step rounds it, and no other state reaches it"
+    assert found.bound.rms["m"] > 0
+
+
+def test_a_counter_in_float16_stops_at_2048_and_stays_alive() -> None:
+    found = look(running_mean, MEAN, "float16", constant=False)
+    assert {verdict.name for verdict in found.verdicts if verdict.passed is False} == {"storage", "prediction"}
+    assert "n stalls in float16" in named(found, "storage").says
+    bound = named(found, "bound")
+    assert bound.passed is None
+    assert "what was changed in the states stays" in bound.says
+
+
+def test_a_counter_that_float32_keeps_and_float16_computes_is_narrow() -> None:
+    spec = contract(MEAN)
+    subject = stored(running_mean, spec, np.float16)
+    found = verify(subject, Reference(exact(running_mean, spec)), clip_of(spec), VerifyOptions())
+    assert {each.name: each.dtype for each in found.storage} == {"m": "float16", "n": "float16"}
+
+
+def test_a_bound_above_the_signal_proves_nothing() -> None:
+    """Nearly nothing is forgotten: an error as large as the signal may not pass as within the bound."""
+    off = 0.9
+
+    def wrong(inputs: Arrays, states: Arrays) -> tuple[Arrays, Arrays]:
+        outputs, new = slow_memory(0.0005)(inputs, states)
+        return {"y": outputs["y"] + outputs["y"].dtype.type(off)}, {"h": new["h"] + new["h"].dtype.type(0.01)}
+
+    function, spec = slow_memory(0.0005), contract(H)
+    found = verify(stored(wrong, spec), Reference(exact(function, spec)), clip_of(spec), VerifyOptions())
+    assert found.bound is not None
+    assert found.bound.rms["y"] > 10, "the errors of single steps allow it"
+    assert named(found, "bound").passed is None
+    assert "larger than" in named(found, "bound").says
+    assert named(found, "growth").passed is False
