@@ -25,6 +25,7 @@ __all__ = ["Bound", "Forgetting", "bound_verdict", "derive_bound", "forgetting",
 _SETTLE = 4  # parts of the iteration: the first one turns the perturbation into the leading direction
 _UNMEASURED = 1e-5  # a memory of 10^5 frames cannot be told from an endless one along a clip of some 50
 _STAYS = 1e-3  # of growth per step
+_HIDES = 8  # times as many elements
 _SMALL = 64  # elements: the rest of the states may hide what becomes of a perturbation of so few
 _DIRECTIONS = 2  # perturbations to start with
 
@@ -101,8 +102,9 @@ def forgetting(
     def unit(of: Sequence[str]) -> Arrays:
         return _unit({name: rng.standard_normal(now[name].shape) for name in of})
 
-    small = [name for name in names if now[name].size < _SMALL]
-    starts = [names] * directions + ([small] if 0 < len(small) < len(names) else [])
+    hidden = max(now[name].size for name in names) // _HIDES if names else 0
+    small = [name for name in names if now[name].size < min(_SMALL, hidden + 1)]
+    starts = [names] * directions + ([small] if small else [])
     tangents = [unit(each) for each in starts]
     logs: list[list[float]] = [[0.0] for _ in tangents]
     gains = dict.fromkeys((spec.name for spec in reference.contract.outputs if spec.dtype.startswith("float")), 0.0)
