@@ -21,6 +21,7 @@ __all__ = [
     "MODEL_BYTES",
     "NESTING",
     "NODES",
+    "STEP_SECONDS",
     "Limit",
     "within_seconds",
 ]
@@ -78,6 +79,7 @@ NODES = Limit("STEPCELL_MAX_NODES", 100_000, "nodes")
 NESTING = Limit("STEPCELL_MAX_NESTING", 50, "levels")
 MODEL_BYTES = Limit("STEPCELL_MAX_MODEL_BYTES", 16 << 30, "bytes")
 FIRST_STEP_SECONDS = Limit("STEPCELL_FIRST_STEP_SECONDS", 120, "seconds")
+STEP_SECONDS = Limit("STEPCELL_STEP_SECONDS", 600, "seconds")
 LOOP_ITERATIONS = Limit("STEPCELL_MAX_LOOP_ITERATIONS", 10_000, "iterations")
 EMPTY_WINDOWS = Limit("STEPCELL_MAX_EMPTY_WINDOWS", 10_000_000, "windows")
 

@@ -49,7 +49,8 @@ class StepFuture(Generic[T]):
 class Backend(Protocol):
     """A loaded model with its states, on one device.
 
-    `StepLoop` checks all arguments before it calls a back end, and never calls two methods at the same time.
+    `StepLoop` checks all arguments before it calls a back end, and never calls two methods at the same time, except
+    `interrupt`.
 
     Attributes:
         contract: with the dtypes that the back end runs in (a float16 model that runs in float32 has a float32
@@ -118,6 +119,10 @@ class Backend(Protocol):
         Raises:
             UsageError: this back end returns its outputs on the host.
         """
+        ...
+
+    def interrupt(self) -> None:
+        """Ask a step that runs in another thread to end with an error, if the device can do that; returns at once."""
         ...
 
     def reset(self, rows: Sequence[bool] | None = None) -> None:

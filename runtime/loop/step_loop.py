@@ -331,6 +331,13 @@ class StepLoop:
             self._slots.replace(snapshot.slots or {})
         return snapshot
 
+    def interrupt(self) -> None:
+        """Ask a step that runs in another thread to end with an error; returns at once.
+
+        ONNX Runtime ends it before the next node of the graph; TensorRT cannot end a step.
+        """
+        self._backend.interrupt()
+
     def close(self) -> None:
         """Free the model. Calling it twice is allowed."""
         if not self._closed:

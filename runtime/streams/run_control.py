@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from stepcell.errors import DeviceError
+
 __all__ = ["RunControl"]
 
 
@@ -32,3 +34,12 @@ class RunControl:
     def reset(self) -> None:
         """Reset the states of every stream before its next frame."""
         self.resets += 1
+
+    def give_up(self, error: DeviceError) -> None:
+        """A step hangs in a library and cannot be ended. The run calls this in another thread; it does nothing here.
+
+        `run_streams` then waits on, since only the end of the process ends such a step: `stepcell run` ends it.
+
+        Args:
+            error: which step, and for how long.
+        """

@@ -26,6 +26,7 @@ from stepcell.runtime.streams.reset_policy import Cause
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SnapshotWriter
 from stepcell.runtime.streams.stream import Stream
+from stepcell.runtime.streams.watchdog import Watchdog
 
 __all__ = ["POLL_SECONDS", "Scheduler", "StepTimes"]
 
@@ -90,6 +91,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._check_frames = loop.check_finite
         self._shape: tuple[int, ...] | None = None  # of the input of every stream
+        self._watchdog = Watchdog(loop.name, loop.interrupt, self._control.give_up)
 
     def run(self) -> list[StreamReport]:
         """Step until every stream has ended or a stop is requested; returns the reports of the streams.
@@ -98,6 +100,7 @@ class Scheduler:
             KeyboardInterrupt: unless a stop was requested before; the sinks are closed nevertheless.
         """
         self._loop.check_finite = False  # each stream has a policy of its own
+        self._watchdog.start()
         try:
             self._run()
         except StepcellError as error:  # of the loop, and so of every stream
@@ -108,6 +111,7 @@ class Scheduler:
             if not self._control.stopping:
                 raise
         finally:
+            self._watchdog.close()
             self._loop.check_finite = self._check_frames
             self._end("interrupted")
             with contextlib.ExitStack() as closing:  # closes every stream, even if one raises
@@ -252,11 +256,15 @@ class Scheduler:
 
     def _step_loop(self, inputs: dict[Stream, Arrays]) -> dict[Stream, Arrays]:
         started = time.perf_counter()
-        if self._shared:
-            found = self._loop.step_slots({self._slots[stream]: arrays for stream, arrays in inputs.items()})
-            outputs = {stream: found[self._slots[stream]] for stream in inputs}
-        else:
-            outputs = {stream: self._loop.step(**arrays) for stream, arrays in inputs.items()}
+        self._watchdog.begin(lambda: ", ".join(f"{stream.name}: frame {stream.number}" for stream in inputs))
+        try:
+            if self._shared:
+                found = self._loop.step_slots({self._slots[stream]: arrays for stream, arrays in inputs.items()})
+                outputs = {stream: found[self._slots[stream]] for stream in inputs}
+            else:
+                outputs = {stream: self._loop.step(**arrays) for stream, arrays in inputs.items()}
+        finally:
+            self._watchdog.end()
         if self._times is not None:
             self._times.step(time.perf_counter() - started)
         return outputs

@@ -9,7 +9,7 @@ import click
 
 from stepcell import __version__
 from stepcell.cli.common import command_error
-from stepcell.cli.console import log, logs_printed
+from stepcell.cli.console import logs_printed, print_error
 from stepcell.display import displayed
 
 __all__ = ["main"]
@@ -59,9 +59,7 @@ class _LazyGroup(click.Group):
             ctx.exit(130)  # the exit code of shells; click would use 1
         except Exception as error:
             failure = command_error(error)
-            log(f"error: {failure.message}")
-            if failure.hint:
-                log(f"hint:  {failure.hint}")
+            print_error(failure)
             ctx.exit(failure.exit_code)
 
 

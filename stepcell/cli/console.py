@@ -23,11 +23,22 @@ from rich.table import Table
 from rich.text import Text
 
 from stepcell.display import displayed
-from stepcell.errors import OutputError
+from stepcell.errors import OutputError, StepcellError
 from stepcell.files import human_size
 from stepcell.json_text import json_text
 
-__all__ = ["LiveTable", "console", "echo", "log", "logs_printed", "print_json", "stage", "table", "working"]
+__all__ = [
+    "LiveTable",
+    "console",
+    "echo",
+    "log",
+    "logs_printed",
+    "print_error",
+    "print_json",
+    "stage",
+    "table",
+    "working",
+]
 
 HEARTBEAT_SECONDS = 10.0
 _FILE_WIDTH = 1000  # columns of a table that goes to a file: paths are not wrapped
@@ -50,6 +61,13 @@ console = _Log(stderr=True, highlight=False, soft_wrap=True, emoji=False)  # `:x
 def log(message: str) -> None:
     """Print a line to stderr."""
     console.print(displayed(message), markup=False)
+
+
+def print_error(error: StepcellError) -> None:
+    """Print an error and its hint to stderr."""
+    log(f"error: {error.message}")
+    if error.hint:
+        log(f"hint:  {error.hint}")
 
 
 def echo(text: str) -> None:

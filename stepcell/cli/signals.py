@@ -1,18 +1,21 @@
-"""Signals of `stepcell run`: ctrl-C and SIGTERM stop it, SIGUSR1 resets the states."""
+"""The control of `stepcell run`: ctrl-C and SIGTERM stop it, SIGUSR1 resets the states; a step that hangs ends it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
+from stepcell.cli.console import print_error
+from stepcell.errors import DeviceError
 from stepcell.runtime.streams.run_control import RunControl
 
 __all__ = ["SignalControl", "signal_control"]
 
 
 class SignalControl(RunControl):
-    """The control of a run that is stopped by signals.
+    """The control of a run that has the process to itself and is stopped by signals.
 
     Attributes:
         signal: the last one that stopped it; None: none did.
@@ -21,6 +24,11 @@ class SignalControl(RunControl):
     def __init__(self) -> None:
         super().__init__()
         self.signal: signal.Signals | None = None
+
+    def give_up(self, error: DeviceError) -> None:
+        """End the process as a kill would, but in words: the next run recovers the frames that were written."""
+        print_error(error)
+        os._exit(error.exit_code)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ class OrtBackend:
         self._captures = device.kind == "cuda" and captures_graphs(session)
         self._has_run = False  # a step, since it was configured
         self._graphs = 0  # number of CUDA graphs so far; each binding has its own
-        self._options: tuple[Any, ...] = (None, None)  # run options, per binding
+        self._options: tuple[Any, ...] = ()  # run options, per binding
 
     @property
     def input_stream(self) -> int | None:
@@ -128,6 +128,8 @@ class OrtBackend:
             if idle:
                 self._keep(idle)
         except Exception as error:
+            for options in self._options:
+                options.terminate = False
             raise self._failure("the step failed", error) from error
         self._parity ^= 1
         return outputs
@@ -167,18 +169,12 @@ class OrtBackend:
 
     def _run(self, binding: Any) -> None:
         """Run on the CPU; the first step within the limit, since a loop in the graph may never end."""
+        run = functools.partial(self._session.run_with_iobinding, binding, self._options[self._parity])
         if self._has_run:
-            self._session.run_with_iobinding(binding)
-            return
-        options = self._ort.RunOptions()
-        options.log_severity_level = 4  # its own message about the end
-        first = functools.partial(self._session.run_with_iobinding, binding, options)
-
-        def stop() -> None:
-            options.terminate = True
-
-        within_seconds(FIRST_STEP_SECONDS, first, f"{self._path}: the first step", stop=stop)
-        self._has_run = True
+            run()
+        else:
+            within_seconds(FIRST_STEP_SECONDS, run, f"{self._path}: the first step", stop=self.interrupt)
+            self._has_run = True
 
     def _has_buffer(self, spec: Spec, symbols: Mapping[str, int]) -> bool:
         """Whether an input is copied to a buffer. On the CPU, a large input is bound in the caller's memory instead."""
@@ -207,6 +203,11 @@ class OrtBackend:
         self._session.run_with_iobinding(binding, self._options[self._parity])
         binding.synchronize_outputs()
         return {name: buffer.read() for name, buffer in self._outputs.items()}
+
+    def interrupt(self) -> None:
+        """Ask a step that runs in another thread to end; ONNX Runtime looks for that between two nodes."""
+        for options in self._options:
+            options.terminate = True
 
     def reset(self, rows: Sequence[bool] | None = None) -> None:
         chosen = slice(None) if rows is None else np.flatnonzero(rows)
@@ -248,15 +249,15 @@ class OrtBackend:
         return self._stream
 
     def _run_options(self) -> Any:
-        """Run options that give a binding a CUDA graph of its own, captured in its first run; None: no CUDA graphs.
+        """Run options of a binding, with a CUDA graph of its own where they are used, captured in its first run.
 
         The run that captures a graph repeats the step, which is harmless: a step does not write what it reads.
         """
-        if not self._captures:
-            return None
-        self._graphs += 1
         options = self._ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(self._graphs))
+        options.log_severity_level = 4  # errors are raised; its own lines on stderr would be second ones
+        if self._captures:
+            self._graphs += 1
+            options.add_run_config_entry("gpu_graph_id", str(self._graphs))
         return options
 
     def _keep(self, idle: Sequence[int]) -> None:

@@ -300,6 +300,9 @@ class TensorRTBackend:
         """GPU time of the last step, which must be done, in ms: "copy_in", "compute" and "copy_out"."""
         return self._step_buffers[1 - self._parity].milliseconds()
 
+    def interrupt(self) -> None:
+        """Nothing: work on a GPU cannot be ended."""
+
     def reset(self, rows: Sequence[bool] | None = None) -> None:
         """Set the states to their initial values; see `Backend.reset`."""
         cuda.use_device(self._index)

@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,40 +244,56 @@ def test_a_folder_that_cannot_be_synchronised(tmp_path: Path, monkeypatch: pytes
 
 
 WRITER = """
-import sys
+import os, resource, signal, sys
 from pathlib import Path
 import numpy as np
 from stepcell.runtime.loop.snapshot import Snapshot, write_snapshot
-path = Path(sys.argv[1])
-number = 0
-while True:
-    number += 1
-    state = np.full((1, 64, 64, 64), number, np.float32)
-    write_snapshot(path, {"h": state}, Snapshot(contract_hash=sys.argv[2], frame=number))
-    if number == 1:
-        print("started", flush=True)
+
+path, contract_hash, moment = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+replace = Path.replace
+
+def save(frame):
+    state = np.full((1, 64, 64, 64), frame, np.float32)
+    write_snapshot(path, {"h": state}, Snapshot(contract_hash=contract_hash, frame=frame))
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+save(1)
+if moment == "half written":  # the kernel ends the process in a write
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+elif moment == "written":
+    os.fsync = die
+elif moment == "synchronised":
+    Path.replace = die
+else:
+    Path.replace = lambda *paths: die(replace(*paths))
+save(2)
 """
 
 
-@pytest.mark.slow
-def test_killed_while_saving_leaves_a_whole_file(accumulator: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("moment", "size"), [("half written", 500_000), ("written", 1 << 20), ("synchronised", 1 << 20), ("renamed", 0)]
+)
+def test_killed_while_saving_leaves_a_whole_file(accumulator: Model, tmp_path: Path, moment: str, size: int) -> None:
+    """The old file until the new one is whole; the next writer removes what is left."""
     path = tmp_path / "state.safetensors"
     contract = contract_of(accumulator())
-    generator, seen, leftovers = np.random.default_rng(0), set(), 0
-    for _ in range(10):
-        command = [sys.executable, "-c", WRITER, str(path), contract_hash(contract)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"started\n"
-            time.sleep(generator.uniform(0.0, 0.05))
-            process.send_signal(signal.SIGKILL)
-        states, snapshot = read_snapshot(path, contract)
-        assert (states["h"] == snapshot.frame).all()
-        seen.add(snapshot.frame)
-        leftovers += bool(list(tmp_path.glob(".*")))  # the next writer removes them
-    print(f"frames found: {sorted(seen)}; {leftovers} kills left an unfinished file under its temporary name")
-    assert len(seen) > 1
-    assert leftovers > 0, "no kill came while a file was being written: the test shows nothing"
+    command = [sys.executable, "-c", WRITER, str(path), contract_hash(contract), moment]
+    process = subprocess.run(command, capture_output=True, check=False)
+    expected = signal.SIGXFSZ if moment == "half written" else signal.SIGKILL
+    assert process.returncode == -expected, process.stderr
+    states, snapshot = read_snapshot(path, contract)
+    assert (states["h"] == snapshot.frame).all()
+    assert snapshot.frame == (2 if moment == "renamed" else 1)
+    left = [hidden.stat().st_size for hidden in tmp_path.glob(".*")]
+    assert len(left) == (size > 0)
+    assert all(size <= found < size + 1000 for found in left)
+    write_snapshot(path, {"h": ONE}, Snapshot(contract_hash="1"))
+    assert list(tmp_path.glob("*.safetensors")) == [path]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_written_whole(tmp_path: Path) -> None:
