@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from stepcell import open_source
 from stepcell.models.zoo.denoiser import Denoiser
 
 STEPCELL = (sys.executable, "-m", "stepcell")
@@ -82,12 +83,10 @@ def command(*arguments: object) -> list[str]:
     return [*STEPCELL, *map(str, arguments)]
 
 
-def stepcell(
-    *arguments: object, limits: Callable[[], None] | None = None, python: Sequence[str] = STEPCELL
-) -> subprocess.CompletedProcess[str]:
+def stepcell(*arguments: object, limits: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
     """Run stepcell to its end; `limits` is called in the child before it."""
     return subprocess.run(
-        [*python, *map(str, arguments)],
+        command(*arguments),
         capture_output=True,
         text=True,
         errors="replace",
@@ -119,3 +118,10 @@ def last_lines(done: subprocess.CompletedProcess[str]) -> str:
 def hidden(folder: Path) -> list[str]:
     """Names of hidden files in a folder."""
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def count(path: Path) -> int:
+    """Number of frames that can be read from an output; 0: there is none."""
+    if not path.exists():
+        return 0
+    return len(np.load(path)) if path.suffix == ".npy" else sum(1 for _ in open_source(str(path)))

@@ -13,91 +13,155 @@ from pathlib import Path
 
 import numpy as np
 
-from stepcell import open_source
-from tools.torture.common import ENVIRONMENT, Inputs, Outcome, command, hidden, last_lines, require_success, stepcell
+from tools.torture.common import (
+    ENVIRONMENT,
+    Inputs,
+    Outcome,
+    command,
+    count,
+    hidden,
+    last_lines,
+    require_success,
+    stepcell,
+)
 
 SNAPSHOT_EVERY = 7
+OLDER = 20  # frames of the file that is there before
+POLL_SECONDS = 0.0005
 
 
-def kills(inputs: Inputs, folder: Path, count: int, rng: random.Random) -> list[Outcome]:
-    """`count` kills: three in five of `run`, the others of the commands that write one file."""
+def kills(inputs: Inputs, folder: Path, total: int, rng: random.Random) -> list[Outcome]:
+    """`total` kills: three in five of `run`, the others of the commands that write one file."""
     folder.mkdir()
+    killer = _Killer(inputs, rng)
     outcomes = []
     for suffix in (".npy", ".mkv", ""):
-        outcomes.append(_killed_runs(inputs, folder / f"run{suffix or '-folder'}", suffix, count // 5, rng))
-    rest = count - 3 * (count // 5)
+        outcomes.append(_runs(killer, folder / f"run{suffix or '-folder'}", suffix, total // 5))
+    rest = total - 3 * (total // 5)
     for name, share in (("export", rest // 4), ("build", rest // 2), ("snapshots", rest - rest // 4 - rest // 2)):
-        outcomes.append(_killed_writers(inputs, folder / name, name, share, rng))
+        outcomes.append(_writers(killer, folder / name, name, share))
     return outcomes
 
 
-def _kill(arguments: list[str], duration: float, rng: random.Random) -> bool:
-    """Start a command and kill it at a random moment; whether it was still running."""
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as child:
-        try:
-            child.wait(rng.uniform(0, duration))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            return True
-    return False
+class _Killer:
+    """Kills one command again and again: half of the times anywhere, half while it writes."""
+
+    def __init__(self, inputs: Inputs, rng: random.Random) -> None:
+        self.inputs, self._rng = inputs, rng
+
+    def repeat(
+        self,
+        outcome: Outcome,
+        arguments: list[object],
+        place: Path,
+        times: int,
+        prepare: Callable[[int], None],
+        check: Callable[[int], None],
+    ) -> int:
+        """Kill a command; how often it was still running.
+
+        Args:
+            place: folder in which it writes.
+            prepare: makes the files before a kill, by its number; 0 before the run that is timed.
+            check: looks at the files after a kill.
+        """
+        before, killed = self._hashes(), 0
+        prepare(0)
+        begin, end = self._time(arguments, place)
+        for number in range(1, times + 1):
+            prepare(number)
+            killed += self._kill(arguments, place, begin, end)
+            check(number)
+            outcome.require(self._hashes() == before, f"{number}: an input has changed")
+        outcome.tried = times
+        return killed
+
+    def _time(self, arguments: list[object], place: Path) -> tuple[float, float]:
+        """Seconds until the first temporary file, and until the end."""
+        started = time.monotonic()
+        with self._start(arguments) as child:
+            self._wait_for_writing(child, place)
+            begin = time.monotonic() - started
+            if child.wait():
+                raise RuntimeError(f"{arguments} failed with {child.returncode}")
+        return begin, time.monotonic() - started
+
+    def _kill(self, arguments: list[object], place: Path, begin: float, end: float) -> bool:
+        with self._start(arguments) as child:
+            moment = self._rng.uniform(0, end)
+            if self._rng.random() < 0.5:
+                self._wait_for_writing(child, place)
+                moment = self._rng.uniform(0, end - begin)
+            try:
+                child.wait(moment)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                return True
+        return False
+
+    def _start(self, arguments: list[object]) -> subprocess.Popen[bytes]:
+        words = command(*arguments)
+        return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+
+    def _wait_for_writing(self, child: subprocess.Popen[bytes], place: Path) -> None:
+        known = set(hidden(place))
+        while child.poll() is None and not set(hidden(place)) - known:
+            time.sleep(POLL_SECONDS)
+
+    def _hashes(self) -> list[str]:
+        paths = (self.inputs.checkpoint, self.inputs.model, self.inputs.clip)
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
-def _timed(action: Callable[[], object]) -> float:
-    started = time.monotonic()
-    action()
-    return time.monotonic() - started
-
-
-def _killed_runs(inputs: Inputs, folder: Path, suffix: str, count: int, rng: random.Random) -> Outcome:
-    """Runs with snapshots over an older output of this program, killed once and resumed into a second output."""
+def _runs(killer: _Killer, folder: Path, suffix: str, times: int) -> Outcome:
+    """Runs with snapshots, killed once and resumed into a second output; over an older file of this program."""
     outcome = Outcome(
         f"kill run to {suffix or 'a folder of pictures'}",
-        "inputs untouched; the older output whole or replaced by a whole one; --resume continues bit by bit; "
-        "frames of the killed run recovered; no hidden file left",
+        "inputs untouched; the output is the older file or a whole new one; --resume continues bit by bit, the frames "
+        "before it are in the output or in a recovered one; no hidden file left",
     )
+    place, older = folder / "place", folder / f"older{suffix}"
     folder.mkdir()
-    whole = np.load(inputs.whole)
-    before = _hashes(inputs)
-    arguments = ["run", inputs.model, "--threads", 1, "-i", inputs.clip, "--resume", "--snapshot-every", SNAPSHOT_EVERY]
-    duration = _timed(
-        lambda: require_success(
-            stepcell(*arguments, "-o", folder / f"timed{suffix}", "--snapshot", folder / "timed.safetensors")
-        )
-    )
-    killed = resumed = recovered = 0
-    for number in range(count):
-        place = folder / str(number)
+    whole = np.load(killer.inputs.whole)
+    output, rest, snapshot = place / f"out{suffix}", place / "rest.npy", place / "state.safetensors"
+    run = ["run", killer.inputs.model, "--threads", 1, "-i", killer.inputs.clip]
+    if suffix:
+        require_success(stepcell(*run, "-o", older, "--limit", OLDER))
+    run += ["--resume", "--snapshot-every", SNAPSHOT_EVERY, "--snapshot", snapshot]
+    resumed = recovered = 0
+
+    def prepare(_: int) -> None:
+        shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        output, snapshot = place / f"out{suffix}", place / "state.safetensors"
-        _copy(folder / f"timed{suffix}", output)
-        killed += _kill(command(*arguments, "-o", output, "--snapshot", snapshot), duration, rng)
-        outcome.require(_count(output) == len(whole), f"{number}: the older output has {_count(output)} frames")
-        rest = place / "rest.npy"
-        done = stepcell(*arguments, "-o", rest, "--snapshot", snapshot)
+        if suffix:  # a folder of pictures must be new
+            shutil.copyfile(older, output)
+
+    def check(number: int) -> None:
+        nonlocal resumed, recovered
+        frames = count(output)
+        kept = (OLDER if suffix else 0, len(whole))
+        outcome.require(frames in kept, f"{number}: the output has {frames} frames")
+        done = stepcell(*run, "-o", rest)
         outcome.require(done.returncode == 0, f"{number}: resumed run: {last_lines(done)}")
         start = re.search(r"resuming at frame (\d+)", " ".join(done.stderr.split()))
         first = int(start[1]) if start else 0
         resumed += first > 0
         found = np.load(rest) if rest.exists() else whole[:0]
-        outcome.require(
-            np.array_equal(found, whole[first:]), f"{number}: resumed at {first}, other frames than uninterrupted"
-        )
-        pieces = [
-            path for path in place.iterdir() if re.fullmatch(rf"out\.[0-9a-f]{{8}}{re.escape(suffix)}", path.name)
-        ]
+        same = np.array_equal(found, whole[first:])
+        outcome.require(same, f"{number}: resumed at {first}, other frames than uninterrupted")
+        name = rf"out\.[0-9a-f]{{8}}{re.escape(suffix)}"
+        pieces = [count(path) for path in place.iterdir() if re.fullmatch(name, path.name)]
         recovered += len(pieces)
-        outcome.require(
-            all(_count(piece) <= len(whole) for piece in pieces), f"{number}: a recovered file cannot be read"
-        )
+        reached = max([*pieces, frames if frames == len(whole) else 0])
+        outcome.require(reached >= first, f"{number}: resumed at {first}, but {reached} frames are kept")
         outcome.require(not hidden(place), f"{number}: left behind: {hidden(place)}")
-        outcome.require(_hashes(inputs) == before, f"{number}: an input has changed")
-        shutil.rmtree(place)
-    outcome.tried = count
+
+    killed = killer.repeat(outcome, [*run, "-o", output], place, times, prepare, check)
     outcome.seen = f"{killed} killed while running, {resumed} resumed from a snapshot, {recovered} outputs recovered"
     return outcome
 
 
-def _killed_writers(inputs: Inputs, folder: Path, name: str, count: int, rng: random.Random) -> Outcome:
+def _writers(killer: _Killer, folder: Path, name: str, times: int) -> Outcome:
     """Commands that write files of one piece, over older ones."""
     outcome = Outcome(
         f"kill {name}",
@@ -105,73 +169,50 @@ def _killed_writers(inputs: Inputs, folder: Path, name: str, count: int, rng: ra
         "the next start removes what is left",
     )
     folder.mkdir()
-    shutil.copyfile(inputs.other_model, folder / "older.onnx")
-    engine, shapes = folder / "model.engine", ("--optShapes", "x:1x3x32x32")
-    written: dict[str, tuple[list[object], list[Path]]] = {
+    inputs, model, engine = killer.inputs, folder / "model.onnx", folder / "model.engine"
+    snapshot = folder / "s.safetensors"
+    run = ["run", inputs.model, "--threads", 1, "-i", inputs.clip, "--snapshot", snapshot]
+    shapes = ("-o", engine, "--optShapes", "x:1x3x32x32")
+    # the command, the one that makes older files, the one that takes a whole file only, and the outputs
+    commands: dict[str, tuple[list[object], list[object], list[object], list[Path]]] = {
         "export": (
-            ["export", inputs.checkpoint, "--precision", "float32", "-o", folder / "model.onnx"],
-            [folder / "model.onnx"],
+            ["export", inputs.checkpoint, "--precision", "float32", "-o", model],
+            ["export", inputs.checkpoint, "-o", model],
+            ["inspect", model],
+            [model],
         ),
-        "build": (["build", inputs.model, "-o", engine, *shapes], [engine, engine.with_name("model.engine.json")]),
+        "build": (
+            ["build", inputs.model, *shapes],
+            ["build", inputs.other_model, *shapes],
+            ["inspect", engine],
+            [engine, engine.with_name("model.engine.json")],
+        ),
         "snapshots": (
-            [
-                "run",
-                inputs.model,
-                "--threads",
-                1,
-                "-i",
-                inputs.clip,
-                "--snapshot",
-                folder / "s.safetensors",
-                "--report",
-                folder / "r.json",
-                "--limit",
-                50,
-            ],
-            [folder / "s.safetensors"],
+            [*run, "--limit", 50, "--snapshot-every", 2],
+            [*run, "--limit", 20],
+            [*run, "--resume", "--limit", 51],
+            [snapshot],
         ),
     }
-    arguments, outputs = written[name]
-    older = {
-        "export": ["export", inputs.checkpoint, "-o", folder / "model.onnx"],
-        "build": ["build", inputs.other_model, "-o", engine, *shapes],
-    }
-    require_success(stepcell(*older.get(name, [*arguments, "--limit", 20])))
+    arguments, makes_older, reads, outputs = commands[name]
+    require_success(stepcell(*makes_older))
     old = {path: path.read_bytes() for path in outputs}
-    duration = _timed(lambda: require_success(stepcell(*arguments)))
-    before, killed, replaced = _hashes(inputs), 0, 0
-    for number in range(count):
+    replaced = 0
+
+    def prepare(_: int) -> None:
         for path in outputs:
             path.write_bytes(old[path])
-        killed += _kill(command(*arguments), duration, rng)
-        found = [path.read_bytes() for path in outputs]
-        if found != list(old.values()):
-            done = stepcell(*_reader(name, arguments, outputs[0]))
-            outcome.require(
-                done.returncode == 0, f"{number}: {outputs[0].name} is neither older nor whole: {last_lines(done)}"
-            )
-        replaced += found != list(old.values())
-        outcome.require(_hashes(inputs) == before, f"{number}: an input has changed")
+
+    def check(number: int) -> None:
+        nonlocal replaced
+        if [path.read_bytes() for path in outputs] != list(old.values()):
+            replaced += 1
+            done = stepcell(*reads)
+            whole = done.returncode == 0
+            outcome.require(whole, f"{number}: {outputs[0].name} is neither older nor whole: {last_lines(done)}")
+
+    killed = killer.repeat(outcome, arguments, folder, times, prepare, check)
     require_success(stepcell(*arguments))
     outcome.require(not hidden(folder), f"left behind: {hidden(folder)}")
-    outcome.tried = count
     outcome.seen = f"{killed} killed while running, {replaced} after the outputs were in place"
     return outcome
-
-
-def _reader(name: str, arguments: list[object], output: Path) -> list[object]:
-    """The command that takes an output as a whole file, or refuses it: contracts, engines and snapshots are sealed."""
-    return [*arguments, "--resume", "--limit", 51] if name == "snapshots" else ["inspect", output]
-
-
-def _hashes(inputs: Inputs) -> list[str]:
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in (inputs.checkpoint, inputs.model, inputs.clip)]
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
-
-
-def _count(path: Path) -> int:
-    """Number of frames that can be read from an output."""
-    return len(np.load(path)) if path.suffix == ".npy" else sum(1 for _ in open_source(str(path)))

@@ -18,8 +18,7 @@ from typing import Any
 import av
 import numpy as np
 
-from stepcell import open_source
-from tools.torture.common import ENOUGH, ENVIRONMENT, Inputs, Outcome, command, hidden
+from tools.torture.common import ENOUGH, ENVIRONMENT, Inputs, Outcome, command, count, hidden
 
 # Two hours forward or back at every third reading of the time of day.
 SETS_CLOCK = """
@@ -32,13 +31,13 @@ main()
 """
 
 
-def two_writers(inputs: Inputs, folder: Path, count: int) -> Outcome:
+def two_writers(inputs: Inputs, folder: Path, times: int) -> Outcome:
     """Two processes with the same output, report and snapshot at the same time."""
     outcome = Outcome("two writers", "both end in words; the output is one whole result, and no result is deleted")
     folder.mkdir()
     whole = np.load(inputs.whole)
     both = 0
-    for number in range(count):
+    for number in range(times):
         place = folder / str(number)
         place.mkdir()
         output = place / ("out.npy", "out.mkv", "out")[number % 3]
@@ -54,12 +53,12 @@ def two_writers(inputs: Inputs, folder: Path, count: int) -> Outcome:
         outcome.require(0 in codes, f"{number}: exit {codes}: {' '.join(said[0].split())[-200:]}")
         outcome.require(not any("Traceback" in text for text in said), f"{number}: a traceback")
         outcome.require(all(code in (0, 1, 2) for code in codes), f"{number}: exit {codes}")
-        found = np.load(output) if output.suffix == ".npy" else np.stack(list(open_source(str(output))))
-        outcome.require(len(found) == len(whole), f"{number}: {output.name} has {len(found)} frames")
+        frames = count(output)
+        outcome.require(frames == len(whole), f"{number}: {output.name} has {frames} frames")
         if output.suffix == ".npy":
-            outcome.require(np.array_equal(found, whole), f"{number}: {output.name} has other values")
+            outcome.require(np.array_equal(np.load(output), whole), f"{number}: {output.name} has other values")
         outcome.require(not hidden(place), f"{number}: left behind: {hidden(place)}")
-    outcome.tried = count
+    outcome.tried = times
     outcome.seen = f"{both} times both wrote, otherwise one was refused"
     return outcome
 
@@ -116,8 +115,8 @@ def set_clock(inputs: Inputs, folder: Path, seconds: float, rng: random.Random) 
         options,
         (sys.executable, "-c", SETS_CLOCK),
     )
-    for stream in json.loads((folder / "r.json").read_text())["streams"]:
-        outcome.require(stream["dropped"] == 0, f"{stream['dropped']} frames dropped")
+    for stream in _streams(folder):
+        outcome.require(stream["dropped"]["late"] == 0, f"{stream['dropped']} frames dropped")
         outcome.require(stream["resets"]["gap"] <= stream["reconnects"], f"resets: {stream['resets']}")
         outcome.require(stream["reconnects"] <= camera.connections, f"{stream['reconnects']} reconnects")
     return outcome
@@ -147,12 +146,18 @@ def _live(
         child.send_signal(signal.SIGTERM)
         said = child.communicate(timeout=ENOUGH)[1]
     outcome.require(child.returncode == 143, f"exit {child.returncode}: {' '.join(said.split())[-300:]}")
-    report = json.loads((folder / "r.json").read_text())
-    streams = report.get("streams", [report])
+    streams = _streams(folder)
     for stream, output in zip(streams, outputs, strict=True):
-        frames = sum(1 for _ in open_source(str(output)))
+        frames = count(output)
         outcome.require(frames == stream["frames"], f"{output.name}: {frames} frames, reported {stream['frames']}")
         outcome.require(stream["frames"] > 0, f"{output.name}: no frames")
     outcome.tried = sum(camera.connections for camera in cameras)
     outcome.seen = f"{sum(s['frames'] for s in streams)} frames, {sum(s['reconnects'] for s in streams)} reconnects"
     return outcome
+
+
+def _streams(folder: Path) -> list[dict[str, Any]]:
+    """The report of every stream; that of a single one is the whole document."""
+    report = json.loads((folder / "r.json").read_text())
+    streams: list[dict[str, Any]] = report.get("streams", [report])
+    return streams
