@@ -95,8 +95,12 @@ docker:
 
 # Changed files of every kind, an hour for each (FUZZ_SECONDS); only errors of stepcell may come of them.
 FUZZ_SECONDS ?= 3600
-fuzz: setup
+fuzz: $(VENV)/.fuzz
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+$(VENV)/.fuzz: $(VENV)/.ready
+	$(BIN)/python tools/install_pinned.py '.[fuzz]'
+	touch $@
 
 clean:
 	rm -rf build dist site demo-output $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -21,6 +22,8 @@ __all__ = ["Argument", "ImageInfo", "KernelImage", "is_outdated", "read_image", 
 _AGAIN = "delete both files of the kernel; the next build compiles it again if Triton is installed"
 SCHEMA = 2  # raise it when a field changes its meaning; 2: checksum
 _FIELD = b'"checksum": "'
+Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -36,8 +39,8 @@ class Argument(msgspec.Struct, frozen=True):
 
     name: str
     buffer: str
-    offset: int
-    size: int
+    offset: Size
+    size: Count
 
 
 class ImageInfo(msgspec.Struct, frozen=True):
@@ -77,19 +80,19 @@ class ImageInfo(msgspec.Struct, frozen=True):
     tile: str
     capability: str
     entry: str
-    warps: int
-    shared_bytes: int
-    registers: int
-    tensor_core_instructions: int
-    spill_instructions: int
-    grid_pixels: int
-    grid_channels: int
-    max_pixels: int
+    warps: Count
+    shared_bytes: Size
+    registers: Size
+    tensor_core_instructions: Size
+    spill_instructions: Size
+    grid_pixels: Count
+    grid_channels: Count
+    max_pixels: Count
     arguments: tuple[Argument, ...]
     sha256: str
     triton: str
-    splits: int = 1
-    partial_bytes: int = 0
+    splits: Count = 1
+    partial_bytes: Size = 0
     overlaps: bool = False
     checksum: str = ZEROS
 

@@ -41,6 +41,7 @@ __all__ = [
 
 SCHEMA = "1.2"  # 1.1: half_copies, the name on disk of fp16_mirrors; 1.2: layers, verified
 _FIELD = b'"checksum": "'
+LONGEST_NAME = 255  # bytes of a file's name on Linux
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,7 +209,13 @@ def read_sidecar(engine: Path) -> Sidecar:
             hint=rebuild,
         )
     StepContract.from_json(bytes(head.contract), subject=f"{path}: contract")
-    return decode_json(data, Sidecar, str(path), EngineMismatchError, what="cannot be used", hint=rebuild)
+    sidecar = decode_json(data, Sidecar, str(path), EngineMismatchError, what="cannot be used", hint=rebuild)
+    plain = Path(sidecar.onnx).name == sidecar.onnx and sidecar.onnx not in ("", "..")
+    if not plain or len(sidecar.onnx.encode()) > LONGEST_NAME:
+        raise EngineMismatchError(
+            f"{path}: onnx: expected the name of a file, got {sidecar.onnx[:300]!r}", hint=rebuild
+        )
+    return sidecar
 
 
 def record_verification(engine: Path, verification: Verification) -> None:

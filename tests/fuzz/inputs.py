@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import random
 import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stepcell.contract import StepContract
-from tests.fuzz.mutate import mutate_bytes, mutate_json, mutate_onnx
+from tests.fuzz.mutate import (
+    Mutator,
+    mutate_bytes,
+    mutate_json,
+    mutate_onnx,
+    mutate_safetensors,
+    mutate_zip,
+    sealing,
+)
 
 __all__ = ["INPUTS", "Input"]
 
@@ -58,7 +67,7 @@ class Input:
     seeds: Callable[[], list[bytes]]
     suffix: str
     use: Callable[[Path], object]
-    mutate: Callable[[bytes, random.Random], bytes] = mutate_bytes
+    mutate: Mutator = mutate_bytes
     cost: int = 1
 
 
@@ -166,50 +175,113 @@ def _snapshots() -> list[bytes]:
         return [path.read_bytes()]
 
 
-def _mutate_snapshot(data: bytes, rng: random.Random) -> bytes:
-    """Half of them sealed again, as by somebody who means it."""
-    from stepcell.seal import ZEROS, sealed
-
-    field = b'\\"checksum\\":\\"'
-    changed = mutate_bytes(data, rng)
-    start = changed.rfind(field) + len(field)
-    if rng.random() < 0.5 or start < len(field):
-        return changed
-    blank = changed[:start] + ZEROS.encode() + changed[start + len(ZEROS) :]
-    return sealed(blank, field)
-
-
 def _use_snapshot(path: Path) -> None:
     from stepcell.runtime.loop.snapshot import read_snapshot
 
     read_snapshot(path, StepContract.from_json(json.dumps(CONTRACT)))
 
 
-def _kernels() -> list[bytes]:
-    from stepcell.plugins.kernels.image import write_image
-    from tests.plugins.kernels.test_launcher import image
+def _checkpoint() -> dict[str, Any]:
+    import torch
 
+    from stepcell.models.zoo.denoiser import Denoiser
+
+    torch.manual_seed(0)
+    return Denoiser(hidden=2).state_dict()
+
+
+def _torch_files(*, archive: bool) -> list[bytes]:
+    import torch
+
+    found = []
+    weights = _checkpoint()
+    average = list(weights.values())
+    training = {"state_dict": weights, "ema": {"shadow_params": average}, "epoch": 3, "optimizer": {"state": {}}}
+    for content in (weights, training):
+        buffer = io.BytesIO()
+        torch.save(content, buffer, _use_new_zipfile_serialization=archive)
+        found.append(buffer.getvalue())
+    return found
+
+
+def _safetensors() -> list[bytes]:
+    from safetensors.torch import save
+
+    from stepcell.models.checkpoint_writer import ARGUMENTS_KEY, FAMILY_KEY
+
+    weights = _checkpoint()
+    half = {name: value.half() for name, value in weights.items()}
+    return [save(weights), save(half, {FAMILY_KEY: "denoiser", ARGUMENTS_KEY: '{"hidden": 2}'})]
+
+
+def _use_checkpoint(path: Path) -> None:
+    from stepcell.exporter.from_checkpoint.checkpoint import load_checkpoint
+    from stepcell.exporter.from_checkpoint.step_model import family_model
+
+    family_model(load_checkpoint(path))
+
+
+CUBIN = b"cubin"
+
+
+def _kernels() -> list[bytes]:
+    from stepcell.plugins.kernels.image import SCHEMA, Argument, ImageInfo, KernelImage, write_image
+
+    info = ImageInfo(
+        schema=SCHEMA, key="key", source="", kernel="lstm_step", cell="", tile="", capability="8.7", entry="entry",
+        warps=4, shared_bytes=50000, registers=0, tensor_core_instructions=0, spill_instructions=0, grid_pixels=32,
+        grid_channels=5, max_pixels=100, triton="",
+        arguments=(Argument("x", "x", 0, 8), Argument("P", "P", 8, 4)),
+        sha256=hashlib.sha256(CUBIN).hexdigest(),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        return [write_image(image("lstm_step"), Path(folder)).with_suffix(".json").read_bytes()]
+        return [write_image(KernelImage(info, CUBIN), Path(folder)).with_suffix(".json").read_bytes()]
 
 
 def _use_kernel(path: Path) -> None:
     from stepcell.plugins.kernels.image import is_outdated, read_image
 
-    path.with_suffix(".cubin").write_bytes(b"cubin")
+    path.with_suffix(".cubin").write_bytes(CUBIN)
     is_outdated(path)
-    read_image(path)
+    info = read_image(path).info
+    info.all_partial_bytes(info.tiles(100))
+
+
+PLAN = b"plan"
 
 
 def _sidecars() -> list[bytes]:
-    document = {"schema": "1.2", "contract": CONTRACT, "fingerprint": {}, "profiles": {}, "checksum": "0" * 64}
-    return [json.dumps(document).encode()]
+    from stepcell.runtime.engine.options import BuildOptions
+    from stepcell.runtime.engine.profile import derive_profiles
+    from stepcell.runtime.engine.sidecar import Fingerprint, Sidecar, Verification
+
+    contract, digest = StepContract.from_json(json.dumps(CONTRACT)), hashlib.sha256(PLAN).hexdigest()
+    fingerprint = Fingerprint(
+        flavor="tensorrt-rtx", tensorrt="1.7.1", compute_capabilities=("8.6",), platform="Linux-x86_64",
+        plugin_version=None, plugin_sha256=None, onnx_sha256="0" * 64, plan_sha256=digest, plan_bytes=len(PLAN),
+    )  # fmt: skip
+    verified = Verification(
+        passed=True, date="2026-01-01T00:00:00", device="GPU", compute_capability="8.6", driver="1", tensorrt="1.7.1",
+        steps=8, input="noise", reference="float64", stepcell="1.0", plan_sha256=digest,
+    )  # fmt: skip
+    options = BuildOptions()
+    sidecar = Sidecar(
+        onnx="model.onnx", fingerprint=fingerprint, profiles=derive_profiles(contract, options), options=options,
+        compute_layers={"Half": 2}, build_seconds=1.0, contract=contract, verified=(verified,),
+    )  # fmt: skip
+    return [sidecar.to_json().encode()]
 
 
 def _use_sidecar(path: Path) -> None:
-    from stepcell.runtime.engine.sidecar import read_sidecar
+    from stepcell.runtime.engine.engine_check import covers, read_engine
+    from stepcell.runtime.engine.sidecar import rebuild_command, require_verified
 
-    read_sidecar(path.with_suffix(""))
+    engine = path.with_suffix("")
+    engine.write_bytes(PLAN)
+    _, sidecar = read_engine(engine)
+    rebuild_command(sidecar, engine, compute_capability="8.7")
+    covers(sidecar.fingerprint.compute_capabilities, "8.7")
+    require_verified(sidecar, engine, device="GPU", driver="1")
 
 
 def _arrays() -> list[bytes]:
@@ -299,16 +371,20 @@ def _use_video(path: Path) -> None:
         source.close()
 
 
+CHECKSUM = b'"checksum": "'
 INPUTS = (
-    Input("contract", _contracts, ".json", _use_contract, mutate_json),
+    Input("contract", _contracts, ".json", _use_contract, sealing(mutate_json, CHECKSUM)),
     Input("onnx", _models, ".onnx", _use_model, mutate_onnx, cost=10),
     Input("build", _models, ".onnx", _use_build, mutate_onnx, cost=2),
     Input("fuse", _foreign, ".onnx", _use_foreign, mutate_onnx, cost=100),
-    Input("sidecar", _sidecars, ".engine.json", _use_sidecar, mutate_json),
-    Input("snapshot", _snapshots, ".safetensors", _use_snapshot, _mutate_snapshot),
-    Input("kernel", _kernels, ".json", _use_kernel, mutate_json),
+    Input("checkpoint", partial(_torch_files, archive=True), ".pth", _use_checkpoint, mutate_zip, cost=4),
+    Input("old-checkpoint", partial(_torch_files, archive=False), ".pth", _use_checkpoint, cost=4),
+    Input("safetensors", _safetensors, ".safetensors", _use_checkpoint, mutate_safetensors, cost=4),
+    Input("sidecar", _sidecars, ".engine.json", _use_sidecar, sealing(mutate_json, CHECKSUM)),
+    Input("snapshot", _snapshots, ".safetensors", _use_snapshot, sealing(mutate_bytes, b'\\"checksum\\":\\"')),
+    Input("kernel", _kernels, ".json", _use_kernel, sealing(mutate_json, CHECKSUM)),
     Input("npy", _arrays, ".npy", _use_array),
-    Input("npz", _npz, ".npz", _use_events, cost=2),
+    Input("npz", _npz, ".npz", _use_events, mutate_zip, cost=2),
     Input("dat", _dat, ".dat", _use_events, cost=2),
     Input("raw", _raw, ".raw", _use_events, cost=2),
     Input("video", _videos, ".mp4", _use_video, cost=10),

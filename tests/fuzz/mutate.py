@@ -1,15 +1,24 @@
-"""Mutations of bytes, of JSON documents and of ONNX models; all of them follow from the random generator given."""
+"""Mutations of bytes, JSON documents, archives and ONNX models; all of them follow from the random generator given.
+
+A mutator takes a file that a mutator has made before as well, whatever is left of its structure.
+"""
 
 from __future__ import annotations
 
 import copy
+import io
 import json
 import random
+import struct
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["mutate_bytes", "mutate_json", "mutate_onnx"]
+from stepcell.seal import ZEROS, sealed
 
+__all__ = ["Mutator", "mutate_bytes", "mutate_json", "mutate_onnx", "mutate_safetensors", "mutate_zip", "sealing"]
+
+Mutator = Callable[[bytes, random.Random], bytes]
 _NUMBERS = [0, -1, 1, 2, 3, 7, 255, 1 << 31, 1 << 63, 1 << 64, -(1 << 63), 0.4, -0.5, 1e-300, 1e300, 1e-9, 100_000]
 _TEXTS = [
     *("", "x", "h", "height", "height // 0", "height - 9999", "a" * 2000, "\x1b[2J", "é漢😀", "NCHW", "NHWC", "NC"),
@@ -52,9 +61,12 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
     """Change values, types, names and presence of fields; now and then the bytes instead."""
     if rng.random() < 0.15:
         return mutate_bytes(data, rng)
-    document = json.loads(data)
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return mutate_bytes(data, rng)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        places = list(_places(document))
+        places = _places(document)
         if not places:
             break
         holder, key = rng.choice(places)
@@ -73,11 +85,18 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(document).encode()
 
 
-def _places(value: Any) -> Any:
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    for key in keys:
-        yield value, key
-        yield from _places(value[key])
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Every container with each of its keys, however deep."""
+    found: list[tuple[Any, Any]] = []
+    left = [value]
+    while left:
+        holder = left.pop()
+        keys = holder if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
+        for key in keys:
+            found.append((holder, key))
+            if isinstance(holder[key], (dict, list)):
+                left.append(holder[key])
+    return found
 
 
 def _value(rng: random.Random) -> Any:
@@ -91,15 +110,67 @@ def _value(rng: random.Random) -> Any:
     return rng.choice(choices)()
 
 
+def mutate_zip(data: bytes, rng: random.Random) -> bytes:
+    """Change the content of entries, under check sums that fit; now and then the archive itself."""
+    if rng.random() < 0.15:
+        return mutate_bytes(data, rng)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
+    except Exception:  # zipfile raises many types for damaged archives
+        return mutate_bytes(data, rng)
+    chosen = rng.randrange(len(entries)) if entries else 0
+    changed = io.BytesIO()
+    with zipfile.ZipFile(changed, "w") as archive:
+        for number, (entry, content) in enumerate(entries):
+            if number == chosen and rng.random() < 0.05:
+                continue
+            name = zipfile.ZipInfo(entry.filename)
+            name.compress_type = entry.compress_type
+            archive.writestr(name, mutate_bytes(content, rng) if number == chosen else content)
+    return changed.getvalue()
+
+
+def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
+    """Change the JSON of the header, with its length to fit; now and then the bytes."""
+    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
+    if rng.random() < 0.3 or not 0 < length <= len(data) - 8:
+        return mutate_bytes(data, rng)
+    header = mutate_json(data[8 : 8 + length], rng)
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+def sealing(mutate: Mutator, field: bytes) -> Mutator:
+    """A mutator whose files have a seal that fits in half of the cases, as by somebody who means it.
+
+    Args:
+        field: as of `stepcell.seal.sealed`.
+    """
+
+    def mutated(data: bytes, rng: random.Random) -> bytes:
+        changed = mutate(data, rng)
+        start = changed.rfind(field) + len(field)
+        if rng.random() < 0.5 or start < len(field):
+            return changed
+        return sealed(changed[:start] + ZEROS.encode() + changed[start + len(ZEROS) :], field)
+
+    return mutated
+
+
 def mutate_onnx(data: bytes, rng: random.Random) -> bytes:
     """Change fields of messages anywhere in a model: numbers, names, shapes, types, and what is repeated."""
     import onnx
 
     if rng.random() < 0.1:
         return mutate_bytes(data, rng)
-    model = onnx.ModelProto.FromString(data)
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except Exception:  # DecodeError is not public
+        return mutate_bytes(data, rng)
     for _ in range(rng.choice((1, 1, 2, 4))):
         fields = [(message, field) for message in _messages(model) for field, _ in message.ListFields()]
+        if not fields:
+            break
         message, field = rng.choice(fields)
         value = getattr(message, field.name)
         if hasattr(value, "append") and len(value):

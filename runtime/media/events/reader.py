@@ -15,6 +15,7 @@ from stepcell.runtime.media.events.columns import Events
 __all__ = ["CHUNK", "LARGEST", "EventReader", "require_size", "unwrap_counter", "validated"]
 
 LARGEST = 1 << 14  # pixels along a side of the sensor: the limit of DAT, and more than any sensor has
+LATEST = 4 * 10**15  # microseconds before or after 0, 127 years: times a number of bins they are int64
 CHUNK = 1 << 20  # records read at a time, so that memory does not grow with the file
 
 
@@ -67,16 +68,23 @@ def validated(reader: EventReader, bad: BadEvents) -> Iterator[Events]:
         bad: what to do with bad events; it counts them.
 
     Raises:
-        InputError: the file contains no event, or a bad one; the events before it were returned.
+        InputError: the file contains no event, or a bad one, or a time that no camera has; the events before it were
+            returned.
     """
-    empty = True
+    number = 0
     for part in reader:
-        empty = empty and not len(part)
-        events, error = bad.mend(part)
+        possible = (part.t >= -LATEST) & (part.t <= LATEST)
+        row = len(part) if possible.all() else int(possible.argmin())
+        events, error = bad.mend(part[:row])
         yield events
         if error is not None:
             raise error
-    if empty:
+        if row < len(part):
+            raise InputError(
+                f"{reader.name}: event {number + row}: expected a time within {LATEST:,} us of 0, got {part.t[row]:,}"
+            )
+        number += row
+    if not number:
         raise InputError(f"{reader.name}: contains no event")
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from stepcell.errors import InputError
-from stepcell.plugins.kernels.image import read_image, write_image
+from stepcell.plugins.kernels.image import KernelImage, read_image, write_image
 from tests.plugins.kernels.test_launcher import image
 
 
@@ -28,3 +29,12 @@ def test_every_bit_of_the_description_is_sealed(tmp_path: Path) -> None:
         path.write_bytes(changed)
         with pytest.raises(InputError):
             read_image(path)
+
+
+@pytest.mark.parametrize("field", ["grid_pixels", "grid_channels", "max_pixels", "warps", "splits"])
+def test_a_sealed_one_without_programs_is_refused(tmp_path: Path, field: str) -> None:
+    made = image("lstm_step")
+    none = KernelImage(msgspec.structs.replace(made.info, **{field: 0}), made.cubin)
+    path = write_image(none, tmp_path).with_suffix(".json")
+    with pytest.raises(InputError, match=rf"Expected `int` >= 1 - at `\$\.{field}`"):
+        read_image(path)

@@ -62,6 +62,14 @@ def test_every_byte_of_the_sidecar_counts(engine: Path) -> None:
             read_sidecar(engine)
 
 
+@pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", "..", "", "a" * 300, "é" * 200])
+def test_a_sealed_one_that_names_a_file_elsewhere_is_refused(engine: Path, name: str) -> None:
+    sidecar = msgspec.structs.replace(read_sidecar(engine), onnx=name)
+    sidecar_path(engine).write_text(sidecar.to_json())
+    with pytest.raises(EngineMismatchError, match="onnx: expected the name of a file"):
+        read_sidecar(engine)
+
+
 def test_changed_sidecar_names_both_checksums(engine: Path) -> None:
     path = sidecar_path(engine)
     path.write_text(path.read_text().replace('"8.6"', '"8.7"'))

@@ -191,8 +191,8 @@ def test_npz_keeps_the_events_before_damaged_bytes(tmp_path: Path) -> None:
     spec = EventSpec(representation="voxel_grid", bins=2, window=EventWindow(size=1000, unit="events"))
     found: list[object] = []
     source = EventSource(tmp_path / "e.npz", spec, SIZE, on_bad_event="clamp")
-    with contextlib.closing(source), pytest.raises(InputError, match="t: broken or truncated"):
-        found.extend(source)
+    with contextlib.closing(source), pytest.raises(InputError, match="expected a time within"):
+        found.extend(source)  # what is unpacked from damaged bytes, until the unpacking ends, are impossible times
     assert len(found) > 100
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,15 @@ HEADER = b"% Data file containing CD events\n% Version 2\n% Width 640\n% Height 
     [
         ("e.npz", lambda path: write_npz(path, EVENTS, t=BACK), r"event 50 at \(\d+, \d+\), -?\d+ us: \d+ us earlier"),
         ("e.npz", lambda path: write_npz(path, EVENTS, t=np.full(100, np.nan)), "event 0: t: expected seconds.* nan"),
+        *(
+            ("e.npz", partial(write_npz, events=EVENTS, t=times), f"event {row}: expected a time within .* of 0")
+            for row, times in (
+                (0, np.full(100, 1e10)),
+                (50, np.where(np.arange(100) < 50, 0, 1 << 62)),
+                (0, np.full(100, -(1 << 63))),
+                (0, np.full(100, 1 << 63, np.uint64)),
+            )
+        ),
         ("e.npz", lambda path: write_npz(path, EVENTS, x=EVENTS.x + 640), r"event 0 at \(\d+, \d+\), \d+ us: outside"),
         (
             "e.npz",
