@@ -41,6 +41,24 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
     return report
 
 
+# The files that take longest, first of all: begun last, one worker would be at them alone while the others have ended.
+LONGEST = (
+    "golden/test_golden.py",
+    "test_docs.py",
+    "exporter/from_onnx/test_fuse.py",
+    "plugins/kernels/test_arithmetic.py",
+    "plugins/kernels/test_ptx.py",
+    "exporter/from_module/test_cells.py",
+    "exporter/from_module/test_lift.py",
+    "runtime/verify/test_families.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def denoiser() -> Denoiser:
     """A small denoiser with random weights: state h (batch, 8, height // 2, width // 2)."""

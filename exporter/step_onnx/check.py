@@ -42,9 +42,9 @@ def check_export(
         ExportError: ONNX Runtime does not load the file, or a state changes nothing.
     """
     clips = []
-    for sizes in sizes_for_check(contract):
+    for sizes, make in zip(sizes_for_check(contract) * 2, (random_clip, smooth_clip), strict=False):
         shapes = {spec.name: resolve(spec.shape, sizes) for spec in contract.inputs} | contract.state_shapes(sizes)
-        clips += [make(contract, f"sizes {dict(sizes)}", shapes, steps) for make in (random_clip, smooth_clip)]
+        clips.append(make(contract, f"sizes {dict(sizes)}", shapes, steps))
     reference = noting(_torch_step(model, contract), seen)
     in_onnx_runtime = CheckedFile(
         data=data,

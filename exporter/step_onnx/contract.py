@@ -30,6 +30,8 @@ TORCH_DTYPES = {
 }
 _DEFAULT_SIZES = {"batch": 1}
 _DEFAULT_SIZE = 256
+# Two sizes for height, width and others to compare at: different from one another also when both are rounded up to 32.
+_CHECK_SIZES = ((32, 33), (40, 30), (36, 37), (44, 31))
 
 
 def contract_for(
@@ -122,12 +124,12 @@ def sizes_for_check(contract: StepContract) -> list[dict[str, int]]:
     """Sizes to compare at: small where they are dynamic, and two sets, to find sizes that were fixed by mistake."""
     multiple = _multiple(contract.inputs)
     first, second = dict(contract.example), dict(contract.example)
-    for index, symbol in enumerate(contract.symbols):
-        if symbol == "batch":
-            first[symbol], second[symbol] = 1, 3
-        else:
-            first[symbol] = min(first[symbol], _up(40 + 8 * index, multiple))
-            second[symbol] = min(second[symbol], _up(23 + 7 * index, multiple))
+    if "batch" in contract.symbols:
+        first["batch"], second["batch"] = 1, 2
+    for index, symbol in enumerate(symbol for symbol in contract.symbols if symbol != "batch"):
+        one, other = _CHECK_SIZES[index % len(_CHECK_SIZES)]
+        first[symbol] = min(first[symbol], _up(one, multiple))
+        second[symbol] = min(second[symbol], _up(other, multiple))
     return [first, second] if contract.symbols else [first]
 
 
