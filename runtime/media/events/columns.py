@@ -35,6 +35,12 @@ class Events:
         return cls(*(column.astype(dtype, copy=False) for column, dtype in zip((x, y, p, t), _DTYPES, strict=True)))
 
     @classmethod
+    def empty(cls, count: int) -> Events:
+        """Columns to be filled."""
+        x, y = np.empty(count, np.uint16), np.empty(count, np.uint16)
+        return cls(x, y, np.empty(count, np.bool_), np.empty(count, np.int64))
+
+    @classmethod
     def join(cls, parts: Sequence[Events]) -> Events:
         """Concatenate parts in their order; without a part, no events."""
         if len(parts) == 1:

@@ -5,12 +5,14 @@ https://docs.prophesee.ai/stable/data/encoding_formats/evt2.html
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.runtime.media.events.columns import Events
+from stepcell.runtime.media.events.compiled import compiled_loops
 from stepcell.runtime.media.events.reader import unwrap_counter
 
 __all__ = ["Evt2"]
@@ -27,6 +29,17 @@ class Evt2:
         self._high: int | None = None  # upper part of the time, unwrapped past 2 ** 28
 
     def decode(self, words: NDArray[Any]) -> Events:
+        loops = compiled_loops()
+        return self._decode(words) if loops is None else self._decode_compiled(loops, words)
+
+    def _decode_compiled(self, loops: ModuleType, words: NDArray[Any]) -> Events:
+        events = Events.empty(int(np.count_nonzero(words < 2 << 28)))
+        state = np.array([-1 if self._high is None else self._high])
+        count = loops.decode_evt2(words, state, events.x, events.y, events.p, events.t)
+        self._high = int(state[0]) if state[0] >= 0 else None
+        return events[:count]
+
+    def _decode(self, words: NDArray[Any]) -> Events:
         kind = words >> 28
         is_high = kind == _TIME_HIGH
         seen = np.cumsum(is_high)  # index of the time word that applies to each word

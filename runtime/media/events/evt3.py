@@ -5,18 +5,25 @@ https://docs.prophesee.ai/stable/data/encoding_formats/evt3.html
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.runtime.media.events.columns import Events
+from stepcell.runtime.media.events.compiled import compiled_loops
 from stepcell.runtime.media.events.reader import unwrap_counter
 
 __all__ = ["Evt3"]
 
 # Type of a word, its upper four bits.
 _Y, _X, _VECTOR_BASE, _VECTOR_12, _VECTOR_8, _TIME_LOW, _TIME_HIGH = 0, 2, 3, 4, 5, 6, 8
+
+# The bits of every mask of 12: their number, and where their positions begin in one list of all.
+_COUNT = np.array([bin(mask).count("1") for mask in range(1 << 12)])
+_FIRST = np.cumsum(_COUNT) - _COUNT
+_OFFSETS = np.nonzero(np.arange(1 << 12)[:, None] >> np.arange(12) & 1)[1]
 
 
 class Evt3:
@@ -35,6 +42,19 @@ class Evt3:
         self._base, self._base_p = 0, 0
 
     def decode(self, words: NDArray[Any]) -> Events:
+        loops = compiled_loops()
+        return self._decode(words) if loops is None else self._decode_compiled(loops, words)
+
+    def _decode_compiled(self, loops: ModuleType, words: NDArray[Any]) -> Events:
+        events = Events.empty(loops.evt3_events(words))
+        high, y = (-1 if each is None else each for each in (self._high, self._y))
+        state = np.array([high, self._low, y, self._base, self._base_p])
+        count = loops.decode_evt3(words, state, events.x, events.y, events.p, events.t)
+        high, self._low, y, self._base, self._base_p = state.tolist()
+        self._high, self._y = (None if each < 0 else each for each in (high, y))
+        return events[:count]
+
+    def _decode(self, words: NDArray[Any]) -> Events:
         kind, value = words >> 12, (words & 0xFFF).astype(np.int64)
         t = self._times(kind, value)
         y = _forward_fill(kind == _Y, value & 0x7FF, -1 if self._y is None else self._y)
@@ -46,8 +66,11 @@ class Evt3:
         # Bit mask of the events of each word; a single event is a vector of length one.
         valid = np.where(single, 1, np.where(kind == _VECTOR_12, value, np.where(kind == _VECTOR_8, value & 0xFF, 0)))
         rows = np.flatnonzero((valid > 0) & (t >= 0) & (y >= 0))  # events before the first time or row are skipped
-        row, offset = np.nonzero(valid[rows, None] >> np.arange(12) & 1)
-        rows = rows[row]
+        mask = valid[rows]
+        counts = _COUNT[mask]
+        before = np.cumsum(counts) - counts  # events of the words before
+        offset = _OFFSETS[np.arange(counts.sum()) + np.repeat(_FIRST[mask] - before, counts)]
+        rows = np.repeat(rows, counts)
         return Events.of(x[rows] + offset, y[rows], p[rows], t[rows])
 
     def _times(self, kind: NDArray[Any], value: NDArray[np.int64]) -> NDArray[np.int64]:

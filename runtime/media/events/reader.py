@@ -16,7 +16,7 @@ __all__ = ["CHUNK", "LARGEST", "EventReader", "require_size", "unwrap_counter", 
 
 LARGEST = 1 << 14  # pixels along a side of the sensor: the limit of DAT, and more than any sensor has
 LATEST = 4 * 10**15  # microseconds before or after 0, 127 years: times a number of bins they are int64
-CHUNK = 1 << 20  # records read at a time, so that memory does not grow with the file
+CHUNK = 1 << 16  # records read at a time, so that memory does not grow with the file
 
 
 class EventReader(Protocol):

@@ -11,11 +11,15 @@ with the sign of its polarity ("signed"), or in the channels of its polarity ("s
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 from numpy.typing import NDArray
 
+from stepcell.errors import InputError
 from stepcell.event_spec import EventSpec
 from stepcell.runtime.media.events.columns import Events
+from stepcell.runtime.media.events.compiled import compiled_loops
 
 __all__ = ["event_tensor"]
 
@@ -35,10 +39,22 @@ def event_tensor(events: Events, spec: EventSpec, height: int, width: int) -> ND
         spec: representation, bins, polarity and normalisation.
         height: height of the sensor in pixels.
         width: width of the sensor in pixels.
+
+    Raises:
+        InputError: an event is outside the sensor, or earlier than the one before it.
     """
     shape = (spec.channels, height, width)
     if not len(events):
         return np.zeros(shape, np.float32)
+    for column, side in ((events.x, width), (events.y, height)):
+        if column.max() >= side or (column.dtype.kind != "u" and column.min() < 0):
+            raise InputError(f"events: expected pixels of a sensor of {width}x{height}, got others")
+    events = Events.of(events.x, events.y, events.p, events.t)
+    if (events.t[1:] < events.t[:-1]).any():
+        raise InputError("events: expected the order of time, got an event that is earlier than the one before it")
+    loops = compiled_loops()
+    if loops is not None and events.t[-1] - events.t[0] < loops.LONGEST_SPAN:
+        return _compiled(loops, events, spec, height * width, width).reshape(shape)
     time, span = events.t - events.t[0], max(1, int(events.t[-1] - events.t[0]))
     pixel = events.y.astype(np.int64) * width + events.x
     if spec.polarity == "split":
@@ -56,6 +72,29 @@ def event_tensor(events: Events, spec: EventSpec, height: int, width: int) -> ND
     tensor = np.zeros(length, np.float32)
     tensor[filled] = _normalised(sums[filled]) if spec.normalise else sums[filled]
     return tensor.reshape(shape)
+
+
+def _compiled(loops: ModuleType, events: Events, spec: EventSpec, size: int, width: int) -> NDArray[np.float32]:
+    """The tensor, (channels, size), by the loops that numba compiles."""
+    kind, bins, span = loops.KINDS[spec.representation], spec.bins, max(1, int(events.t[-1] - events.t[0]))
+    ends = np.zeros((spec.channels, -(-size // loops.TILE)), np.int64)
+    packed = np.empty(len(events), np.int64)
+    columns = (events.x, events.y, events.p, events.t)
+    loops.sort_by_tile(kind, *columns, width, bins, spec.polarity == "split", ends, packed)
+    tensor = np.empty((spec.channels, size), np.float32)
+    if not spec.normalise:
+        loops.add_tiles(kind, span, bins, ends, packed, tensor)
+        return tensor
+    marks = np.zeros((ends.size, loops.TILE // 64), np.uint64)
+    values = np.empty(2 * len(events) + 1)
+    count, spread = loops.add_tiles_sparse(kind, span, bins, ends, packed, _ROUNDING, marks, values)
+    deviation = 1.0
+    if count and spread >= _ROUNDING:
+        others, squares = values[:count], np.empty(count)
+        loops.subtract(others, others.mean(), squares)
+        deviation = float(np.sqrt(squares.mean()))
+    loops.expand_tiles(marks, values, deviation, tensor)
+    return tensor
 
 
 def _grid_bins(time: Microseconds, span: int, count: int) -> Bins:
