@@ -112,6 +112,10 @@ def _check_events(spec: TensorSpec, subject: str) -> None:
             f"{subject}: {spec.name}: {events.bins} bins with polarity {events.polarity} make "
             f"{events.channels} channels, the shape has {spec.shape[1]}"
         )
+    if events.convention and events.representation != "voxel_grid":
+        raise ContractError(
+            f"{subject}: {spec.name}: tonic's convention is one of voxel_grid, got {events.representation}"
+        )
     size, unit = events.window.size, events.window.unit
     if not 0 < size <= _MAX_WINDOW or (unit != "events/pixel" and size != int(size)):
         whole = "above zero" if unit == "events/pixel" else f"of whole {unit}, at least 1"

@@ -15,6 +15,7 @@ from stepcell.errors import UsageError
 __all__ = ["EventSpec", "EventWindow"]
 
 _TEXT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)(us|ms|s|events/pixel|events)")
+_PUBLISHED = {"voxel_grid": "E2VID", "event_volume": "OpenEB", "histogram": "RVT"}  # whose bins they are
 _MICROSECONDS = {"us": 1, "ms": 1000, "s": 1_000_000}
 
 
@@ -70,6 +71,8 @@ class EventSpec(msgspec.Struct, frozen=True, kw_only=True):
             events, then those of the rising events, each counted as +1.
         window: the events of one step.
         normalise: shift and scale the non-zero values to mean 0 and standard deviation 1.
+        convention: "tonic": the bins of tonic's voxel grid, for a model that was trained with it. Not given: those of
+            the publication, which are E2VID's for a voxel grid.
     """
 
     representation: Literal["voxel_grid", "event_volume", "histogram"]
@@ -77,6 +80,7 @@ class EventSpec(msgspec.Struct, frozen=True, kw_only=True):
     polarity: Literal["signed", "split"] = "signed"
     window: EventWindow
     normalise: bool = False
+    convention: Literal["tonic"] | msgspec.UnsetType = msgspec.UNSET  # left out of files, which older versions read
 
     @property
     def channels(self) -> int:
@@ -85,4 +89,5 @@ class EventSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         norm = ", normalised" if self.normalise else ""
-        return f"{self.representation} of {self.bins} bins, {self.polarity}{norm}, {self.window} a step"
+        whose = "tonic" if self.convention else _PUBLISHED[self.representation]
+        return f"{self.representation} of {self.bins} bins as of {whose}, {self.polarity}{norm}, {self.window} a step"

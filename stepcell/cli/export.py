@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from stepcell.cli.common import joined, json_option, overwrite_option, parse_settings
 from stepcell.cli.console import log, print_json, stage, table, working
@@ -142,6 +143,7 @@ def command(
     if checkpoint is None and (key is not None or prefix is not None):
         raise UsageError("--checkpoint-key, --prefix: choose weights in a checkpoint, and there is none")
     arguments = parse_settings(settings)
+    convention = arguments.pop("events.convention", None)
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     symbols = [symbol.strip() for symbol in dynamic.split(",")] if dynamic else []
     pixels = pop_pixels(pixel_arguments)
@@ -164,6 +166,8 @@ def command(
         if checkpoint is not None:
             content = load_checkpoint(checkpoint, key=key, prefix=prefix, max_expansion=max_expansion)
         model, name, source = _load(content, family, module, arguments, shapes)
+        if convention is not None:
+            _set_convention(model, convention)
         lifted = None
         if not is_step_module(model):
             lifted = _lift_states(model, module, shapes, symbols, positions)
@@ -193,6 +197,30 @@ def command(
         log(found if contract.parity.memory else f"warning: {found}")
     if as_json:
         print_json(contract)
+
+
+def _set_convention(model: nn.Module, convention: object) -> None:
+    """`--set events.convention=tonic`: how the events of the model's inputs are distributed over the bins."""
+    inputs = getattr(model, "inputs", [])
+    if convention not in ("published", "tonic"):
+        raise UsageError(f"--set events.convention: expected published or tonic, got {convention}")
+    if not any(spec.events for spec in inputs):
+        raise UsageError("--set events.convention: the model takes no events")
+    if any(spec.events and spec.events.representation != "voxel_grid" for spec in inputs):
+        raise UsageError("--set events.convention: only voxel grids have two, and the model takes another tensor")
+    chosen = "tonic" if convention == "tonic" else msgspec.UNSET
+    changed = [
+        msgspec.structs.replace(spec, events=msgspec.structs.replace(spec.events, convention=chosen))
+        if spec.events
+        else spec
+        for spec in inputs
+    ]
+    try:
+        model.inputs = changed  # type: ignore[assignment]  # a list of specs, as the protocol says
+    except AttributeError as error:  # a property
+        raise UsageError(
+            "--set events.convention: the module declares its inputs itself", hint="EventSpec(..., convention='tonic')"
+        ) from error
 
 
 def _load(

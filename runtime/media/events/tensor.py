@@ -4,6 +4,7 @@ Time s is 0 at the first event of the window and 1 at the last. An event adds to
 
     voxel_grid    max(0, 1 - |b - (B - 1) s|); Zhu et al. 2019, Rebecq et al. 2019 (E2VID)
     event_volume  max(0, 1 - |b - (B s - 1/2)|), at both ends as in `_volume_bins`; OpenEB
+    tonic's grid  max(0, 1 - |b - B s|), for b = B nothing: the last event is dropped
     histogram     1 in bin floor(B s), the last event in bin B - 1; stacked histogram of RVT (Gehrig et al. 2023)
 
 with the sign of its polarity ("signed"), or in the channels of its polarity ("split").
@@ -53,7 +54,7 @@ def event_tensor(events: Events, spec: EventSpec, height: int, width: int) -> ND
     if (events.t[1:] < events.t[:-1]).any():
         raise InputError("events: expected the order of time, got an event that is earlier than the one before it")
     loops = compiled_loops()
-    if loops is not None and events.t[-1] - events.t[0] < loops.LONGEST_SPAN:
+    if loops is not None and not spec.convention and events.t[-1] - events.t[0] < loops.LONGEST_SPAN:
         return _compiled(loops, events, spec, height * width, width).reshape(shape)
     time, span = events.t - events.t[0], max(1, int(events.t[-1] - events.t[0]))
     pixel = events.y.astype(np.int64) * width + events.x
@@ -61,7 +62,8 @@ def event_tensor(events: Events, spec: EventSpec, height: int, width: int) -> ND
         sign, offset = np.ones(len(events)), np.where(events.p, spec.bins, 0)
     else:
         sign, offset = np.where(events.p, 1.0, -1.0), np.zeros(len(events), np.int64)
-    share = {"voxel_grid": _grid_bins, "event_volume": _volume_bins, "histogram": _count_bins}[spec.representation]
+    grid = _tonic_bins if spec.convention else _grid_bins
+    share = {"voxel_grid": grid, "event_volume": _volume_bins, "histogram": _count_bins}[spec.representation]
     places, weights = [], []
     for bins, weight in share(time, span, spec.bins):
         places.append((bins + offset) * (height * width) + pixel)
@@ -102,6 +104,17 @@ def _grid_bins(time: Microseconds, span: int, count: int) -> Bins:
     lower = np.minimum(place.astype(np.int64), count - 1)
     above = place - lower
     return [(lower, 1 - above), (np.minimum(lower + 1, count - 1), above)]
+
+
+def _tonic_bins(time: Microseconds, span: int, count: int) -> Bins:
+    """The bins of tonic 1.7.0's `to_voxel_grid_numpy`: what is beyond the last one is dropped."""
+    place = time * count / span
+    lower = place.astype(np.int64)
+    above = place - lower
+    return [
+        (np.minimum(bins, count - 1), np.where(bins < count, weight, 0.0))
+        for bins, weight in ((lower, 1 - above), (lower + 1, above))
+    ]
 
 
 def _volume_bins(time: Microseconds, span: int, count: int) -> Bins:

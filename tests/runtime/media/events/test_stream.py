@@ -191,17 +191,32 @@ def test_a_file_without_a_size_asks_for_it(tmp_path: Path, dat: Path, firenet_on
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (FireNet(5, 8), "voxel_grid of 5 bins, signed, normalised, 0.35 events/pixel a step"),
+        (FireNet(5, 8), "voxel_grid of 5 bins as of E2VID, signed, normalised, 0.35 events/pixel a step"),
         (
             E2VIDRecurrent(5, 4, event_window="20000events"),
-            "voxel_grid of 5 bins, signed, normalised, 20000 events a step",
+            "voxel_grid of 5 bins as of E2VID, signed, normalised, 20000 events a step",
         ),
-        (EventToVideo(10, 1), "event_volume of 10 bins, signed, 30000 us a step"),
-        (CornerFireNet(10), "event_volume of 10 bins, signed, 5000 us a step"),
+        (EventToVideo(10, 1), "event_volume of 10 bins as of OpenEB, signed, 30000 us a step"),
+        (CornerFireNet(10), "event_volume of 10 bins as of OpenEB, signed, 5000 us a step"),
     ],
 )
 def test_what_the_families_take(model: FireNet, text: str) -> None:
     assert str(model.inputs[0].events) == text
+
+
+def test_the_convention_is_chosen_at_export(tmp_path: Path) -> None:
+    settings = ["--set", "num_bins=5", "--set", "base_num_channels=4"]
+    wanted = ["export", "--module", "stepcell.models.published.e2vid:FireNet", *settings]
+    wanted += ["-o", str(tmp_path / "f.onnx")]
+    result = CliRunner().invoke(main, [*wanted, "--set", "events.convention=tonic"])
+    assert result.exit_code == 0, result.output
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "f.onnx")])
+    assert "voxel_grid of 5 bins as of tonic, signed, normalised" in " ".join(shown.stdout.split())
+    with StepLoop.open(tmp_path / "f.onnx") as loop:
+        assert StepContract.from_json(loop.contract.to_json()) == loop.contract
+    refused = CliRunner().invoke(main, [*wanted, "--set", "events.convention=other"])
+    assert refused.exit_code == 2
+    assert "expected published or tonic, got other" in refused.output
 
 
 @pytest.mark.parametrize("family", ["e2vid_firenet", "e2vid_recurrent", "openeb_firenet", "openeb_event_to_video"])
@@ -229,7 +244,7 @@ def test_the_contract_carries_it(firenet_onnx: Path, e2vid_onnx: Path, denoiser_
         assert '"events"' not in loop.contract.to_json()  # the contract of a picture model does not change
     result = CliRunner().invoke(main, ["inspect", str(e2vid_onnx)])
     assert result.exit_code == 0
-    assert "voxel_grid of 3 bins, signed, normalised, 50000 us a step" in " ".join(result.stdout.split())
+    assert "voxel_grid of 3 bins as of E2VID, signed, normalised, 50000 us a step" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -243,6 +258,7 @@ def test_the_contract_carries_it(firenet_onnx: Path, e2vid_onnx: Path, denoiser_
         ({"size": 0.0}, "a window above zero"),
         ({"unit": "years"}, "Invalid enum value 'years'"),
         ({"representation": "image"}, "Invalid enum value 'image'"),
+        ({"representation": "histogram", "normalise": False, "convention": "tonic"}, "tonic's convention"),
     ],
 )
 def test_a_contract_that_contradicts_itself(change: dict[str, object], message: str) -> None:
@@ -252,5 +268,6 @@ def test_a_contract_that_contradicts_itself(change: dict[str, object], message: 
     entry = document["inputs"][0]
     for place in (entry, entry["events"], entry["events"]["window"]):
         place.update({key: value for key, value in change.items() if key in place})
+    entry["events"] |= {"convention": change["convention"]} if "convention" in change else {}
     with pytest.raises(ContractError, match=message):
         StepContract.from_json(msgspec.json.encode(document))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -184,3 +185,16 @@ def test_window_as_text(text: str, size: float, unit: str) -> None:
 def test_other_windows_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="expected a time or a number of events"):
         EventWindow.parse(text)
+
+
+def test_tonics_grid() -> None:
+    """As `to_voxel_grid_numpy` of tonic 1.7.0 returned it: other bins than E2VID, and the last event dropped."""
+    tonic = msgspec.structs.replace(spec("voxel_grid"), convention="tonic")
+    columns = ([0, 1, 2, 0], [0, 0, 0, 0], [1, 0, 1, 1], [0, 500, 1000, 850])
+    order = np.argsort(columns[3], kind="stable")
+    events = Events.of(*(np.array(column)[order] for column in columns))
+    grid = event_tensor(events, tonic, 1, 3)[:, 0]
+    assert pytest.approx(np.array([[1, 0, 0, 0, 0.75], [0, 0, -0.5, -0.5, 0], [0, 0, 0, 0, 0]])) == grid.T
+    assert event_tensor(events[:1], tonic, 1, 3)[:, 0, 0].tolist() == [1, 0, 0, 0, 0]
+    halves = msgspec.structs.replace(tonic, polarity="split")
+    assert event_tensor(events, halves, 1, 3)[:, 0, 1].tolist() == [0, 0, 0.5, 0.5, 0] + [0] * 5
