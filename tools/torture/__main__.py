@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -39,7 +39,7 @@ def main() -> None:
         folder = Path(name)
         (folder / "inputs").mkdir()
         inputs = Inputs.make(folder / "inputs")
-        scenarios: dict[str, Callable[[Path], Outcome | list[Outcome]]] = {
+        scenarios: dict[str, Callable[[Path], Outcome | Iterator[Outcome]]] = {
             "kills": lambda place: kills.kills(inputs, place, options.kills, rng),
             "full_disk": lambda place: limits.full_disk(inputs, place),
             "read_only": lambda place: limits.read_only(inputs, place),
@@ -54,13 +54,13 @@ def main() -> None:
             if options.only is None or options.only in scenario:
                 started = time.monotonic()
                 found = run(folder / scenario)
-                for outcome in found if isinstance(found, list) else [found]:
+                for outcome in [found] if isinstance(found, Outcome) else found:
                     outcomes.append(outcome)
                     _print(outcome)
+                    if options.output:
+                        options.output.parent.mkdir(parents=True, exist_ok=True)
+                        options.output.write_text(json.dumps(_document(outcomes, options.seed), indent=1) + "\n")
                 print(f"({scenario}: {time.monotonic() - started:.0f} s)", file=sys.stderr)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(_document(outcomes, options.seed), indent=1) + "\n")
     sys.exit(any(outcome.broken for outcome in outcomes))
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +30,15 @@ OLDER = 20  # frames of the file that is there before
 POLL_SECONDS = 0.0005
 
 
-def kills(inputs: Inputs, folder: Path, total: int, rng: random.Random) -> list[Outcome]:
+def kills(inputs: Inputs, folder: Path, total: int, rng: random.Random) -> Iterator[Outcome]:
     """`total` kills: three in five of `run`, the others of the commands that write one file."""
     folder.mkdir()
     killer = _Killer(inputs, rng)
-    outcomes = []
     for suffix in (".npy", ".mkv", ""):
-        outcomes.append(_runs(killer, folder / f"run{suffix or '-folder'}", suffix, total // 5))
+        yield _runs(killer, folder / f"run{suffix or '-folder'}", suffix, total // 5)
     rest = total - 3 * (total // 5)
     for name, share in (("export", rest // 4), ("build", rest // 2), ("snapshots", rest - rest // 4 - rest // 2)):
-        outcomes.append(_writers(killer, folder / name, name, share))
-    return outcomes
+        yield _writers(killer, folder / name, name, share)
 
 
 class _Killer:
