@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tools.install_pinned import FIRST, LOCK, exact, install, locked, normal
+from tools.install_pinned import FIRST, LOCK, check_local_builds, exact, install, locked, normal
 
 EXTRAS = re.compile(r'^\s+"([A-Za-z0-9._-]+)', re.MULTILINE)
 
@@ -29,6 +30,25 @@ def test_builds_with_a_local_version_keep_it() -> None:
     block = "torch==2.13.0 ; sys_platform == 'linux' --hash=sha256:00\n"
     assert exact(block, "2.13.0+cpu") == "torch==2.13.0+cpu ; sys_platform == 'linux' --hash=sha256:00\n"
     assert exact(block, "2.13.0") == block
+
+
+def test_a_build_with_a_local_version_that_is_not_pinned_is_explained() -> None:
+    blocks = locked(f"torch==2.13.0 \\\n    --hash=sha256:{'1' * 64}\n")
+
+    def reported(version: str, digest: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "metadata": {"name": "torch", "version": version},
+                "download_info": {"url": "https://host/torch.whl", "archive_info": {"hashes": {"sha256": digest}}},
+            }
+        ]
+
+    check_local_builds(reported("2.13.0+cpu", "1" * 64), blocks)
+    check_local_builds(reported("2.13.0", "2" * 64), blocks)  # pip refuses it
+    with pytest.raises(SystemExit, match=r"torch 2\.13\.0\+cpu: constraints\.txt has no hash of this build") as refused:
+        check_local_builds(reported("2.13.0+cpu", "2" * 64), blocks)
+    assert f"--hash=sha256:{'2' * 64}" in str(refused.value)
+    assert "PIP_EXTRA_INDEX_URL" in str(refused.value)
 
 
 def test_a_file_with_another_hash_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

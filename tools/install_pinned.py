@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LOCK = ROOT / "constraints.txt"
@@ -33,13 +34,36 @@ def main(spec: str) -> None:
         write_pins(pins)
         what = ["--editable", spec] if spec.startswith(".") else [spec]
         pip("--dry-run", "--ignore-installed", "--no-build-isolation", "--report", report, "--constraint", pins, *what)
-        needed = [each["metadata"] for each in json.loads(report.read_text())["install"]]
-        found = {normal(each["name"]): each["version"] for each in needed}
+        needed = json.loads(report.read_text())["install"]
+        check_local_builds(needed, blocks)
+        found = {normal(each["metadata"]["name"]): each["metadata"]["version"] for each in needed}
         for name, version in found.items():
             blocks[name] = [(pin, exact(block, version)) for pin, block in blocks.get(name, [])]
         install([each for each in found if each not in ("stepcell", *FIRST)], blocks, folder)
     bare = spec.partition("[")[0]
     pip("--no-deps", "--no-build-isolation", *(["--editable", bare] if spec.startswith(".") else [bare]))
+
+
+def check_local_builds(needed: Sequence[dict[str, Any]], blocks: dict[str, list[tuple[str, str]]]) -> None:
+    """Say what to do about builds such as 2.13.0+cpu that are not the pinned one; pip would suspect a manipulated file.
+
+    Args:
+        needed: `install` of pip's report.
+        blocks: as of `locked`.
+    """
+    for each in needed:
+        name, version = each["metadata"]["name"], each["metadata"]["version"]
+        digest = each["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
+        known = any(str(digest) in block for _, block in blocks.get(normal(name), []))
+        public, plus, _ = version.partition("+")
+        if plus and digest and not known:
+            raise SystemExit(
+                f"{name} {version}: constraints.txt has no hash of this build for this Python and machine.\n"
+                f"  {public} of PyPI has: take away the index or the folder that offers {version}\n"
+                "  (pip config list; PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).\n"
+                f"  To use this build, compare its hash with the one its publisher states, and add to {name} there:\n"
+                f"    --hash=sha256:{digest}"
+            )
 
 
 def exact(block: str, version: str) -> str:
