@@ -88,7 +88,7 @@ def check_output(
 def referred_files(path: Path) -> Iterator[Path]:
     """Files that belong to an input: weights beside an ONNX file, the sidecar and the model of an engine, pictures."""
     sidecar = path.with_name(path.name + ".json")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a name in a damaged sidecar may be none
         if path.is_dir():
             yield from (each for each in path.iterdir() if each.suffix.lower() in _PICTURES)
         elif path.suffix == ".onnx":

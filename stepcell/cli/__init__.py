@@ -9,7 +9,7 @@ import click
 
 from stepcell import __version__
 from stepcell.cli.common import command_error
-from stepcell.cli.console import logs_printed, print_error
+from stepcell.cli.console import accept_every_name, logs_printed, print_error
 from stepcell.display import displayed
 
 __all__ = ["main"]
@@ -47,6 +47,7 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        accept_every_name()
         try:
             with logs_printed():
                 return super().invoke(ctx)

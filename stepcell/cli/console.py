@@ -7,6 +7,7 @@ are hidden.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from stepcell.json_text import json_text
 
 __all__ = [
     "LiveTable",
+    "accept_every_name",
     "console",
     "echo",
     "log",
@@ -152,7 +154,20 @@ def print_json(result: Mapping[str, Any] | msgspec.Struct) -> None:
     Raises:
         OutputError: it cannot be written, such as to a full disk.
     """
-    _write(json_text(result) + "\n")
+    text = json_text(result)
+    if sys.stdout is not None:
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(json.loads(text), indent=1)  # \u00e9 for an e with an accent
+    _write(text + "\n")
+
+
+def accept_every_name() -> None:
+    """Let stdout escape what its encoding does not have, as stderr does, such as other letters in an ASCII terminal."""
+    if sys.stdout is not None and getattr(sys.stdout, "errors", None) == "strict":
+        with contextlib.suppress(AttributeError):  # a stand-in for stdout
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _cell(text: str) -> Text:

@@ -94,6 +94,14 @@ def test_what_belongs_to_an_engine(folder: Path) -> None:
             check_output(Path(name), anything, reads={"m.engine": "the model"}, overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["../m.onnx", "", ".", "a\0b", "a" * 5000])
+def test_a_sidecar_that_names_no_file(folder: Path, name: str) -> None:
+    Path("m.engine.json").write_bytes(msgspec.json.encode(sidecar() | {"onnx": name}))
+    Path("m.engine").write_bytes(b"plan")
+    Path("out.mp4").write_bytes(b"video")
+    check_output(Path("out.mp4"), is_no_model, reads={"m.engine": "the model"})
+
+
 def test_pictures_of_an_input_folder(folder: Path) -> None:
     Path("frames").mkdir()
     Path("frames/0.png").write_bytes(b"\x89PNG")
