@@ -14,6 +14,7 @@ from stepcell.event_spec import EventSpec
 from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.events.formats import EVENT_FILES, is_event_file
 from stepcell.runtime.media.events.source import EventSource
+from stepcell.runtime.media.events.stream_source import is_event_stream, open_event_stream
 from stepcell.runtime.media.npy_file import ArraySource
 from stepcell.runtime.media.picture_folder import FolderSource, matching_pictures
 from stepcell.runtime.media.raw_frames import RawSource
@@ -38,7 +39,8 @@ def open_source(
 
     Args:
         text: a video file or URL, a folder of pictures or a pattern such as `frames/*.png`, a .npy file, `camera:N`,
-            or `-` for stdin; for an event model an event file, as of `open_events`.
+            or `-` for stdin; for an event model an event file, as of `open_events`, or a stream of events: `-`, a named
+            pipe or tcp://HOST:PORT.
         channels: channels of raw frames on stdin: 3 (rgb24), 1 (gray8) or 4.
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
@@ -51,10 +53,18 @@ def open_source(
         InputError: the input does not exist, cannot be read, or is not of the kind that the model takes.
         MissingDependencyError: PyAV, which reads videos and pictures, or the reader of an event file is not installed.
     """
+    if events is not None and is_event_stream(text):
+        if event_stream is not None:
+            raise UsageError(f"--event-stream {event_stream}: {text} carries one stream")
+        return open_event_stream(text, events, size, on_bad_event)
     array = events is None and Path(text).suffix == ".npy"  # holds pictures or events, as the model takes
     if (events is not None) != is_event_file(Path(text)) and not array:
         wanted = "events" if events is not None else "pictures"
-        files = ", ".join(EVENT_FILES) if events is not None else "a video, pictures or .npy"
+        files = (
+            ", ".join((*EVENT_FILES, "-, a named pipe, tcp://HOST:PORT"))
+            if events is not None
+            else "a video, pictures or .npy"
+        )
         raise InputError(f"{text}: the model takes {wanted}", hint=f"expected {files}")
     if events is not None:
         return EventSource(Path(text), events, size, on_bad_event=on_bad_event, stream=event_stream)

@@ -78,8 +78,8 @@ Examples:
 @click.option(
     "-i", "--input", "inputs", required=True, multiple=True, metavar="SOURCE",
     help="Video file or URL, folder of pictures or of clips, .npy, camera:N, or - for raw rgb24 frames on stdin; "
-    "for a model of events an event file, such as .dat, .raw, .aedat4, .h5, .bag or .csv. Several inputs share one "
-    "batched step.",
+    "for a model of events an event file, such as .dat, .raw, .aedat4, .h5, .bag or .csv, or RAW and DAT from "
+    "-, a named pipe or tcp://HOST:PORT. Several inputs share one batched step.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", "outputs", multiple=True, metavar="SINK",

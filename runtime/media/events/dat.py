@@ -15,6 +15,7 @@ import numpy as np
 
 from stepcell.errors import InputError, OutputError
 from stepcell.files import atomic_path
+from stepcell.runtime.media.events.byte_stream import ByteStream
 from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.header import read_header, read_records, sensor_size
 from stepcell.runtime.media.events.reader import CHUNK, unwrap_counter
@@ -29,16 +30,21 @@ _PERIOD = 1 << 32  # microseconds until the time wraps: 71 minutes
 class DatReader:
     """The events of a DAT file.
 
+    Args:
+        path: of the file, or the name of a stream.
+        file: to read.
+        header: if it was read before.
+
     Raises:
         InputError: a file of another format, version or record type.
     """
 
     format = "DAT"
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path | str, file: BinaryIO | ByteStream, header: dict[str, str] | None = None) -> None:
         self.name = str(path)
         self._file = file
-        header = read_header(file)
+        header = read_header(file) if header is None else header
         if header.get("version", "2") != "2":
             raise InputError(
                 f"{path}: DAT version {header['version']}, expected 2",
@@ -52,6 +58,9 @@ class DatReader:
     def __iter__(self) -> Iterator[Events]:
         last = None
         for records in read_records(self._file, self.name, _RECORD, CHUNK):
+            if not len(records):
+                yield Events.empty(0)
+                continue
             word = records["xyp"]
             t = unwrap_counter(records["t"].astype(np.int64), _PERIOD, last)
             last = int(t[-1])

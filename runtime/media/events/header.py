@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.runtime.media.events.byte_stream import ByteStream
 
 __all__ = ["read_header", "read_records", "sensor_size"]
 
 _MAX_LINES, _MAX_LENGTH = 1000, 10_000  # limits, so that a file of another format is not read as one long header
 
 
-def read_header(file: BinaryIO) -> dict[str, str]:
+def read_header(file: BinaryIO | ByteStream) -> dict[str, str]:
     """Read the lines `% key value` of the header; keys are returned in lower case.
 
     The header ends with `% end`, or before the first line that does not begin with `% `. The file is left at the
@@ -45,21 +46,30 @@ def sensor_size(header: dict[str, str]) -> tuple[int, int] | None:
     return (int(width), int(height)) if re.fullmatch(r"\d{1,5} \d{1,5}", f"{width} {height}") else None
 
 
-def read_records(file: BinaryIO, name: str, dtype: np.dtype[Any], count: int) -> Iterator[NDArray[Any]]:
-    """Read the rest of a file in parts of up to `count` records.
+def read_records(file: BinaryIO | ByteStream, name: str, dtype: np.dtype[Any], count: int) -> Iterator[NDArray[Any]]:
+    """Read the rest of a file in parts of up to `count` records; of a stream, a part is empty where nothing came.
 
     Raises:
         InputError: the file cannot be read, or ends inside a record.
     """
-    while True:
-        try:
-            data = file.read(count * dtype.itemsize)
-        except OSError as error:
-            raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+    rest = b""
+    while (data := _read(file, name, count * dtype.itemsize)) != b"":
+        if data is None:
+            yield np.empty(0, dtype)
+            continue
+        data = rest + data
         whole = len(data) // dtype.itemsize
+        rest = data[whole * dtype.itemsize :]
         if whole:
             yield np.frombuffer(data, dtype, whole)
-        if rest := len(data) % dtype.itemsize:
-            raise InputError(f"{name}: truncated: ends {rest} bytes into a record of {dtype.itemsize}")
-        if whole < count:
-            return
+    if rest:
+        raise InputError(f"{name}: truncated: ends {len(rest)} bytes into a record of {dtype.itemsize}")
+
+
+def _read(file: BinaryIO | ByteStream, name: str, size: int) -> bytes | None:
+    if isinstance(file, ByteStream):
+        return file.read_available(size)
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.runtime.media.events.byte_stream import ByteStream
 from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.evt2 import Evt2
 from stepcell.runtime.media.events.evt3 import Evt3
@@ -36,14 +37,19 @@ class _Decoder(Protocol):
 class RawReader:
     """The events of a RAW file.
 
+    Args:
+        path: of the file, or the name of a stream.
+        file: to read.
+        header: if it was read before.
+
     Raises:
         InputError: the header names another encoding or none.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path | str, file: BinaryIO | ByteStream, header: dict[str, str] | None = None) -> None:
         self.name = str(path)
         self._file = file
-        header = read_header(file)
+        header = read_header(file) if header is None else header
         sensor = known_sensor(header)
         self.size = sensor_size(header) or (sensor.size if sensor else None)
         encoding = header.get("format") or header.get("evt") or (sensor.encoding if sensor else "") or "none"
@@ -66,7 +72,7 @@ class RawReader:
 
     def __iter__(self) -> Iterator[Events]:
         for words in read_records(self._file, self.name, self._decoder.word, CHUNK):
-            yield self._decoder.decode(words)
+            yield self._decoder.decode(words) if len(words) else Events.empty(0)
 
     def close(self) -> None:
         self._file.close()

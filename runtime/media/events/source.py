@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
-from stepcell.event_spec import EventSpec
+from stepcell.event_spec import EventSpec, EventWindow
 from stepcell.runtime.media.events.bad_events import BadEvents, OnBadEvent
 from stepcell.runtime.media.events.formats import open_events
 from stepcell.runtime.media.events.reader import require_size, validated
@@ -19,12 +19,18 @@ from stepcell.runtime.media.events.tensor import event_tensor
 from stepcell.runtime.media.events.windows import split_windows
 from stepcell.runtime.media.source import BadEvent, Source
 
-__all__ = ["EventSource"]
+__all__ = ["EventSource", "frame_rate"]
 
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT, _SPARSE = 100, 0.9  # so many of the first windows empty: the times may have another unit
 SHORTEST, LONGEST = 1000, 10**9  # window in us that gives a valid frame rate: 1000 to 0.001 frames per second
+
+
+def frame_rate(window: EventWindow) -> Fraction | None:
+    """Windows a second; None: they have no fixed time, or one that no video has."""
+    by_time = window.unit == "us" and SHORTEST <= window.size <= LONGEST
+    return Fraction(1_000_000, round(window.size)) if by_time else None
 
 
 class EventSource(Source):
@@ -64,8 +70,7 @@ class EventSource(Source):
             self.close()
             raise
         self._bad = BadEvents(self.name, self.size, on_bad_event)
-        by_time = spec.window.unit == "us" and SHORTEST <= spec.window.size <= LONGEST
-        self.fps: Fraction | None = Fraction(1_000_000, round(spec.window.size)) if by_time else None
+        self.fps: Fraction | None = frame_rate(spec.window)
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         width, height = self.size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -13,7 +13,9 @@ from stepcell.runtime.media.events.columns import Events
 __all__ = ["split_windows"]
 
 
-def split_windows(parts: Iterable[Events], window: EventWindow, pixels: int) -> Iterator[tuple[Events, int]]:
+def split_windows(
+    parts: Iterable[Events], window: EventWindow, pixels: int, now: Callable[[], int | None] = lambda: None
+) -> Iterator[tuple[Events, int]]:
     """The events of each window, and its end in microseconds.
 
     Windows by time follow each other without a gap from the first event on; a window may be empty, and the last one
@@ -23,12 +25,14 @@ def split_windows(parts: Iterable[Events], window: EventWindow, pixels: int) -> 
         parts: consecutive parts of a stream, in order of time, of any length.
         window: the size of a window.
         pixels: number of pixels of the sensor.
+        now: asked at an empty part, which says that no event came meanwhile: windows by time that end before it are
+            over. Events of such a window that come later count in the next one.
 
     Raises:
         InputError: a pause of more windows than the limit.
     """
     count = window.count(pixels)
-    return _by_time(parts, round(window.size)) if count is None else _by_count(parts, count)
+    return _by_time(parts, round(window.size), now) if count is None else _by_count(parts, count)
 
 
 def _by_count(parts: Iterable[Events], count: int) -> Iterator[tuple[Events, int]]:
@@ -44,11 +48,15 @@ def _by_count(parts: Iterable[Events], count: int) -> Iterator[tuple[Events, int
         waiting = [events[whole:]]
 
 
-def _by_time(parts: Iterable[Events], step: int) -> Iterator[tuple[Events, int]]:
+def _by_time(parts: Iterable[Events], step: int, now: Callable[[], int | None]) -> Iterator[tuple[Events, int]]:
     waiting: list[Events] = []
     end: int | None = None
     for part in parts:
         if not len(part):
+            time = now()
+            while end is not None and time is not None and end <= time:
+                yield Events.join(waiting), end
+                waiting, end = [], end + step
             continue
         end = int(part.t[0]) + step if end is None else end
         waiting.append(part)
