@@ -8,12 +8,14 @@ https://docs.prophesee.ai/stable/data/encoding_formats/evt21.html
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.runtime.media.events.columns import Events
+from stepcell.runtime.media.events.compiled import compiled_loops
 from stepcell.runtime.media.events.reader import unwrap_counter
 
 __all__ = ["Evt21"]
@@ -35,7 +37,18 @@ class Evt21:
         self._high: int | None = None  # upper part of the time, unwrapped past 2 ** 28
 
     def decode(self, words: NDArray[Any]) -> Events:
+        loops = compiled_loops()
+        if loops is not None:
+            return self._decode_compiled(loops, words)
         return Events.join([self._decode(words[at : at + _AT_ONCE]) for at in range(0, len(words), _AT_ONCE)])
+
+    def _decode_compiled(self, loops: ModuleType, words: NDArray[Any]) -> Events:
+        halves = [np.ascontiguousarray(words[name]) for name in ("head", "valid")]
+        events = Events.empty(loops.evt21_events(*halves))
+        state = np.array([-1 if self._high is None else self._high])
+        count = loops.decode_evt21(*halves, state, events.x, events.y, events.p, events.t)
+        self._high = int(state[0]) if state[0] >= 0 else None
+        return events[:count]
 
     def _decode(self, words: NDArray[Any]) -> Events:
         head = words["head"]

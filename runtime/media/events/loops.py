@@ -26,7 +26,9 @@ __all__ = [
     "add_tiles_sparse",
     "decode_evt2",
     "decode_evt3",
+    "decode_evt21",
     "evt3_events",
+    "evt21_events",
     "expand_tiles",
     "sort_by_tile",
     "subtract",
@@ -102,6 +104,41 @@ def decode_evt2(words: Any, state: Any, x: Any, y: Any, p: Any, t: Any) -> int:
                 x[count], y[count], p[count] = word >> 11 & 0x7FF, word & 0x7FF, kind == 1
                 t[count] = high << 6 | (word >> 22 & 0x3F)
                 count += 1
+        elif kind == 8:
+            value = word & 0xFFFFFFF
+            if high < 0:
+                high = value
+            else:
+                wrapped = value - (high & 0xFFFFFFF) < -(1 << 27)
+                high = value + ((high >> 28) + wrapped << 28)
+    state[0] = high
+    return count
+
+
+@_compiled
+def evt21_events(heads: Any, valid: Any) -> int:
+    """The number of events in words of EVT 2.1, at most."""
+    count: Any = 0
+    for index in range(len(heads)):
+        if heads[index] < 2 << 28:
+            count += np.int64(_ones(np.uint64(valid[index])))
+    return int(count)
+
+
+@_compiled
+def decode_evt21(heads: Any, valid: Any, state: Any, x: Any, y: Any, p: Any, t: Any) -> int:
+    """Decode words of EVT 2.1, given as their upper and lower halves; otherwise as `decode_evt2`."""
+    high, count = state[0], 0
+    for index in range(len(heads)):
+        word, mask = np.int64(heads[index]), np.int64(valid[index])
+        kind = word >> 28
+        if kind <= 1:
+            if high >= 0:
+                first, row, time = word >> 11 & 0x7FF, word & 0x7FF, high << 6 | (word >> 22 & 0x3F)
+                while mask:
+                    x[count], y[count], p[count], t[count] = first + _lowest(mask), row, kind == 1, time
+                    count += 1
+                    mask &= mask - 1
         elif kind == 8:
             value = word & 0xFFFFFFF
             if high < 0:

@@ -10,6 +10,7 @@ import pytest
 
 from stepcell.errors import InputError
 from stepcell.runtime.media.events import Events
+from stepcell.runtime.media.events.compiled import compiled_loops
 from stepcell.runtime.media.events.evt21 import Evt21
 from tests.runtime.media.events.files import read, some_events, write_raw
 
@@ -97,3 +98,23 @@ def test_other_encodings_name_what_converts_them(line: str, tmp_path: Path) -> N
     with pytest.raises(InputError, match=line.removeprefix("format ").partition(";")[0]) as error:
         read(path)
     assert f"metavision_file_to_dat -i {path}" in (error.value.hint or "")
+
+
+def test_compiled_loops_give_the_same() -> None:
+    """Words of every type, some without a time at the beginning, in parts."""
+    loops = compiled_loops()
+    if loops is None:
+        pytest.skip("numba is not installed")
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        one, other = Evt21(legacy=False), Evt21(legacy=False)
+        for _ in range(3):
+            words = np.empty(500, one.word)
+            kinds = rng.choice([0, 1, 10, 15] if seed % 4 == 0 else [0, 1, 8, 8, 10], len(words))
+            words["head"] = kinds << 28 | rng.integers(0, 1 << 28, len(words))
+            words["valid"] = rng.integers(0, 1 << 32, len(words)) & rng.integers(0, 1 << 32, len(words))
+            got, wanted = one._decode_compiled(loops, words), other._decode(words)
+            for name in "xypt":
+                assert getattr(got, name).dtype == getattr(wanted, name).dtype
+                assert np.array_equal(getattr(got, name), getattr(wanted, name)), (seed, name)
+            assert one._high == other._high
