@@ -40,7 +40,7 @@ def open_source(
     Args:
         text: a video file or URL, a folder of pictures or a pattern such as `frames/*.png`, a .npy file, `camera:N`,
             or `-` for stdin; for an event model an event file, as of `open_events`, or a stream of events: `-`, a named
-            pipe or tcp://HOST:PORT.
+            pipe, tcp://HOST:PORT, dv://HOST:PORT or neuromorphic://SERIAL.
         channels: channels of raw frames on stdin: 3 (rgb24), 1 (gray8) or 4.
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
@@ -61,7 +61,7 @@ def open_source(
     if (events is not None) != is_event_file(Path(text)) and not array:
         wanted = "events" if events is not None else "pictures"
         files = (
-            ", ".join((*EVENT_FILES, "-, a named pipe, tcp://HOST:PORT"))
+            ", ".join((*EVENT_FILES, "-", "a named pipe", "tcp://HOST:PORT", "dv://HOST:PORT", "neuromorphic://SERIAL"))
             if events is not None
             else "a video, pictures or .npy"
         )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from stepcell.errors import InputError, UsageError
 
-__all__ = ["TCP", "ByteStream", "is_fifo", "open_byte_stream"]
+__all__ = ["TCP", "WAIT_SECONDS", "ByteStream", "host_and_port", "is_fifo", "open_byte_stream"]
 
 TCP = "tcp://"
 STDIN = "-"
@@ -132,14 +132,23 @@ def open_byte_stream(text: str) -> ByteStream:
     return stream
 
 
-def _connect(text: str) -> int:
+def host_and_port(text: str, scheme: str) -> tuple[str, int]:
+    """Host and port of a URL such as `tcp://192.168.0.7:9000`.
+
+    Raises:
+        UsageError: a URL of another form.
+    """
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not host or not port or text.rstrip("/") != f"{TCP}{parts.netloc}":
-        raise UsageError(f"--input {text}: expected {TCP}HOST:PORT", hint=f"such as {TCP}192.168.0.7:9000")
-    connection = socket.create_connection((host, port), CONNECT_SECONDS)
+    if not host or not port or text.rstrip("/") != f"{scheme}{parts.netloc}":
+        raise UsageError(f"--input {text}: expected {scheme}HOST:PORT", hint=f"such as {scheme}192.168.0.7:9000")
+    return host, port
+
+
+def _connect(text: str) -> int:
+    connection = socket.create_connection(host_and_port(text, TCP), CONNECT_SECONDS)
     connection.settimeout(None)
     return connection.detach()

@@ -16,6 +16,7 @@ from stepcell.runtime.media.events.bad_events import BadEvents, OnBadEvent
 from stepcell.runtime.media.events.byte_stream import STDIN, TCP, ByteStream, is_fifo, open_byte_stream
 from stepcell.runtime.media.events.dat import DatReader
 from stepcell.runtime.media.events.header import read_header
+from stepcell.runtime.media.events.live_cameras import CAMERAS
 from stepcell.runtime.media.events.raw import RawReader
 from stepcell.runtime.media.events.reader import EventReader, require_size, validated
 from stepcell.runtime.media.events.source import frame_rate
@@ -81,8 +82,8 @@ class EventStream(Source):
 
 
 def is_event_stream(text: str) -> bool:
-    """Whether an input of an event model is a stream: `-`, a named pipe or `tcp://HOST:PORT`."""
-    return text == STDIN or text.startswith(TCP) or is_fifo(Path(text))
+    """Whether an input of an event model is a stream: `-`, a named pipe, `tcp://HOST:PORT` or a camera."""
+    return text == STDIN or text.startswith((TCP, *CAMERAS)) or is_fifo(Path(text))
 
 
 def open_event_stream(
@@ -93,7 +94,12 @@ def open_event_stream(
     Raises:
         UsageError: a URL of another form.
         InputError: it cannot be opened.
+        MissingDependencyError: the package of the camera's driver is not installed.
     """
+    camera = next((camera for scheme, camera in CAMERAS.items() if text.startswith(scheme)), None)
+    if camera is not None:
+        driver: EventReader = camera(text)
+        return EventStream(text, driver, lambda: driver, spec, size, on_bad_event)
     stream = open_byte_stream(text)
     reader = functools.partial(_reader_of, stream)
     return EventStream(stream.name, stream, reader, spec, size, on_bad_event)
