@@ -15,6 +15,7 @@ import torch
 from stepcell.errors import CheckpointError
 from stepcell.exporter.from_checkpoint.expansion import check_expansion
 from stepcell.exporter.from_checkpoint.printable import first_line, printable
+from stepcell.exporter.torchscript import torchscript_hint
 from stepcell.files import read_bytes
 
 __all__ = ["read_torch_file"]
@@ -74,8 +75,7 @@ def _check_archive(path: Path, max_expansion: float) -> None:
     if "constants.pkl" in parts:
         raise CheckpointError(
             f"{path}: a TorchScript archive, which holds code beside the weights",
-            hint=f'write its weights alone:\n  module = torch.jit.load("{path.name}", map_location="cpu")\n'
-            f'  torch.save(module.state_dict(), "{path.stem}-weights.pth")',
+            hint=torchscript_hint(path.name),
         )
     if "data.pkl" not in parts:
         what = "a NumPy archive" if any(name.endswith(".npy") for name in entries) else "a zip file of another program"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +72,14 @@ def snapshot(module: nn.Module) -> dict[StateAttribute, Any]:
         plain = {name: value for name, value in vars(child).items() if name not in _INTERNALS}
         for name, value in itertools.chain(plain.items(), child._buffers.items()):
             leaves, spec = flatten(value)
-            copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            copies = [
+                leaf.detach().clone()
+                if isinstance(leaf, Tensor)
+                else leaf.copy()
+                if isinstance(leaf, np.ndarray)
+                else leaf
+                for leaf in leaves
+            ]
             found[StateAttribute(path, name)] = spec.unflatten(copies)
     return found
 
@@ -154,6 +162,8 @@ def demote_buffers(module: nn.Module, attributes: Iterable[StateAttribute]) -> N
 def _same_leaf(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (np.ndarray, np.generic)) and isinstance(other, (np.ndarray, np.generic)):
+        return one.dtype == other.dtype and bool(np.array_equal(one, other))
     if isinstance(one, (bool, int, float, str, type(None))):
         return type(one) is type(other) and one == other
     return type(one) is type(other)  # objects of other classes are not compared

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepcell.errors import ExportError
 from stepcell.exporter.from_module.attributes import Inputs, Starts, same
 from stepcell.exporter.from_module.trees import map_leaves
+from stepcell.exporter.from_module.untraced import memory_outside
 
 __all__ = ["check_deterministic"]
 
@@ -20,7 +21,8 @@ def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> No
     """Two copies must agree under different random seeds.
 
     Raises:
-        ExportError: they do not, with the innermost module that is random; or `forward` fails.
+        ExportError: they do not, with what they share outside the module, or the innermost module that is random; or
+            `forward` fails.
     """
     runs = []
     for seed in (0, 1):
@@ -42,6 +44,14 @@ def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> No
         runs.append(calls)
     for (path, given, result), (_, given_too, other) in zip(*runs, strict=False):
         if same(given, given_too) and not same(result, other):
+            if (shared := memory_outside(module, lambda own: own(**inputs, **starts))) is not None:
+                raise ExportError(
+                    f"{type(module).__name__}: forward remembers something outside the module: two fresh copies "
+                    f"differ, which share {shared}",
+                    hint="keep it in the module, where it belongs to one stream and can be reset: self.h = None in "
+                    "__init__, set in forward; or take it as an argument and return it last; docs/own-module.md has it "
+                    "before and after",
+                )
             raise ExportError(
                 f"{path or type(module).__name__}: forward is random in eval mode",
                 hint="dropout as a module is off in eval mode; other random numbers must go",

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.errors import ExportError
-from stepcell.exporter.from_module.attributes import Inputs, Starts, random, same
+from stepcell.exporter.from_module.attributes import Inputs, Starts, StateAttribute, random, same
 from stepcell.exporter.from_module.find_states import Interface
 from stepcell.exporter.from_module.local_states import find_local_states
 from stepcell.exporter.from_module.trees import flatten
+from stepcell.exporter.from_module.untraced import advice_on_numbers, numbers_in
 
 __all__ = ["find_in_loop", "frames_of_clip"]
 
@@ -28,11 +29,12 @@ _HELP = (
 )
 
 
-def find_in_loop(module: nn.Module, data: Inputs) -> tuple[Interface, Inputs]:
+def find_in_loop(module: nn.Module, data: Inputs, scratch: Sequence[StateAttribute]) -> tuple[Interface, Inputs]:
     """The states that `forward` passes from frame to frame of a clip, and the inputs of one frame.
 
     Args:
         module: in eval mode and float64; it keeps no state and takes none.
+        scratch: attributes that a call changes and that are no tensors.
 
     Raises:
         ExportError: there is no such state, or none that a submodule receives and returns.
@@ -64,7 +66,9 @@ def find_in_loop(module: nn.Module, data: Inputs) -> tuple[Interface, Inputs]:
         if interface.keeps_time:
             return interface, frame
         return interface, {name: each.squeeze(axis) if name in timed else each for name, each in frame.items()}
-    raise _no_state(module, depends)
+    called = copy.deepcopy(module)
+    called(**data)
+    raise _no_state(called, depends, scratch)
 
 
 def check_directions(module: nn.Module, interface: Interface, data: Inputs, starts: Starts) -> None:
@@ -173,7 +177,7 @@ def _bidirectional(module: nn.Module) -> str | None:
     return None
 
 
-def _no_state(module: nn.Module, depends: bool) -> ExportError:
+def _no_state(module: nn.Module, depends: bool, scratch: Sequence[StateAttribute]) -> ExportError:
     name = type(module).__name__
     if (hint := _bidirectional(module)) is not None:
         return ExportError(f"{name}: no state that a stream can carry from frame to frame", hint=hint)
@@ -183,6 +187,8 @@ def _no_state(module: nn.Module, depends: bool) -> ExportError:
             "receives and returns",
             hint=_HELP + "; docs/own-module.md has it before and after",
         )
+    if numbers := numbers_in(scratch, module):
+        return ExportError(f"{name}: its state is no tensor", hint=advice_on_numbers(numbers))
     return ExportError(
         f"{name}: no state: no argument takes a part of the previous result, and no attribute that a call changes is "
         "read by the next",

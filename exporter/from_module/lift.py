@@ -87,7 +87,7 @@ def _lifted(
     if interface.places:
         interface, data = remove_time_axis(original, interface, data, starts)
     else:
-        interface, data = find_in_loop(original, data)
+        interface, data = find_in_loop(original, data, interface.scratch)
     check_directions(original, interface, data, starts)
     fresh = replace_modules(copy.deepcopy(original))
     warm = copy.deepcopy(fresh)

@@ -14,6 +14,7 @@ from stepcell.contract import StateSpec
 from stepcell.exporter.from_module.attributes import Inputs, Starts, random, state_leaves
 from stepcell.exporter.from_module.frame_loops import frames_of_clip
 from stepcell.exporter.from_module.model import LiftedModel
+from stepcell.exporter.from_module.untraced import advice_on_numbers, numbers_in
 from stepcell.exporter.parity import TOLERANCE, Arrays, CheckClip, Run, check_equal
 
 __all__ = ["check_same"]
@@ -85,10 +86,11 @@ def check_same(original: nn.Module, model: LiftedModel, data: Inputs, starts: St
         subject="the original module",
         hint=_remembers(model),
     )
-    if numbers := _numbers(model):
+    if numbers := numbers_in(model.interface.scratch, model.module):
+        kinds = " or ".join(sorted(set(numbers.values())))
         _logger.warning(
-            f"{_fixed(numbers)}; the first {steps} steps are equal, "
-            "later ones may not be: keep it as a tensor, if the module reads it"
+            f"{', '.join(numbers)}: {kinds} that changes from call to call is fixed in the file; the first {steps} "
+            "steps are equal, later ones may not be: keep it as a tensor, if the module reads it"
         )
 
 
@@ -114,20 +116,6 @@ def _states(memory: Sequence[Any]) -> list[Tensor]:
 
 def _remembers(model: LiftedModel) -> str:
     """What a module that is not its states may remember besides."""
-    numbers = _numbers(model)
-    if numbers:
-        return f"{_fixed(numbers)}; keep it as a tensor, and choose with torch.where instead of `if`"
+    if numbers := numbers_in(model.interface.scratch, model.module):
+        return advice_on_numbers(numbers)
     return "the module remembers something that is no tensor attribute and no returned state"
-
-
-def _numbers(model: LiftedModel) -> list[str]:
-    """Attributes with Python numbers that a call changes."""
-    return [str(each) for each in model.interface.scratch if _is_number(each.get(model.module))]
-
-
-def _fixed(numbers: Sequence[str]) -> str:
-    return f"{', '.join(numbers)}: a Python number that changes from call to call is fixed in the file"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (bool, int, float))

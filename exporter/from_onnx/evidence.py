@@ -48,7 +48,7 @@ class Evidence:
         reads: by output, the inputs that its value depends on.
         copies: outputs that are an input as it came in, with that input: the last frame, for the next step.
         forgetful: names of the recurrent nodes and cells that start from zeros at every call.
-        both_ways: those of them that read their sequence in both directions.
+        both_ways: the recurrent nodes that read their sequence in both directions.
         unreturned: inputs that a recurrent node starts from while no output is its last state, with the node.
     """
 
@@ -89,7 +89,7 @@ def _forgetful_text(names: Sequence[str], both_ways: Collection[str], *, alone: 
     text = f"{subject}: {'start' if several else 'starts'} from zeros at every call"
     if not alone:
         return f"{text}: right along an axis of one frame, such as frequency; along time, nothing reaches the next step"
-    read = ", and reads it in both directions" if both_ways else ""
+    read = ", and reads it in both directions" if set(names) & set(both_ways) else ""
     states = "these states as inputs and outputs" if several else "this state as input and output"
     return (
         f"{text}, so that nothing reaches the next call: this is a model of whole clips{read}. To step it frame by "

@@ -27,6 +27,7 @@ from stepcell.exporter.from_onnx.evidence import Evidence, find_evidence
 from stepcell.exporter.from_onnx.input_values import Number, bake, checked_values
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, read_onnx_file
 from stepcell.exporter.from_onnx.pairs import Pairing, find_pairs
+from stepcell.exporter.from_onnx.projections import refuse_projections
 from stepcell.exporter.from_onnx.redeclare import declared, redeclare
 from stepcell.exporter.from_onnx.restore import cells_of_nodes, check_restored, restore_contract
 from stepcell.exporter.from_onnx.sizes import find_sizes
@@ -59,7 +60,7 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
         warnings: for a person: what the file does not remember from step to step.
         nodes_before: nodes of the graph before, without those of graphs inside nodes.
         nodes_after: the same after.
-        redeclared: the file had a contract, and only what it says of pictures was changed.
+        redeclared: the file had a contract, and only what it says of pictures and values was changed.
     """
 
     contract: StepContract
@@ -92,7 +93,7 @@ def fuse(
 ) -> FuseReport:
     """Find the states of an ONNX file, replace its recurrent cells by the ops, and write it with a contract.
 
-    In a file that has a contract, `pixels` changes what it says of pictures, and nothing else.
+    In a file that has a contract, `pixels` and `values` change what it says of pictures and inputs, and nothing else.
 
     Args:
         source: an ONNX file of one step with its states as inputs and outputs.
@@ -114,15 +115,15 @@ def fuse(
 
     Raises:
         UsageError: the states are ambiguous, an argument does not fit, the file has a contract and more than `pixels`
-            is given or nothing, or `target` is an input or a foreign file.
+            and `values` is given or nothing, or `target` is an input or a foreign file.
         InputError: the file cannot be read or is not an ONNX model.
         ExportError: it cannot be converted; the message says why.
         ParityError: the result differs from the original over 100 steps; nothing is written.
         OutputError: `target` cannot be written.
     """
     source, target, contract = Path(source), Path(target), None if contract is None else Path(contract)
-    said = states or shapes or stateless or constants or values
-    if contract is not None and said:
+    said = states or shapes or stateless or constants
+    if contract is not None and (said or values):
         raise UsageError(
             "--contract: brings states, sizes and values of the original; leave out --state, --stateless, --shape, "
             "--constant and --value"
@@ -137,8 +138,8 @@ def fuse(
         with library_errors(str(source), ExportError, what="cannot be converted"):
             if contract is not None:
                 report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance, pixels)
-            elif pixels and not said and is_exported_model(source):
-                report, model = _redeclared(*redeclare(source, target, pixels))
+            elif (pixels or values) and not said and is_exported_model(source):
+                report, model = _redeclared(*redeclare(source, target, pixels, values or {}))
             else:
                 file = bake(read_onnx_file(source), constants or {})
                 pairs = _given_states(file, states or {}, stateless=stateless)
@@ -168,6 +169,7 @@ def _fuse(file: OnnxFile, given: _Given) -> tuple[FuseReport, onnx.ModelProto]:
     pairing = find_pairs(file.inputs, file.outputs, found.evidence, given.states)
     file, reshaped = with_equal_ends(file, pairing.pairs)
     found = _find(file) if reshaped else found
+    refuse_projections(file)
     original = OnnxSession(file.data, str(file.path))
     model, cells = found.model, found.cells
     values = _values_of_data(file, pairing, given.values)

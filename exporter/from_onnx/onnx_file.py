@@ -116,8 +116,8 @@ def read_onnx_file(path: Path, *, with_contract: bool = False) -> OnnxFile:
     if contract_text(model) is not None and not with_contract:
         raise UsageError(
             f"{path}: has a state contract already",
-            hint="`stepcell build` and `run` take it as it is; `fuse` changes what it says of pixels (--range 0,1); if "
-            f"another tool changed it: {repair_hint(path)}",
+            hint="`stepcell build` and `run` take it as it is; `fuse` changes what it says of pixels (--range 0,1) "
+            f"and of values (--value k=3); if another tool changed it: {repair_hint(path)}",
         )
     digest = hashlib.sha256(data).hexdigest()
     if has_external_weights(model):

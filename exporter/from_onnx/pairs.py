@@ -86,6 +86,7 @@ def find_pairs(
     search = _Search({port.name: port for port in inputs}, {port.name: port for port in outputs})
     _take_exported(search, given)
     _take_given(search, given)
+    _note_contradictions(search, evidence, given)
     links = {
         source: {t: link for t, link in evidence.outputs_of(source).items() if _fit(search, source, t)}
         for source in search.inputs
@@ -93,6 +94,7 @@ def find_pairs(
     links = {source: targets for source, targets in links.items() if targets}
     _take_by_name(search, links)
     _take_by_graph(search, links)
+    _ask_about_both_ways(search, evidence, given)
     _ask_for_rest(search, evidence, inputs[0].name if inputs else "")
     if search.questions:
         raise UsageError(
@@ -140,6 +142,40 @@ def _take_given(search: _Search, given: Mapping[str, str]) -> None:
     for source, target in given.items():
         if not target:
             del search.inputs[source]
+
+
+def _note_contradictions(search: _Search, evidence: Evidence, given: Mapping[str, str]) -> None:
+    """Say where the user pairs an input with another output than the one that the graph computes from it."""
+    for source, target in given.items():
+        sure = {name: link for name, link in evidence.outputs_of(source).items() if link.is_sure}
+        if target and sure and target not in sure:
+            proved, link = next(iter(sure.items()))
+            search.notes.append(
+                f"{source}: {target} is fed back, as --state says, and the graph says another: {link.by} starts from "
+                f"{source} and leaves {proved}; if that is meant: --state {source}={proved}"
+            )
+
+
+def _ask_about_both_ways(search: _Search, evidence: Evidence, given: Mapping[str, str]) -> None:
+    """A node that also reads its sequence backwards leaves the state of the first frame, which is no past of the next.
+
+    A user who gives the pair all the same is told.
+    """
+    for source, target in list(search.taken.items()):
+        link = evidence.outputs_of(source).get(target)
+        if link is None or link.by not in evidence.both_ways:
+            continue
+        why = (
+            f"{link.by} reads its sequence in both directions, and the backward one, which starts at the last frame, "
+            "leaves no past for the next call"
+        )
+        if given.get(source) == target:
+            search.notes.append(f"{source}: {why}; {target} is fed back, as --state says")
+            continue
+        search.questions.append(f"{source}: {why} (train it with bidirectional=False)")
+        search.arguments.append(
+            f"--state {source}= (data of every call) or --state {source}={target} (fed back anyway)"
+        )
 
 
 def _take_by_name(search: _Search, links: Mapping[str, Mapping[str, Link]]) -> None:

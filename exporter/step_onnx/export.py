@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -15,11 +16,12 @@ from torch import nn
 
 from stepcell import __version__
 from stepcell.contract import StepContract
-from stepcell.errors import ExportError, UsageError
+from stepcell.errors import ExportError, ParityError, UsageError
 from stepcell.exporter.declared_range import warn_of_range
 from stepcell.exporter.parity import Seen
 from stepcell.exporter.step_onnx.check import check_export
 from stepcell.exporter.step_onnx.contract import contract_for
+from stepcell.exporter.step_onnx.fixed_sizes import fixed_sizes
 from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
 from stepcell.exporter.step_onnx.plain import plain_graph
 from stepcell.exporter.step_onnx.precision import in_precision
@@ -103,7 +105,7 @@ def export_onnx(
         logger.info(f"pixels:  {change}")
     with atomic_path(path) as temporary:  # first, so that an invalid path is reported before the work
         # functions and parts of the module under torch.compile run as they are written
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), _fixed_sizes_named():
             proto, contract = _onnx_and_contract(
                 copy.deepcopy(model).float().eval(),
                 contract,
@@ -115,6 +117,23 @@ def export_onnx(
             )
         temporary.write_bytes(proto.SerializeToString())
     return contract
+
+
+@contextlib.contextmanager
+def _fixed_sizes_named() -> Iterator[None]:
+    """An export that fails after the code made a number of a dynamic size says so, and where."""
+    with fixed_sizes() as places:
+        try:
+            yield
+        except (ExportError, ParityError) as error:
+            if not places:
+                raise
+            where = ", ".join(dict.fromkeys(places))
+            hint = (
+                f"{where}: len(x), and int() and range() of a size, give that of the example, which the file then has "
+                "at every size: write x.shape[0], or fix the size: --shape without --dynamic"
+            ) + (f"; otherwise: {error.hint}" if error.hint else "")
+            raise type(error)(error.message, hint=hint) from error
 
 
 def _onnx_and_contract(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from stepcell.pixels import as_chw, gain_and_offset, picture_channels, value_ran
 __all__ = ["Preprocessor", "event_input", "image_input", "pad_up", "require_declared"]
 
 logger = logging.getLogger(__name__)
+_NUMBERS = 16  # of an input that steers a model
 _PIXELS = {1: "greyscale (1 channel)", 3: "colour (3 channels)", 4: "4 channels"}
 
 
@@ -35,6 +37,14 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
     names = ", ".join(f"{spec.name} {spec.shape}" for spec in contract.inputs)
     frames = [spec for spec in contract.inputs if not spec.value]  # the others need no frame
     spec = frames[0] if len(frames) == 1 else None
+    if (steering := _steering(frames)) is not None:
+        picture, numbers = steering
+        values = " ".join(f"--value {each.name}={'true' if each.dtype == 'bool' else 3}" for each in numbers)
+        raise InputError(
+            f"this model takes {', '.join(each.name for each in numbers)} besides {picture.name}, and a stream of "
+            "frames has no value for it",
+            hint=f"give the file one, yours in place of these: stepcell fuse MODEL {values} -o NEW.onnx; or {hint}",
+        )
     if spec is None or not (picture_channels(spec) is not None or spec.events):
         layout = f"; this one has layout {spec.layout}, --layout NHWC names another" if spec is not None else ""
         raise InputError(
@@ -49,6 +59,14 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
             hint=f"run as many, export the model with --dynamic batch, or {hint}",
         )
     return spec
+
+
+def _steering(frames: Sequence[TensorSpec]) -> tuple[TensorSpec, list[TensorSpec]] | None:
+    """The picture among several inputs, where the others are a few numbers each, such as a ratio or a rate."""
+    pictures = [spec for spec in frames if picture_channels(spec) is not None or spec.events]
+    others = [spec for spec in frames if spec not in pictures]
+    few = all(np.prod([dim if isinstance(dim, int) else 1 for dim in spec.shape]) <= _NUMBERS for spec in others)
+    return (pictures[0], others) if len(pictures) == 1 and others and few else None
 
 
 def require_declared(spec: TensorSpec, hint: str | None = None) -> None:

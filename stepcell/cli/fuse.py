@@ -94,7 +94,7 @@ def command(
     before it is written. If it computes something else, the exit code is 3 and no file is written.
 
     In a MODEL that has a contract already, --range, --mean, --std, --channels and --layout change what it says of
-    pictures, and nothing else.
+    pictures, --value what an input has in steps that do not give it, and nothing else.
     """
     pixels = pop_pixels(pixel_arguments)
     pairs = _parse_states(states)
@@ -122,7 +122,7 @@ def command(
             overwrite=overwrite,
         )
     if report.redeclared:
-        stage("fuse", output, time.monotonic() - started, "only what the contract says of pictures was changed")
+        stage("fuse", output, time.monotonic() - started, "only the contract was changed")
         if as_json:
             print_json(report)
         return
@@ -158,6 +158,9 @@ def _parse_values(texts: Sequence[str], option: str) -> dict[str, list[float | i
     found: dict[str, list[float | int | bool]] = {}
     for text in texts:
         name, _, numbers = text.partition("=")
+        numbers = numbers.strip()
+        if numbers[:1] + numbers[-1:] in ("[]", "()"):  # as Python and NumPy print them
+            numbers = numbers[1:-1].rstrip(", ")
         if name in found:
             raise UsageError(f"{option} {name}: given twice")
         try:
@@ -165,7 +168,8 @@ def _parse_values(texts: Sequence[str], option: str) -> dict[str, list[float | i
         except ValueError:
             raise UsageError(
                 f"{option}: expected NAME=VALUE with numbers, got {text!r}",
-                hint=f"such as {option} downsample_ratio=0.25",
+                hint=f"such as {option} {name or 'downsample_ratio'}=0.25; several in C order: 0.5,0.25; true and "
+                "false are booleans",
             ) from None
     return found
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from stepcell.cli import main
+from stepcell.cli.fuse import _parse_values
 
 
 class Network(nn.Module):
@@ -252,3 +253,25 @@ def test_weights_beside_the_model_are_not_replaced(model: Path) -> None:
         result = call("fuse", model, "-o", name, "--overwrite", "--state", "feat=feat_out")
         assert result.exit_code == 2, result.output
     assert Path("model.onnx.data").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("k=0.5", [0.5]),
+        ("k=[0.5]", [0.5]),
+        ("k=(1, 0.5,)", [1, 0.5]),
+        ("k=[true,false]", [True, False]),
+        ("k=[[1]]", None),
+        ("k=[]", None),
+        ("k", None),
+        ("k=half", None),
+    ],
+)
+def test_numbers_of_an_input(text: str, numbers: list[float] | None, model: Path) -> None:
+    if numbers is not None:
+        assert _parse_values([text], "--value") == {"k": numbers}
+        return
+    result = call("fuse", model, "-o", "f.onnx", "--constant", text)
+    assert result.exit_code == 2
+    assert "such as --constant k=0.25; several in C order: 0.5,0.25" in " ".join(result.stderr.split())

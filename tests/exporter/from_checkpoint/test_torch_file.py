@@ -62,6 +62,7 @@ def test_torchscript(tmp_path: Path) -> None:
     text = refusal(tmp_path / "s.pt")
     assert "a TorchScript archive" in text
     assert 'module = torch.jit.load("s.pt", map_location="cpu")' in text
+    assert "stepcell export s-weights.pth --module package.module:Class" in text
 
 
 def save_arrays(path: Path, save: Callable[..., None]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -544,9 +545,9 @@ def documented(file: str, name: str) -> Any:
         (
             lambda: torch.jit.script(InPlace()),
             {"x": (1, 6)},
-            UsageError,
+            ExportError,
             "InPlace: a TorchScript module",
-            "state_dict()",
+            "stepcell export net-weights.pth --module package.module:Class",
         ),
     ],
 )
@@ -565,6 +566,8 @@ BEFORE = {
     "Loop": ({"clip": (1, 3, 3, 6, 8)}, ExportError, "a variable that no submodule receives", "return y, h"),
     "Counter": ({"x": (1, 6)}, ParityError, "differs from the original module", "frames: a Python number"),
     "Past": ({"x": (1, 6)}, ExportError, "past: a state whose shape changes", "filled at the first call"),
+    "Array": ({"x": (1, 6)}, ExportError, "its state is no tensor", "mean: a NumPy array that changes"),
+    "Outside": ({"x": (1, 6)}, ExportError, "which share MEMORY, a global variable", "keep it in the module"),
 }
 
 
@@ -577,7 +580,7 @@ def test_the_documents_code_before_is_refused(name: str) -> None:
     assert hint in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("name", ["Loop", "Branch", "Counter", "Past"])
+@pytest.mark.parametrize("name", ["Loop", "Branch", "Counter", "Past", "Array", "Outside", "Rows"])
 def test_the_documents_code_after_is_lifted(name: str) -> None:
     shapes = {"frame": (1, 3, 6, 8)} if name == "Loop" else {"x": (1, 6)}
     assert lift_states(documented("after", name)(), shapes).states
@@ -592,3 +595,94 @@ def test_a_branch_on_data_is_named_by_its_line(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ExportError, match=r"tracing failed: before.py, line \d+: forward chooses") as caught:
         export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes)
     assert "torch.where" in str(caught.value.hint)
+
+
+class Shared(nn.Module):
+    """An attribute of the class."""
+
+    memory: ClassVar[dict[str, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory["h"] = torch.tanh(self.mix(x) + self.memory.get("h", 0))
+        return self.memory["h"]
+
+
+def around() -> nn.Module:
+    """A variable of the function that makes the class."""
+    kept: list[Tensor] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.mix(x) + (kept[-1] if kept else 0))
+            kept[:] = [y]
+            return y
+
+    return Net()
+
+
+class Numbers(nn.Module):
+    """A list of Python numbers is the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+        self.levels: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.mix(x) + torch.tensor(self.levels or [0.0] * 6, dtype=x.dtype))
+        self.levels = y[0].tolist()
+        return y
+
+
+class Noise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x) + float(np.random.rand()) + torch.rand(())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (Shared, "which share Shared.memory, an attribute of the class"),
+        (around, "which share kept, a variable around the class"),
+        (Numbers, "levels: a Python number that changes from call to call"),
+        (Noise, "forward is random in eval mode"),
+    ],
+)
+def test_memory_that_no_tracer_sees_is_named(make: Any, says: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        lift_states(make(), {"x": (1, 6)})
+    assert says in str(caught.value)
+
+
+class EveryRow(nn.Module):
+    """range() of a size is fixed as len() is."""
+
+    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        h = torch.zeros_like(x) if h is None else h
+        h = torch.stack([torch.tanh(x[row] + h[row]) for row in range(x.shape[0])])
+        return h, h
+
+
+@pytest.mark.parametrize("name", ["Rows", "EveryRow"])
+def test_a_size_that_the_code_fixes_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, file = EveryRow(), Path(__file__).name
+    if name == "Rows":
+        (tmp_path / "rows.py").write_text(blocks()["before"])
+        monkeypatch.syspath_prepend(tmp_path)
+        net, file = importlib.import_module("rows").Rows(), "rows.py"
+    model = lift_states(net, {"x": (2, 2, 3) if name == "Rows" else (2, 6)}, dynamic=["batch"])
+    with pytest.raises(StepcellError) as caught:
+        export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes, dynamic=["batch"], precision="float32")
+    assert re.search(rf"{file}, line \d+.*: len\(x\), and int\(\) and range\(\) of a size", str(caught.value.hint))

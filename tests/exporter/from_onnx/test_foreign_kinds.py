@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,15 @@ from torch import Tensor, nn
 
 from stepcell import StepLoop
 from stepcell.errors import InputError, UsageError
-from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
+from stepcell.exporter.from_onnx.fuse import FuseReport
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.size_rules import rules
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
+from tests.exporter.from_onnx.conftest import Adopt
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter warns of itself and of every constant it traces
 STEPS = 60
-Adopt = Callable[..., FuseReport]
-
-
-@pytest.fixture
-def adopt(tmp_path: Path) -> Adopt:
-    """Export a module as TorchScript's exporter does, and fuse the file; the files are `a.onnx` and `b.onnx`."""
-    torch.manual_seed(0)
-
-    def run(
-        net: nn.Module, inputs: Mapping[str, Tensor], outputs: str, dynamic: Any = None, **options: Any
-    ) -> FuseReport:
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        torch.onnx.export(
-            net.eval(),
-            tuple(inputs.values()),
-            str(tmp_path / "a.onnx"),
-            input_names=list(inputs),
-            output_names=outputs.split(),
-            dynamic_axes=dynamic,
-            opset_version=12,
-            dynamo=False,
-        )
-        return fuse(tmp_path / "a.onnx", tmp_path / "b.onnx", **options)
-
-    return run
 
 
 def require_equal(folder: Path, pairs: Mapping[str, str], frames: Sequence[Mapping[str, Any]], **fixed: Any) -> None:

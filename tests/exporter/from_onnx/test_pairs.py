@@ -170,6 +170,7 @@ def test_the_user_wins() -> None:
     swapped = pair("h c", "h_out c_out", {}, {"h": "c_out", "c": "h_out"})
     assert [(p.input, p.output, p.name) for p in swapped.pairs] == [("h", "c_out", "h"), ("c", "h_out", "c")]
     assert pair("h x:3", "h_next", {}, {"h": ""}).pairs == ()
+    assert swapped.notes == (), "names alone prove nothing"
     one = pair("mem_a mem_b", "p q", {}, {"mem_a": "q", "mem_b": "p"})
     assert [(p.input, p.output) for p in one.pairs] == [("mem_a", "q"), ("mem_b", "p")]
 
