@@ -36,6 +36,7 @@ _READERS: dict[str, Callable[..., EventReader]] = {
     ".es": EventStreamReader,
     ".csv": TextReader,
     ".txt": TextReader,
+    ".zip": TextReader,
     ".bin": NMnistReader,
     ".parquet": ParquetReader,
 }

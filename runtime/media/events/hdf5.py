@@ -26,6 +26,7 @@ from stepcell.runtime.media.events.reader import CHUNK, LARGEST
 __all__ = ["Hdf5Reader"]
 
 _ECF = 0x8ECF
+_BLOCK = 1 << 12  # events read at a time where a part is damaged
 _BUILT_IN = 256  # filters of HDF5 itself have lower numbers
 
 
@@ -69,14 +70,26 @@ class Hdf5Reader:
 
     def __iter__(self) -> Iterator[Events]:
         for number in range(0, len(self._columns[0]), CHUNK):
-            rows = slice(number, number + CHUNK)
+            yield from self._part(number, CHUNK)
+
+    def _part(self, number: int, count: int) -> Iterator[Events]:
+        """Events from a number on; of a damaged part those of its whole blocks before the damage, then the error."""
+        rows = slice(number, number + count)
+        try:
             with library_errors(self.name, InputError, what=f"events {number} on: broken or truncated"):
                 if self._fields:
                     table = self._columns[0][rows]
-                    x, y, p, t = (table[field] for field in self._fields)
+                    columns = [table[field] for field in self._fields]
                 else:
-                    x, y, p, t = (column[rows] for column in self._columns)
-            yield from events_of(self.name, number, x, y, p, self._shifted(t))
+                    columns = [column[rows] for column in self._columns]
+        except InputError:
+            if count == _BLOCK:
+                raise
+            for start in range(number, number + count, _BLOCK):
+                yield from self._part(start, _BLOCK)
+            return
+        x, y, p, t = columns
+        yield from events_of(self.name, number, x, y, p, self._shifted(t))
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""Text reader: .csv and .txt files with one event a line.
+"""Text reader: .csv and .txt files with one event a line, also one in a .zip, as E2VID distributes them.
 
 Which column is which is read from a line of names, if there is one. Otherwise it follows from the values: polarity is
 the column of 0 and 1 (or -1 and 1), and the order is either `t x y p`, as in the data sets of E2VID and of Mueggler et
@@ -9,17 +9,18 @@ microseconds.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
 from stepcell.runtime.media.events.columns import Events
-from stepcell.runtime.media.events.library_reader import events_of
+from stepcell.runtime.media.events.library_reader import events_of, reading
 from stepcell.runtime.media.events.names import columns_named
 from stepcell.runtime.media.events.reader import CHUNK
 
@@ -41,7 +42,7 @@ class TextReader:
     are the size of the sensor.
 
     Raises:
-        InputError: no lines of four numbers, or it does not show which column is which.
+        InputError: no lines of four numbers, it does not show which column is which, or an archive of several files.
     """
 
     format = "text"
@@ -49,35 +50,52 @@ class TextReader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.name = str(path)
         self._file = file
+        self._text: IO[bytes] = _only_member(self.name, file) if path.suffix.lower() == ".zip" else file
         self.size: tuple[int, int] | None = None
         self._names: list[str] = []
-        first = self._read_head()
-        self._waiting = [first, *islice(self._lines(), _LOOKED_AT)] if first else []
+        with reading(self.name):
+            first = self._read_head()
+            self._waiting = [first, *islice(self._lines(), _LOOKED_AT)] if first else []
         self._separator = next((each for each in ",;" if first and each in first), None)
         self._columns = len(self._split(first)) if first else 4
         self._order = self._find_order() if first else _ORDERS[0]
         self._seconds = bool(first) and not self._split(first or "")[self._order[3]].lstrip("+-").isdigit()
 
     def __iter__(self) -> Iterator[Events]:
-        number = 0
+        number, error = 0, None
         while self._waiting:
             yield from self._parse(self._waiting, number)
             number += len(self._waiting)
-            self._waiting = list(islice(self._lines(), _PART))
+            if error is not None:
+                raise error
+            self._waiting, error = self._next_lines()
+        if error is not None:
+            raise error
 
     def close(self) -> None:
+        self._text.close()
         self._file.close()
 
     def _lines(self) -> Iterator[str]:
-        while data := self._file.readline(_LONGEST):
+        while data := self._text.readline(_LONGEST):
             text = data.decode("ascii", "replace").strip()
             if text and text[0] not in "#%":
                 yield text
 
+    def _next_lines(self) -> tuple[list[str], InputError | None]:
+        """The next lines; fewer where an archive is damaged, and then the error."""
+        found: list[str] = []
+        try:
+            with reading(self.name):
+                found.extend(islice(self._lines(), _PART))  # keeps what came before an error
+        except InputError as error:
+            return found, error
+        return found, None
+
     def _read_head(self) -> str | None:
         """Read up to the first event and return its line; None: there is no event."""
         for number in range(_HEAD):
-            data = self._file.readline(_LONGEST)
+            data = self._text.readline(_LONGEST)
             if not data:
                 return None
             text = data.decode("utf-8-sig" if number == 0 else "ascii", "replace").strip()
@@ -145,6 +163,16 @@ class TextReader:
                 f"{self.name}: event {number + len(table)}: expected {self._columns} numbers, "
                 f"got {lines[len(table)][:60]!r}"
             )
+
+
+def _only_member(name: str, file: BinaryIO) -> IO[bytes]:
+    """The text of an archive that holds one; it is unpacked line by line."""
+    with reading(name, "not a readable .zip"):
+        archive = zipfile.ZipFile(file)
+        texts = [each for each in archive.namelist() if each.lower().endswith((".txt", ".csv"))]
+        if len(texts) != 1:
+            raise InputError(f"{name}: expected one .txt or .csv in it, got {len(texts)}", hint="unpack it")
+        return archive.open(texts[0])
 
 
 def _fits(table: NDArray[np.float64], order: tuple[int, int, int, int]) -> bool:

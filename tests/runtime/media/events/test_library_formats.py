@@ -108,6 +108,23 @@ def test_blosc(tmp_path: Path) -> None:
     assert_same(read(tmp_path / "events.h5"), EVENTS)
 
 
+def test_what_is_before_the_damage_in_hdf5_is_kept(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    events = some_events(20_000)
+    with h5py.File(tmp_path / "e.h5", "w") as file:
+        for name in "xypt":
+            file.create_dataset(f"events/{name}", data=getattr(events, name), chunks=(5000,), compression="gzip")
+        place = file["events/t"].id.get_chunk_info(2).byte_offset  # events 10,000 to 14,999
+    data = (tmp_path / "e.h5").read_bytes()
+    (tmp_path / "e.h5").write_bytes(data[:place] + bytes(200) + data[place + 200 :])
+    reader = open_events(tmp_path / "e.h5")
+    parts = []
+    with pytest.raises(InputError, match="events 8192 on: broken"):
+        parts.extend(reader)
+    reader.close()
+    assert_same(Events.join(parts), events[:8192])
+
+
 @pytest.mark.parametrize(
     ("group", "names", "other", "size"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,24 @@ def test_text(name: str, line: str, head: list[str], size: tuple[int, int] | Non
 def test_text_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepcell.runtime.media.events.text._PART", 7)
     assert_same(read(write_text(tmp_path / "e.csv", EVENTS, "{x},{y},{p},{t}")), EVENTS)
+
+
+def test_text_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepcell.runtime.media.events.text._PART", 100)
+    write_text(tmp_path / "events.txt", EVENTS, "{s:.6f} {x} {y} {p}", "640 480")
+    with zipfile.ZipFile(tmp_path / "e.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "events.txt", "data/events.txt")
+        archive.writestr("data/README", "about")
+    assert_same(read(tmp_path / "e.zip"), EVENTS)
+    whole = (tmp_path / "e.zip").read_bytes()
+    middle = len(whole) // 2
+    (tmp_path / "e.zip").write_bytes(whole[:middle] + bytes(50) + whole[middle + 50 :])
+    with pytest.raises(InputError, match=r"e\.zip"):
+        read(tmp_path / "e.zip")
+    with zipfile.ZipFile(tmp_path / "e.zip", "a") as archive:
+        archive.writestr("more.csv", "x,y,p,t")
+    with pytest.raises(InputError, match=r"expected one .txt or .csv in it, got 2"):
+        read(tmp_path / "e.zip")
 
 
 @pytest.mark.parametrize(
