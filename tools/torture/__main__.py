@@ -2,6 +2,7 @@
 
     python -m tools.torture --output benchmarks/results/torture.json
 
+The JSON file keeps the runs that are in it, so that the 500 kills can be made in several sittings, each with its seed.
 Every scenario runs the real command line in child processes. The exit code is 1 if a promise did not hold.
 """
 
@@ -18,8 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
+
+import av
+import numpy as np
+import onnxruntime
 
 from tools.torture import kills, limits, surroundings
 from tools.torture.common import Inputs, Outcome
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    earlier = json.loads(options.output.read_text())["runs"] if options.output and options.output.exists() else []
     with tempfile.TemporaryDirectory(prefix="stepcell-torture") as name:
         folder = Path(name)
         (folder / "inputs").mkdir()
@@ -58,8 +63,9 @@ def main() -> None:
                     outcomes.append(outcome)
                     _print(outcome)
                     if options.output:
+                        document = {"runs": [*earlier, _run(outcomes, options.seed)]}
                         options.output.parent.mkdir(parents=True, exist_ok=True)
-                        options.output.write_text(json.dumps(_document(outcomes, options.seed), indent=1) + "\n")
+                        options.output.write_text(json.dumps(document, indent=1) + "\n")
                 print(f"({scenario}: {time.monotonic() - started:.0f} s)", file=sys.stderr)
     sys.exit(any(outcome.broken for outcome in outcomes))
 
@@ -72,11 +78,12 @@ def _print(outcome: Outcome) -> None:
         print(f"    {line}", flush=True)
 
 
-def _document(outcomes: list[Outcome], seed: int) -> dict[str, object]:
+def _run(outcomes: list[Outcome], seed: int) -> dict[str, object]:
+    libraries = {"onnxruntime": onnxruntime.__version__, "av": av.__version__, "numpy": np.__version__}
     return {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("onnxruntime", "av", "numpy")}},
+        "versions": {"python": platform.python_version(), **libraries},
         "seed": seed,
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
