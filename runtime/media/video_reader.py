@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepcell.display import displayed
 from stepcell.errors import InputError
 from stepcell.optional_imports import require
 from stepcell.runtime.media.colour import Colour
@@ -68,7 +69,7 @@ class VideoSource(Source):
                     f"{self.name}: names other files, which are not opened",
                     hint=f"join them into one video first: ffmpeg -i {self.name} -c copy joined.mkv",
                 ) from error
-            raise InputError(f"{self.name}: cannot be opened as {what} ({_reason(error)})") from error
+            raise InputError(f"{self.name}: cannot be opened as {what} ({_reason(error)})") from _shown(error)
         if not self._container.streams.video:
             self._container.close()
             raise InputError(f"{self.name}: has no video stream")
@@ -112,7 +113,7 @@ class VideoSource(Source):
             raise InputError(
                 f"{self.name}: broken at frame {number} ({_reason(error)})",
                 hint="an animated .webp needs PyAV 19 or later" if webp else None,
-            ) from error
+            ) from _shown(error)
         if number == 0:
             raise InputError(f"{self.name}: holds no frame")
         self._check_complete(first, last)
@@ -198,6 +199,12 @@ def open_container(av: ModuleType, name: str, **options: Any) -> Any:
     if int(av.__version__.split(".")[0]) < 19:
         options["metadata_errors"] = "replace"
     return av.open(name, **options)
+
+
+def _shown(error: Exception) -> Exception:
+    """The same error without the secrets of its URL, which PyAV names: a stack shows it as the cause of ours."""
+    error.args = tuple(displayed(each) if isinstance(each, str) else each for each in error.args)
+    return error
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import av
 import numpy as np
 import pytest
 
+from stepcell.errors import InputError
 from stepcell.runtime.media.open_source import open_source
+from stepcell.runtime.media.video_reader import VideoSource
 from tests.cli.command import run
 
 Model = Callable[..., Path]
@@ -149,6 +152,11 @@ def test_a_password_is_not_told(accumulator: Model, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "http://***@127.0.0.1:1/x: lost" in " ".join(result.stderr.split())
     assert "secret" not in result.stderr + (tmp_path / "r.json").read_text()
+    with pytest.raises(InputError) as failed:
+        VideoSource(url)
+    stack = "".join(traceback.format_exception(failed.value))
+    assert "av.error" in stack
+    assert "secret" not in stack
 
 
 @pytest.mark.parametrize(
