@@ -25,7 +25,7 @@ from tests.fuzz.child import fuzz_one
 
 NAMES = (
     *("contract", "onnx", "build", "fuse", "checkpoint", "old-checkpoint", "safetensors", "sidecar", "snapshot"),
-    *("kernel", "npy", "npz", "dat", "raw", "video"),
+    *("kernel", "npy", "npz", "dat", "raw", "event-text", "video"),
 )
 LIBRARIES = ("atheris", "av", "msgspec", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "safetensors", "torch")
 

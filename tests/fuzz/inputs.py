@@ -323,7 +323,13 @@ def _raw() -> list[bytes]:
     return [
         b"% evt 2.0\n% geometry 8x8\n% end\n" + struct.pack(f"<{len(evt2)}I", *evt2),
         b"% evt 3.0\n% format EVT3;width=8;height=8\n% end\n" + struct.pack(f"<{len(evt3)}H", *evt3),
+        b"% evt 2.1\n% geometry 8x8\n% end\n" + b"".join(struct.pack("<II", 1, half) for half in evt2),
     ]
+
+
+def _text() -> list[bytes]:
+    head = ["%geometry:8,8", "x,y,p,t"]
+    return ["\n".join([*head, *(f"{n % 8},{n // 8},{n % 2},{n * 1000}" for n in range(64))]).encode()]
 
 
 def _use_events(path: Path) -> None:
@@ -387,5 +393,6 @@ INPUTS = (
     Input("npz", _npz, ".npz", _use_events, mutate_zip, cost=2),
     Input("dat", _dat, ".dat", _use_events, cost=2),
     Input("raw", _raw, ".raw", _use_events, cost=2),
+    Input("event-text", _text, ".csv", _use_events, cost=2),
     Input("video", _videos, ".mp4", _use_video, cost=10),
 )

@@ -149,7 +149,8 @@ class TextReader:
 
     def _is_event(self, line: str) -> bool:
         fields = self._split(line)
-        return len(fields) == self._columns and all(_NUMBER.fullmatch(each) for each in fields)
+        plain = line.replace("\t", " ").isprintable()
+        return plain and len(fields) == self._columns and all(_NUMBER.fullmatch(each) for each in fields)
 
     def _split(self, line: str) -> list[str]:
         return [each.strip() for each in line.split(self._separator)]

@@ -82,12 +82,13 @@ def test_text_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("x,y,p,t\n1,2,1,5\n1,2,7,6\n", "event 1: p: expected 0 and 1"),
         ("x,y,p,t\n1,2,1,5\n1.5,2,1,6\n", "event 1: x: expected a pixel"),
         ("x,y,p,t\n1,2,1,5\n-1,2,1,6\n", r"event 1 at \(-1, 2\), 6 us: outside"),
+        ("x,y,p,t\n1,2,1,5\n1,2\r,1,6\n", "event 1: expected 4 numbers"),
         ("", "contains no event"),
         ("\n" * 200, "100 lines without an event"),
     ],
 )
 def test_text_that_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "e.csv").write_text(text)
+    (tmp_path / "e.csv").write_bytes(text.encode())
     with pytest.raises(InputError, match=message):
         read(tmp_path / "e.csv")
 
