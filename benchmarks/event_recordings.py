@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SIZE", "write_dat", "write_evt2", "write_evt3"]
+__all__ = ["SIZE", "evt3_block", "write_dat", "write_evt2", "write_evt3"]
 
 SIZE = (1280, 720)
 _EVENTS_PER_SECOND = 20e6
@@ -21,32 +21,43 @@ def write_evt3(path: Path, size: int, seed: int = 0) -> None:
     with path.open("wb") as file:
         file.write(header.encode())
         while file.tell() < size:
-            words, time = _evt3_words(rng, time)
-            file.write(words.tobytes())
+            times = time + np.cumsum(rng.random(50_000) < 0.15).astype(np.int64)
+            file.write(_evt3_words(rng, times, None if time == 0 else time)[0].tobytes())
+            time = int(times[-1])
 
 
-def _evt3_words(rng: np.random.Generator, time: int) -> tuple[NDArray[np.uint16], int]:
-    rows = 50_000  # each: time words if the time has changed, the row, then its events
-    times = time + np.cumsum(rng.random(rows) < 0.15).astype(np.int64)
+def evt3_block(events: int, microseconds: int) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Words with about so many events over a multiple of 4096 us, and the places of the upper halves of the time.
+
+    Added to these, they are the block that follows.
+    """
+    rng = np.random.default_rng(0)
+    times = np.sort(rng.integers(0, microseconds, int(events / 3.37)))
+    return _evt3_words(rng, times, None)
+
+
+def _evt3_words(
+    rng: np.random.Generator, times: NDArray[np.int64], before: int | None
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Words of a row at each time: the time, the row, then its events."""
+    rows = len(times)
     vectors = rng.random(rows) < 0.3
     singles = np.where(vectors, 0, rng.geometric(0.6, rows))
     length = 2 + np.where(vectors, 1 + 3, singles)  # time, row, then base and three vectors or single events
     begins = np.cumsum(length) - length
     words = np.empty(length.sum(), np.int64)
-    single = np.ones(len(words), bool)
     x = rng.integers(0, SIZE[0] - 40, len(words))
     words[:] = 2 << 12 | rng.integers(0, 2, len(words)) << 11 | x
     words[begins] = 6 << 12 | times & 0xFFF
-    single[begins] = False
     words[begins + 1] = rng.integers(0, SIZE[1], rows)
     at = begins[vectors]
     words[at + 2] = 3 << 12 | rng.integers(0, 2, len(at)) << 11 | x[at]
     for place, bits in ((3, 12), (4, 12), (5, 8)):
         masks = rng.integers(0, 1 << bits, len(at)) & rng.integers(0, 1 << bits, len(at))
         words[at + place] = (4 if bits == 12 else 5) << 12 | masks
-    changed = np.flatnonzero(np.diff(times >> 12, prepend=-1 if time == 0 else time >> 12))
+    changed = np.flatnonzero(np.diff(times >> 12, prepend=-1 if before is None else before >> 12))
     words = np.insert(words, begins[changed], 8 << 12 | times[changed] >> 12 & 0xFFF)
-    return words.astype("<u2"), int(times[-1])
+    return words.astype("<u2"), begins[changed] + np.arange(len(changed))
 
 
 def write_evt2(path: Path, size: int, seed: int = 0) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from stepcell.errors import InputError
+from stepcell.runtime.media.events.bad_events import BadEventError
 from stepcell.runtime.media.source import BadEventCounts, Source
 from stepcell.runtime.streams.reconnect import Reconnect
 
@@ -172,7 +173,7 @@ class FrameReader:
                     break
                 started = time.monotonic()
         except InputError as error:
-            if self._reconnect is None:
+            if self._reconnect is None or isinstance(error, BadEventError):
                 raise
             return error
         return None

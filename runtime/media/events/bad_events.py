@@ -12,7 +12,7 @@ from stepcell.errors import InputError
 from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.source import BadEvent, BadEventCounts
 
-__all__ = ["BadEvents", "OnBadEvent"]
+__all__ = ["BadEventError", "BadEvents", "OnBadEvent"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,10 @@ _HINT = (
     "--on-bad-event drop leaves such events out, clamp moves them onto the sensor and to the time of the event before; "
     "if there are many, the file is broken or the size is that of another camera"
 )
+
+
+class BadEventError(InputError):
+    """A bad event ends the stream, which is not opened again."""
 
 
 class BadEvents:
@@ -79,7 +83,7 @@ class BadEvents:
         if self._policy == "stop":
             row = int(bad.argmax())
             self.counts["outside" if outside[row] else "back in time"] += 1
-            return events[:row], InputError(self._describe(events, row, outside, latest), hint=_HINT)
+            return events[:row], BadEventError(self._describe(events, row, outside, latest), hint=_HINT)
         kinds: tuple[tuple[BadEvent, NDArray[np.bool_]], ...] = (("outside", outside), ("back in time", early))
         for kind, rows in kinds:
             if rows.any() and not self.counts[kind]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepcell.errors import InputError, UsageError
 from stepcell.runtime.media.events.aedat4 import Aedat4Reader
+from stepcell.runtime.media.events.byte_stream import is_fifo
 from stepcell.runtime.media.events.dat import DatReader
 from stepcell.runtime.media.events.event_stream import EventStreamReader
 from stepcell.runtime.media.events.hdf5 import Hdf5Reader
@@ -63,6 +64,8 @@ def open_events(path: Path, stream: str | None = None) -> EventReader:
         UsageError: several streams of events and none chosen, or one chosen of a format that holds only one.
         MissingDependencyError: the package that reads this format is not installed.
     """
+    if is_fifo(path):
+        raise InputError(f"{path}: is a pipe, and a file is needed", hint="`stepcell run` reads events from pipes")
     suffix = path.suffix.lower()
     reader = RosbagReader if is_rosbag_folder(path) else _READERS.get(suffix)
     if reader is None:

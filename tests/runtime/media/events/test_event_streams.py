@@ -146,6 +146,27 @@ def test_a_lost_connection_is_made_again(firenet_onnx: Path, tmp_path: Path) -> 
     assert (report["frames"], report["reconnects"]) == (40, 1)
 
 
+def test_a_bad_event_ends_the_stream_even_if_it_could_be_opened_again(firenet_onnx: Path, tmp_path: Path) -> None:
+    events = some_events()
+    t = events.t.copy()
+    t[4000] = 0
+    write_dat(tmp_path / "e.dat", [Events(events.x, events.y, events.p, t)], SIZE)
+    data = (tmp_path / "e.dat").read_bytes()
+    with served(data, data) as address:
+        command = ["run", str(firenet_onnx), "--event-window", "10ms", "-i", address, "--reconnect", "inf"]
+        result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "out.npy")])
+    assert result.exit_code == 1
+    assert "event 4000 at" in " ".join(result.stderr.split())
+    assert len(np.load(tmp_path / "out.npy")) == np.ceil((t[3999] - t[:1] + 1) / 10_000) - 1
+
+
+def test_a_pipe_where_a_file_is_needed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.raw")
+    result = CliRunner().invoke(main, ["events", str(tmp_path / "pipe.raw")])
+    assert result.exit_code == 1
+    assert "is a pipe, and a file is needed" in " ".join(result.stderr.split())
+
+
 def test_windows_go_on_in_silence(pipe: Path, tmp_path: Path) -> None:
     """Nothing is written after the first events, and the pipe stays open."""
     write_dat(tmp_path / "e.dat", [some_events(100, span=5000)], SIZE)
