@@ -2,7 +2,8 @@
 
 Events are the datasets x, y, p and t of one group; in DSEC `events`, with the offset of t in `t_offset` (Gehrig et al.
 2021, https://dsec.ifi.uzh.ch). The same columns with other names, or as the fields of one dataset such as `CD/events`
-of Prophesee's files, are read too. Those are compressed with Prophesee's own codec, ECF, which no package holds.
+of Prophesee's files, are read too; those are compressed with Prophesee's own codec, ECF, which no package holds. MVSEC
+(Zhu et al. 2018) has tables `events` of four floats: x, y, t in seconds, p.
 """
 
 from __future__ import annotations
@@ -77,18 +78,14 @@ class Hdf5Reader:
         rows = slice(number, number + count)
         try:
             with library_errors(self.name, InputError, what=f"events {number} on: broken or truncated"):
-                if self._fields:
-                    table = self._columns[0][rows]
-                    columns = [table[field] for field in self._fields]
-                else:
-                    columns = [column[rows] for column in self._columns]
+                parts = [column[rows] for column in self._columns]
+                x, y, p, t = parts if len(parts) == 4 else _of_table(parts[0])
         except InputError:
             if count == _BLOCK:
                 raise
             for start in range(number, number + count, _BLOCK):
                 yield from self._part(start, _BLOCK)
             return
-        x, y, p, t = columns
         yield from events_of(self.name, number, x, y, p, self._shifted(t))
 
     def close(self) -> None:
@@ -102,13 +99,12 @@ class Hdf5Reader:
     def _find(self) -> dict[str, list[Any]]:
         """The groups and datasets that hold events, by name; only hard links of the file are followed."""
         found: dict[str, list[Any]] = {}
-        self._tables: dict[str, tuple[str, ...]] = {}
 
         def look(name: str, item: Any) -> None:
             if isinstance(item, self._h5py.Dataset):
-                fields = columns_named(item.dtype.names or ())
-                if fields is not None and item.ndim == 1:
-                    found[name], self._tables[name] = [item], fields
+                floats = item.ndim == 2 and item.shape[1] == 4 and name.rpartition("/")[2] == "events"
+                if floats or (item.ndim == 1 and columns_named(item.dtype.names or ()) is not None):
+                    found[name] = [item]
                 return
             children = [key for key in item if item.get(key, getlink=True).__class__.__name__ == "HardLink"]
             datasets = {key: item[key] for key in children}
@@ -121,10 +117,6 @@ class Hdf5Reader:
         look("", self._file)
         self._file.visititems(look)
         return found
-
-    @property
-    def _fields(self) -> tuple[str, ...] | None:
-        return next(iter(self._tables.values())) if len(self._columns) == 1 else None
 
     def _require_readable(self, dataset: Any) -> None:
         if dataset.is_virtual or dataset.external:
@@ -166,3 +158,13 @@ class Hdf5Reader:
         if not all(0 < side <= LARGEST for side in sides):
             raise InputError(f"{self.name}: width and height: expected 1 to {LARGEST} pixels, got {sides}")
         return int(sides[0]), int(sides[1])
+
+
+def _of_table(table: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """x, y, p and t of a table with named fields, or of MVSEC's."""
+    fields = columns_named(table.dtype.names or ())
+    if fields is not None:
+        x, y, p, t = (table[field] for field in fields)
+    else:
+        x, y, t, p = table.T
+    return x, y, p, t

@@ -155,6 +155,20 @@ def test_events_as_one_table_of_hdf5(tmp_path: Path) -> None:
     assert sensor(tmp_path / "e.hdf5") == SIZE
 
 
+def test_mvsec(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    table = np.stack([EVENTS.x, EVENTS.y, EVENTS.t / 1e6 + 1.5e9, EVENTS.p * 2.0 - 1], 1)
+    with h5py.File(tmp_path / "e.hdf5", "w") as file:
+        file["davis/left/events"] = table
+        file["davis/left/image_raw"] = np.zeros((2, 4, 4), np.uint8)
+    later = Events(EVENTS.x, EVENTS.y, EVENTS.p, EVENTS.t + 1_500_000_000_000_000)
+    assert_same(read(tmp_path / "e.hdf5"), later)
+    with h5py.File(tmp_path / "e.hdf5", "w") as file:
+        file["davis/left/events"] = table[:, [2, 0, 1, 3]]
+    with pytest.raises(InputError, match="event 0: x: expected a pixel"):
+        read(tmp_path / "e.hdf5")
+
+
 def test_two_groups_of_hdf5(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     with h5py.File(write_hdf5(tmp_path / "e.h5", "left/events"), "a") as file:
