@@ -15,7 +15,7 @@ from stepcell.exporter.module_step import module_step
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import Arrays, Seen, Step, file_step, noting, random_clip, smooth_clip
 from stepcell.exporter.rounding import CheckedFile, check_rounding, compare
-from stepcell.exporter.step_onnx.contract import sizes_for_check
+from stepcell.exporter.step_onnx.check_cost import affordable
 
 __all__ = ["STEPS", "check_export"]
 
@@ -29,6 +29,8 @@ def check_export(
 ) -> Parity:
     """Compare over random and smooth frames, at two sizes where sizes are dynamic; every state must matter.
 
+    Where a step is expensive, sizes are smaller and steps fewer (`affordable`).
+
     Args:
         model: the module in float32, weights as in the checkpoint.
         data: the file.
@@ -41,11 +43,13 @@ def check_export(
         ParityError: the file computes something else than the module, or is beyond its bound.
         ExportError: ONNX Runtime does not load the file, or a state changes nothing.
     """
+    in_torch = _torch_step(model, contract)
+    chosen, steps = affordable(in_torch, contract, steps)
     clips = []
-    for sizes, make in zip(sizes_for_check(contract) * 2, (random_clip, smooth_clip), strict=False):
+    for sizes, make in zip(chosen * 2, (random_clip, smooth_clip), strict=False):
         shapes = {spec.name: resolve(spec.shape, sizes) for spec in contract.inputs} | contract.state_shapes(sizes)
         clips.append(make(contract, f"sizes {dict(sizes)}", shapes, steps))
-    reference = noting(_torch_step(model, contract), seen)
+    reference = noting(in_torch, seen)
     in_onnx_runtime = CheckedFile(
         data=data,
         step=file_step(OnnxSession(data, "the exported file"), contract),

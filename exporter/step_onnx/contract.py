@@ -31,6 +31,7 @@ TORCH_DTYPES = {
 _DEFAULT_SIZES = {"batch": 1}
 _DEFAULT_SIZE = 256
 # Two sizes for height, width and others to compare at: different from one another also when both are rounded up to 32.
+_SMALLEST = 8
 _CHECK_SIZES = ((32, 33), (40, 30), (36, 37), (44, 31))
 
 
@@ -120,16 +121,21 @@ def sizes_for_trace(contract: StepContract) -> dict[str, int]:
     return sizes
 
 
-def sizes_for_check(contract: StepContract) -> list[dict[str, int]]:
-    """Sizes to compare at: small where they are dynamic, and two sets, to find sizes that were fixed by mistake."""
+def sizes_for_check(contract: StepContract, *, scale: float = 1.0) -> list[dict[str, int]]:
+    """Sizes to compare at: small where they are dynamic, and two sets, to find sizes that were fixed by mistake.
+
+    Args:
+        scale: of them, for a model whose step is expensive; none becomes smaller than `_SMALLEST`.
+    """
     multiple = _multiple(contract.inputs)
     first, second = dict(contract.example), dict(contract.example)
     if "batch" in contract.symbols:
         first["batch"], second["batch"] = 1, 2
     for index, symbol in enumerate(symbol for symbol in contract.symbols if symbol != "batch"):
         one, other = _CHECK_SIZES[index % len(_CHECK_SIZES)]
-        first[symbol] = min(first[symbol], _up(one, multiple))
-        second[symbol] = min(second[symbol], _up(other, multiple))
+        one, other = (_up(max(_SMALLEST, round(scale * size)), multiple) for size in (one, other))
+        first[symbol] = min(first[symbol], one)
+        second[symbol] = min(second[symbol], other + multiple * (other == one))
     return [first, second] if contract.symbols else [first]
 
 
