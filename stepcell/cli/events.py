@@ -60,8 +60,6 @@ def command(
     from stepcell.runtime.media.events.summary import summarise_events
     from stepcell.runtime.media.open_sink import VIDEOS
 
-    if file == Path("-") or (file.exists() and not (file.is_file() or file.is_dir())):
-        raise UsageError(f"{file}: a stream, expected a file", hint="record it: cat SOURCE > recording.raw")
     size = parse_size(size_text) if size_text else None
     window = EventWindow.parse(window_text, subject="--event-window")
     if window.unit != "us":

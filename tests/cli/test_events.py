@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import av
@@ -144,11 +143,3 @@ def test_no_events(tmp_path: Path) -> None:
     assert "contains no event" in events(tmp_path / "e.raw").stderr
     assert events(tmp_path / "missing.raw").exit_code == 1
     assert "expected .dat" in " ".join(events(tmp_path / "e.xyz").stderr.split())
-
-
-def test_a_stream_is_to_be_recorded(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.raw")
-    for name in (tmp_path / "pipe.raw", "-"):
-        result = events(name)
-        assert result.exit_code == 2
-        assert "record it: cat SOURCE > recording.raw" in result.stderr
