@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from stepcell.cli import main
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec, EventWindow
-from stepcell.runtime.media.events import Events, stream_clock, write_dat
+from stepcell.runtime.media.events import Events, EventSource, stream_clock, write_dat
 from stepcell.runtime.media.events.stream_clock import StreamClock
 from stepcell.runtime.media.events.windows import split_windows
 from stepcell.runtime.media.open_source import open_source
@@ -162,9 +162,8 @@ def test_a_bad_event_ends_the_stream_even_if_it_could_be_opened_again(firenet_on
 
 def test_a_pipe_where_a_file_is_needed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.raw")
-    result = CliRunner().invoke(main, ["events", str(tmp_path / "pipe.raw")])
-    assert result.exit_code == 1
-    assert "is a pipe, and a file is needed" in " ".join(result.stderr.split())
+    with pytest.raises(InputError, match="is a pipe, and a file is needed"):
+        EventSource(tmp_path / "pipe.raw", spec())
 
 
 def test_windows_go_on_in_silence(pipe: Path, tmp_path: Path) -> None:
