@@ -71,7 +71,8 @@ def write_event_picture(path: Path, summary: EventSummary, size: tuple[int, int]
     for events in _parts(summary, size):
         for start, panel in zip(starts, panels, strict=True):
             first, last = np.searchsorted(events.t, [start, start + window])
-            panel += _counts(events[int(first) : int(last)], size)
+            if first < last:
+                panel += _counts(events[int(first) : int(last)], size)
         place = (events.t - summary.start_us) * (width - 1) // max(1, span)
         for at, rows in enumerate((~events.p, events.p)):
             strip[at] += np.bincount(place[rows], minlength=width)

@@ -17,6 +17,7 @@ from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.evt2 import Evt2
 from stepcell.runtime.media.events.evt3 import Evt3
 from stepcell.runtime.media.events.evt21 import Evt21
+from stepcell.runtime.media.events.libcaer_cmp import LibcaerCmp
 from stepcell.runtime.media.events.reader import unwrap_counter
 
 __all__ = ["DECODERS", "PacketDecoder"]
@@ -107,6 +108,7 @@ class EventPacket:
     def __init__(self, name: str, *, ros1: bool) -> None:
         self._name, self._ros1 = name, ros1
         self._decoder: Evt2 | Evt21 | Evt3 | None = None
+        self._compressed = LibcaerCmp()
         self._encoding: str | None = None
 
     def size(self, message: Any) -> tuple[int, int] | None:
@@ -128,10 +130,13 @@ class EventPacket:
             return _mono(np.frombuffer(data, "<u8", len(data) // 8), base)
         if encoding == "libcaer":
             return _libcaer(np.frombuffer(data, "<u4", len(data) // 8 * 2), base)
+        if encoding == "libcaer_cmp":
+            return self._compressed.decode(np.frombuffer(data, "<u2", len(data) // 2), base)
         if self._decoder is None:
             if encoding not in _ENCODINGS:
+                known = ", ".join(("mono", "libcaer", "libcaer_cmp", *_ENCODINGS))
                 raise InputError(
-                    f"{self._name}: events encoded as {encoding}, expected mono, libcaer, {', '.join(_ENCODINGS)}",
+                    f"{self._name}: events encoded as {encoding}, expected {known}",
                     hint="event_camera_tools converts a recording to dvs_msgs",
                 )
             self._decoder = _ENCODINGS[encoding]()

@@ -207,7 +207,7 @@ def test_values_outside_an_hdf5_file_are_not_read(tmp_path: Path) -> None:
         read(tmp_path / "e.h5")
 
 
-KINDS = ["dvs_msgs", "evt2", "evt21", "evt3", "mono", "libcaer"]
+KINDS = ["dvs_msgs", "evt2", "evt21", "evt3", "mono", "libcaer", "libcaer_cmp"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,7 +233,9 @@ def test_a_rosbag_of_two_cameras(tmp_path: Path) -> None:
 def test_messages_that_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("rosbags")
     path = write_rosbag(tmp_path / "e.bag", {"/camera": EVENTS}, SIZE, "other")
-    with pytest.raises(InputError, match="events encoded as other, expected mono, libcaer, evt2, evt21, evt3"):
+    with pytest.raises(
+        InputError, match="events encoded as other, expected mono, libcaer, libcaer_cmp, evt2, evt21, evt3"
+    ):
         read(path)
     (tmp_path / "e.db3").write_bytes(b"no data base" * 100)
     with pytest.raises(InputError, match="not a readable rosbag"):

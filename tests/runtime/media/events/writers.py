@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,26 @@ def _encoded(events: Events, kind: str) -> list[tuple[int, bytes]]:
         records = np.stack([x << 17 | y << 2 | p << 1 | 1, t - t[0]], 1).astype("<u4")
         cuts = [slice(start, start + STEP) for start in range(0, len(t), STEP)]
         return [(int(t[0]) * 1000, records[cut].tobytes()) for cut in cuts]
+    if kind == "libcaer_cmp":
+        return list(_libcaer_cmp(events))
     encoders = {"evt2": encode_evt2, "evt3": encode_evt3}
     data = encode_evt21(events, legacy=False) if kind == "evt21" else encoders.get(kind, encode_evt2)(events).tobytes()
     return [(0, data[start : start + 8 * STEP]) for start in range(0, len(data), 8 * STEP)]
+
+
+def _libcaer_cmp(events: Events) -> Iterator[tuple[int, bytes]]:
+    """Time base in microseconds; the column of the last event of a message goes on in the next one."""
+    column = -1
+    for start in range(0, len(events), STEP):
+        part = events[start : start + STEP]
+        base, time, words = int(part.t[0]), 0, []
+        for x, y, p, t in zip(*(getattr(part, name).tolist() for name in "xypt"), strict=True):
+            if t - base != time:
+                high, low = (t - base) >> 12, (t - base) & 0xFFF
+                words += [high] if high != time >> 12 else []
+                words += [1 << 12 | low] if low != time & 0xFFF else []
+                time = t - base
+            words += [2 << 12 | x] if x != column else []
+            column = x
+            words.append(3 << 12 | int(p) << 11 | y)
+        yield base, np.array(words, "<u2").tobytes()
