@@ -1,8 +1,9 @@
 """libcaer_cmp decoder: 16-bit words of ROS drivers of iniVation cameras, much like EVT 3.0 with columns for rows.
 
-The upper four bits of a word are its type: 0 and 1 the upper and the lower 12 bits of the time in microseconds since the
-time base of the message; 2 the column; 3 an event, its row and polarity; 4 row and polarity of a vector; 5 a vector, a
-bit for each of 8 rows from there on. Column and vector apply until the next word of their type, time within a message.
+The upper four bits of a word are its type: 0 and 1 the upper and the lower 12 bits of the time since the time base of
+the message, in microseconds; 2 the column; 3 an event, its row and polarity; 4 row and polarity of a vector; 5 a
+vector, a bit for each of 8 rows from there on. Column and vector apply until the next word of their type, time within
+a message.
 https://github.com/ros-event-camera/event_camera_codecs (libcaer_cmp_types.h, libcaer_cmp_decoder.h)
 """
 
