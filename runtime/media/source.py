@@ -54,6 +54,10 @@ class Source(Protocol):
     @abstractmethod
     def __iter__(self) -> Iterator[NDArray[Any]]: ...
 
+    def interrupt(self) -> None:
+        """End the iteration soon, even if it waits for a sender that is silent; called from any thread."""
+        return
+
     def close(self) -> None:
         """Release the source; it is not read afterwards."""
         return

@@ -130,6 +130,7 @@ class FrameReader:
         self._join_until = time.monotonic() + JOIN_SECONDS
         self._stopping.set()
         with self._changed:
+            getattr(self._source, "interrupt", lambda: None)()
             self._changed.notify_all()
 
     def join(self) -> None:

@@ -40,6 +40,7 @@ class ByteStream:
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
         self._head, self._at = b"", 0  # the bytes of the header, and the place in them
+        self._interrupted = False
 
     def tell(self) -> int:
         """Bytes of the header that were read."""
@@ -71,7 +72,7 @@ class ByteStream:
             self._at += len(data)
             return data
         if not self._ready(WAIT_SECONDS):
-            return None
+            return b"" if self._interrupted else None
         data = self._read(size)
         while data and len(data) < size and self._ready(0.0):
             more = self._read(size - len(data))
@@ -80,6 +81,10 @@ class ByteStream:
                 break
         return data
 
+    def interrupt(self) -> None:
+        """The end comes as soon as nothing else does; called from any thread."""
+        self._interrupted = True
+
     def close(self) -> None:
         """Close the descriptor."""
         with contextlib.suppress(OSError):
@@ -87,7 +92,8 @@ class ByteStream:
 
     def _wait(self, size: int) -> bytes:
         while not self._ready(WAIT_SECONDS):
-            pass
+            if self._interrupted:
+                return b""
         return self._read(size)
 
     def _ready(self, seconds: float) -> bool:

@@ -7,7 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,19 @@ from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.names import columns_named
 from stepcell.runtime.media.events.reader import EventReader
 
-__all__ = ["CAMERAS", "DvReader", "NeuromorphicReader"]
+__all__ = ["CAMERAS", "DvReader", "LiveCamera", "NeuromorphicReader"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.002  # dv-processing has no call that waits
+
+
+class LiveCamera(EventReader, Protocol):
+    """A reader that waits for a camera."""
+
+    def interrupt(self) -> None:
+        """End the iteration soon; called from any thread."""
+        ...
 
 
 class DvReader:
@@ -55,13 +63,14 @@ class DvReader:
                 raise InputError(f"{url}: {self._reader.getCameraName()} sends no events there")
             width, height = self._reader.getEventResolution()
         self.size: tuple[int, int] | None = (int(width), int(height))
+        self._interrupted = False
 
     def __iter__(self) -> Iterator[Events]:
         waited = time.monotonic()
         while True:
             with library_errors(self.name, InputError, what="cannot be read"):
-                running = self._reader is not None and self._reader.isRunning()
-                batch = self._reader.getNextEventBatch() if self._reader is not None else None
+                running = self._reader.isRunning() and not self._interrupted
+                batch = self._reader.getNextEventBatch()
             if batch is not None and batch.size():
                 yield _events(batch.numpy())
             elif not running:
@@ -73,8 +82,11 @@ class DvReader:
                 yield Events.empty(0)
             waited = time.monotonic()
 
+    def interrupt(self) -> None:
+        self._interrupted = True
+
     def close(self) -> None:
-        self._reader = None
+        self._reader = None  # its destructor ends the connection
 
 
 class NeuromorphicReader:
@@ -99,9 +111,10 @@ class NeuromorphicReader:
             properties = self._device.properties()
         self.size: tuple[int, int] | None = (int(properties.width), int(properties.height))
         self._lost = 0  # times that the computer was too slow for the camera
+        self._interrupted = False
 
     def __iter__(self) -> Iterator[Events]:
-        while True:
+        while not self._interrupted:
             with library_errors(self.name, InputError, what="cannot be read"):
                 try:
                     _, packet = next(self._device)
@@ -111,6 +124,9 @@ class NeuromorphicReader:
             if packet is not None and packet.polarity_events_overflow_indices is not None:
                 self._say_lost(len(packet.polarity_events_overflow_indices))
             yield _events(events) if events is not None else Events.empty(0)
+
+    def interrupt(self) -> None:
+        self._interrupted = True
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -124,7 +140,7 @@ class NeuromorphicReader:
         self._lost += times
 
 
-CAMERAS: dict[str, Callable[[str], EventReader]] = {"dv://": DvReader, "neuromorphic://": NeuromorphicReader}
+CAMERAS: dict[str, Callable[[str], LiveCamera]] = {"dv://": DvReader, "neuromorphic://": NeuromorphicReader}
 
 
 def _events(records: NDArray[Any]) -> Events:

@@ -16,7 +16,7 @@ from stepcell.runtime.media.events.bad_events import BadEvents, OnBadEvent
 from stepcell.runtime.media.events.byte_stream import STDIN, TCP, ByteStream, is_fifo, open_byte_stream
 from stepcell.runtime.media.events.dat import DatReader
 from stepcell.runtime.media.events.header import read_header
-from stepcell.runtime.media.events.live_cameras import CAMERAS
+from stepcell.runtime.media.events.live_cameras import CAMERAS, LiveCamera
 from stepcell.runtime.media.events.raw import RawReader
 from stepcell.runtime.media.events.reader import EventReader, require_size, validated
 from stepcell.runtime.media.events.source import frame_rate
@@ -36,7 +36,7 @@ class EventStream(Source):
 
     Args:
         name: of the stream.
-        opened: what is read, for `close`.
+        opened: what is read, for `interrupt` and `close`.
         reader: waits for the header and returns the reader.
         spec: encoding of the tensor, and the window.
         size: (width, height) of the sensor in pixels, if the stream does not say.
@@ -49,7 +49,7 @@ class EventStream(Source):
     def __init__(
         self,
         name: str,
-        opened: ByteStream | EventReader,
+        opened: ByteStream | LiveCamera,
         reader: Callable[[], EventReader],
         spec: EventSpec,
         size: tuple[int, int] | None,
@@ -77,6 +77,9 @@ class EventStream(Source):
         """Bad events so far, by kind."""
         return self._bad.counts if self._bad is not None else {}
 
+    def interrupt(self) -> None:
+        self._opened.interrupt()
+
     def close(self) -> None:
         self._opened.close()
 
@@ -98,7 +101,7 @@ def open_event_stream(
     """
     camera = next((camera for scheme, camera in CAMERAS.items() if text.startswith(scheme)), None)
     if camera is not None:
-        driver: EventReader = camera(text)
+        driver = camera(text)
         return EventStream(text, driver, lambda: driver, spec, size, on_bad_event)
     stream = open_byte_stream(text)
     reader = functools.partial(_reader_of, stream)

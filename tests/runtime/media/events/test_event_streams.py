@@ -25,6 +25,7 @@ from stepcell.runtime.media.events.stream_clock import StreamClock
 from stepcell.runtime.media.events.windows import split_windows
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.source import Source
+from stepcell.runtime.streams.frame_reader import FrameReader
 from tests.runtime.media.events.files import encode_evt2, encode_evt3, write_raw
 
 SIZE = (48, 32)
@@ -158,6 +159,18 @@ def test_a_bad_event_ends_the_stream_even_if_it_could_be_opened_again(firenet_on
     assert result.exit_code == 1
     assert "event 4000 at" in " ".join(result.stderr.split())
     assert len(np.load(tmp_path / "out.npy")) == np.ceil((t[3999] - t[:1] + 1) / 10_000) - 1
+
+
+@pytest.mark.parametrize("sent", ["nothing", "header", "events"])
+def test_a_reader_that_waits_for_a_silent_sender_can_be_stopped(sent: str, pipe: Path, tmp_path: Path) -> None:
+    data = recording(tmp_path, "dat").read_bytes()
+    writer = os.open(pipe, os.O_RDWR)
+    os.write(writer, {"nothing": b"", "header": data[:70], "events": data}[sent])
+    reader = FrameReader(open_source(str(pipe), events=spec("1000000events")), threading.Condition())
+    reader.stop()
+    reader.join()
+    os.close(writer)
+    assert reader.ended
 
 
 def test_a_pipe_where_a_file_is_needed(tmp_path: Path) -> None:
