@@ -257,7 +257,10 @@ def _node(proto: NodeProto, opset: int, widening: Widening, outer: frozenset[str
     if proto.domain not in ("", "ai.onnx") or proto.op_type not in OPERATORS:
         domain = f"{proto.domain}::" if proto.domain else ""
         raise EvaluationError(
-            f"node {proto.name or proto.output[0]!r}: operator {domain}{proto.op_type} is not implemented"
+            f"node {proto.name or proto.output[0]!r}: operator {domain}{proto.op_type} is not implemented",
+            hint="ONNX Runtime writes such operators when it saves an optimised file: take the file as it was before"
+            if domain.startswith("com.microsoft")
+            else None,
         )
     node = Node(proto.op_type, proto.name, list(proto.input), list(proto.output), {}, opset, widening)
     for attribute in proto.attribute:

@@ -243,7 +243,7 @@ def _digest(array: NDArray[Any]) -> bytes:
 def _row_axes(contract: StepContract, clip: Clip) -> dict[str, int] | None:
     """By tensor name the axis that counts rows; None where there is one row."""
     found: dict[str, int] = {state.name: state.batch_axis for state in contract.states if state.batch_axis is not None}
-    own = [spec for spec in (*contract.inputs, *contract.outputs) if not is_shared(spec)]
+    own = [spec for spec in (*contract.inputs, *contract.outputs) if spec.shape and not is_shared(spec)]
     if len(found) < len(contract.states) or any(spec.batch_axis is None for spec in own):
         return None
     batch = {state.streams for state in contract.states}

@@ -64,7 +64,7 @@ class Clip:
         for number in range(len(self._frames)):
             frame = {}
             for spec in contract.inputs:
-                if is_shared(spec):
+                if is_shared(spec) or not spec.shape:  # one number for all rows
                     frame[spec.name] = self[number][spec.name]
                     continue
                 axis = _batch_axis(contract, spec)
@@ -85,7 +85,8 @@ def _batch_axis(contract: StepContract, spec: TensorSpec) -> int:
 def sizes_for(contract: StepContract, shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, int]:
     """A value for every symbol: from `shapes` where given, else small ones.
 
-    A batch is 1, any other symbol at most 64 (or the next multiple that the model needs).
+    A batch is 1, a size of pictures at most 64 (or the next multiple that the model needs), any other as in the
+    contract's `example`, since a model of sound or features need not run with another.
     """
     unknown = sorted(set(shapes or {}) - {spec.name for spec in contract.inputs})
     if unknown:
@@ -94,8 +95,11 @@ def sizes_for(contract: StepContract, shapes: Mapping[str, Sequence[int]] | None
     found = bind((spec.name, spec.shape, given[spec.name]) for spec in contract.inputs if spec.name in given)
     multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
     batch = {state.streams for state in contract.states} | {"batch"}
+    spatial = {dim for spec in contract.inputs if spec.layout is not None for dim in spec.shape}
     for symbol in contract.symbols:
-        small = min(contract.example.get(symbol, SMALL), math.ceil(SMALL / multiple) * multiple)
+        small = contract.example.get(symbol, SMALL)
+        if symbol in spatial:
+            small = min(small, math.ceil(SMALL / multiple) * multiple)
         found.setdefault(symbol, 1 if symbol in batch else small)
     contract.bind({spec.name: resolve(spec.shape, found) for spec in contract.inputs})
     return found

@@ -68,7 +68,7 @@ Examples:
     multiple=True,
     callback=joined,
     metavar="x:1x3x64x64",
-    help="Sizes of random input.  [default: 64 at most]",
+    help="Sizes of random input.  [default: pictures of 64 at most]",
 )
 @click.option(
     "--steps", type=click.IntRange(2), default=100, show_default=True, help="Steps of the free run.", metavar="N"

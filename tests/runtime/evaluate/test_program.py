@@ -147,6 +147,12 @@ def test_what_is_not_implemented_is_named(text: str, message: str) -> None:
         program_of(model).run({"x": np.ones((1, 1, 4), np.float32)})
 
 
+def test_an_operator_of_an_optimised_file_says_where_it_comes_from() -> None:
+    with pytest.raises(EvaluationError, match="FusedMatMul is not implemented") as caught:
+        program_of(parsed("g (float[N,N] x) => (float[N,N] y) { y = com.microsoft.FusedMatMul(x, x) }"))
+    assert "take the file as it was before" in str(caught.value.hint)
+
+
 def test_arrays_that_do_not_fit_are_named_with_their_node() -> None:
     program = program_of(parsed("g (float[N] x, float[M] w) => (float[N] y) { y = Add(x, w) }"))
     with pytest.raises(EvaluationError, match=r"node 'y' \(Add\): ValueError.*inputs float32 \(3,\), float32 \(4,\)"):

@@ -10,7 +10,9 @@ import pytest
 
 from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import InputError
+from stepcell.runtime.verify.behaviour import isolation
 from stepcell.runtime.verify.clips import random_clip, sizes_for, source_clip
+from stepcell.runtime.verify.stepper import FunctionStepper
 
 IMAGE = ("batch", 3, "height", "width")
 
@@ -63,3 +65,26 @@ def test_a_file_of_pixels_is_scaled_and_padded_as_run_does(tmp_path: Path) -> No
     assert len(clip) == 4
     assert clip.shapes == {"x": (1, 3, 8, 8)}
     assert (clip[0]["x"] == 1).all()
+
+
+def test_sizes_that_are_no_pictures_are_those_of_the_example() -> None:
+    """A chunk of sound: a model need not run with another length. A rate without axes is one number for all rows."""
+    spec = StepContract(
+        inputs=(
+            TensorSpec(name="sound", shape=("batch", "samples")),
+            TensorSpec(name="rate", shape=(), dtype="int64", batch_axis=None),
+        ),
+        outputs=(TensorSpec(name="y", shape=("batch", 1)),),
+        states=(StateSpec(name="h", shape=(2, "batch", 8), batch_axis=1),),
+        example={"batch": 1, "samples": 512},
+    )
+    sizes = sizes_for(spec)
+    assert sizes == {"batch": 1, "samples": 512}
+    three = random_clip(spec, sizes, count=4).rows(spec, 3)
+    assert three.shapes == {"sound": (3, 512), "rate": ()}
+
+    def step(inputs: Any, states: Any) -> Any:
+        h = 0.5 * states["h"] + inputs["rate"] + inputs["sound"][None, :, :8]
+        return {"y": h[0, :, :1]}, {"h": h}
+
+    assert isolation(FunctionStepper(step, spec, "test"), three).passed
