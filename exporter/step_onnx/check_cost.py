@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,18 +35,26 @@ def affordable(step: Step, contract: StepContract, steps: int) -> tuple[list[dic
     free = [symbol for symbol in contract.symbols if symbol != "batch"]
     if free and cost > _FREE:
         sizes = sizes_for_check(contract, scale=(_FREE / cost) ** (1 / len(free)))
-        if sizes != usual:
+        if sizes != usual and (costs := _costs(step, contract, sizes)):
             logger.info(
                 f"check:   at {_text(sizes[0], free)} and {_text(sizes[1], free)} in place of {_text(usual[0], free)} "
                 f"and {_text(usual[1], free)}, where a step takes {cost / 1e9:.1f} billion multiplications"
             )
-            usual, cost = sizes, _multiplications(step, contract, sizes[0])
+            usual, cost = sizes, costs[0]
     fewer = min(steps, max(_FEWEST, int(steps * _FIXED / max(cost, 1))))
     if fewer < steps:
         logger.info(
             f"check:   {fewer} steps in place of {steps}, since each takes {cost / 1e9:.1f} billion multiplications"
         )
     return usual, fewer
+
+
+def _costs(step: Step, contract: StepContract, sizes: Sequence[Mapping[str, int]]) -> list[float]:
+    """Of a step at each of the sizes; empty if one is too small for the module."""
+    try:
+        return [_multiplications(step, contract, each) for each in sizes]
+    except Exception:  # a pyramid that does not fit: the user's code may raise anything
+        return []
 
 
 def _multiplications(step: Step, contract: StepContract, sizes: Mapping[str, int]) -> float:

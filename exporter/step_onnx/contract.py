@@ -30,8 +30,8 @@ TORCH_DTYPES = {
 }
 _DEFAULT_SIZES = {"batch": 1}
 _DEFAULT_SIZE = 256
-# Two sizes for height, width and others to compare at: different from one another also when both are rounded up to 32.
 _SMALLEST = 8
+# Two sizes for height, width and others to compare at: different from one another also when both are rounded up to 32.
 _CHECK_SIZES = ((32, 33), (40, 30), (36, 37), (44, 31))
 
 

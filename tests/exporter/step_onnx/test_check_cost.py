@@ -69,6 +69,18 @@ def test_an_expensive_step_is_compared_at_smaller_sizes(
     assert bool(says) == ("check:" in caplog.text)
 
 
+def test_sizes_are_not_smaller_than_the_module_takes() -> None:
+    class Pyramid(Wide):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            if min(x.shape[2:]) < 30:
+                raise ValueError("too small for five levels")
+            return super().forward(x, h)
+
+    contract = contract_of(net := Pyramid(1024))
+    sizes, steps = affordable(_torch_step(net, contract), contract, STEPS)
+    assert (sizes, steps) == (sizes_for_check(contract), STEPS)
+
+
 def test_sizes_that_are_fixed_get_fewer_steps(caplog: pytest.LogCaptureFixture) -> None:
     net = Wide(1024)
     contract = contract_of(net, x=(1, 1024, 56, 64))
