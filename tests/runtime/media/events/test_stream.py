@@ -207,7 +207,7 @@ def test_what_the_families_take(model: FireNet, text: str) -> None:
 def test_the_convention_is_chosen_at_export(tmp_path: Path) -> None:
     settings = ["--set", "num_bins=5", "--set", "base_num_channels=4"]
     wanted = ["export", "--module", "stepcell.models.published.e2vid:FireNet", *settings]
-    wanted += ["-o", str(tmp_path / "f.onnx")]
+    wanted += ["-o", str(tmp_path / "f.onnx"), "--shape", "x:1x5x24x32"]
     result = CliRunner().invoke(main, [*wanted, "--set", "events.convention=tonic"])
     assert result.exit_code == 0, result.output
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "f.onnx")])
