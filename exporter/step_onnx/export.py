@@ -130,8 +130,8 @@ def _fixed_sizes_named() -> Iterator[None]:
                 raise
             where = ", ".join(dict.fromkeys(places))
             hint = (
-                f"{where}: len(x), and int() and range() of a size, give that of the example, which the file then has "
-                "at every size: write x.shape[0], or fix the size: --shape without --dynamic"
+                f"{where}: len(x), and int(), round() and range() of a size, give that of the example, which the file "
+                "then has at every size: write x.shape[0] or x.shape[2] // 2, or fix the size: --shape without --dynamic"
             ) + (f"; otherwise: {error.hint}" if error.hint else "")
             raise type(error)(error.message, hint=hint) from error
 

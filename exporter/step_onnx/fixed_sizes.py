@@ -24,27 +24,38 @@ _LIBRARIES = (
 )
 
 
+_NUMBERS = (
+    (torch.Tensor, "__len__"),
+    (torch.SymInt, "__int__"),
+    (torch.SymInt, "__index__"),
+    (torch.SymFloat, "__int__"),
+    (torch.SymFloat, "__round__"),
+)
+
+
 @contextlib.contextmanager
 def fixed_sizes() -> Iterator[list[str]]:
     """Collects the places as `net.py, line 12`, in order.
 
-    `len(x)`, `int(x.shape[0])` and `range(x.shape[0])` must return a number in Python, so torch's tracer takes that of
-    the example, and the file has it at every size, with no word.
+    `len(x)`, `range(x.shape[0])`, and `int` or `round` of a size, must return a number in Python, so torch's tracer takes
+    that of the example, and the file has it at every size, with no word.
     """
     places: list[str] = []
 
-    def noting(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def noted(value: Any) -> Any:
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(value: Any, *rest: Any) -> Any:
             caller = sys._getframe(1)
             file = caller.f_code.co_filename
-            dynamic = isinstance(value.shape[0] if isinstance(value, torch.Tensor) else value, torch.SymInt)
+            dynamic = isinstance(
+                value.shape[0] if isinstance(value, torch.Tensor) else value, (torch.SymInt, torch.SymFloat)
+            )
             if dynamic and Path(file).is_file() and not str(Path(file).resolve()).startswith(_LIBRARIES):
                 places.append(f"{Path(file).name}, line {caller.f_lineno}")
-            return function(value)
+            return function(value, *rest)
 
         return noted
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((torch.Tensor, "__len__"), (torch.SymInt, "__int__"), (torch.SymInt, "__index__")):
+        for owner, name in _NUMBERS:
             stack.enter_context(patch.object(owner, name, noting(getattr(owner, name))))
         yield places

@@ -86,7 +86,13 @@ def _tracing_error(error: BaseException) -> ExportError:
 def _place(error: BaseException) -> str:
     """The innermost line of code outside torch and stepcell that an error passed, as `net.py, line 12: `."""
     own = Path(stepcell.__file__).resolve().parent
-    skipped = (Path(torch.__file__).resolve().parent, own, own.parent / "exporter", own.parent / "models")
+    libraries = Path(torch.__file__).resolve().parents[1]
+    skipped = (
+        *(libraries / name for name in ("torch", "sympy", "onnxscript")),
+        own,
+        own.parent / "exporter",
+        own.parent / "models",
+    )
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename).resolve()
         if file.is_file() and not any(file.is_relative_to(folder) for folder in skipped):

@@ -675,6 +675,28 @@ class EveryRow(nn.Module):
         return h, h
 
 
+class Halved(nn.Module):
+    """A size computed with floats."""
+
+    def __init__(self, how: Callable[[float], int]) -> None:
+        super().__init__()
+        self.how = how
+        self.h: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.interpolate(x, size=(self.how(x.shape[2] * 0.5), self.how(x.shape[3] * 0.5)))
+        self.h = y if self.h is None else 0.9 * self.h + 0.1 * y
+        return self.h
+
+
+@pytest.mark.parametrize("how", [int, round])
+def test_a_size_that_is_rounded_is_named(how: Callable[[float], int], tmp_path: Path) -> None:
+    model = lift_states(Halved(how), {"x": (1, 3, 32, 48)}, dynamic=["height", "width"])
+    with pytest.raises(StepcellError) as caught:
+        export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes, dynamic=["height", "width"])
+    assert re.search(rf"{Path(__file__).name}, line \d+: .*x.shape\[2\] // 2", str(caught.value.hint))
+
+
 @pytest.mark.parametrize("name", ["Rows", "EveryRow"])
 def test_a_size_that_the_code_fixes_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, file = EveryRow(), Path(__file__).name
@@ -685,4 +707,6 @@ def test_a_size_that_the_code_fixes_is_named(name: str, tmp_path: Path, monkeypa
     model = lift_states(net, {"x": (2, 2, 3) if name == "Rows" else (2, 6)}, dynamic=["batch"])
     with pytest.raises(StepcellError) as caught:
         export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes, dynamic=["batch"], precision="float32")
-    assert re.search(rf"{file}, line \d+.*: len\(x\), and int\(\) and range\(\) of a size", str(caught.value.hint))
+    assert re.search(
+        rf"{file}, line \d+.*: len\(x\), and int\(\), round\(\) and range\(\) of a size", str(caught.value.hint)
+    )
