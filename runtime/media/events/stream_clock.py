@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 0.2  # without an event, until windows come by the clock; also how far they stay behind it
 _DRIFT_SECONDS = 1.0  # between the times of events and the clock: with more, they are not those of now
+_COMPARED_SECONDS = 60.0  # over which they are compared: clocks of cameras are wrong by a second in some hours
 
 
 class StreamClock:
@@ -28,7 +29,7 @@ class StreamClock:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._first: tuple[int, float] | None = None  # time of an event, and when it came
+        self._first: tuple[int, float] | None = None  # time of an earlier event, and when it came
         self._last = (0, 0.0)
         self._told = False
 
@@ -39,6 +40,8 @@ class StreamClock:
                 arrived = time.monotonic()
                 self._first = self._first or (int(part.t[0]), arrived)
                 self._last = (int(part.t[-1]), arrived)
+                if arrived - self._first[1] > _COMPARED_SECONDS and abs(self._drift()) <= _DRIFT_SECONDS:
+                    self._first = self._last
             yield part
 
     def now(self) -> int | None:
@@ -50,9 +53,13 @@ class StreamClock:
             return None
         return self._last[0] + int((silent - SILENCE_SECONDS) * 1e6)
 
-    def _drifts(self) -> bool:
+    def _drift(self) -> float:
+        """Seconds that the last event is ahead of the clock."""
         assert self._first is not None
-        drift = (self._last[0] - self._first[0]) / 1e6 - (self._last[1] - self._first[1])
+        return (self._last[0] - self._first[0]) / 1e6 - (self._last[1] - self._first[1])
+
+    def _drifts(self) -> bool:
+        drift = self._drift()
         if abs(drift) <= _DRIFT_SECONDS:
             return False
         if not self._told:
