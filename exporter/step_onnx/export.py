@@ -131,7 +131,7 @@ def _fixed_sizes_named() -> Iterator[None]:
             where = ", ".join(dict.fromkeys(places))
             hint = (
                 f"{where}: len(x), and int(), round() and range() of a size, give that of the example, which the file "
-                "then has at every size: write x.shape[0] or x.shape[2] // 2, or fix the size: --shape without --dynamic"
+                "then has at every size: write x.shape[0] or x.shape[2] // 2, or fix it: --shape without --dynamic"
             ) + (f"; otherwise: {error.hint}" if error.hint else "")
             raise type(error)(error.message, hint=hint) from error
 

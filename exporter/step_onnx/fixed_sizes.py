@@ -37,8 +37,8 @@ _NUMBERS = (
 def fixed_sizes() -> Iterator[list[str]]:
     """Collects the places as `net.py, line 12`, in order.
 
-    `len(x)`, `range(x.shape[0])`, and `int` or `round` of a size, must return a number in Python, so torch's tracer takes
-    that of the example, and the file has it at every size, with no word.
+    `len(x)`, `range(x.shape[0])`, and `int` or `round` of a size, must return a number in Python, so torch's tracer
+    takes that of the example, and the file has it at every size, with no word.
     """
     places: list[str] = []
 
