@@ -157,4 +157,8 @@ def host_and_port(text: str, scheme: str) -> tuple[str, int]:
 def _connect(text: str) -> int:
     connection = socket.create_connection(host_and_port(text, TCP), CONNECT_SECONDS)
     connection.settimeout(None)
+    # A sender whose cable was pulled says nothing: it is asked after 10 s, and lost when three answers are missing.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
     return connection.detach()

@@ -21,6 +21,7 @@ from stepcell.cli import main
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec, EventWindow
 from stepcell.runtime.media.events import Events, EventSource, stream_clock, write_dat
+from stepcell.runtime.media.events.byte_stream import open_byte_stream
 from stepcell.runtime.media.events.stream_clock import StreamClock
 from stepcell.runtime.media.events.windows import split_windows
 from stepcell.runtime.media.open_source import open_source
@@ -279,6 +280,15 @@ def test_what_is_no_stream_of_events(data: bytes, message: str, pipe: Path) -> N
     send(pipe, data)
     with contextlib.closing(source), pytest.raises(InputError, match=message):
         next(iter(source))
+
+
+def test_a_sender_that_vanishes_is_asked_for() -> None:
+    with served(b"") as address, contextlib.closing(open_byte_stream(address)) as stream:
+        connection = socket.socket(fileno=os.dup(stream._descriptor))
+        with connection:
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [10, 5, 3]
 
 
 def test_addresses(tmp_path: Path) -> None:
