@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import bind, resolve
-from stepcell.errors import InputError
+from stepcell.errors import InputError, UsageError
 from stepcell.pixels import picture_channels
 from stepcell.runtime.loop.slots import is_shared
 from stepcell.runtime.media.open_source import open_source
@@ -118,15 +118,31 @@ def random_clip(contract: StepContract, sizes: Mapping[str, int], *, count: int 
     return Clip(frames, f"random, seed {seed}, {count} frames")
 
 
-def source_clip(contract: StepContract, text: str, *, limit: int = MOST_FRAMES, window: str | None = None) -> Clip:
+def source_clip(
+    contract: StepContract,
+    text: str,
+    *,
+    limit: int = MOST_FRAMES,
+    size: tuple[int, int] | None = None,
+    event_stream: str | None = None,
+) -> Clip:
     """Frames of a video, a folder, an array or a file of events, as `stepcell run` would feed them; without bad events.
+
+    Args:
+        limit: frames at most.
+        size, event_stream: as of `open_source`.
 
     Raises:
         InputError: it cannot be read, or the model takes something else.
+        UsageError: a size or a stream is missing, or given for an input that takes none.
     """
     spec = image_input(contract)
-    channels, events = picture_channels(spec) or 3, event_input(spec, window)
-    source = open_source(text, channels=channels, events=events, on_bad_event="drop")
+    channels, events = picture_channels(spec) or 3, event_input(spec, None)
+    if events is None and event_stream is not None:
+        raise UsageError(f"--event-stream {event_stream}: the model takes no events")
+    source = open_source(
+        text, channels=channels, size=size, events=events, on_bad_event="drop", event_stream=event_stream
+    )
     frames: list[Frame] = []
     preprocess: Preprocessor | None = None
     try:

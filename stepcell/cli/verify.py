@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from stepcell import __version__
-from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option
+from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option, parse_size
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.contract import StepContract
@@ -61,6 +61,8 @@ Examples:
     "-i", "--input", "input_text", default="random", show_default=True, metavar="CLIP",
     help="A video, a folder, a .npy, a file of events, or random values in the model's range.",
 )  # fmt: skip
+@click.option("--size", "size_text", metavar="WxH", help="Size of the sensor, if a file of events does not state it.")
+@click.option("--event-stream", metavar="NAME", help="Which of several streams of a file of events.")
 @pixel_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random input.")
 @click.option(
@@ -110,6 +112,8 @@ def command(
     model: Path,
     against: Path | None,
     input_text: str,
+    size_text: str | None,
+    event_stream: str | None,
     seed: int,
     shape: str | None,
     steps: int,
@@ -161,8 +165,13 @@ def command(
         declared = declare(contract, pixels)
         for change in changes(contract, declared):
             log(f"pixels:    {change}")
-        clip = _clip(declared, sidecar, input_text, seed, shape)
-    elif input_text != "random" or shape is not None or record_path is not None or pixels:
+        if input_text != "random":
+            clip = _clip_of_source(declared, input_text, size_text, event_stream, shape)
+        elif size_text is not None or event_stream is not None:
+            raise UsageError("--size, --event-stream: are for a file of events (--input)")
+        else:
+            clip = _random_clip(declared, sidecar, seed, shape)
+    elif input_text != "random" or size_text or event_stream or shape is not None or record_path is not None or pixels:
         raise UsageError(
             f"--against {against}: brings its own input; --input, --shape, --range and --record do not fit"
         )
@@ -229,18 +238,24 @@ def _most_rows(contract: StepContract, sidecar: Sidecar | None) -> int:
     return ROWS if profile is None or state.batch_axis is None else min(ROWS, profile.max[state.batch_axis])
 
 
-def _clip(contract: StepContract, sidecar: Sidecar | None, text: str, seed: int, shape: str | None) -> Clip:
-    from stepcell.runtime.verify.clips import random_clip, sizes_for, source_clip
+def _random_clip(contract: StepContract, sidecar: Sidecar | None, seed: int, shape: str | None) -> Clip:
+    from stepcell.runtime.verify.clips import random_clip, sizes_for
 
-    if text == "random":
-        tuned = {} if sidecar is None else sidecar.profiles
-        shapes = {spec.name: tuned[spec.name].opt for spec in contract.inputs if spec.name in tuned}
-        if shape:
-            shapes = parse_shapes(shape, option="--shape")
-        return random_clip(contract, sizes_for(contract, shapes), seed=seed)
+    tuned = {} if sidecar is None else sidecar.profiles
+    shapes = {spec.name: tuned[spec.name].opt for spec in contract.inputs if spec.name in tuned}
+    if shape:
+        shapes = parse_shapes(shape, option="--shape")
+    return random_clip(contract, sizes_for(contract, shapes), seed=seed)
+
+
+def _clip_of_source(
+    contract: StepContract, text: str, size: str | None, event_stream: str | None, shape: str | None
+) -> Clip:
+    from stepcell.runtime.verify.clips import source_clip
+
     if shape is not None:
         raise UsageError("--shape: is for random input; a clip has its own size")
-    return source_clip(contract, text)
+    return source_clip(contract, text, size=None if size is None else parse_size(size), event_stream=event_stream)
 
 
 @contextlib.contextmanager

@@ -84,3 +84,19 @@ def test_a_model_of_events_is_verified_over_a_recording(firenet_onnx: Path, reco
     result = CliRunner().invoke(main, wanted)
     assert result.exit_code == 0, result.output
     assert "verified " in result.output
+
+
+def test_verify_is_told_what_a_recording_does_not_say(firenet_onnx: Path, recording: Path) -> None:
+    npz = recording.with_suffix(".npz")
+
+    def verify(*options: object) -> Result:
+        wanted = ["verify", firenet_onnx, "--steps", "2", "--warm-up", "4", *options]
+        return CliRunner().invoke(main, list(map(str, wanted)))
+
+    unknown = verify("--input", npz)
+    assert unknown.exit_code == 1
+    assert "--size" in unknown.stderr
+    told = verify("--input", npz, "--size", "48x32")
+    assert told.exit_code == 0, told.output
+    assert verify("--input", recording, "--event-stream", "left").exit_code == 2
+    assert verify("--size", "48x32").exit_code == 2
