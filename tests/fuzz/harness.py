@@ -21,6 +21,7 @@ __all__ = ["Outcome", "fuzz", "fuzz_guided"]
 
 SLOW_SECONDS = 60.0  # also on a busy machine, and with the imports of the first case
 MAX_BYTES = 1 << 20  # of a file that coverage guides
+OBSERVED = {"include": ["stepcell"], "exclude": ["stepcell.runtime.media.events.loops"]}  # which numba compiles
 MEMORY = Path("/dev/shm")  # for the files of the cases; on a disk, half of the time is theirs
 
 
@@ -112,7 +113,7 @@ def fuzz_guided(
         folder = Path(name)
         corpus = folder / "corpus"
         corpus.mkdir()
-        with atheris.instrument_imports(include=["stepcell"]):
+        with atheris.instrument_imports(**OBSERVED):
             runner, seeds = Cases(what, folder, seed, keep), what.seeds()
             for number, data in enumerate(seeds):
                 runner.run(data)  # imports what it needs
