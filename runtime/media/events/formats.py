@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def open_events(path: Path, stream: str | None = None) -> EventReader:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     try:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise InputError(f"{path}: contains no event: the file is empty")
         return reader(path, file)
     except BaseException:
         file.close()

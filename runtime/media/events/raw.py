@@ -52,7 +52,12 @@ class RawReader:
         header = read_header(file) if header is None else header
         sensor = known_sensor(header)
         self.size = sensor_size(header) or (sensor.size if sensor else None)
-        encoding = header.get("format") or header.get("evt") or (sensor.encoding if sensor else "") or "none"
+        encoding = header.get("format") or header.get("evt") or (sensor.encoding if sensor else "")
+        if not encoding:
+            raise InputError(
+                f"{path}: not a RAW file of events: its header names no encoding",
+                hint="a RAW file begins with lines such as `% evt 3.0`; docs/events.md lists the suffixes of others",
+            )
         match = re.match(r"(?:EVT)?(2\.?1|[23])(?:\.0)?(?:;|$)", encoding)
         order = byte_order(header, encoding)
         if match is None or order not in ("little", "legacy"):

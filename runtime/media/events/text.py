@@ -2,8 +2,8 @@
 
 Which column is which is read from a line of names, if there is one. Otherwise it follows from the values: polarity is
 the column of 0 and 1 (or -1 and 1), and the order is either `t x y p`, as in the data sets of E2VID and of Mueggler et
-al. 2017, or `x y p t`, as metavision_file_to_csv writes it. Times with a decimal point are seconds, others are
-microseconds.
+al. 2017, or `x y p t`, as metavision_file_to_csv writes it. Times with a decimal point are seconds, also those of a
+file whose first ones are written as 0 or 1; others are microseconds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class TextReader:
         self._separator = next((each for each in ",;" if first and each in first), None)
         self._columns = len(self._split(first)) if first else 4
         self._order = self._find_order() if first else _ORDERS[0]
-        self._seconds = bool(first) and not self._split(first or "")[self._order[3]].lstrip("+-").isdigit()
+        self._seconds = bool(first) and self._are_seconds()
+        if first and not self._names:
+            self.format = f"text, read as {'x y p t' if self._order == _ORDERS[1] else 't x y p'}"
 
     def __iter__(self) -> Iterator[Events]:
         number, error = 0, None
@@ -136,6 +138,12 @@ class TextReader:
             )
         return possible[0]
 
+    def _are_seconds(self) -> bool:
+        """Whether times are seconds: the first has a decimal point, or a later one a fraction (0 may be all of 0.0)."""
+        t = self._numbers(self._waiting)[:, self._order[3]]
+        plain = self._split(self._waiting[0])[self._order[3]].lstrip("+-").isdigit()
+        return not plain or bool((t != np.floor(t)).any())
+
     def _numbers(self, lines: list[str]) -> NDArray[np.float64]:
         """The columns of the lines, of all or of those before the first that is not of as many numbers."""
         try:
@@ -158,6 +166,15 @@ class TextReader:
     def _parse(self, lines: list[str], number: int) -> Iterator[Events]:
         table = self._numbers(lines)
         x, y, p, t = table[:, self._order].T
+        whole = t == np.floor(t)
+        if not self._seconds and not whole.all():
+            at = int(whole.argmin())
+            if at:
+                yield from self._parse(lines[:at], number)
+            raise InputError(
+                f"{self.name}: event {number + at}: expected whole microseconds, as before it, got {lines[at][:60]!r}",
+                hint="where the first time has a decimal point, all are seconds",
+            )
         yield from events_of(self.name, number, x, y, p, t if self._seconds else t.astype(np.int64))
         if len(table) < len(lines):
             raise InputError(

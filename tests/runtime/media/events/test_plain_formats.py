@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from stepcell.errors import InputError
 from stepcell.runtime.media.events import Events
+from stepcell.runtime.media.events.formats import open_events
 from tests.runtime.media.events.files import SIZE, assert_same, read, sensor, some_events
 
 EVENTS = some_events(3000)
@@ -41,6 +43,24 @@ def test_text(name: str, line: str, head: list[str], size: tuple[int, int] | Non
     path = write_text(tmp_path / name, EVENTS, line, *head)
     assert_same(read(path), EVENTS)
     assert sensor(path) == size
+
+
+@pytest.mark.parametrize("head", [[], ["t x y p"]])
+def test_seconds_whose_first_is_written_as_an_integer(head: list[str], tmp_path: Path) -> None:
+    path = write_text(tmp_path / "e.txt", EVENTS, "{s:.9g} {x} {y} {p}", *head, "0 5 6 1", "0 7 6 1")
+    found = read(path)
+    assert found.t[:2].tolist() == [0, 0]
+    assert_same(found[2:], EVENTS)
+
+
+def test_the_order_that_values_show_is_told(tmp_path: Path) -> None:
+    def told(line: str, *head: str) -> str:
+        with contextlib.closing(open_events(write_text(tmp_path / "e.csv", EVENTS, line, *head))) as reader:
+            return reader.format
+
+    assert told("{x},{y},{p},{t}") == "text, read as x y p t"
+    assert told("{t},{x},{y},{p}") == "text, read as t x y p"
+    assert told("{t},{x},{y},{p}", "t,x,y,p") == "text"
 
 
 def test_text_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +103,7 @@ def test_text_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("x,y,p,t\n1,2,1,5\n1.5,2,1,6\n", "event 1: x: expected a pixel"),
         ("x,y,p,t\n1,2,1,5\n-1,2,1,6\n", r"event 1 at \(-1, 2\), 6 us: outside"),
         ("x,y,p,t\n1,2,1,5\n1,2\r,1,6\n", "event 1: expected 4 numbers"),
+        ("x,y,p,t\n" + "1,2,1,5\n" * 1001 + "1,2,1,6.5\n", r"event 1001: expected whole .*, got '1,2,1,6.5'"),
         ("", "contains no event"),
         ("\n" * 200, "100 lines without an event"),
     ],
