@@ -24,11 +24,12 @@ from typing import Any
 import msgspec
 
 from stepcell.contract import METADATA_KEY
-from stepcell.errors import DeviceError, InputError, MissingDependencyError, UsageError
+from stepcell.errors import DeviceError, InputError, MissingDependencyError, OutputError, UsageError
 
 __all__ = [
     "REFERENCE_KEY",
     "SNAPSHOT_KEY",
+    "check_folder",
     "check_output",
     "is_engine",
     "is_exported_model",
@@ -83,6 +84,16 @@ def check_output(
             f"{option} {path}: exists already, and not as a file that this command writes",
             hint="choose another name, or replace it with --overwrite",
         )
+
+
+def check_folder(path: Path, *, option: str = "--output") -> None:
+    """Refuse an output whose folder does not exist or cannot be written, before the work that it would lose.
+
+    Raises:
+        OutputError: the output is refused.
+    """
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{option} {path}: its folder does not exist or cannot be written")
 
 
 def referred_files(path: Path) -> Iterator[Path]:

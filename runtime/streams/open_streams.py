@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
-from stepcell.overwrite import check_output, is_no_model
+from stepcell.overwrite import check_folder, check_output, is_no_model
 from stepcell.pixels import picture_channels
 from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.open_sink import STDOUT, open_sink
@@ -135,9 +134,8 @@ def check_names(
     for option, path, ours in written:
         check_output(path, ours, reads=taken, option=option, overwrite=overwrite)
         taken[path] = option
-        if option in files and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-            # Checked now, because these files are written after the run.
-            raise OutputError(f"{option} {path}: its folder does not exist or cannot be written")
+        if option in files:  # which are written after the run
+            check_folder(path, option=option)
 
 
 def open_streams(

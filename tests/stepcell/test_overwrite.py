@@ -27,6 +27,7 @@ from stepcell.overwrite import (
     is_sidecar,
     is_snapshot,
 )
+from tests.cli.command import call
 
 Model = Callable[..., Path]
 
@@ -177,3 +178,26 @@ def test_a_reference_is_told_from_other_archives(folder: Path) -> None:
     np.savez("reference.npz", **{REFERENCE_KEY: np.zeros(2)})
     assert not is_reference(Path("data.npz"))
     assert is_reference(Path("reference.npz"))
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("verify model.onnx --record none/f.npz", "--record none/f.npz"),
+        ("verify model.onnx --report none/f.html", "--report none/f.html"),
+        ("verify model.onnx --plot none/f.svg", "--plot none/f.svg"),
+        ("bench model.onnx --plot none/f.svg", "--plot none/f.svg"),
+        ("bench model.onnx --exportTimes none/f.json", "--exportTimes none/f.json"),
+        ("compare a.npy b.npy --plot none/f.svg", "--plot none/f.svg"),
+        ("events recording.raw -o none/f.png", "--output none/f.png"),
+    ],
+)
+def test_a_missing_folder_is_told_before_the_work(
+    command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the files can be read, so that any work would end in another error."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model.onnx", "a.npy", "b.npy", "recording.raw"):
+        (tmp_path / name).write_bytes(b"?")
+    result = call(*command.split())
+    assert (result.exit_code, f"{option}: its folder does not exist" in result.stderr) == (1, True), result.stderr
