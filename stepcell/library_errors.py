@@ -22,15 +22,18 @@ _MEMORY = re.compile(
 )
 
 
+_SOURCE_LINE = re.compile(r" \[[\w.:]+:\d+ at .*\]$")  # as Boost appends it: [system:111 at /src/socket.hpp:588 in ...]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of any library says that memory ran out."""
     return isinstance(error, MemoryError) or _MEMORY.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, or else the name of its class."""
+    """The first line of an error's message that is not empty, without the line of a C++ source; else its class."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:1000]
+    return _SOURCE_LINE.sub("", next((line for line in lines if line), type(error).__name__))[:1000]
 
 
 def as_stepcell_error(

@@ -167,6 +167,10 @@ def find_interface(module: nn.Module, inputs: Inputs, returned: Mapping[str, int
     check_deterministic(module, inputs, starts)
     arguments = tuple(Argument(name, index) for name, index in returned.items())
     if arguments:
+        result, _ = Interface().first(copy.deepcopy(module), inputs, starts)
+        for name, index in returned.items():
+            if isinstance(result, (tuple, list)) and not -len(result) <= index < len(result):
+                raise ExportError(f"--state {name}={index}: forward returned {len(result)} values, counted from 0")
         if why := _refusal(module, inputs, arguments, starts):
             raise ExportError(f"--state {arguments[0].name}={arguments[0].index}: {why}")
     else:

@@ -16,7 +16,7 @@ from stepcell.exporter.cell_recognition.cell import RecognisedCell
 from stepcell.exporter.cell_recognition.find import find_cells
 from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
-from stepcell.exporter.cell_recognition.state_pairs import RESHAPING, states_of_cells
+from stepcell.exporter.cell_recognition.state_pairs import RESHAPING, CellState, states_of_cells
 from stepcell.exporter.from_module.names import Owner
 
 __all__ = ["replace_cells_of_module"]
@@ -47,13 +47,15 @@ def replace_cells_of_module(
     graph = ir.from_proto(model)
     normalise(graph)
     cells, misses = find_cells(graph)
-    owners = _owners(graph, cells, contract)
+    found_states = states_of_cells(graph, cells, RESHAPING)
+    owners = _owners(found_states, cells, contract)
     if cells:
         replace_cells(graph, cells)
         model = ir.to_proto(graph)
     own = [msgspec.structs.replace(cell, name=cell.name.removeprefix(f"{_ROOT}.")) for cell in contract.cells]
     found = [*own, *(cell.spec for cell in cells), *(miss.spec for miss in misses)]
     names = names_of_states(owners)
+    _note_exchanged(found_states, contract, names)
     states = [msgspec.structs.replace(state, name=name) for state, name in zip(contract.states, names, strict=True)]
     renamed = {
         **{old.input: new.input for old, new in zip(contract.states, states, strict=True)},
@@ -80,10 +82,22 @@ def _without_root(scopes: str) -> str:
     return repr([scope.removeprefix(f"{_ROOT}.") for scope in path if scope != _ROOT])
 
 
-def _owners(graph: ir.Model, cells: Sequence[RecognisedCell], contract: StepContract) -> list[Owner | None]:
+def _note_exchanged(found: Sequence[CellState], contract: StepContract, names: Sequence[str]) -> None:
+    """Say where a cell starts from one state and leaves the next value of another, as where --state exchanges them."""
+    after = {state.output: name for state, name in zip(contract.states, names, strict=True)}
+    for state, name in zip(contract.states, names, strict=True):
+        left = {each.output: each.cell for each in found if each.input == state.input}
+        other = next((output for output in left if output in after), None)
+        if other is not None and state.output not in left:
+            _logger.info(
+                f"note: {name}: cell {left[other]} starts from it and leaves the next value of {after[other]}; if that "
+                "is not meant, exchange their positions in --state"
+            )
+
+
+def _owners(found: Sequence[CellState], cells: Sequence[RecognisedCell], contract: StepContract) -> list[Owner | None]:
     """By state, the cells that it enters and leaves without passing through other code."""
     paths = {cell.name: cell.path for cell in cells}
-    found = states_of_cells(graph, cells, RESHAPING)
     owners: list[Owner | None] = []
     for state in contract.states:
         own = [(each.cell, each.role) for each in found if (each.input, each.output) == (state.input, state.output)]

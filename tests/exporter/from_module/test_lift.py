@@ -446,6 +446,37 @@ class ReturnsNumber(Base):
         return self.head(h), 1.0, h
 
 
+class TwoArguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.GRUCell(6, 8), nn.GRUCell(8, 8)
+
+    def forward(self, x: Tensor, h1: Tensor | None = None, h2: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        h1 = self.low(x, h1)
+        h2 = self.high(h1, h2)
+        return h2.sum(1, keepdim=True), h1, h2
+
+
+@pytest.mark.parametrize(
+    ("positions", "noted"),
+    [
+        ({"h1": 1, "h2": 2}, []),
+        ({"h1": 2, "h2": 1}, [("h1", "low", "h2"), ("h2", "high", "h1")]),
+    ],
+)
+def test_exchanged_positions_are_noted(
+    positions: dict[str, int], noted: list[tuple[str, ...]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What --state says is taken, and the graph of the cells shows the other order."""
+    torch.manual_seed(0)
+    shapes = {"x": (1, 6)}
+    with caplog.at_level("INFO"):
+        export_onnx(lift_states(TwoArguments(), shapes, returned=positions), tmp_path / "m.onnx", precision="float32")
+    said = [record.getMessage() for record in caplog.records if "starts from it" in record.getMessage()]
+    wanted = "note: {}: cell {} starts from it and leaves the next value of {}; if that is not meant, exchange"
+    assert [text.split(" their")[0] for text in said] == [wanted.format(*each) for each in noted]
+
+
 REFUSED: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], type[StepcellError], str]] = {
     "no state": (NoState, SHAPE, {}, ExportError, "NoState: no state"),
     "random": (Random, SHAPE, {}, ExportError, "Random: forward is random in eval mode"),
@@ -457,6 +488,13 @@ REFUSED: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], type[S
     "no such input": (Kept, {"frame": FRAME}, {}, UsageError, "frame: forward has no such argument"),
     "no such state": (Passed, SHAPE, {"memory": 1}, UsageError, "memory: forward has no such argument"),
     "wrong position": (Passed, SHAPE, {"states": 0}, ExportError, "--state states=0: "),
+    "no such position": (
+        Passed,
+        SHAPE,
+        {"states": 9},
+        ExportError,
+        "states=9: forward returned 2 values, counted from 0",
+    ),
     "long clip": (Clip, {"x": (4, 2, 3, 32, 24)}, {}, ExportError, "a step takes one frame"),
     "too small": (Kept, {"x": (1, 7, 32, 24)}, {}, ExportError, "Kept: forward failed"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,3 +143,12 @@ def test_without_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error.value.hint == f"pip install 'stepcell[{extra}]'"
     with pytest.raises(UsageError, match="expected dv://HOST:PORT"):
         open_source("dv://127.0.0.1", events=SPEC)
+
+
+def test_a_refused_connection_is_told_without_the_lines_of_a_library() -> None:
+    pytest.importorskip("dv_processing")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"dv://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"cannot be opened \(connect: Connection refused\)$"):
+            open_source(address, events=SPEC)
