@@ -262,9 +262,9 @@ def test_parquet(seconds: bool, tmp_path: Path) -> None:
     [
         ("e.aedat4", "aedat", "aedat4", lambda path: write_aedat4(path, {0: EVENTS[:9]}, SIZE)),
         ("e.es", "faery", "es", lambda path: write_es(path, EARLIER, SIZE)),
-        ("e.h5", "h5py", "hdf5", lambda path: path.touch()),
-        ("e.bag", "rosbags", "rosbag", lambda path: path.touch()),
-        ("e.parquet", "pyarrow", "parquet", lambda path: path.touch()),
+        ("e.h5", "h5py", "hdf5", lambda path: path.write_bytes(b"?")),
+        ("e.bag", "rosbags", "rosbag", lambda path: path.write_bytes(b"?")),
+        ("e.parquet", "pyarrow", "parquet", lambda path: path.write_bytes(b"?")),
     ],
 )
 def test_a_missing_package_is_named(
