@@ -46,7 +46,13 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
             hint=f"give the file one, yours in place of these: stepcell fuse MODEL {values} -o NEW.onnx; or {hint}",
         )
     if spec is None or not (picture_channels(spec) is not None or spec.events):
-        layout = f"; this one has layout {spec.layout}, --layout NHWC names another" if spec is not None else ""
+        layout = ""
+        if spec is not None and len(spec.shape) == 4:
+            layout = (
+                f"; this one has {f'layout {spec.layout}' if spec.layout else 'none'}, --layout NHWC declares another"
+            )
+        elif spec is not None:
+            layout = f"; this one has {len(spec.shape)} axes"
         raise InputError(
             f"this model takes {names or 'no input'}; a stream of frames needs exactly one input, "
             f"of layout NCHW or NHWC with 1, 3 or 4 channels, or one of events{layout}",

@@ -83,7 +83,7 @@ class Watchdog:
                 error = self._error = DeviceError(
                     f"{self._name}: step {number} has not returned for {limit:g} seconds ({self._frames()})",
                     hint="a driver that hangs, or a model with a loop that does not end; for one that is so slow: "
-                    f"{STEP_SECONDS.name}={10 * limit:.0f} in the environment (docs/security.md)",
+                    f"{STEP_SECONDS.name}={10 * limit:g} in the environment (docs/security.md)",
                 )
                 self._interrupt()
             if not self._closed.wait(GRACE_SECONDS):

@@ -28,6 +28,7 @@ __all__ = ["TextReader"]
 
 _LOOKED_AT = 1000  # lines from which the order of the columns is found
 _LONGEST = 1000  # characters of a line
+_LATEST = 1 << 53  # microseconds, to which integers are exact in float64
 _HEAD = 100  # lines before the first event
 _PART = CHUNK // 8  # lines read at a time, whose text takes more memory than numbers
 _ORDERS = ((1, 2, 3, 0), (0, 1, 2, 3))  # of x, y, p and t, without a line of names
@@ -101,12 +102,13 @@ class TextReader:
             if not data:
                 return None
             text = data.decode("utf-8-sig" if number == 0 else "ascii", "replace").strip()
-            fields = [each for each in re.split(r"[,;\s]+", text.lstrip("#% ")) if each]
+            plain = text.replace('"', "")
+            fields = [each for each in re.split(r"[,;\s]+", plain.lstrip("#% ")) if each]
             numbers = bool(fields) and all(_NUMBER.fullmatch(each) for each in fields)
             if match := _GEOMETRY.fullmatch(text):
                 self.size = int(match[1]), int(match[2])
             elif columns_named(fields) is not None:
-                self._names = fields
+                self._names = ["", *fields] if plain[0] in ",;" else fields  # pandas and R do not name an index
             elif not text or text[0] in "#%":
                 continue
             elif numbers and len(fields) == 2 and max(map(float, fields)) < 1e5:
@@ -125,7 +127,8 @@ class TextReader:
         if (named := columns_named(self._names)) is not None:
             if len(self._names) != self._columns:
                 raise InputError(
-                    f"{self.name}: {len(self._names)} names of columns, {self._columns} in {self._waiting[0][:60]!r}"
+                    f"{self.name}: {len(self._names)} names of columns, {self._columns} in {self._waiting[0][:60]!r}",
+                    hint="every column needs a name, also one that is not used, and a decimal point is no comma",
                 )
             x, y, p, t = (self._names.index(each) for each in named)
             return x, y, p, t
@@ -166,15 +169,17 @@ class TextReader:
     def _parse(self, lines: list[str], number: int) -> Iterator[Events]:
         table = self._numbers(lines)
         x, y, p, t = table[:, self._order].T
-        whole = t == np.floor(t)
-        if not self._seconds and not whole.all():
-            at = int(whole.argmin())
-            if at:
-                yield from self._parse(lines[:at], number)
-            raise InputError(
-                f"{self.name}: event {number + at}: expected whole microseconds, as before it, got {lines[at][:60]!r}",
-                hint="where the first time has a decimal point, all are seconds",
-            )
+        if not self._seconds:
+            known = (t == np.floor(t)) & (np.abs(t) < _LATEST)
+            if not known.all():
+                at = int(known.argmin())
+                if at:
+                    yield from self._parse(lines[:at], number)
+                raise InputError(
+                    f"{self.name}: event {number + at}: expected whole microseconds below 2^53, as the first time has "
+                    f"no decimal point, got {lines[at][:60]!r}",
+                    hint="nanoseconds are not read; where the first time has a decimal point, all are seconds",
+                )
         yield from events_of(self.name, number, x, y, p, t if self._seconds else t.astype(np.int64))
         if len(table) < len(lines):
             raise InputError(

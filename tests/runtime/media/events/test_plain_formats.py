@@ -37,6 +37,8 @@ def write_text(path: Path, events: Events, line: str, *head: str) -> Path:
         ("e.csv", "{t}, {x}, {y}, {m}", ["timestamp, x, y, polarity"], None),
         ("e.txt", "{t}\t{x}\t{y}\t{m}", ["# t x y p", "", "# 2020"], None),
         ("e.csv", "7,{x},{y},{p},{t}", ["\ufeffcamera,x,y,p,t"], None),
+        ("e.csv", "7,{x},{y},{p},{t}", [",x,y,p,t"], None),  # pandas
+        ("e.csv", "7,{x},{y},{p},{t}", ['"","x","y","p","t"'], None),  # R
     ],
 )
 def test_text(name: str, line: str, head: list[str], size: tuple[int, int] | None, tmp_path: Path) -> None:
@@ -104,6 +106,7 @@ def test_text_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("x,y,p,t\n1,2,1,5\n-1,2,1,6\n", r"event 1 at \(-1, 2\), 6 us: outside"),
         ("x,y,p,t\n1,2,1,5\n1,2\r,1,6\n", "event 1: expected 4 numbers"),
         ("x,y,p,t\n" + "1,2,1,5\n" * 1001 + "1,2,1,6.5\n", r"event 1001: expected whole .*, got '1,2,1,6.5'"),
+        ("x,y,p,t\n1,2,1,5\n1,2,1,1700000000000000000\n", r"event 1: expected whole microseconds below 2\^53"),
         ("", "contains no event"),
         ("\n" * 200, "100 lines without an event"),
     ],
