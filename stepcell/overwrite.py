@@ -5,8 +5,8 @@ replaced if the same command wrote it, which its content shows:
 
 - an ONNX file by the contract in its metadata, a snapshot by the key in its metadata, a sidecar by its fingerprint, an
   engine by the sidecar beside it, a recorded reference and a report by their fields;
-- videos, arrays, pages, plots and timing caches have no mark that identifies them: a file is replaced unless it is a
-  checkpoint, a model, an engine or a snapshot;
+- videos, pages and plots by a comment in them, arrays by the length of their header;
+- TensorRT's timing caches have no mark: a file is replaced unless it is a checkpoint, a model, an engine or a snapshot;
 - an empty file is replaced by all of them.
 
 Everything else is a foreign file: it is refused unless the user asks for `--overwrite`.
@@ -27,12 +27,15 @@ from stepcell.contract import METADATA_KEY
 from stepcell.errors import DeviceError, InputError, MissingDependencyError, OutputError, UsageError
 
 __all__ = [
+    "ARRAY_HEADER",
+    "MARK",
     "REFERENCE_KEY",
     "SNAPSHOT_KEY",
     "check_folder",
     "check_output",
     "is_engine",
     "is_exported_model",
+    "is_marked",
     "is_no_model",
     "is_reference",
     "is_report",
@@ -43,6 +46,9 @@ __all__ = [
 
 SNAPSHOT_KEY = "stepcell.snapshot"  # of the metadata of a snapshot
 REFERENCE_KEY = "stepcell.reference"  # array with the description of a recorded reference
+MARK = "made by stepcell"  # comment of a video, a page or a plot
+ARRAY_HEADER = 256  # bytes before the values of a .npy file that stepcell writes; NumPy's own are 128 for a few axes
+_MARKED = 1 << 16  # bytes at the beginning and at the end of a file that are searched for the mark
 _MOST_HEADER = 100 << 20  # bytes of a safetensors header, as the library limits it
 _MODELS = (".onnx", ".engine", ".plan", ".trt", ".pt", ".pth", ".ckpt")
 _REPORTS = ({"model", "streams"}, {"model", "frames_per_second"}, {"models", "transfers"})  # fields of each kind
@@ -153,6 +159,17 @@ def is_reference(path: Path) -> bool:
     """Whether a file is a reference that `stepcell verify --record` wrote."""
     with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         return f"{REFERENCE_KEY}.npy" in archive.namelist()
+    return False
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file is a video, an array, a page or a plot that stepcell wrote."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        head = file.read(_MARKED)
+        if head.startswith(b"\x93NUMPY\x01\x00"):
+            return int.from_bytes(head[8:10], "little") + 10 == ARRAY_HEADER
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _MARKED))
+        return MARK.encode() in head or MARK.encode() in file.read()
     return False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
 from stepcell.library_errors import library_errors
+from stepcell.runtime.media.npy_header import array_header
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
 from stepcell.runtime.media.temporary_file import TemporaryFile
@@ -139,8 +139,4 @@ class ArraySink:
 
 
 def _header(frame: NDArray[Any], count: int) -> bytes:
-    """A .npy header; its length does not depend on `count`, because NumPy pads it for growth."""
-    description = np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(frame))
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {**description, "shape": (count, *frame.shape)})
-    return buffer.getvalue()
+    return array_header(frame.dtype, (count, *frame.shape))

@@ -24,6 +24,7 @@ from stepcell.runtime.media.video_reader import CAMERA, VideoSource
 __all__ = ["STDIN", "is_remote", "open_source"]
 
 STDIN = "-"
+_EITHER = (".npy", ".bin")  # hold pictures or events, as the model takes
 
 
 def open_source(
@@ -57,8 +58,8 @@ def open_source(
         if event_stream is not None:
             raise UsageError(f"--event-stream {event_stream}: {text} carries one stream")
         return open_event_stream(text, events, size, on_bad_event)
-    array = events is None and Path(text).suffix == ".npy"  # holds pictures or events, as the model takes
-    if (events is not None) != is_event_file(Path(text)) and not array:
+    either = events is None and Path(text).suffix.lower() in _EITHER
+    if (events is not None) != is_event_file(Path(text)) and not either:
         wanted = "events" if events is not None else "pictures"
         files = (
             ", ".join((*EVENT_FILES, "-", "a named pipe", "tcp://HOST:PORT", "dv://HOST:PORT", "neuromorphic://SERIAL"))

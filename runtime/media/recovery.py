@@ -13,6 +13,7 @@ import numpy as np
 
 from stepcell.errors import MissingDependencyError, OutputError
 from stepcell.files import RECORDINGS, leftovers, visible_path
+from stepcell.runtime.media.npy_header import array_header
 from stepcell.runtime.media.video_repair import repair_video
 
 __all__ = ["recover_recordings"]
@@ -67,12 +68,11 @@ def _repair_array(path: Path) -> int:
         version = np.lib.format.read_magic(file)
         if version != (1, 0):
             return 0
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         start, frame = file.tell(), int(np.prod(shape[1:])) * dtype.itemsize
         count = (path.stat().st_size - start) // frame if frame else 0
         file.truncate(start + count * frame)
         file.seek(0)
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": fortran, "shape": (count, *shape[1:])}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array_header(dtype, (count, *shape[1:])))
         return count
     return 0

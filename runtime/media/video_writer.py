@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import OutputError, UsageError
 from stepcell.optional_imports import require
+from stepcell.overwrite import MARK
 from stepcell.runtime.media.audio_copy import AudioCopy
 from stepcell.runtime.media.colour import BT709, Colour
 from stepcell.runtime.media.resize import fit_inside
@@ -96,6 +97,7 @@ class VideoSink:
                 f"--audio copy: {audio} has {self._audio.codec} sound, which {path.suffix} cannot hold",
                 hint="write to an .mkv",
             )
+        self._container.metadata["comment"] = MARK
         self._stream: Any = None
         self._packets = 0  # that were given to the container
         self._shape: tuple[int, ...] = ()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
-from stepcell.overwrite import check_folder, check_output, is_no_model
+from stepcell.overwrite import check_folder, check_output, is_marked
 from stepcell.pixels import picture_channels
 from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.open_sink import STDOUT, open_sink
@@ -129,7 +129,7 @@ def check_names(
         **dict.fromkeys(reads, "--input"),
     }
     written: list[tuple[str, Path, Callable[[Path], bool]]]
-    written = [("--output", Path(name), is_no_model) for name in writes if name != STDOUT]
+    written = [("--output", Path(name), is_marked) for name in writes if name != STDOUT]
     written += [(option, path, ours) for option, (path, ours) in files.items() if path is not None]
     for option, path, ours in written:
         check_output(path, ours, reads=taken, option=option, overwrite=overwrite)

@@ -15,7 +15,7 @@ from stepcell.cli.console import log, print_json, table, working
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
 from stepcell.json_text import json_text
-from stepcell.overwrite import check_folder, check_output, is_no_model, is_report
+from stepcell.overwrite import check_folder, check_output, is_marked, is_report
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def command(
     reads: dict[str | Path, str] = {} if against is None else {against: "--against"}
     reads |= dict.fromkeys(models, "a model")
     if plot_path is not None:
-        check_output(plot_path, is_no_model, reads=reads, option="--plot", overwrite=overwrite)
+        check_output(plot_path, is_marked, reads=reads, option="--plot", overwrite=overwrite)
         check_folder(plot_path, option="--plot")
         reads[plot_path] = "--plot"
     if times_path is not None:

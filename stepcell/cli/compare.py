@@ -9,7 +9,7 @@ import click
 from stepcell.cli.common import json_option, overwrite_option
 from stepcell.cli.console import log, print_json, table
 from stepcell.errors import ParityError
-from stepcell.overwrite import check_folder, check_output, is_no_model
+from stepcell.overwrite import check_folder, check_output, is_marked
 
 __all__ = ["command"]
 
@@ -47,7 +47,7 @@ def command(a: Path, b: Path, tolerance: float | None, plot_path: Path | None, o
     check_plot(plot_path)
     if plot_path is not None:
         reads: dict[str | Path, str] = {a: "an input", b: "an input"}
-        check_output(plot_path, is_no_model, reads=reads, option="--plot", overwrite=overwrite)
+        check_output(plot_path, is_marked, reads=reads, option="--plot", overwrite=overwrite)
         check_folder(plot_path, option="--plot")
     found = compare_outputs(a, b, tolerance=tolerance)
     growth = found.growth

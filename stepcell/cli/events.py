@@ -11,7 +11,7 @@ from stepcell.cli.common import json_option, overwrite_option, parse_size
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.errors import InputError, UsageError
 from stepcell.files import human_size
-from stepcell.overwrite import check_folder, check_output
+from stepcell.overwrite import check_folder, check_output, is_marked
 
 if TYPE_CHECKING:
     from stepcell.runtime.media.events.summary import EventSummary
@@ -67,7 +67,7 @@ def command(
     if output is not None:
         if output.suffix not in (".png", *VIDEOS):
             raise UsageError(f"--output: expected .png, {', '.join(VIDEOS)}, got {output}")
-        check_output(output, lambda _: False, reads={file: "the recording"}, overwrite=overwrite)
+        check_output(output, is_marked, reads={file: "the recording"}, overwrite=overwrite)
         check_folder(output)
     with working(f"reading {file}"):
         found = summarise_events(file, size, stream)

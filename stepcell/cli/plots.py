@@ -9,6 +9,7 @@ from pathlib import Path
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
 from stepcell.optional_imports import require
+from stepcell.overwrite import MARK
 from stepcell.runtime.verify.report.page import growth_plot
 from stepcell.runtime.verify.results import Growth
 
@@ -58,5 +59,5 @@ def _growth_png(growth: Sequence[Growth]) -> bytes:
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     with io.BytesIO() as file:
-        figure.savefig(file, format="png", dpi=140)
+        figure.savefig(file, format="png", dpi=140, metadata={"Comment": MARK})
         return file.getvalue()

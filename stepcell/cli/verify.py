@@ -20,7 +20,7 @@ from stepcell.errors import InputError, ParityError, UsageError
 from stepcell.files import read_bytes, write_atomic
 from stepcell.onnx_model import read_onnx
 from stepcell.optional_imports import require
-from stepcell.overwrite import check_folder, check_output, is_no_model, is_reference
+from stepcell.overwrite import check_folder, check_output, is_marked, is_reference
 from stepcell.pixels import changes, declare
 from stepcell.shapes import parse_shapes
 
@@ -149,7 +149,7 @@ def command(
         reads[against] = "--against"
     for option, path in {"--record": record_path, "--report": report_path, "--plot": plot_path}.items():
         if path is not None:
-            ours = is_reference if option == "--record" else is_no_model
+            ours = is_reference if option == "--record" else is_marked
             check_output(path, ours, reads=reads, option=option, overwrite=overwrite)
             check_folder(path, option=option)
             reads[path] = option

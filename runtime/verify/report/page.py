@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 
+from stepcell.overwrite import MARK
 from stepcell.runtime.engine.layers import EngineLayer, LayerTensor
 from stepcell.runtime.verify.report.plot import Series, line_plot
 from stepcell.runtime.verify.results import Growth, Report, Verdict, WarmError
@@ -64,6 +65,7 @@ def page(report: Report) -> str:
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta name="generator" content="{MARK}">',
         f"<title>{html.escape(report.model)}: verified</title><style>{_STYLE}</style></head><body>",
         f'<p class="soft">stepcell verify</p><h1>{html.escape(report.model)}</h1>',
         answer,

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stepcell.overwrite import MARK
+
 __all__ = ["Series", "line_plot"]
 
 WIDTH, HEIGHT = 500, 320  # small, so that its text can be read where it is shrunk to a phone
@@ -43,7 +45,7 @@ def line_plot(title: str, series: Sequence[Series], *, x_label: str, y_label: st
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'font-family="system-ui, sans-serif" font-size="14" fill="var(--ink, #1b2230)">',
-        f"<title>{html.escape(title)}</title>",
+        f"<title>{html.escape(title)}</title><!-- {MARK} -->",
         f'<text x="{_LEFT}" y="20" font-weight="600">{html.escape(title)}</text>',
     ]
     if not drawn:
