@@ -112,6 +112,19 @@ def test_a_broken_file_is_described_up_to_there(recording: Path, tmp_path: Path)
     assert (tmp_path / "bar.png").exists()
 
 
+@pytest.mark.parametrize("wrong", [17 * 10**17, -(2**63)])
+def test_times_that_run_refuses_are_not_described(tmp_path: Path, wrong: int) -> None:
+    """Nanoseconds since 1970, and an unsigned time that does not fit."""
+    t = np.arange(9)
+    np.savez(tmp_path / "e.npz", x=t, y=t, p=t % 2, t=np.where(t < 6, t, wrong))
+    result = events(tmp_path / "e.npz", "--json")
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["events"], report["end_us"]) == (1, 6, 5)
+    assert "event 6: expected a time within" in report["broken"]
+    np.savez(tmp_path / "all.npz", x=t, y=t, p=t % 2, t=t + wrong)
+    assert "event 0: expected a time within" in " ".join(events(tmp_path / "all.npz").stderr.split())
+
+
 def test_nothing_is_overwritten(recording: Path, tmp_path: Path) -> None:
     (tmp_path / "holiday.png").write_bytes(b"a picture")
     assert events(recording, "-o", tmp_path / "holiday.png").exit_code == 2

@@ -12,7 +12,7 @@ from stepcell.errors import InputError
 from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.columns import Events
 
-__all__ = ["CHUNK", "LARGEST", "EventReader", "require_size", "unwrap_counter", "validated"]
+__all__ = ["CHUNK", "LARGEST", "EventReader", "before_impossible", "require_size", "unwrap_counter", "validated"]
 
 LARGEST = 1 << 14  # pixels along a side of the sensor: the limit of DAT, and more than any sensor has
 LATEST = 4 * 10**15  # microseconds before or after 0, 127 years: times a number of bins they are int64
@@ -73,19 +73,32 @@ def validated(reader: EventReader, bad: BadEvents) -> Iterator[Events]:
     """
     number = 0
     for part in reader:
-        possible = (part.t >= -LATEST) & (part.t <= LATEST)
-        row = len(part) if possible.all() else int(possible.argmin())
-        events, error = bad.mend(part[:row])
+        part, wrong = before_impossible(reader.name, part, number)
+        events, error = bad.mend(part)
         yield events
-        if error is not None:
-            raise error
-        if row < len(part):
-            raise InputError(
-                f"{reader.name}: event {number + row}: expected a time within {LATEST:,} us of 0, got {part.t[row]:,}"
-            )
-        number += row
+        if (ended := error or wrong) is not None:
+            raise ended
+        number += len(part)
     if not number:
         raise InputError(f"{reader.name}: contains no event")
+
+
+def before_impossible(name: str, part: Events, number: int) -> tuple[Events, InputError | None]:
+    """The events of a part before the first time that no camera has, and the error that says so.
+
+    Args:
+        name: name of the file.
+        part: events.
+        number: number of its first event.
+    """
+    possible = (part.t >= -LATEST) & (part.t <= LATEST)
+    if possible.all():
+        return part, None
+    row = int(possible.argmin())
+    return part[:row], InputError(
+        f"{name}: event {number + row}: expected a time within {LATEST:,} us of 0, got {part.t[row]:,}",
+        hint="times are microseconds, or seconds with a decimal point; nanoseconds are not read",
+    )
 
 
 def unwrap_counter(values: NDArray[np.int64], period: int, last: int | None) -> NDArray[np.int64]:

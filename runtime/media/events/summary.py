@@ -9,7 +9,7 @@ import msgspec
 from stepcell.errors import InputError
 from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.formats import open_events
-from stepcell.runtime.media.events.reader import LARGEST, require_size
+from stepcell.runtime.media.events.reader import LARGEST, before_impossible, require_size
 
 __all__ = ["EventSummary", "summarise_events"]
 
@@ -72,14 +72,16 @@ def summarise_events(path: Path, size: tuple[int, int] | None = None, stream: st
         end = 0
         broken = None
         try:
-            for part in reader:
-                if not len(part):
-                    continue
-                bad.mend(part)
-                count, rising = count + len(part), rising + int(part.p.sum())
-                largest = [max(largest[0], int(part.x.max())), max(largest[1], int(part.y.max()))]
-                first, last = int(part.t.min()), int(part.t.max())
-                start, end = (first, last) if start is None else (min(start, first), max(end, last))
+            for read in reader:
+                part, wrong = before_impossible(reader.name, read, count)
+                if len(part):
+                    bad.mend(part)
+                    count, rising = count + len(part), rising + int(part.p.sum())
+                    largest = [max(largest[0], int(part.x.max())), max(largest[1], int(part.y.max()))]
+                    first, last = int(part.t.min()), int(part.t.max())
+                    start, end = (first, last) if start is None else (min(start, first), max(end, last))
+                if wrong is not None:
+                    raise wrong
         except InputError as error:
             broken = error.message
         if start is None:
