@@ -19,7 +19,7 @@ from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.preprocess import Preprocessor, event_input, image_input
 from stepcell.sample_frames import random_frame
 
-__all__ = ["Clip", "array_clip", "random_clip", "recorded_clip", "sizes_for", "source_clip"]
+__all__ = ["Clip", "random_clip", "sizes_for", "source_clip"]
 
 SMALL = 64  # height and width of synthetic frames where the model leaves them open
 MOST_FRAMES = 256  # of a file that are kept in memory; a longer run repeats them
@@ -133,7 +133,7 @@ def source_clip(
         size, event_stream: as of `open_source`.
 
     Raises:
-        InputError: it cannot be read, or the model takes something else.
+        InputError: it cannot be read, a value is NaN or Inf, or the model takes something else.
         UsageError: a size or a stream is missing, or given for an input that takes none.
     """
     spec = image_input(contract)
@@ -149,6 +149,7 @@ def source_clip(
         for frame in source:
             preprocess = preprocess or Preprocessor(spec, frame)
             frames.append({spec.name: preprocess(frame).copy()})
+            _require_finite(frames[-1], f"{text}: frame {len(frames) - 1}")
             if len(frames) == limit:
                 break
     finally:
@@ -156,14 +157,12 @@ def source_clip(
     return Clip(frames, f"{Path(text).name}, {len(frames)} frames")
 
 
-def array_clip(arrays: Mapping[str, NDArray[Any]], name: str) -> Clip:
-    """A clip of arrays with time first: (T, ...) for each input."""
-    lengths = {len(array) for array in arrays.values()}
-    if len(lengths) != 1:
-        raise InputError(f"{name}: inputs of different lengths: {sorted(lengths)}")
-    return Clip([{key: array[t] for key, array in arrays.items()} for t in range(lengths.pop())], name)
-
-
-def recorded_clip(frames: Sequence[Mapping[str, NDArray[Any]]], name: str) -> Clip:
-    """The clip a reference was recorded with."""
-    return Clip(frames, name)
+def _require_finite(frame: Frame, where: str) -> None:
+    """Verdicts compare finite numbers: a NaN would stay in the states of both runs and equal itself."""
+    for name, array in frame.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            bad = array.size - np.count_nonzero(np.isfinite(array))
+            raise InputError(
+                f"{where}: {name}: {bad} of {array.size} values are NaN or Inf as {array.dtype}",
+                hint="clean the frame, or take another clip",
+            )

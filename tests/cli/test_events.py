@@ -130,6 +130,8 @@ def test_nothing_is_overwritten(recording: Path, tmp_path: Path) -> None:
     assert events(recording, "-o", tmp_path / "holiday.png").exit_code == 2
     assert (tmp_path / "holiday.png").read_bytes() == b"a picture"
     assert events(recording, "-o", tmp_path / "holiday.png", "--overwrite").exit_code == 0
+    assert events(recording, "-o", tmp_path / "holiday.png").exit_code == 0  # its own picture
+    assert picture(tmp_path / "holiday.png").shape[2] == 3
     (tmp_path / "link.png").symlink_to(recording)
     before = recording.read_bytes()
     assert events(recording, "-o", tmp_path / "link.png", "--overwrite").exit_code == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import struct
+import zlib
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +16,7 @@ from stepcell.errors import InputError
 from stepcell.event_spec import EventWindow
 from stepcell.files import atomic_path
 from stepcell.optional_imports import require
+from stepcell.overwrite import MARK
 from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.columns import Events
 from stepcell.runtime.media.events.formats import open_events
@@ -30,6 +33,7 @@ _PANELS, _COLUMNS = 6, 3  # windows in a picture, and how many stand side by sid
 _WIDEST, _SMALLEST = 640, 240  # pixels of a panel: a larger sensor is scaled down, a smaller one up
 _STRIP = 80  # rows of the strip of time, for each polarity
 _GAP = 4
+_AFTER_IHDR = 8 + 25  # bytes of a PNG's signature and of its first chunk
 Counts = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 
@@ -79,7 +83,15 @@ def write_event_picture(path: Path, summary: EventSummary, size: tuple[int, int]
     sheet = _sheet([_coloured(_scaled(panel)) for panel in panels], _over_time(strip))
     with atomic_path(path) as temporary:
         av.VideoFrame.from_ndarray(sheet, format="rgb24").save(str(temporary))
+        temporary.write_bytes(_marked(temporary.read_bytes()))
     return [(start - summary.start_us) / 1e6 for start in starts]
+
+
+def _marked(png: bytes) -> bytes:
+    """A PNG with a comment, by which the next run knows the picture: a chunk tEXt after the first chunk, IHDR."""
+    content = b"tEXtComment\x00" + MARK.encode("latin-1")
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    return png[:_AFTER_IHDR] + chunk + png[_AFTER_IHDR:]
 
 
 def write_event_clip(path: Path, summary: EventSummary, size: tuple[int, int], window: int) -> int:

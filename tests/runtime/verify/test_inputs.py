@@ -88,3 +88,12 @@ def test_sizes_that_are_no_pictures_are_those_of_the_example() -> None:
         return {"y": h[0, :, :1]}, {"h": h}
 
     assert isolation(FunctionStepper(step, spec, "test"), three).passed
+
+
+def test_frames_with_nan_are_refused(tmp_path: Path) -> None:
+    """A NaN in both runs is no difference: every verdict passed, over NaN."""
+    frames = np.zeros((4, 3, 8, 8), np.float32)
+    frames[2, 1, 3, 3] = np.nan
+    np.save(tmp_path / "clip.npy", frames)
+    with pytest.raises(InputError, match="frame 2: x: 1 of 192 values are NaN or Inf as float32"):
+        source_clip(contract(range=(0.0, 1.0)), str(tmp_path / "clip.npy"))
