@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stepcell.errors import ExportError
+from stepcell.exporter.floats import is_float
 from stepcell.exporter.from_module.attributes import Inputs, Starts, same
-from stepcell.exporter.from_module.trees import map_leaves
+from stepcell.exporter.from_module.trees import flatten, map_leaves
 from stepcell.exporter.from_module.untraced import memory_outside
 
 __all__ = ["check_deterministic"]
@@ -22,7 +23,7 @@ def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> No
 
     Raises:
         ExportError: they do not, with what they share outside the module, or the innermost module that is random; or
-            `forward` fails.
+            `forward` fails or returns NaN.
     """
     runs = []
     for seed in (0, 1):
@@ -34,7 +35,7 @@ def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> No
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
-                own(**inputs, **starts)
+                last = own(**inputs, **starts)
             except Exception as error:  # the user's code may raise anything
                 raise ExportError(
                     f"{type(module).__name__}: forward failed: {type(error).__name__}: {error}",
@@ -56,6 +57,11 @@ def check_deterministic(module: nn.Module, inputs: Inputs, starts: Starts) -> No
                 f"{path or type(module).__name__}: forward is random in eval mode",
                 hint="dropout as a module is off in eval mode; other random numbers must go",
             )
+    if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in flatten(last)[0]):
+        raise ExportError(
+            f"{type(module).__name__}: forward returns NaN for inputs of -1 to 1, by which its states are found",
+            hint="a root or logarithm of what is below zero, which x.clamp(min=0).sqrt() avoids, or weights with NaN",
+        )
 
 
 def _note_in(calls: list[tuple[str, Any, Any]], path: str) -> Callable[..., None]:
@@ -68,4 +74,6 @@ def _note_in(calls: list[tuple[str, Any, Any]], path: str) -> Callable[..., None
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().nan_to_num() if is_float(leaf) else leaf.detach().clone()  # a NaN does not equal itself

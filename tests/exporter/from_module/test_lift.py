@@ -446,6 +446,18 @@ class ReturnsNumber(Base):
         return self.head(h), 1.0, h
 
 
+class Root(Base):
+    """NaN where the features are below zero, kept as a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.h = self.cell((self.features(x) - 1).sqrt(), self.h)
+        return self.head(self.h)
+
+
 class TwoArguments(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -485,6 +497,7 @@ REFUSED: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], type[S
     "counts": (Counts, SHAPE, {}, ParityError, "differs from the original"),
     "needs more": (NeedsMore, SHAPE, {}, ExportError, "NeedsMore: forward failed"),
     "returns a number": (ReturnsNumber, SHAPE, {}, ExportError, "forward returns a float"),
+    "NaN": (Root, SHAPE, {}, ExportError, "Root: forward returns NaN for inputs of -1 to 1"),
     "no such input": (Kept, {"frame": FRAME}, {}, UsageError, "frame: forward has no such argument"),
     "no such state": (Passed, SHAPE, {"memory": 1}, UsageError, "memory: forward has no such argument"),
     "wrong position": (Passed, SHAPE, {"states": 0}, ExportError, "--state states=0: "),
