@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from stepcell.errors import InputError
 from stepcell.runtime.verify.clips import Clip
 from stepcell.runtime.verify.measure import compared_steps, deviation, max_abs
 from stepcell.runtime.verify.results import Growth, Verdict, judged
@@ -32,6 +33,9 @@ def error_growth(
     Args:
         peer: trusted implementation in the subject's precision; it shows what that precision costs.
         tick: called after every step with its number.
+
+    Raises:
+        InputError: the reference returns NaN, which is no difference where both sides return it.
     """
     compared = compared_steps(steps)
     runs = [side.run() for side in (exact, subject, peer) if side is not None]
@@ -42,7 +46,12 @@ def error_growth(
     for t in range(steps):
         results = [_together(run.step(clip[t])) for run in runs]
         truth, got = results[0], results[1]
-        for name in kinds:
+        for name, kind in kinds.items():
+            if truth[name].dtype.kind == "f" and np.isnan(truth[name]).any():
+                raise InputError(
+                    f"{clip.name}: step {t + 1}: the reference returns NaN in {kind} {name}: nothing can be compared",
+                    hint="frames outside the range that the model was trained on, or a state that grows without bound?",
+                )
             scales[name] = max(scales[name], max_abs(truth[name]))
         if t + 1 in compared:
             for name in kinds:

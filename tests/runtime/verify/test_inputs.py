@@ -12,6 +12,7 @@ from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import InputError
 from stepcell.runtime.verify.behaviour import isolation
 from stepcell.runtime.verify.clips import random_clip, sizes_for, source_clip
+from stepcell.runtime.verify.growth import error_growth
 from stepcell.runtime.verify.stepper import FunctionStepper
 
 IMAGE = ("batch", 3, "height", "width")
@@ -97,3 +98,17 @@ def test_frames_with_nan_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "clip.npy", frames)
     with pytest.raises(InputError, match="frame 2: x: 1 of 192 values are NaN or Inf as float32"):
         source_clip(contract(range=(0.0, 1.0)), str(tmp_path / "clip.npy"))
+
+
+def test_a_reference_that_returns_nan_is_refused() -> None:
+    spec = contract()
+    clip = random_clip(spec, {"batch": 1, "height": 32, "width": 32})
+
+    def step(inputs: Any, states: Any) -> Any:
+        h = states["h"] + 1
+        return {"y": np.where(h.sum() > 1600, np.nan, inputs["x"])}, {"h": h}  # 512 more in each step
+
+    stepper = FunctionStepper(step, spec, "test")
+    error_growth(stepper, stepper, clip, 3)
+    with pytest.raises(InputError, match="step 4: the reference returns NaN in output y"):
+        error_growth(stepper, stepper, clip, 8)
