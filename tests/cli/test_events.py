@@ -101,6 +101,20 @@ def test_bad_events_are_counted(tmp_path: Path) -> None:
     assert (report["events"], report["bad_events"]) == (100, {"outside": 3, "back in time": 2})
 
 
+def test_a_bad_event_does_not_stretch_the_time(tmp_path: Path) -> None:
+    t = np.arange(100) * 10 + 10**15
+    t[50] = 0
+    x = np.arange(100) % 16
+    x[99], t[99] = 500, 2 * 10**15
+    np.savez(tmp_path / "e.npz", x=x, y=x * 0, p=x % 2, t=t)
+    report = json.loads(events(tmp_path / "e.npz", "--size", "16x16", "--json").stdout)
+    assert (report["start_us"], report["end_us"], report["seconds"]) == (10**15, 10**15 + 980, 980e-6)
+    assert report["events_per_second"] == pytest.approx(98 / 980e-6)
+    np.savez(tmp_path / "e.npz", x=x + 20, y=x, p=x % 2, t=t)
+    wrong = events(tmp_path / "e.npz", "--size", "16x16")
+    assert (wrong.exit_code, "all of its 100 events are outside a sensor of 16x16" in wrong.stderr) == (1, True)
+
+
 def test_a_broken_file_is_described_up_to_there(recording: Path, tmp_path: Path) -> None:
     recording.write_bytes(recording.read_bytes()[:-3])
     result = events(recording, "--json", "-o", tmp_path / "bar.png")

@@ -25,9 +25,9 @@ class EventSummary(msgspec.Struct, frozen=True, kw_only=True):
         events: number of events, bad ones included.
         rising: those of pixels that became brighter.
         largest_x, largest_y: of all events.
-        start_us, end_us: earliest and latest time in microseconds.
-        seconds: from the earliest event to the latest.
-        events_per_second: mean over that time; None: it is zero.
+        start_us, end_us: first and last time in microseconds, without bad events: one may be years away.
+        seconds: from one to the other.
+        events_per_second: mean over that time, without bad events; None: it is zero.
         bad_events: by kind, as `run --on-bad-event drop` counts them; without a size none is outside.
         broken: what ended the file too early; None: it is whole.
     """
@@ -65,7 +65,8 @@ def summarise_events(path: Path, size: tuple[int, int] | None = None, stream: st
     reader = open_events(path, stream)
     try:
         found = require_size(reader, size) if reader.size or size else None
-        bad = BadEvents(reader.name, found or (LARGEST, LARGEST), "drop")
+        width, height = found or (LARGEST, LARGEST)
+        bad = BadEvents(reader.name, (width, height), "drop")
         count = rising = 0
         largest = [0, 0]
         start: int | None = None
@@ -75,17 +76,19 @@ def summarise_events(path: Path, size: tuple[int, int] | None = None, stream: st
             for read in reader:
                 part, wrong = before_impossible(reader.name, read, count)
                 if len(part):
-                    bad.mend(part)
+                    kept, _ = bad.mend(part)
                     count, rising = count + len(part), rising + int(part.p.sum())
                     largest = [max(largest[0], int(part.x.max())), max(largest[1], int(part.y.max()))]
-                    first, last = int(part.t.min()), int(part.t.max())
-                    start, end = (first, last) if start is None else (min(start, first), max(end, last))
+                    if len(kept):
+                        start, end = int(kept.t[0]) if start is None else start, int(kept.t[-1])
                 if wrong is not None:
                     raise wrong
         except InputError as error:
             broken = error.message
-        if start is None:
+        if not count:
             raise InputError(broken or f"{path}: contains no event")
+        if start is None:
+            raise InputError(f"{path}: all of its {count:,} events are outside a sensor of {width}x{height}")
     finally:
         reader.close()
     seconds = (end - start) / 1e6
@@ -102,7 +105,7 @@ def summarise_events(path: Path, size: tuple[int, int] | None = None, stream: st
         start_us=start,
         end_us=end,
         seconds=seconds,
-        events_per_second=count / seconds if seconds else None,
+        events_per_second=(count - sum(bad.counts.values())) / seconds if seconds else None,
         bad_events={str(kind): number for kind, number in bad.counts.items()},
         broken=broken,
     )
