@@ -110,6 +110,10 @@ def test_a_bad_event_does_not_stretch_the_time(tmp_path: Path) -> None:
     report = json.loads(events(tmp_path / "e.npz", "--size", "16x16", "--json").stdout)
     assert (report["start_us"], report["end_us"], report["seconds"]) == (10**15, 10**15 + 980, 980e-6)
     assert report["events_per_second"] == pytest.approx(98 / 980e-6)
+    x[99] = 10**6  # no sensor is as wide, and the file states none
+    np.savez(tmp_path / "e.npz", x=x, y=x * 0, p=x % 2, t=t)
+    drawn = events(tmp_path / "e.npz", "-o", tmp_path / "e.png")
+    assert (drawn.exit_code, "events reach (15, 0)" in drawn.stdout) == (0, True), drawn.output
     np.savez(tmp_path / "e.npz", x=x + 20, y=x, p=x % 2, t=t)
     wrong = events(tmp_path / "e.npz", "--size", "16x16")
     assert (wrong.exit_code, "all of its 100 events are outside a sensor of 16x16" in wrong.stderr) == (1, True)

@@ -24,7 +24,7 @@ class EventSummary(msgspec.Struct, frozen=True, kw_only=True):
         width, height: of the sensor in pixels; None: neither the file nor the caller says.
         events: number of events, bad ones included.
         rising: those of pixels that became brighter.
-        largest_x, largest_y: of all events.
+        largest_x, largest_y: without bad events.
         start_us, end_us: first and last time in microseconds, without bad events: one may be years away.
         seconds: from one to the other.
         events_per_second: mean over that time, without bad events; None: it is zero.
@@ -78,8 +78,8 @@ def summarise_events(path: Path, size: tuple[int, int] | None = None, stream: st
                 if len(part):
                     kept, _ = bad.mend(part)
                     count, rising = count + len(part), rising + int(part.p.sum())
-                    largest = [max(largest[0], int(part.x.max())), max(largest[1], int(part.y.max()))]
                     if len(kept):
+                        largest = [max(largest[0], int(kept.x.max())), max(largest[1], int(kept.y.max()))]
                         start, end = int(kept.t[0]) if start is None else start, int(kept.t[-1])
                 if wrong is not None:
                     raise wrong
