@@ -19,10 +19,12 @@ from tools.install_pinned import write_pins
 
 ROOT = Path(__file__).parent.parent
 
-# The kernels' sources, in Triton's language: read where kernels are compiled, never on a device.
+# The kernels' sources, in Triton's language: read where kernels are compiled, never on a device. Loops over events, in
+# numba's: imported where it is installed.
 WITHOUT_TORCH = """
 import pkgutil, sys
 sources = {"stepcell.plugins.kernels.triton." + name for name in "conv epilogue gru language lstm narrow split".split()}
+sources.add("stepcell.runtime.media.events.loops")
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "triton"):
