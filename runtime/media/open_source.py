@@ -49,8 +49,8 @@ def open_source(
         event_stream: which of several streams of events of a file, as of `open_events`.
 
     Raises:
-        UsageError: `-` without a size, a size for an input that does not take one, or a file of several streams of
-            events of which none is chosen.
+        UsageError: `-` without a size, a size or an option of events for an input that does not take one, or a file of
+            several streams of events of which none is chosen.
         InputError: the input does not exist, cannot be read, or is not of the kind that the model takes.
         MissingDependencyError: PyAV, which reads videos and pictures, or the reader of an event file is not installed.
     """
@@ -58,6 +58,9 @@ def open_source(
         if event_stream is not None:
             raise UsageError(f"--event-stream {event_stream}: {text} carries one stream")
         return open_event_stream(text, events, size, on_bad_event)
+    if events is None and (event_stream is not None or on_bad_event != "stop"):
+        option = f"--event-stream {event_stream}" if event_stream is not None else f"--on-bad-event {on_bad_event}"
+        raise UsageError(f"{option}: is for events, and the model takes pictures")
     either = events is None and Path(text).suffix.lower() in _EITHER
     if (events is not None) != is_event_file(Path(text)) and not either:
         wanted = "events" if events is not None else "pictures"

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import bind, resolve
-from stepcell.errors import InputError, UsageError
+from stepcell.errors import InputError
 from stepcell.pixels import picture_channels
 from stepcell.runtime.loop.slots import is_shared
+from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.preprocess import Preprocessor, event_input, image_input
 from stepcell.sample_frames import random_frame
@@ -138,11 +139,8 @@ def source_clip(
     """
     spec = image_input(contract)
     channels, events = picture_channels(spec) or 3, event_input(spec, None)
-    if events is None and event_stream is not None:
-        raise UsageError(f"--event-stream {event_stream}: the model takes no events")
-    source = open_source(
-        text, channels=channels, size=size, events=events, on_bad_event="drop", event_stream=event_stream
-    )
+    bad: OnBadEvent = "stop" if events is None else "drop"
+    source = open_source(text, channels=channels, size=size, events=events, on_bad_event=bad, event_stream=event_stream)
     frames: list[Frame] = []
     preprocess: Preprocessor | None = None
     try:

@@ -33,6 +33,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         mean_rms: over all frames.
         cosine: between the two outputs as a whole.
         psnr: in dB, of pixels; None: these are none, or they are equal.
+        not_finite: values that are NaN or Inf in both; they are no difference, and in no measure.
         differing: share of the values that differ, of integers and booleans; None: one output is of floats.
         beyond: first frame with a difference above the tolerance; None: there is none.
     """
@@ -45,6 +46,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     mean_rms: float
     cosine: float
     psnr: float | None
+    not_finite: int = 0
     beyond: int | None = None
     differing: float | None = None
 
@@ -61,7 +63,7 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
     """
     rows: list[tuple[float, float]] = []
     scale = dot = norm_a = norm_b = squares = 0.0
-    count, unequal, pixels, integers = 0, 0, True, True
+    count, unequal, strange, pixels, integers = 0, 0, 0, True, True
     with contextlib.ExitStack() as stack:
         sides = [stack.enter_context(contextlib.closing(_frames(path))) for path in (a, b)]
         lengths = [0, 0]
@@ -78,11 +80,14 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
                 )
             wrong = difference(left, right)
             rows.append((max_abs(wrong), rms(wrong)))
-            scale = max(scale, max_abs(right))
+            x, y = wide(left).ravel(), wide(right).ravel()
+            finite = np.isfinite(x) & np.isfinite(y)
+            strange += int(np.count_nonzero(~np.isfinite(x) & ~np.isfinite(y)))
+            x, y = x[finite], y[finite]
+            scale = max(scale, max_abs(y))
             integers &= left.dtype.kind != "f" and right.dtype.kind != "f"
             unequal += int(np.count_nonzero(left != right))
             pixels &= left.dtype == np.uint8 == right.dtype
-            x, y = wide(left).ravel(), wide(right).ravel()
             dot, norm_a, norm_b = dot + float(x @ y), norm_a + float(x @ x), norm_b + float(y @ y)
             squares += float(np.square(wrong).sum())
             count += wrong.size
@@ -106,6 +111,7 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
         worst_frame=worst + 1,
         mean_rms=float(np.mean([each for _, each in rows])),
         cosine=dot / float(np.sqrt(norm_a * norm_b)) if norm_a and norm_b else float(norm_a == norm_b),
+        not_finite=strange,
         differing=unequal / count if integers and count else None,
         psnr=float(10 * np.log10(255.0**2 / mean_square)) if pixels and mean_square else None,
         beyond=None

@@ -60,6 +60,8 @@ def command(a: Path, b: Path, tolerance: float | None, plot_path: Path | None, o
         log(f"plot:    {plot_path}")
     if found.lengths[0] != found.lengths[1]:
         log(f"note:    {a} has {found.lengths[0]} frames, {b} {found.lengths[1]}; the rest is not compared")
+    if found.not_finite:
+        log(f"note:    {found.not_finite:,} values are NaN or Inf in both, which is no difference here")
     share = f", {found.differing:.2%} of the values differ" if found.differing is not None else ""
     quality = f", PSNR {found.psnr:.1f} dB" if found.psnr is not None else ""
     log(

@@ -59,6 +59,7 @@ def command(
     from stepcell.event_spec import EventWindow
     from stepcell.runtime.media.events.summary import summarise_events
     from stepcell.runtime.media.open_sink import VIDEOS
+    from stepcell.runtime.media.source import FRAME_RATES
 
     size = parse_size(size_text) if size_text else None
     window = EventWindow.parse(window_text, subject="--event-window")
@@ -67,6 +68,11 @@ def command(
     if output is not None:
         if output.suffix not in (".png", *VIDEOS):
             raise UsageError(f"--output: expected .png, {', '.join(VIDEOS)}, got {output}")
+        if output.suffix != ".png" and 1_000_000 / window.size > FRAME_RATES[1]:
+            raise UsageError(
+                f"--event-window {window_text}: a clip has at most {FRAME_RATES[1]} frames a second, one a window",
+                hint="give 1ms or more, or write a .png",
+            )
         check_output(output, is_marked, reads={file: "the recording"}, overwrite=overwrite)
         check_folder(output)
     with working(f"reading {file}"):

@@ -59,6 +59,17 @@ def test_nan_on_one_side_is_beyond_every_tolerance(arrays: tuple[Path, Path]) ->
     assert "from frame 4 on" in result.stderr
 
 
+def test_values_that_are_not_finite_in_both_are_told(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).random((3, 2, 4, 4), np.float32)
+    frames[1, 0, 0, :2] = np.nan, np.inf
+    np.save(tmp_path / "a.npy", frames)
+    result = compare(tmp_path / "a.npy", tmp_path / "a.npy")
+    assert result.exit_code == 0, result.stderr
+    assert "2 values are NaN or Inf in both" in result.stderr
+    assert "largest difference 0 in frame 1 of values up to 0.9" in result.stderr
+    assert "cosine 1.000000" in result.stderr
+
+
 def test_folders_of_pictures_and_a_shorter_one(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), np.uint8)
     for name, count in (("a", 4), ("b", 3)):

@@ -161,6 +161,7 @@ def test_nothing_is_overwritten(recording: Path, tmp_path: Path) -> None:
     [
         (["-o", "e.gif"], 2, "expected .png"),
         (["--event-window", "500events"], 2, "expected a time"),
+        (["--event-window", "999us", "-o", "e.mp4"], 2, "at most 1000 frames a second"),
         (["--size", "640"], 2, "expected WIDTHxHEIGHT"),
         (["--size", "640x480"], 1, "its sensor is 320x200"),
     ],

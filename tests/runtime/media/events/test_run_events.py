@@ -77,6 +77,10 @@ def test_what_does_not_fit(firenet_onnx: Path, recording: Path, denoiser_onnx: P
     assert pictures.exit_code == 1
     assert "the model takes pictures" in pictures.stderr
     assert run(denoiser_onnx, "--input", recording, "--event-window", "5ms").exit_code == 2
+    for option in (["--on-bad-event", "drop"], ["--event-stream", "left"]):
+        refused = run(denoiser_onnx, "--input", "clip.mp4", *option)
+        assert refused.exit_code == 2
+        assert f"{' '.join(option)}: is for events, and the model takes pictures" in refused.stderr
 
 
 def test_a_model_of_events_is_verified_over_a_recording(firenet_onnx: Path, recording: Path) -> None:
