@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from stepcell.errors import InputError
+from stepcell.overwrite import ARRAY_HEADER, MARK
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.video_reader import VideoSource
 from tests.cli.command import run
@@ -61,7 +62,7 @@ def test_a_full_disk_costs_the_last_frames_only(
     model, output, report = accumulator(range=(0.0, 1.0)), tmp_path / "outputs" / name, tmp_path / "run.json"
     output.parent.mkdir()
     if older:
-        output.write_text("an older recording")
+        output.write_text(f"an older recording, {MARK}")
     limit = 4000 if name == "out.npy" else 200  # KiB
     arguments = [model, "-i", tmp_path / "clip.npy", "-o", output, "--reset-every", 1, "--report", report]
     code, said = shell(f"ulimit -f {limit}; {{}}", *arguments)
@@ -69,7 +70,7 @@ def test_a_full_disk_costs_the_last_frames_only(
     found = np.load(output) if name == "out.npy" else np.stack(list(open_source(str(output))))
     summary = json.loads(report.read_text())
     if name == "out.npy":
-        assert output.stat().st_size == 128 + found.nbytes, "the part of a frame is cut off"
+        assert output.stat().st_size == ARRAY_HEADER + found.nbytes, "the part of a frame is cut off"
     assert 60 <= len(found) < summary["frames"] <= len(found) + most
     assert summary["written"] == len(found)
     rest = f"{output} holds the first {len(found)} of {summary['frames']} frames"
@@ -95,12 +96,12 @@ def test_a_disk_that_was_full_from_the_start_leaves_no_file(
 ) -> None:
     outputs = tmp_path / "outputs"
     outputs.mkdir()
-    (outputs / "out.mp4").write_text("an older recording")
+    (outputs / "out.mp4").write_text(f"an older recording, {MARK}")
     code, said = shell("ulimit -f 0; {}", accumulator(range=(0.0, 1.0)), "-i", clip, "-o", outputs / name)
     assert code == 1
     assert said.count(f"{name}: cannot be written (File too large)") == 1
     assert "holds the" not in said
-    assert [path.read_text() for path in outputs.iterdir()] == ["an older recording"]
+    assert [path.read_text() for path in outputs.iterdir()] == [f"an older recording, {MARK}"]
 
 
 def test_a_report_that_cannot_be_written_does_not_hide_what_broke(accumulator: Model, tmp_path: Path) -> None:
