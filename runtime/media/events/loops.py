@@ -92,6 +92,15 @@ def _ones(_typing_context: Any, _bits: Any) -> Any:
     return numba.uint64(numba.uint64), generate
 
 
+@_part
+def _continued(high: Any, value: Any) -> Any:
+    """The upper part of the time after its counter of 28 bits, which wraps, says `value`; -1 before the first."""
+    if high < 0:
+        return value
+    wrapped = value - (high & 0xFFFFFFF) < -(1 << 27)
+    return value + ((high >> 28) + wrapped << 28)
+
+
 @_compiled
 def decode_evt2(words: Any, state: Any, x: Any, y: Any, p: Any, t: Any) -> int:
     """Decode words of EVT 2.0; returns the number of events. `state`: upper part of the time, -1 before the first."""
@@ -105,12 +114,7 @@ def decode_evt2(words: Any, state: Any, x: Any, y: Any, p: Any, t: Any) -> int:
                 t[count] = high << 6 | (word >> 22 & 0x3F)
                 count += 1
         elif kind == 8:
-            value = word & 0xFFFFFFF
-            if high < 0:
-                high = value
-            else:
-                wrapped = value - (high & 0xFFFFFFF) < -(1 << 27)
-                high = value + ((high >> 28) + wrapped << 28)
+            high = _continued(high, word & 0xFFFFFFF)
     state[0] = high
     return count
 
@@ -140,12 +144,7 @@ def decode_evt21(heads: Any, valid: Any, state: Any, x: Any, y: Any, p: Any, t: 
                     count += 1
                     mask &= mask - 1
         elif kind == 8:
-            value = word & 0xFFFFFFF
-            if high < 0:
-                high = value
-            else:
-                wrapped = value - (high & 0xFFFFFFF) < -(1 << 27)
-                high = value + ((high >> 28) + wrapped << 28)
+            high = _continued(high, word & 0xFFFFFFF)
     state[0] = high
     return count
 
