@@ -139,6 +139,7 @@ def command(
     run --require-verified` requires it.
     """
     from stepcell.cli.plots import check_plot
+    from stepcell.runtime.verify.clips import source_clip
     from stepcell.runtime.verify.recorded import record_reference, verify_recorded, write_record
     from stepcell.runtime.verify.verification import VerifyOptions, verify
 
@@ -166,8 +167,11 @@ def command(
         declared = declare(contract, pixels)
         for change in changes(contract, declared):
             log(f"pixels:    {change}")
+        if input_text != "random" and shape is not None:
+            raise UsageError("--shape: is for random input; a clip has its own size")
         if input_text != "random":
-            clip = _clip_of_source(declared, input_text, size_text, event_stream, shape)
+            size = None if size_text is None else parse_size(size_text)
+            clip = source_clip(declared, input_text, size=size, event_stream=event_stream)
         elif size_text is not None or event_stream is not None:
             raise UsageError("--size, --event-stream: are for a file of events (--input)")
         else:
@@ -247,16 +251,6 @@ def _random_clip(contract: StepContract, sidecar: Sidecar | None, seed: int, sha
     if shape:
         shapes = parse_shapes(shape, option="--shape")
     return random_clip(contract, sizes_for(contract, shapes), seed=seed)
-
-
-def _clip_of_source(
-    contract: StepContract, text: str, size: str | None, event_stream: str | None, shape: str | None
-) -> Clip:
-    from stepcell.runtime.verify.clips import source_clip
-
-    if shape is not None:
-        raise UsageError("--shape: is for random input; a clip has its own size")
-    return source_clip(contract, text, size=None if size is None else parse_size(size), event_stream=event_stream)
 
 
 @contextlib.contextmanager
