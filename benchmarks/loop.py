@@ -1,6 +1,8 @@
 """Benchmark of the step loop on the CPU: StepLoop and the loops that a user would write, in one process.
 
-    python benchmarks/loop.py --output benchmarks/results/loop.json --document docs/performance.md
+    pip install openvino==2026.4.1
+    pip install --no-deps --target build/d3671d3 FOLDER_OF_COMMIT_d3671d3
+    python benchmarks/loop.py --other build/d3671d3 --document docs/performance.md
     python benchmarks/loop.py --table benchmarks/results/loop.json
 
 All loops (benchmarks/loops.py) have the same weights and number of threads, and must agree with float64 over 32 steps
@@ -12,6 +14,8 @@ rounds and shows the best rate of the processor. The result is a JSON file with 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -20,15 +24,20 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime
 import torch
 from loop_cases import SHAPES, Case, Shape, make_case
 from loop_report import as_block, svg, table, with_block
-from loops import BASELINE, FLOOR, LOOPS, Frame, Loop, matrix_product, reference
+from loops import BASELINE, FLOOR, LOOPS, TOLERANCES, Loop, matrix_product, reference
+from numpy.typing import NDArray
+from other_version import OtherVersion, random_frames
 
 import stepcell
 from stepcell.cli.console import log
@@ -38,39 +47,75 @@ from stepcell.files import read_bytes, write_atomic
 CHECKED, TOLERANCE = 32, 1e-4  # steps compared before the timing, and largest difference to float64
 WARM_UP = 1  # steps of each loop at the start of a round that are not timed
 ROUND_SECONDS = 0.03  # of timed steps of the baseline
-SHAPE_SECONDS = 35  # no further round of a shape starts after this time, which matters on a busy machine
+SHAPE_SECONDS = 25  # no further round of a shape starts after this time, which matters on a busy machine
 SETTLE_SECONDS = 0.3  # at most
 
-
-def error_of(loop: Loop, frames: Frame, expected: Frame) -> float:
-    """Largest difference over all frames, starting from the initial state; NaN if an output is NaN."""
-    return float(np.max([np.abs(loop(x) - y).max() for x, y in zip(frames, expected, strict=True)]))
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 
-def checked_loops(case: Case, *, without: tuple[str, ...]) -> tuple[dict[str, Loop], dict[str, dict[str, Any]]]:
+class InProcess:
+    """A loop of this process; benchmarks/other_version.py has one of another process with the same methods."""
+
+    def __init__(self, loop: Loop, shapes: Shapes) -> None:
+        self._loop, self._shapes = loop, shapes
+        self._clip = itertools.cycle(random_frames(4, shapes, 1))  # arrays of their own, as from a decoder
+
+    def error(self, expected: NDArray[Any]) -> float:
+        """Largest difference of the first output from these, from the initial state; NaN if an output is NaN."""
+        frames = random_frames(len(expected), self._shapes, 0)
+        return float(np.max([np.abs(self._loop(*x) - y).max() for x, y in zip(frames, expected, strict=True)]))
+
+    def milliseconds(self, steps: int, warm_up: int) -> float:
+        """Time per step, after warm-up steps."""
+        for _ in range(warm_up):
+            self._loop(*next(self._clip))
+        started = time.perf_counter()
+        for _ in range(steps):
+            self._loop(*next(self._clip))
+        return (time.perf_counter() - started) / steps * 1e3
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+Timed: TypeAlias = InProcess | OtherVersion
+
+
+def checked_loops(
+    case: Case, *, without: Mapping[str, str] = MappingProxyType({}), other: Path | None = None
+) -> tuple[dict[str, Timed], dict[str, dict[str, Any]]]:
     """The loops that run on this machine, and for each its largest error or the reason why it does not run.
 
+    Args:
+        without: loops to leave out, with the reason.
+        other: folder with another version of stepcell.
+
     Raises:
-        ParityError: a loop differs from float64 by more than the tolerance.
+        ParityError: a loop differs from float64 by more than its tolerance.
     """
-    frames = np.random.default_rng(0).random((CHECKED, *case.shape), np.float32)
     exact = reference(case)
-    expected = np.stack([exact(x) for x in frames])
-    loops: dict[str, Loop] = {}
+    expected = np.stack([exact(*x) for x in random_frames(CHECKED, case.shapes, 0)])
+    loops: dict[str, Timed] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, make in LOOPS.items():
+    made: dict[str, Callable[[], Timed]] = {
+        name: partial(lambda make: InProcess(make(case), case.shapes), make) for name, make in LOOPS.items()
+    }
+    if other is not None:
+        made[f"StepLoop of {other.name}"] = lambda: OtherVersion(other, case.exported, case.shapes, case.threads)
+    for name, make in made.items():
         if name in without:
-            found[name] = {"not_run": "left out by --quick"}
+            found[name] = {"not_run": without[name]}
             continue
         try:
-            loop = make(case)
-            error = error_of(loop, frames, expected)
-        except RuntimeError as problem:  # torch.compile without a C++ compiler
+            loop = make()
+            error = loop.error(expected)
+        except RuntimeError as problem:  # a compiler or a package that is not installed
             found[name] = {"not_run": str(problem).strip().splitlines()[0]}
             continue
-        if not error <= TOLERANCE:
+        tolerance = TOLERANCES.get(name, TOLERANCE)
+        if not error <= tolerance:
             raise ParityError(
-                f"{name}: expected outputs within {TOLERANCE:g} of float64 over {CHECKED} steps, got {error:.1e}",
+                f"{name}: expected outputs within {tolerance:g} of float64 over {CHECKED} steps, got {error:.1e}",
                 hint="the loops do not compute the same, so their times mean nothing",
             )
         loops[name], found[name] = loop, {"error": error}
@@ -87,21 +132,9 @@ def settle() -> None:
             return
 
 
-def milliseconds(loop: Loop, frames: list[Frame], steps: int) -> float:
-    """Time per step, after warm-up steps. Every frame is an array of its own, as from a decoder."""
-    clip = itertools.cycle(frames)
-    for _ in range(WARM_UP):
-        loop(next(clip))
-    started = time.perf_counter()
-    for _ in range(steps):
-        loop(next(clip))
-    return (time.perf_counter() - started) / steps * 1e3
-
-
-def time_rounds(loops: dict[str, Loop], case: Case, rounds: int) -> tuple[int, dict[str, list[float]]]:
+def time_rounds(loops: Mapping[str, Timed], rounds: int) -> tuple[int, dict[str, list[float]]]:
     """Steps per round, and for each loop the milliseconds per step in every round."""
-    frames = list(np.random.default_rng(1).random((4, *case.shape), np.float32))
-    once = min(milliseconds(loops[BASELINE], frames, 2) for _ in range(3))
+    once = min(loops[BASELINE].milliseconds(2, WARM_UP) for _ in range(3))
     steps = max(2, round(ROUND_SECONDS * 1e3 / once))
     times: dict[str, list[float]] = {name: [] for name in loops}
     order, deadline = random.Random(0), time.perf_counter() + SHAPE_SECONDS
@@ -110,48 +143,69 @@ def time_rounds(loops: dict[str, Loop], case: Case, rounds: int) -> tuple[int, d
             break
         for name in order.sample(list(loops), len(loops)):
             settle()
-            times[name].append(round(milliseconds(loops[name], frames, steps), 5))
+            times[name].append(round(loops[name].milliseconds(steps, WARM_UP), 5))
     return steps, times
 
 
-def measure(shapes: list[Shape], rounds: int, threads: int, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Check and time every loop at every shape."""
-    torch.set_num_threads(threads)
+def measure(
+    shapes: Sequence[Shape],
+    rounds: int,
+    threads: Sequence[int],
+    *,
+    other: Path | None = None,
+    without: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Check and time every loop at every shape with every number of threads."""
     result: dict[str, Any] = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "threads": threads,
         "versions": {
             "python": platform.python_version(),
             "stepcell": stepcell.__version__,
             "onnxruntime": onnxruntime.__version__,
             "torch": str(torch.__version__),
             "numpy": np.__version__,
+            **_optional_versions("openvino"),
         },
         "load_before": os.getloadavg(),
         "shapes": [],
     }
+    once = {} if len(threads) == 1 else {"torch.compile": f"with {max(threads)} threads only"}  # half a minute each
     with tempfile.TemporaryDirectory() as folder:
-        for shape in shapes:
-            case = make_case(shape, Path(folder), threads)
-            loops, found = checked_loops(case, without=without)
-            loops[FLOOR], found[FLOOR] = matrix_product(case), {}
-            steps, times = time_rounds(loops, case, rounds)
+        for count, shape in itertools.product(threads, shapes):
+            torch.set_num_threads(count)
+            case = make_case(shape, Path(folder), count)
+            left_out = without if count == max(threads) else {**without, **once}
+            loops, found = checked_loops(case, without=left_out, other=other)
+            loops[FLOOR], found[FLOOR] = InProcess(matrix_product(case), case.shapes), {}
+            steps, times = time_rounds(loops, rounds)
             for name in times:
                 found[name]["milliseconds"] = times[name]
+                loops[name].close()
             result["shapes"].append(
                 {
                     "name": shape.name,
                     "model": shape.model,
                     "frame": shape.frame,
+                    "threads": count,
                     "rounds": len(times[BASELINE]),
                     "steps_per_round": steps,
                     "loops": found,
                 }
             )
-            log(f"{shape.name}: {len(times[BASELINE])} rounds of {steps} steps of {len(loops)} loops")
+            ran = f"{len(times[BASELINE])} rounds of {steps} steps of {len(loops)} loops"
+            log(f"{shape.name}, {count} thread{'s' * (count > 1)}: {ran}")
     result["load_after"] = os.getloadavg()
     return result
+
+
+def _optional_versions(*packages: str) -> dict[str, str]:
+    """Versions of the packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _cpu() -> str:
@@ -181,14 +235,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.table is not None:
         result, picture = read_result(arguments.table), arguments.table.with_suffix(".svg")
     else:
-        if arguments.rounds < 2 or arguments.threads < 1:
-            got = f"--rounds {arguments.rounds} --threads {arguments.threads}"
+        if arguments.rounds < 2 or min(arguments.threads) < 1:
+            got = f"--rounds {arguments.rounds} --threads {' '.join(map(str, arguments.threads))}"
             raise UsageError(f"expected at least 2 rounds and 1 thread, got {got}")
+        if arguments.other is not None and not (arguments.other / "stepcell").is_dir():
+            raise UsageError(f"--other {arguments.other}: expected a folder that holds the package stepcell")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         if arguments.quick:
-            result = measure(SHAPES[:1], 2, arguments.threads, without=("torch.compile",))
+            quick = {"torch.compile": "left out by --quick"}
+            result = measure(SHAPES[:1], 2, arguments.threads, other=arguments.other, without=quick)
         else:
-            result = measure(SHAPES, arguments.rounds, arguments.threads)
+            result = measure(SHAPES, arguments.rounds, arguments.threads, other=arguments.other)
         write_atomic(arguments.output, json.dumps(result, indent=1) + "\n")
         write_atomic(picture, svg(result))
     if arguments.document is not None:
@@ -204,7 +261,10 @@ def main() -> int:
         "--output", type=Path, default=Path("benchmarks/results/loop.json"), help="JSON; .svg beside it"
     )
     parser.add_argument("--rounds", type=int, default=30, help=f"per shape, or as many as {SHAPE_SECONDS} s allow")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every loop; one per core by default")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="of every loop; by default one, then two"
+    )
+    parser.add_argument("--other", type=Path, metavar="FOLDER", help="with the package stepcell of another version")
     parser.add_argument("--quick", action="store_true", help="2 rounds of the smallest shape, without torch.compile")
     parser.add_argument("--document", type=Path, help="replace picture and table in this Markdown file")
     parser.add_argument("--table", type=Path, metavar="JSON", help="take this result; measure nothing")

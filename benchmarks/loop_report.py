@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from html import escape
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from loops import BASELINE, FLOOR, OURS, UNCHECKED
@@ -14,21 +14,32 @@ from stepcell.errors import InputError
 
 __all__ = ["as_block", "svg", "table", "with_block"]
 
+Rows: TypeAlias = list[tuple[int, str | None]]  # number of the shape and name of the loop; None: a heading
 _BEGIN, _END = "<!-- written by benchmarks/loop.py -->", "<!-- end -->"
-_BAR, _LABEL, _WIDTH = 14, 210, 860
+_BAR, _LABEL, _PANEL, _LONGEST = 14, 230, 420, 4.0
 _COLOURS = {OURS: "#76b900", UNCHECKED: "#76b900", BASELINE: "#4a6fa5"}
 _OTHER = "#a8a8a8"
+_PACKAGES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "torch": "torch",
+    "python": "Python",
+}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Milliseconds per step and ratio to the baseline, speed-ups, and the conditions of the measurement."""
-    shapes = result["shapes"]
+    """For each number of threads the milliseconds per step, ratios to the baseline and speed-ups; the conditions."""
+    parts = [_of_threads(threads, shapes) for threads, shapes in _by_threads(result).items()]
+    return "\n".join([*parts, f"{_machine(result)}; {_conditions(result)}."]) + "\n"
+
+
+def _of_threads(threads: int, shapes: list[dict[str, Any]]) -> str:
     heads = [f"{shape['name']}<br>{'x'.join(map(str, shape['frame']))}" for shape in shapes]
     rule = "|---" * (len(heads) + 1) + "|"
-    lines = [_row("per step; ratio to `session.run` (quartiles)", heads), rule]
+    lines = [_row(f"{_threads(threads)}: per step; ratio to `{BASELINE}` (quartiles)", heads), rule]
     for name in shapes[0]["loops"]:
         lines.append(_row(f"**{name}**" if name == OURS else name, [_cell(shape["loops"], name) for shape in shapes]))
-    lines += ["", _row("how many times as fast (quartiles)", heads), rule]
+    lines += ["", _row(f"{_threads(threads)}: how many times as fast (quartiles)", heads), rule]
     eager = [_best_eager(shape["loops"]) for shape in shapes]
     pairs = [
         (OURS, f"`{BASELINE}`", [BASELINE] * len(shapes)),
@@ -39,7 +50,18 @@ def table(result: dict[str, Any]) -> str:
     for loop, text, rivals in pairs:
         factors = [_ratio(shape["loops"], rival, loop) for shape, rival in zip(shapes, rivals, strict=True)]
         lines.append(_row(f"{loop} as {text}", [_quartiles(factor) for factor in factors]))
-    return "\n".join([*lines, "", f"{_machine(result)}; {_conditions(result)}."]) + "\n"
+    return "\n".join([*lines, ""])
+
+
+def _by_threads(result: dict[str, Any]) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for shape in result["shapes"]:
+        found.setdefault(shape["threads"], []).append(shape)
+    return found
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 def as_block(result: dict[str, Any], picture: str) -> str:
@@ -61,41 +83,70 @@ def with_block(document: str, block: str) -> str:
 
 
 def svg(result: dict[str, Any]) -> str:
-    """Bar plot of the median ratio to the baseline with quartiles; long bars are cut off."""
-    rows = [(shape, name) for shape in result["shapes"] for name in (None, *shape["loops"])]
-    ratios = [_ratio(s["loops"], name) for s, name in rows if name and "milliseconds" in s["loops"][name]]
-    longest = min(1.05 * max(float(np.percentile(ratio, 75)) for ratio in ratios), 8.0)
-    scale = (_WIDTH - _LABEL - 130) / longest
-    one = _LABEL + scale
-    title = f"Time of one step on a CPU, {BASELINE} = 1 (median and quartiles of the rounds)"
-    height = 78 + len(rows) * (_BAR + 5)
+    """Bar plot of the median ratios to the baseline with quartiles, a panel for each number of threads.
+
+    Long bars are cut off.
+    """
+    panels = _by_threads(result)
+    loops = [(shape["loops"], name) for shapes in panels.values() for shape in shapes for name in shape["loops"]]
+    ratios = [_ratio(each, name) for each, name in loops if "milliseconds" in each[name]]
+    longest = min(1.05 * max(float(np.percentile(ratio, 75)) for ratio in ratios), _LONGEST)
+    rows = [(number, name) for number, s in enumerate(next(iter(panels.values()))) for name in (None, *s["loops"])]
+    width, height = _LABEL + len(panels) * _PANEL, 84 + len(rows) * (_BAR + 5)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" font-family="sans-serif"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif"'
         ' font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="4" y="20" font-size="15">{escape(title)}</text>',
+        f'<text x="4" y="20" font-size="15">Time of one step on a CPU, {BASELINE} = 1 (median and quartiles of the '
+        "rounds)</text>",
         f'<text x="4" y="38" fill="#666">{escape(_machine(result))}</text>',
         f'<text x="4" y="54" fill="#666">{escape(_conditions(result))}</text>',
-        f'<line x1="{one:.1f}" x2="{one:.1f}" y1="62" y2="{height - 6}" stroke="#4a6fa5" stroke-dasharray="3 3"/>',
     ]
-    for i, (shape, name) in enumerate(rows):
-        y = 66 + i * (_BAR + 5)
+    for i, (number, name) in enumerate(rows):
+        text = next(iter(panels.values()))[number]["name"] if name is None else name
+        where = 'x="4" font-weight="bold"' if name is None else 'x="16"'
+        lines.append(f'<text {where} y="{_top(i) + 11}">{escape(text)}</text>')
+    for column, (threads, shapes) in enumerate(panels.items()):
+        left = _LABEL + column * _PANEL
+        lines += _panel(left, (_PANEL - 90) / longest, longest, _threads(threads), shapes, rows)
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _panel(
+    left: int,
+    scale: float,
+    longest: float,
+    title: str,
+    shapes: list[dict[str, Any]],
+    rows: list[tuple[int, str | None]],
+) -> list[str]:
+    one = left + scale
+    bottom = _top(len(rows))
+    lines = [
+        f'<text x="{left}" y="70" font-weight="bold">{title}</text>',
+        f'<line x1="{one:.1f}" x2="{one:.1f}" y1="74" y2="{bottom}" stroke="#4a6fa5" stroke-dasharray="3 3"/>',
+    ]
+    for i, (number, name) in enumerate(rows):
+        y = _top(i)
         if name is None:
-            lines.append(f'<text x="4" y="{y + 12}" font-weight="bold">{escape(shape["name"])}</text>')
             continue
-        lines.append(f'<text x="16" y="{y + 11}">{escape(name)}</text>')
-        if "milliseconds" not in shape["loops"][name]:
-            lines.append(f'<text x="{_LABEL + 5}" y="{y + 11}" fill="#666">not run</text>')
+        loops = shapes[number]["loops"]
+        if "milliseconds" not in loops[name]:
+            lines.append(f'<text x="{left + 5}" y="{y + 11}" fill="#666">not run</text>')
             continue
-        low, middle, high = np.percentile(_ratio(shape["loops"], name), [25, 50, 75])
-        start, bar, end = (_LABEL + min(float(value), longest) * scale for value in (low, middle, high))
+        low, middle, high = np.percentile(_ratio(loops, name), [25, 50, 75])
+        start, bar, end = (left + min(float(value), longest) * scale for value in (low, middle, high))
         colour = _COLOURS.get(name, _OTHER)
         lines += [
-            f'<rect x="{_LABEL}" y="{y}" width="{bar - _LABEL:.1f}" height="{_BAR}" fill="{colour}"/>',
+            f'<rect x="{left}" y="{y}" width="{bar - left:.1f}" height="{_BAR}" fill="{colour}"/>',
             f'<line x1="{start:.1f}" x2="{end:.1f}" y1="{y + 7}" y2="{y + 7}" stroke="black"/>',
             f'<text x="{end + 5:.1f}" y="{y + 11}">{middle:.2f}</text>',
         ]
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return lines
+
+
+def _top(row: int) -> int:
+    return 76 + row * (_BAR + 5)
 
 
 def _times(loops: dict[str, Any], name: str) -> NDArray[np.float64]:
@@ -129,9 +180,8 @@ def _quartiles(values: NDArray[np.float64]) -> str:
 
 def _machine(result: dict[str, Any]) -> str:
     versions = result["versions"]
-    return (
-        f"{result['cpu']}, {result['threads']} threads on {result['cores']} cores; ONNX Runtime "
-        f"{versions['onnxruntime']}, torch {versions['torch']}, Python {versions['python']}"
+    return f"{result['cpu']}, {result['cores']} cores; " + ", ".join(
+        f"{name} {versions[key]}" for key, name in _PACKAGES.items() if key in versions
     )
 
 

@@ -1,17 +1,20 @@
-"""Loops that benchmarks/loop.py compares: functions that take a frame, return the output and keep the state.
+"""Loops that benchmarks/loop.py compares: functions that take the inputs of a step, return its first output and keep
+the states.
 
-Frames and outputs are numpy arrays, as from a decoder and for an encoder. All loops have the same float32 weights and
+Inputs and outputs are numpy arrays, as from a decoder and for an encoder. All loops have the same float32 weights and
 the same number of threads.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
+import onnx
+import onnx.inliner
 import onnxruntime
 import torch
 import torch.nn.functional as F
@@ -24,10 +27,10 @@ from stepcell import StepLoop
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.step import initial_states
 
-__all__ = ["BASELINE", "FLOOR", "LOOPS", "OURS", "UNCHECKED", "Frame", "Loop", "matrix_product", "reference"]
+__all__ = ["BASELINE", "FLOOR", "LOOPS", "OURS", "TOLERANCES", "UNCHECKED", "Loop", "matrix_product", "reference"]
 
-Frame: TypeAlias = NDArray[np.float32]
-Loop: TypeAlias = Callable[[Frame], Frame]
+Array: TypeAlias = NDArray[Any]
+Loop: TypeAlias = Callable[..., Array]
 
 
 def step_loop(case: Case, *, check_finite: bool = True) -> Loop:
@@ -37,7 +40,8 @@ def step_loop(case: Case, *, check_finite: bool = True) -> Loop:
         check_finite: check frames for NaN, the default of StepLoop; no other loop does.
     """
     loop = StepLoop.open(case.exported, threads=case.threads, check_finite=check_finite)
-    return lambda x: loop.step(x=x)["y"]
+    names = [spec.name for spec in loop.contract.inputs]
+    return lambda *x: loop.step(**dict(zip(names, x, strict=True)))["y"]
 
 
 def session_run(case: Case, *, spinning: bool = True) -> Loop:
@@ -46,36 +50,76 @@ def session_run(case: Case, *, spinning: bool = True) -> Loop:
     Args:
         spinning: idle threads spin, the default of ONNX Runtime; False: they sleep.
     """
-    session, state = _session(case, spinning=spinning), _zero_state(case)
+    session, states = _session(case, spinning=spinning), _zero_states(case)
+    inputs, states_in, _ = _names(case)
 
-    def step(x: Frame) -> Frame:
-        nonlocal state
-        y, state = session.run(None, {"x": x, "state_in.h": state})
+    def step(*x: Array) -> Array:
+        nonlocal states
+        y, *rest = session.run(None, dict(zip((*inputs, *states_in), (*x, *states), strict=True)))
+        states = rest[len(rest) - len(states) :]
         return y  # type: ignore[no-any-return]
 
     return step
 
 
 def io_binding(case: Case) -> Loop:
-    """The loop in documentation/inference.md of RobustVideoMatting: outputs bound once, the state passed on
-    as an OrtValue.
+    """The loop in documentation/inference.md of RobustVideoMatting: outputs bound once, the states passed on
+    as OrtValues.
 
-    From the second step on, ONNX Runtime 1.31.1 writes the new state over the state it reads. This is correct only for
-    a graph that writes the state after all nodes that read it, as the graphs here do.
+    From the second step on, ONNX Runtime 1.31.1 writes a new state over the one it reads. This is correct only for a
+    graph that writes a state after all nodes that read it, as the graphs here do.
     """
     session = _session(case)
+    inputs, states_in, outputs = _names(case)
     binding = session.io_binding()
-    for name in ("y", "state_out.h"):
+    for name in outputs:
         binding.bind_output(name, "cpu")
-    state = onnxruntime.OrtValue.ortvalue_from_numpy(_zero_state(case))
+    states = [onnxruntime.OrtValue.ortvalue_from_numpy(state) for state in _zero_states(case)]
 
-    def step(x: Frame) -> Frame:
-        nonlocal state
-        binding.bind_cpu_input("x", x)
-        binding.bind_ortvalue_input("state_in.h", state)
+    def step(*x: Array) -> Array:
+        nonlocal states
+        for name, array in zip(inputs, x, strict=True):
+            binding.bind_cpu_input(name, array)
+        for name, state in zip(states_in, states, strict=True):
+            binding.bind_ortvalue_input(name, state)
         session.run_with_iobinding(binding)
-        y, state = binding.get_outputs()
+        y, *rest = binding.get_outputs()
+        states = rest[len(rest) - len(states) :]
         return y.numpy()  # type: ignore[no-any-return]
+
+    return step
+
+
+def openvino(case: Case, precision: str) -> Loop:
+    """OpenVINO, compiled for these sizes; two requests in turn, so that a state that is read is not written to.
+
+    Args:
+        precision: of the arithmetic, "f32" or "bf16".
+
+    Raises:
+        RuntimeError: OpenVINO is not installed.
+    """
+    try:
+        import openvino as ov
+    except ImportError as problem:
+        raise RuntimeError("OpenVINO is not installed") from problem
+    core, states = ov.Core(), _zero_states(case)
+    inputs, states_in, _ = _names(case)
+    # OpenVINO does not know functions of the file.
+    flat = onnx.inliner.inline_local_functions(onnx.load(str(case.wide)))
+    model = core.read_model(flat.SerializeToString(), b"")
+    model.reshape(dict(zip((*inputs, *states_in), (*case.shapes, *(state.shape for state in states)), strict=True)))
+    options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(model, "CPU", options | {"INFERENCE_NUM_THREADS": case.threads})
+    requests = itertools.cycle([compiled.create_infer_request() for _ in range(2)])
+
+    def step(*x: Array) -> Array:
+        nonlocal states
+        given = dict(zip((*inputs, *states_in), (*x, *states), strict=True))
+        found = next(requests).infer(given, share_inputs=True, share_outputs=True)
+        outputs = [found[i] for i in range(len(found))]
+        states = outputs[len(outputs) - len(states) :]
+        return outputs[0].copy()
 
     return step
 
@@ -95,12 +139,18 @@ def compiled(case: Case) -> Loop:
 
 
 def seed(case: Case, form: Callable[[ConvGRUCell], nn.Module]) -> Loop:
-    """The module with its cell computed as in pytorch-convgru-cell."""
+    """The module with its cell computed as in pytorch-convgru-cell.
+
+    Raises:
+        RuntimeError: the module has other cells than one ConvGRU.
+    """
     if isinstance(case.module, CellStack):
         cell = case.module.cells[0]
         assert isinstance(cell, ConvGRUCell)
         return _torch_loop(case, form(cell))
     module: Any = copy.deepcopy(case.module)
+    if not isinstance(getattr(module, "cell", None), ConvGRUCell):
+        raise RuntimeError("for models with one ConvGRU")
     module.cell = form(module.cell)
     return _torch_loop(case, module)
 
@@ -149,14 +199,14 @@ def matrix_product(case: Case) -> Loop:
     It runs at the best rate of the processor. A direct convolution cannot be much faster; algorithms with fewer
     multiplications, such as Winograd's, could be.
     """
-    states = initial_states(case.module, torch.zeros(case.shape))
+    zeros = [torch.zeros(shape) for shape in case.shapes]
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        case.module(torch.zeros(case.shape), *states)
+        case.module(*zeros, *initial_states(case.module, *zeros))
     rows = max(1, round(counter.get_total_flops() / (2 * WIDE * WIDE)))
     left, right = torch.rand(rows, WIDE), torch.rand(WIDE, WIDE)
 
     @torch.inference_mode()
-    def product(_: Frame) -> Frame:
+    def product(*_: Array) -> Array:
         return torch.mm(left, right).numpy()  # type: ignore[no-any-return]
 
     return product
@@ -171,12 +221,15 @@ LOOPS: dict[str, Callable[[Case], Loop]] = {
     BASELINE: session_run,
     "session.run, no spinning": partial(session_run, spinning=False),
     "IO binding": io_binding,
+    "OpenVINO, float32": partial(openvino, precision="f32"),
+    "OpenVINO, bfloat16": partial(openvino, precision="bf16"),
     "torch eager": eager,
     "torch eager, channels last": partial(eager, memory_format=torch.channels_last),
     "torch.compile": compiled,
     "torch, six convolutions": partial(seed, form=SixConvolutions),
     "torch, three convolutions": partial(seed, form=ThreeConvolutions),
 }
+TOLERANCES = {"OpenVINO, bfloat16": 0.1}  # largest difference to float64, where it is not that of float32
 
 
 def _session(case: Case, *, spinning: bool = True) -> Any:
@@ -186,10 +239,19 @@ def _session(case: Case, *, spinning: bool = True) -> Any:
     return onnxruntime.InferenceSession(str(case.wide), options, providers=["CPUExecutionProvider"])
 
 
-def _zero_state(case: Case) -> Frame:
-    (state,) = initial_states(case.module, torch.zeros(case.shape))
-    array: Frame = state.numpy()
-    return array
+def _names(case: Case) -> tuple[list[str], list[str], list[str]]:
+    """Names of inputs, of states as inputs, and of all outputs, the states at the end."""
+    states = [state.name for state in case.module.states]
+    outputs = [spec.name for spec in case.module.outputs]
+    return (
+        [spec.name for spec in case.module.inputs],
+        [f"state_in.{name}" for name in states],
+        [*outputs, *(f"state_out.{name}" for name in states)],
+    )
+
+
+def _zero_states(case: Case) -> list[Array]:
+    return [state.numpy() for state in initial_states(case.module, *(torch.zeros(shape) for shape in case.shapes))]
 
 
 def _torch_loop(
@@ -198,12 +260,14 @@ def _torch_loop(
     memory_format: torch.memory_format = torch.contiguous_format,
     dtype: torch.dtype = torch.float32,
 ) -> Loop:
-    states = initial_states(case.module, torch.zeros(case.shape), dtype=dtype)
+    states = initial_states(case.module, *(torch.zeros(shape) for shape in case.shapes), dtype=dtype)
 
     @torch.inference_mode()
-    def step(x: Frame) -> Frame:
+    def step(*x: Array) -> Array:
         nonlocal states
-        y, *states = module(torch.from_numpy(x).to(dtype).contiguous(memory_format=memory_format), *states)
+        tensors = [torch.from_numpy(array).to(dtype).contiguous(memory_format=memory_format) for array in x]
+        y, *rest = module(*tensors, *states)
+        states = tuple(rest[len(rest) - len(states) :])
         return y.numpy()  # type: ignore[no-any-return]
 
     return step
