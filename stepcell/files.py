@@ -172,7 +172,7 @@ def new_temporary(path: Path) -> Temporary:
 @functools.lru_cache(maxsize=256)  # once for each folder: snapshots are written often
 def _remove_leftovers(folder: Path) -> None:
     for path, target in leftovers(folder):
-        if path.is_file() and target.suffix not in RECORDINGS:
+        if path.is_file() and target.suffix.lower() not in RECORDINGS:
             _remove(path)
 
 

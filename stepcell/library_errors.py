@@ -31,7 +31,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, without the line of a C++ source; else its class."""
+    """The first line of an error's message that is not empty, without the line of a C++ source; else its class.
+
+    Of an error of the system, what happened, without its number and the path, which is the subject.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = (line.strip() for line in str(error).splitlines())
     return _SOURCE_LINE.sub("", next((line for line in lines if line), type(error).__name__))[:1000]
 

@@ -108,7 +108,7 @@ def referred_files(path: Path) -> Iterator[Path]:
     with contextlib.suppress(OSError, ValueError):  # a name in a damaged sidecar may be none
         if path.is_dir():
             yield from (each for each in path.iterdir() if each.suffix.lower() in _PICTURES)
-        elif path.suffix == ".onnx":
+        elif path.suffix.lower() == ".onnx":
             yield from (path.parent / name for name in _external_data(path))
         elif path.is_file() and is_sidecar(sidecar):
             yield sidecar
@@ -182,7 +182,7 @@ def is_no_model(path: Path) -> bool:
         head = file.read(16)
         pickle, archive, safetensors = head[:1] == b"\x80", head.startswith(b"PK"), head[8:9] == b"{"
         onnx = head[:1] == b"\x08" and head[2:3] in _AFTER_IR_VERSION
-        known = pickle or archive or safetensors or onnx or path.suffix in _MODELS
+        known = pickle or archive or safetensors or onnx or path.suffix.lower() in _MODELS
         return not (known or is_sidecar(path) or is_engine(path))
     return False
 

@@ -20,7 +20,7 @@ def is_safetensors(path: Path, head: bytes) -> bool:
         head: its first eight bytes.
     """
     return not head.startswith(b"PK") and (
-        path.suffix == ".safetensors" or (head[4:8] == b"\0\0\0\0" and head != b"\0" * 8)
+        path.suffix.lower() == ".safetensors" or (head[4:8] == b"\0\0\0\0" and head != b"\0" * 8)
     )
 
 

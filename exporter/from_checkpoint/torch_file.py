@@ -48,7 +48,7 @@ def read_torch_file(path: Path, max_expansion: float) -> object:
     Raises:
         CheckpointError: damaged, of another format, holding pickled objects, or unpacking to too much.
     """
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         raise CheckpointError(f"{path}: an ONNX file, not a checkpoint", hint=f"stepcell fuse {path} -o fused.onnx")
     head = read_bytes(path, 32)
     for magic, (what, remedy) in _OTHERS.items():

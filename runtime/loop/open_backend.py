@@ -21,9 +21,9 @@ def open_backend(
 ) -> Backend:
     """Load a model. Arguments and errors are those of `StepLoop.open`."""
     parsed = Device.parse(device)
-    if path.suffix in ENGINE_SUFFIXES:
+    if path.suffix.lower() in ENGINE_SUFFIXES:
         return _open_engine(path, parsed)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return _open_onnx(path, parsed, allow_fallback, keep_float16, threads, check_file)
     kinds = ", ".join((".onnx", *ENGINE_SUFFIXES))
     raise UsageError(f"{path}: expected a model file ({kinds}), got suffix {path.suffix!r}")

@@ -45,7 +45,7 @@ def open_sink(
         MissingDependencyError: PyAV, which writes videos and pictures, is not installed.
     """
     path = Path(text)
-    if path.suffix in VIDEOS and text != STDOUT:
+    if path.suffix.lower() in VIDEOS and text != STDOUT:
         return VideoSink(path, fps, like=like, varying=varying, audio=audio)
     if audio is not None:
         raise UsageError(f"--audio copy: {text} is no video", hint=f"--output with one of {', '.join(VIDEOS)}")
@@ -54,7 +54,7 @@ def open_sink(
             raise OutputError("stdout: is closed", hint="--output FILE writes to a file")
         # A duplicate, because a thread may still write, and hold the lock of the file, when the interpreter exits.
         return RawSink(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return ArraySink(path)
     if not path.suffix or _is_folder(path):
         return FolderSink(path)

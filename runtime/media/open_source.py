@@ -87,7 +87,7 @@ def open_source(
         raise InputError(f"{text}: cannot be read ({error.strerror})") from error
     if folder:
         return FolderSource(path)
-    return ArraySource(path) if path.suffix == ".npy" else VideoSource(text)
+    return ArraySource(path) if path.suffix.lower() == ".npy" else VideoSource(text)
 
 
 def is_remote(text: str) -> bool:

@@ -31,7 +31,7 @@ def recover_recordings(folder: Path) -> None:
     folder is searched once in the life of a process.
     """
     for path, target in leftovers(folder):
-        if path.is_file() and target.suffix not in RECORDINGS:
+        if path.is_file() and target.suffix.lower() not in RECORDINGS:
             continue  # `atomic_path` deletes it
         visible = visible_path(path)
         try:
@@ -52,7 +52,7 @@ def _repair(path: Path) -> int:
         if pictures and not pictures[-1].read_bytes().endswith(_PNG_END):
             pictures.pop().unlink()  # it is incomplete
         return len(pictures)
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _repair_array(path)
     try:
         return repair_video(path)

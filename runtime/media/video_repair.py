@@ -21,7 +21,7 @@ def repair_video(path: Path) -> int:
         OSError, av.FFmpegError: no part of the file can be read.
     """
     av = require("av", extra="video", purpose="writing video")
-    if path.suffix != _MATROSKA:
+    if path.suffix.lower() != _MATROSKA:
         with path.open("rb+") as file:
             file.truncate(_end_of_fragments(path))
     with av.open(f"file:{path}") as container:

@@ -87,7 +87,7 @@ class VideoSink:
         self._audio = None if audio is None else AudioCopy(audio)
         self._temporary = TemporaryFile(path)
         self.replaces = self._temporary.replaces
-        self._matroska = path.suffix == ".mkv"
+        self._matroska = path.suffix.lower() == ".mkv"
         fragmented = _FRAGMENTED if av.library_versions["libavformat"] >= _FRAGMENTED_SINCE else {}
         options = _MATROSKA if self._matroska else fragmented
         self._container = av.open(str(self._temporary.path), "w", options=options)

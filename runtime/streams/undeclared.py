@@ -59,7 +59,7 @@ class Undeclared:
 
     def _hint(self, declared: str) -> str:
         onnx = Path(self._model)
-        if onnx.suffix != ".onnx":
+        if onnx.suffix.lower() != ".onnx":
             with contextlib.suppress(StepcellError):
                 onnx = onnx.with_name(read_sidecar(onnx).onnx)
         target = onnx.with_name(f"{onnx.stem}-declared.onnx")

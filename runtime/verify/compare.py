@@ -121,7 +121,7 @@ def compare_outputs(a: Path, b: Path, *, tolerance: float | None = None) -> Comp
 
 
 def _frames(path: Path) -> Generator[NDArray[Any], None, None]:
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         with library_errors(str(path), InputError, what="not a readable .npy array"):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.ndim < 1:

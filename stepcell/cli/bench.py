@@ -37,9 +37,9 @@ Examples:
   stepcell bench model.engine --device cuda --iterations 1000 --warmUp 500 --exportTimes times.json
 """
 )
-@click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="MODEL",
+    "--against", type=click.Path(path_type=Path), metavar="MODEL",
     help="Baseline of the ratios.  [default: the first model]",
 )  # fmt: skip
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda for an engine, cpu for an .onnx]")
@@ -202,12 +202,12 @@ def _measured(
     from stepcell.runtime.verify.verification import now
 
     before = load_average()
-    on_cpu = all(path.suffix not in ENGINE_SUFFIXES for path in paths) and device in (None, "cpu")
+    on_cpu = all(path.suffix.lower() not in ENGINE_SUFFIXES for path in paths) and device in (None, "cpu")
     machine = measure_machine(threads) if floor and on_cpu else None
     with contextlib.ExitStack() as stack:
         contenders, found, single = [], [[] for _ in paths], []  # type: ignore[var-annotated]
         for path in paths:
-            place = device or ("cuda" if path.suffix in ENGINE_SUFFIXES else "cpu")
+            place = device or ("cuda" if path.suffix.lower() in ENGINE_SUFFIXES else "cpu")
             loop = stack.enter_context(
                 StepLoop.open(path, place, threads=threads, keep_float16=keep_float16, check_file=check_file)
             )
@@ -222,7 +222,7 @@ def _measured(
                     contender.frames = random_clip(contender.loop.contract, sizes, count=_FRAMES).frames
                 for index, times in enumerate(measure(contenders, count, effort)):
                     times = _with_floor(times, paths[index], contenders[index], shape, machine)
-                    if paths[index].suffix in ENGINE_SUFFIXES:
+                    if paths[index].suffix.lower() in ENGINE_SUFFIXES:
                         parts = parts_of(contenders[index].loop, contenders[index].frames, effort.steps)
                         times = msgspec.structs.replace(times, parts=parts)
                     found[index].append(times)
@@ -257,7 +257,7 @@ def _sizes(path: Path, contract: StepContract, shape: str | None, streams: int) 
     from stepcell.runtime.verify.clips import sizes_for
 
     shapes = parse_shapes(shape, option="--shape") if shape else {}
-    if not shapes and path.suffix in ENGINE_SUFFIXES:
+    if not shapes and path.suffix.lower() in ENGINE_SUFFIXES:
         profiles = read_sidecar(path).profiles
         shapes = {spec.name: profiles[spec.name].opt for spec in contract.inputs if spec.name in profiles}
     sizes = sizes_for(contract, shapes)
@@ -272,7 +272,7 @@ def _sizes(path: Path, contract: StepContract, shape: str | None, streams: int) 
 def _with_floor(times: Times, path: Path, contender: Contender, shape: str | None, machine: Machine | None) -> Times:
     from stepcell.runtime.benchmark.floor import floor, work_of
 
-    if machine is None or path.suffix != ".onnx":
+    if machine is None or path.suffix.lower() != ".onnx":
         return times
     contract = contender.loop.contract
     work = work_of(path, contract, _sizes(path, contract, shape, times.streams))

@@ -13,7 +13,7 @@ from stepcell.overwrite import check_folder, check_output, is_marked
 
 __all__ = ["command"]
 
-_FILE = click.Path(exists=True, path_type=Path)
+_FILE = click.Path(path_type=Path)
 
 
 @click.command(

@@ -66,9 +66,9 @@ def command(
     if window.unit != "us":
         raise UsageError(f"--event-window: expected a time, got {window_text!r}", hint="such as 30ms")
     if output is not None:
-        if output.suffix not in (".png", *VIDEOS):
+        if output.suffix.lower() not in (".png", *VIDEOS):
             raise UsageError(f"--output: expected .png, {', '.join(VIDEOS)}, got {output}")
-        if output.suffix != ".png" and 1_000_000 / window.size > FRAME_RATES[1]:
+        if output.suffix.lower() != ".png" and 1_000_000 / window.size > FRAME_RATES[1]:
             raise UsageError(
                 f"--event-window {window_text}: a clip has at most {FRAME_RATES[1]} frames a second, one a window",
                 hint="give 1ms or more, or write a .png",
@@ -112,7 +112,7 @@ def _draw(output: Path, found: EventSummary, window: int) -> None:
 
     size = (found.width or found.largest_x + 1, found.height or found.largest_y + 1)
     with working(f"drawing {output}"):
-        if output.suffix == ".png":
+        if output.suffix.lower() == ".png":
             starts = ", ".join(f"{start:.3g}" for start in write_event_picture(output, found, size, window))
             text = f"windows of {window / 1000:g} ms at {starts} s; below, rising and falling events over time"
         else:

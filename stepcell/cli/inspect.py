@@ -38,7 +38,7 @@ def command(file: Path, as_json: bool) -> None:
     from stepcell.onnx_model import changes_since_export, read_onnx, repair_hint
     from stepcell.runtime.engine.engine_check import read_engine
 
-    if file.suffix == ".onnx":
+    if file.suffix.lower() == ".onnx":
         model = read_onnx(file, check=False)
         try:
             changes = changes_since_export(model)

@@ -20,13 +20,13 @@ _SUFFIXES = (".svg", ".png")
 
 def check_plot(path: Path | None) -> None:
     """Raise UsageError where no plot can be written under this name; to be called before the work."""
-    if path is not None and path.suffix not in _SUFFIXES:
+    if path is not None and path.suffix.lower() not in _SUFFIXES:
         raise UsageError(f"--plot: expected a name that ends in {' or '.join(_SUFFIXES)}, got {path}")
 
 
 def check_svg(path: Path | None) -> None:
     """The same where .svg is the only kind."""
-    if path is not None and path.suffix != ".svg":
+    if path is not None and path.suffix.lower() != ".svg":
         raise UsageError(f"--plot: expected a name that ends in .svg, got {path}")
 
 
@@ -38,7 +38,7 @@ def write_growth(path: Path, growth: Sequence[Growth]) -> None:
         MissingDependencyError: .png, and matplotlib is not installed.
     """
     check_plot(path)
-    write_atomic(path, growth_plot(growth) if path.suffix == ".svg" else _growth_png(growth))
+    write_atomic(path, growth_plot(growth) if path.suffix.lower() == ".svg" else _growth_png(growth))
 
 
 def _growth_png(growth: Sequence[Growth]) -> bytes:

@@ -74,7 +74,7 @@ Examples:
   decoder | stepcell run model.onnx --input - --size 640x480 --output - | encoder
 """
 )
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-i", "--input", "inputs", required=True, multiple=True, metavar="SOURCE",
     help="Video file or URL, folder of pictures or of clips, .npy, camera:N, or - for raw rgb24 frames on stdin; "

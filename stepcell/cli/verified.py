@@ -25,7 +25,7 @@ def check_verified(model: Path, device: str, *, required: bool) -> None:
     from stepcell.runtime.loop.open_backend import ENGINE_SUFFIXES
     from stepcell.runtime.verify.place import place_of
 
-    if model.suffix not in ENGINE_SUFFIXES:
+    if model.suffix.lower() not in ENGINE_SUFFIXES:
         if required:
             raise UsageError(
                 f"--require-verified: {model} keeps no record; an engine's sidecar does",

@@ -51,9 +51,9 @@ Examples:
   stepcell verify model.engine --steps 1000 --device cuda:0 --json
 """
 )
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--against", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+    "--against", type=click.Path(path_type=Path), metavar="FILE",
     help="The reference: a checkpoint, another .onnx, or a .npz that --record wrote.  [default: the model's own graph "
     "in float64]",
 )  # fmt: skip
@@ -154,9 +154,9 @@ def command(
             check_output(path, ours, reads=reads, option=option, overwrite=overwrite)
             check_folder(path, option=option)
             reads[path] = option
-    is_engine = model.suffix in _ENGINES
+    is_engine = model.suffix.lower() in _ENGINES
     onnx, contract, sidecar = _opened(model, check_file=check_file)
-    if against is not None and against.suffix == ".onnx":
+    if against is not None and against.suffix.lower() == ".onnx":
         read_onnx(against, check=check_file)
     layers = () if sidecar is None else sidecar.layers
     options = VerifyOptions(
@@ -217,9 +217,9 @@ def _opened(model: Path, *, check_file: bool) -> tuple[Path | None, StepContract
     """The ONNX file, where there is one, the contract, and the sidecar of an engine."""
     from stepcell.runtime.engine.engine_check import read_engine
 
-    if model.suffix == ".onnx":
+    if model.suffix.lower() == ".onnx":
         return model, read_onnx(model, check=check_file).contract, None
-    if model.suffix not in _ENGINES:
+    if model.suffix.lower() not in _ENGINES:
         raise UsageError(f"{model}: expected an .onnx file or an engine ({', '.join(_ENGINES)})")
     _, sidecar = read_engine(model)
     beside = model.parent / sidecar.onnx
@@ -231,7 +231,7 @@ def _opened(model: Path, *, check_file: bool) -> tuple[Path | None, StepContract
 def _recorded(against: Path | None, contract: StepContract) -> RecordedRun | None:
     from stepcell.runtime.verify.recorded import read_record
 
-    return read_record(against, contract) if against is not None and against.suffix == ".npz" else None
+    return read_record(against, contract) if against is not None and against.suffix.lower() == ".npz" else None
 
 
 def _most_rows(contract: StepContract, sidecar: Sidecar | None) -> int:
@@ -262,7 +262,7 @@ def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[
     from stepcell.runtime.verify.stepper import LoopStepper
 
     if device == WRITTEN:
-        if model.suffix in _ENGINES:
+        if model.suffix.lower() in _ENGINES:
             raise UsageError("--device written: is for an .onnx file; an engine runs on a GPU")
         yield as_written(model), Place("NumPy, as written")
         return
@@ -281,7 +281,7 @@ def _reference(
     from stepcell.runtime.verify.references import as_written, in_float64
     from stepcell.runtime.verify.verification import Reference
 
-    if against is None or against.suffix == ".onnx":
+    if against is None or against.suffix.lower() == ".onnx":
         path = against or onnx
         if path is None:
             raise InputError("the ONNX file that the engine was built from is not beside it", hint="name it: --against")

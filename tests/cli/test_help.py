@@ -1,4 +1,4 @@
-"""What the command line prints about itself: help, `python -m stepcell`, shell completion."""
+"""What all commands have in common: help, `python -m stepcell`, shell completion, files that are missing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from stepcell.cli import COMMANDS, main
+from tests.cli.command import call
 
 
 @pytest.mark.parametrize("command", ["", "kernels compile", *(name for name in COMMANDS if name != "kernels")])
@@ -40,3 +42,29 @@ def test_shell_completion(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         main(prog_name="stepcell")
     assert end.value.code == 0
     assert "--on-nonfinite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "export none.pth",
+        "fuse none.onnx -o new.onnx",
+        "build none.onnx",
+        "run none.onnx -i clip.npy",
+        "verify none.onnx",
+        "verify none.engine",
+        "bench none.onnx",
+        "compare none.npy none.npy",
+        "compare none.onnx none.onnx",
+        "inspect none.onnx",
+        "events none.raw",
+    ],
+)
+def test_a_file_that_is_missing(arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message and one exit code, whichever command it is."""
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments.split())
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"error: none\.\w+: .*\(No such file or directory\)\n(hint: .*\n)?", result.stderr), (
+        result.stderr
+    )

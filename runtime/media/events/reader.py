@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.errors import InputError
+from stepcell.errors import InputError, UsageError
 from stepcell.runtime.media.events.bad_events import BadEvents
 from stepcell.runtime.media.events.columns import Events
 
@@ -45,14 +45,15 @@ def require_size(reader: EventReader, size: tuple[int, int] | None) -> tuple[int
     """(width, height) of the sensor in pixels, of the file or else `size`.
 
     Raises:
-        InputError: neither says it, they differ, or it is no size of a sensor.
+        UsageError: neither says it.
+        InputError: they differ, or it is no size of a sensor.
     """
     own = reader.size
     if own is not None and size is not None and own != size:
         raise InputError(f"{reader.name}: its sensor is {own[0]}x{own[1]}, --size says {size[0]}x{size[1]}")
     found = own or size
     if found is None or 0 in found:
-        raise InputError(f"{reader.name}: does not state the size of its sensor", hint="add --size WIDTHxHEIGHT")
+        raise UsageError(f"{reader.name}: does not state the size of its sensor", hint="add --size WIDTHxHEIGHT")
     if max(found) > LARGEST:
         raise InputError(
             f"{reader.name}: expected a sensor of at most {LARGEST} pixels a side, got {found[0]}x{found[1]}"

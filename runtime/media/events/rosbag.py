@@ -75,7 +75,9 @@ class RosbagReader:
 def is_rosbag_folder(path: Path) -> bool:
     """Whether a folder is a ROS 2 recording."""
     with contextlib.suppress(OSError, ValueError):
-        return (path / "metadata.yaml").is_file() and any(each.suffix in (".db3", ".mcap") for each in path.iterdir())
+        return (path / "metadata.yaml").is_file() and any(
+            each.suffix.lower() in (".db3", ".mcap") for each in path.iterdir()
+        )
     return False
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from stepcell.errors import InputError
+from stepcell.errors import InputError, StepcellError
 from stepcell.event_spec import EventSpec, EventWindow
 from stepcell.runtime.media.events.bad_events import BadEvents, OnBadEvent
 from stepcell.runtime.media.events.formats import open_events
@@ -46,7 +46,8 @@ class EventSource(Source):
         stream: which of several streams of events of a file.
 
     Raises:
-        InputError: the file cannot be read, or the size of its sensor is unknown or differs from `size`.
+        UsageError: the size of its sensor is not known.
+        InputError: the file cannot be read, or the size of its sensor differs from `size`.
     """
 
     pixels: bool | None = False
@@ -66,7 +67,7 @@ class EventSource(Source):
         self._reader = open_events(path, stream)
         try:
             self.size: tuple[int, int] = require_size(self._reader, size)
-        except InputError:
+        except StepcellError:
             self.close()
             raise
         self._bad = BadEvents(self.name, self.size, on_bad_event)

@@ -3,7 +3,8 @@
 Which column is which is read from a line of names, if there is one. Otherwise it follows from the values: polarity is
 the column of 0 and 1 (or -1 and 1), and the order is either `t x y p`, as in the data sets of E2VID and of Mueggler et
 al. 2017, or `x y p t`, as metavision_file_to_csv writes it. Times with a decimal point are seconds, also those of a
-file whose first ones are written as 0 or 1; others are microseconds.
+file whose first ones are written as 0 or 1; others are microseconds. Polarities may be words, as a column of booleans
+is written by pandas (True, False) and R (TRUE, FALSE).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _HEAD = 100  # lines before the first event
 _PART = CHUNK // 8  # lines read at a time, whose text takes more memory than numbers
 _ORDERS = ((1, 2, 3, 0), (0, 1, 2, 3))  # of x, y, p and t, without a line of names
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+_BOOLEAN = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 _GEOMETRY = re.compile(r"%\s*geometry:\s*(\d{1,5})\s*,\s*(\d{1,5})")
 
 
@@ -54,6 +56,7 @@ class TextReader:
         self._text: IO[bytes] = _only_member(self.name, file) if path.suffix.lower() == ".zip" else file
         self.size: tuple[int, int] | None = None
         self._names: list[str] = []
+        self._booleans = False  # written as words
         with reading(self.name):
             first = self._read_head()
             self._waiting = [first, *islice(self._lines(), _LOOKED_AT)] if first else []
@@ -83,7 +86,7 @@ class TextReader:
         while data := self._text.readline(_LONGEST):
             text = data.decode("ascii", "replace").strip()
             if text and text[0] not in "#%":
-                yield text
+                yield _numbered(text) if self._booleans else text
 
     def _next_lines(self) -> tuple[list[str], InputError | None]:
         """The next lines; fewer where an archive is damaged, and then the error."""
@@ -104,17 +107,18 @@ class TextReader:
             text = data.decode("utf-8-sig" if number == 0 else "ascii", "replace").strip()
             plain = text.replace('"', "")
             fields = [each for each in re.split(r"[,;\s]+", plain.lstrip("#% ")) if each]
-            numbers = bool(fields) and all(_NUMBER.fullmatch(each) for each in fields)
+            numbers = bool(fields) and all(_NUMBER.fullmatch(_numbered(each)) for each in fields)
             if match := _GEOMETRY.fullmatch(text):
                 self.size = int(match[1]), int(match[2])
             elif columns_named(fields) is not None:
                 self._names = ["", *fields] if plain[0] in ",;" else fields  # pandas and R do not name an index
             elif not text or text[0] in "#%":
                 continue
-            elif numbers and len(fields) == 2 and max(map(float, fields)) < 1e5:
-                self.size = int(float(fields[0])), int(float(fields[1]))
             elif numbers and len(fields) >= 4:
-                return text
+                self._booleans = _BOOLEAN.search(text) is not None
+                return _numbered(text)
+            elif numbers and len(fields) == 2 and not _BOOLEAN.search(text) and max(map(float, fields)) < 1e5:
+                self.size = int(float(fields[0])), int(float(fields[1]))
             else:
                 raise InputError(
                     f"{self.name}: expected events or the names of their columns, got {text[:60]!r}",
@@ -186,6 +190,11 @@ class TextReader:
                 f"{self.name}: event {number + len(table)}: expected {self._columns} numbers, "
                 f"got {lines[len(table)][:60]!r}"
             )
+
+
+def _numbered(text: str) -> str:
+    """With 1 and 0 in place of the words true and false."""
+    return _BOOLEAN.sub(lambda word: str(int(word[0].lower() == "true")), text)
 
 
 def _only_member(name: str, file: BinaryIO) -> IO[bytes]:

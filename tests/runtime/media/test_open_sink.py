@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from stepcell.errors import OutputError, UsageError
 from stepcell.runtime.media.open_sink import open_sink
+from stepcell.runtime.media.open_source import open_source
 from tests.runtime.media.frames import noise
 
 FPS = Fraction(25)
@@ -45,6 +47,18 @@ def test_outputs_that_cannot_be_written(name: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=name):
         open_sink(str(tmp_path / name), FPS)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["out.MP4", "out.Mkv", "OUT.NPY"])
+def test_suffixes_in_capitals(name: str, tmp_path: Path) -> None:
+    frames = noise(3, 16, 16, 3)
+    sink = open_sink(str(tmp_path / name), FPS)
+    for frame in frames:
+        sink.write(frame)
+    sink.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with contextlib.closing(open_source(str(tmp_path / name))) as source:
+        assert len(list(source)) == 3
 
 
 def test_unknown_kind_of_output(tmp_path: Path) -> None:

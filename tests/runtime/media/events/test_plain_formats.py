@@ -19,9 +19,9 @@ EVENTS = some_events(3000)
 
 
 def write_text(path: Path, events: Events, line: str, *head: str) -> Path:
-    """`line` is a format of x, y, p and t; `s` is t in seconds and `m` polarity as -1 and 1."""
+    """`line` is a format of x, y, p and t; `s` is t in seconds, `m` polarity as -1 and 1, `b` as a boolean."""
     rows = zip(*(getattr(events, name).tolist() for name in "xypt"), strict=True)
-    lines = [line.format(x=x, y=y, p=int(p), m=2 * p - 1, t=t, s=t / 1e6) for x, y, p, t in rows]
+    lines = [line.format(x=x, y=y, p=int(p), m=2 * p - 1, b=bool(p), t=t, s=t / 1e6) for x, y, p, t in rows]
     path.write_text("\n".join([*head, *lines, ""]))
     return path
 
@@ -38,6 +38,8 @@ def write_text(path: Path, events: Events, line: str, *head: str) -> Path:
         ("e.txt", "{t}\t{x}\t{y}\t{m}", ["# t x y p", "", "# 2020"], None),
         ("e.csv", "7,{x},{y},{p},{t}", ["\ufeffcamera,x,y,p,t"], None),
         ("e.csv", "7,{x},{y},{p},{t}", [",x,y,p,t"], None),  # pandas
+        ("e.csv", "{t},{x},{y},{b}", ["t,x,y,p"], None),  # pandas, booleans
+        ("e.csv", "{t},{x},{y},{b}", [], None),
         ("e.csv", "7,{x},{y},{p},{t}", ['"","x","y","p","t"'], None),  # R
     ],
 )

@@ -56,7 +56,7 @@ def test_a_window_of_its_own(firenet_onnx: Path, recording: Path, window: str, f
 
 def test_a_size_for_a_file_that_has_none(firenet_onnx: Path, recording: Path, tmp_path: Path) -> None:
     npz = recording.with_suffix(".npz")
-    assert run(firenet_onnx, "--input", npz).exit_code == 1
+    assert run(firenet_onnx, "--input", npz).exit_code == 2
     whole = run(firenet_onnx, "--input", npz, "--size", "48x32", "--output", tmp_path / "npz.npy")
     assert whole.exit_code == 0, whole.output
     run(firenet_onnx, "--input", recording, "--output", tmp_path / "dat.npy")
@@ -98,7 +98,7 @@ def test_verify_is_told_what_a_recording_does_not_say(firenet_onnx: Path, record
         return CliRunner().invoke(main, list(map(str, wanted)))
 
     unknown = verify("--input", npz)
-    assert unknown.exit_code == 1
+    assert unknown.exit_code == 2
     assert "--size" in unknown.stderr
     told = verify("--input", npz, "--size", "48x32")
     assert told.exit_code == 0, told.output

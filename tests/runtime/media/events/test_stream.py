@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused(dat: Path, firenet_onnx: Path, denoiser_on
 
 def test_a_file_without_a_size_asks_for_it(tmp_path: Path, dat: Path, firenet_onnx: Path) -> None:
     np.savez(tmp_path / "e.npz", **_cropped(dat))
-    with pytest.raises(InputError, match="does not state the size of its sensor") as error:
+    with pytest.raises(UsageError, match="does not state the size of its sensor") as error:
         EventSource(tmp_path / "e.npz", events_of(firenet_onnx))
     assert error.value.hint is not None
     assert "--size" in error.value.hint
