@@ -61,6 +61,10 @@ def command(
     from stepcell.runtime.media.open_sink import VIDEOS
     from stepcell.runtime.media.source import FRAME_RATES
 
+    if str(file) == "-" or str(file).startswith("tcp:"):
+        raise UsageError(
+            f"{file}: a stream of events has no end to read to", hint="`stepcell run` takes it; or record it to a file"
+        )
     size = parse_size(size_text) if size_text else None
     window = EventWindow.parse(window_text, subject="--event-window")
     if window.unit != "us":

@@ -151,20 +151,17 @@ def command(
     if positions and module is None:
         raise UsageError("--state: is for --module; a family knows its states")
     _require_torch()
-    check_output(
-        output,
-        is_exported_model,
-        reads={} if checkpoint is None else {checkpoint: "the checkpoint"},
-        overwrite=overwrite,
-    )
     from stepcell.exporter import export_onnx, load_checkpoint
     from stepcell.models.step import is_step_module
 
     started = time.monotonic()
     with working(f"exporting {output}"):
         content = None
+        reads: dict[str | Path, str] = {}
         if checkpoint is not None:
             content = load_checkpoint(checkpoint, key=key, prefix=prefix, max_expansion=max_expansion)
+            reads[checkpoint] = "the checkpoint"
+        check_output(output, is_exported_model, reads=reads, overwrite=overwrite)
         model, name, source = _load(content, family, module, arguments, shapes)
         if convention is not None:
             _set_convention(model, convention)

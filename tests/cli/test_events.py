@@ -97,8 +97,10 @@ def test_bad_events_are_counted(tmp_path: Path) -> None:
     x = np.arange(100) % 16
     x[[5, 6, 7]] = 500
     write_dat(tmp_path / "e.dat", [Events.of(x, x * 0, x % 2, t)], (16, 16))
-    report = json.loads(events(tmp_path / "e.dat", "--json").stdout)
+    result = events(tmp_path / "e.dat", "--json", "-o", tmp_path / "e.png")
+    report = json.loads(result.stdout)
     assert (report["events"], report["bad_events"]) == (100, {"outside": 3, "back in time": 2})
+    assert " ".join(result.stderr.split()).count("left out, as are all of this kind") == 2  # told once for each kind
 
 
 def test_a_bad_event_does_not_stretch_the_time(tmp_path: Path) -> None:
@@ -177,3 +179,10 @@ def test_no_events(tmp_path: Path) -> None:
     assert "contains no event" in events(tmp_path / "e.raw").stderr
     assert events(tmp_path / "missing.raw").exit_code == 1
     assert "expected .dat" in " ".join(events(tmp_path / "e.xyz").stderr.split())
+
+
+@pytest.mark.parametrize("stream", ["-", "tcp://127.0.0.1:9000"])
+def test_a_stream_has_no_end(stream: str) -> None:
+    result = events(stream)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "`stepcell run` takes it" in result.stderr

@@ -96,6 +96,15 @@ def test_bad_calls(checkpoint: Path, arguments: list[str], code: int, message: s
     assert not list(Path().glob("*.onnx"))
 
 
+def test_an_onnx_file_is_no_checkpoint(checkpoint: Path) -> None:
+    Path("m.onnx").write_bytes(b"not looked at")
+    result = call("export", "m.onnx")
+    assert result.exit_code == 1
+    assert "m.onnx: an ONNX file, not a checkpoint" in result.output
+    assert "stepcell fuse m.onnx" in result.output
+    assert Path("m.onnx").read_bytes() == b"not looked at"
+
+
 def test_factory_that_fails(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("own2.py").write_text(MODULE)
     result = call("export", "--module", "own2:broken")

@@ -1,8 +1,10 @@
 """`make torture`: hostile conditions, and a table of what was promised and what was seen.
 
     python -m tools.torture --output benchmarks/results/torture.json
+    python -m tools.torture --table benchmarks/results/torture.json
 
-The JSON file keeps the runs that are in it, so that the 500 kills can be made in several sittings, each with its seed.
+The JSON file keeps the runs that are in it, so that the 500 kills can be made in several sittings, each with its seed;
+the table, in Markdown, has them together.
 Every scenario runs the real command line in child processes. The exit code is 1 if a promise did not hold.
 """
 
@@ -13,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -20,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -27,6 +31,8 @@ import onnxruntime
 
 from tools.torture import kills, limits, surroundings
 from tools.torture.common import Inputs, Outcome
+
+_COUNT = re.compile(r"(?<!exit )\b\d+")
 
 
 def main() -> None:
@@ -37,7 +43,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="scenarios whose function has this in its name")
     parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of this file; run nothing")
     options = parser.parse_args()
+    if options.table is not None:
+        print(_table(json.loads(options.table.read_text())["runs"]))
+        return
     rng = random.Random(options.seed)
     earlier = json.loads(options.output.read_text())["runs"] if options.output and options.output.exists() else []
     with tempfile.TemporaryDirectory(prefix="stepcell-torture") as name:
@@ -76,6 +86,22 @@ def _print(outcome: Outcome) -> None:
     print(f"    promised: {outcome.promised}", flush=True)
     for line in outcome.broken[:20]:
         print(f"    {line}", flush=True)
+
+
+def _table(runs: list[dict[str, Any]]) -> str:
+    """All outcomes of a scenario in one row: times, and the numbers of what was seen, are added."""
+    rows: dict[tuple[str, str, str], tuple[int, list[int]]] = {}
+    for outcome in (each for run in runs for each in run["outcomes"]):
+        seen = _COUNT.sub("{}", outcome["seen"])
+        numbers = [int(each) for each in _COUNT.findall(outcome["seen"])]
+        tried, before = rows.get((outcome["name"], outcome["promised"], seen), (0, [0] * len(numbers)))
+        total = [a + b for a, b in zip(before, numbers, strict=True)]
+        rows[outcome["name"], outcome["promised"], seen] = tried + outcome["tried"], total
+    lines = [
+        f"| {name} | {tried} | {promised} | {seen.format(*numbers)} |"
+        for (name, promised, seen), (tried, numbers) in rows.items()
+    ]
+    return "\n".join(["| scenario | times | promised | seen |", "|---|---|---|---|", *lines])
 
 
 def _run(outcomes: list[Outcome], seed: int) -> dict[str, object]:

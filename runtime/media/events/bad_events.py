@@ -40,14 +40,15 @@ class BadEvents:
         policy: "stop": the stream ends before the first bad event. "drop": bad events are left out; early is what is
             before the latest time of the events kept. "clamp": x and y move to the nearest pixel of the sensor, t to
             the latest time before.
+        quiet: log nothing; the same events were told of before.
 
     Attributes:
         counts: bad events found, by kind; with "stop" one at most.
     """
 
-    def __init__(self, name: str, size: tuple[int, int], policy: OnBadEvent = "stop") -> None:
+    def __init__(self, name: str, size: tuple[int, int], policy: OnBadEvent = "stop", *, quiet: bool = False) -> None:
         self.counts: BadEventCounts = {"outside": 0, "back in time": 0}
-        self._name, self._size, self._policy = name, size, policy
+        self._name, self._size, self._policy, self._quiet = name, size, policy, quiet
         self._number = 0  # events of the parts so far
         self._latest = _NEVER  # time of the last event kept
 
@@ -86,7 +87,7 @@ class BadEvents:
             return events[:row], BadEventError(self._describe(events, row, outside, latest), hint=_HINT)
         kinds: tuple[tuple[BadEvent, NDArray[np.bool_]], ...] = (("outside", outside), ("back in time", early))
         for kind, rows in kinds:
-            if rows.any() and not self.counts[kind]:
+            if rows.any() and not self.counts[kind] and not self._quiet:
                 done = "left out" if self._policy == "drop" else "clamped"
                 text = self._describe(events, int(rows.argmax()), outside, latest)
                 logger.warning(f"{text}: {done}, as are all of this kind")

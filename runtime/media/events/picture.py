@@ -125,7 +125,7 @@ def write_event_clip(path: Path, summary: EventSummary, size: tuple[int, int], w
 def _parts(summary: EventSummary, size: tuple[int, int]) -> Iterator[Events]:
     """The good events of a file, as far as it can be read: the summary says what is wrong with the rest."""
     with contextlib.closing(open_events(Path(summary.file), summary.stream)) as reader, contextlib.suppress(InputError):
-        yield from validated(reader, BadEvents(reader.name, size, "drop"))
+        yield from validated(reader, BadEvents(reader.name, size, "drop", quiet=True))
 
 
 def _counts(events: Events, size: tuple[int, int]) -> Counts:
