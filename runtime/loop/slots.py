@@ -17,7 +17,7 @@ from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import Dim
 from stepcell.errors import InputError, StateError, UsageError
 
-__all__ = ["Slot", "SlotTable", "is_shared", "require_streams"]
+__all__ = ["Slot", "SlotTable", "is_shared", "require_streams", "row_of"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -168,19 +168,19 @@ class SlotTable:
             if array.ndim <= axis or array.shape[axis] != 1:
                 raise InputError(f"slot {slot.name}: {name}: expected batch size 1 on axis {axis}, got {array.shape}")
             staging[name] = np.zeros((*array.shape[:axis], self.count, *array.shape[axis + 1 :]), array.dtype)
-            rows[name] = [_row(staging[name], axis, row) for row in range(self.count)]
+            rows[name] = [row_of(staging[name], axis, row) for row in range(self.count)]
         self._staging, self._rows, self._filled = staging, rows, set()
         self._frame_shapes = {name: array.shape for name, array in arrays.items()}
 
     def unpack(self, outputs: Arrays, slots: Iterable[Slot]) -> dict[Slot, dict[str, NDArray[Any]]]:
         """The outputs of each slot, with batch size 1, as views of `outputs`."""
         return {
-            slot: {name: _row(outputs[name], axis, slot.index) for name, axis in self._outputs.items()}
+            slot: {name: row_of(outputs[name], axis, slot.index) for name, axis in self._outputs.items()}
             for slot in slots
         }
 
 
-def _row(array: NDArray[Any], axis: int, row: int) -> NDArray[Any]:
+def row_of(array: NDArray[Any], axis: int, row: int) -> NDArray[Any]:
     """A view of one row, in which the axis has size 1."""
     return array[(slice(None),) * axis + (slice(row, row + 1),)]
 

@@ -43,7 +43,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         contract_hash: `contract_hash` of the model.
         frame: number of frames that had been stepped, as given to `StepLoop.save`.
         slots: row of each attached slot, by name; None: a loop without slots.
-        rows: batch size of a loop with slots.
+        rows: batch size of a loop with slots; 1 for a snapshot of one slot, which is in row 0 then.
         metadata: the caller's own metadata.
         checksum: SHA-256 of the file with zeros in place of this field.
     """

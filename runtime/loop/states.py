@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepcell.contract import StepContract
+from stepcell.contract import StateSpec, StepContract
 from stepcell.dims import evaluate
 from stepcell.errors import InputError, StateError
 from stepcell.runtime.backends.base import Backend
-from stepcell.runtime.loop.slots import require_streams
+from stepcell.runtime.loop.slots import require_streams, row_of
 
-__all__ = ["LoopStates", "as_states"]
+__all__ = ["LoopStates", "as_states", "stream_count"]
 
 
 class LoopStates:
@@ -95,6 +95,35 @@ class LoopStates:
         else:
             self._write(arrays)
 
+    def read_row(self, row: int) -> dict[str, NDArray[Any]]:
+        """A copy of one row of every state, with a batch axis of size 1; errors are those of `read`."""
+        states = self.read()
+        return {
+            spec.name: row_of(states[spec.name], spec.batch_axis or 0, row).copy() for spec in self._contract.states
+        }
+
+    def load_row(self, arrays: Mapping[str, NDArray[Any]], row: int, count: int) -> None:
+        """Replace one of `count` rows, now or in the first step; the others keep their states, bit by bit.
+
+        Before the first step, the rows that were not loaded are set to their initial values.
+
+        Raises:
+            StateError: an array has another size than the other rows.
+        """
+        if self.input_shapes is None and self._loaded is None:
+            states = {spec.name: _initial_rows(spec, arrays[spec.name].shape, count) for spec in self._contract.states}
+        else:
+            states = self.read()
+        for spec in self._contract.states:
+            target = row_of(states[spec.name], spec.batch_axis or 0, row)
+            if arrays[spec.name].shape != target.shape:
+                raise StateError(
+                    f"{spec.name}: expected shape {target.shape} as in the other slots, got {arrays[spec.name].shape}",
+                    hint="all slots of a loop have one size; open another loop for another size",
+                )
+            target[...] = arrays[spec.name]
+        self.load(states)
+
     def rows(self, flags: Any) -> list[bool]:
         """Flags given by the caller, one boolean per row of the batch.
 
@@ -148,12 +177,32 @@ def as_states(contract: StepContract, state: Mapping[str, ArrayLike], rows: int 
     arrays = {}
     for spec in contract.states:
         array = np.array(state[spec.name])
-        if array.dtype.kind != np.dtype(spec.dtype).kind or array.ndim != len(spec.shape):
+        if array.dtype.kind != np.dtype(spec.dtype).kind or not _fits(array.shape, spec):
             raise StateError(
                 f"{spec.name}: expected {spec.dtype} of shape {spec.shape}, got {array.dtype} {array.shape}"
             )
         if rows is not None and len(spec.by_stream(array)) != rows:
-            raise StateError(f"{spec.name}: expected {rows} slots on axis {spec.batch_axis}, got {array.shape}")
+            streams = "1 stream" if rows == 1 else f"{rows} slots"
+            raise StateError(f"{spec.name}: expected {streams} on axis {spec.batch_axis}, got {array.shape}")
         with np.errstate(over="ignore"):  # a value beyond float16 becomes Inf, as it would in the model
             arrays[spec.name] = np.ascontiguousarray(array, spec.dtype)
     return arrays
+
+
+def stream_count(contract: StepContract, states: Mapping[str, NDArray[Any]]) -> int:
+    """The number of streams whose states these are; 1 for a model without states."""
+    return max((len(spec.by_stream(states[spec.name])) for spec in contract.states), default=1)
+
+
+def _fits(shape: tuple[int, ...], spec: StateSpec) -> bool:
+    """Whether an array has the rank of a state and its fixed sizes, except that of the batch axis."""
+    return len(shape) == len(spec.shape) and all(
+        axis == spec.batch_axis or not isinstance(dim, int) or dim == size
+        for axis, (dim, size) in enumerate(zip(spec.shape, shape, strict=True))
+    )
+
+
+def _initial_rows(spec: StateSpec, shape: tuple[int, ...], count: int) -> NDArray[Any]:
+    """Initial values of `count` rows, each with the size of a row of this shape."""
+    axis = spec.batch_axis or 0
+    return np.array(spec.initial((*shape[:axis], count, *shape[axis + 1 :])))

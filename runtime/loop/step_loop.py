@@ -19,7 +19,7 @@ from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.open_backend import open_backend
 from stepcell.runtime.loop.slots import Slot, SlotTable
 from stepcell.runtime.loop.snapshot import Snapshot, contract_hash, read_snapshot, write_snapshot
-from stepcell.runtime.loop.states import LoopStates, as_states
+from stepcell.runtime.loop.states import LoopStates, as_states, stream_count
 
 __all__ = ["StepLoop"]
 
@@ -257,77 +257,107 @@ class StepLoop:
         else:
             self._states.reset_rows(self._states.rows(slots))
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """A copy of every state, by name.
+    def state(self, slot: Slot | None = None) -> dict[str, NDArray[Any]]:
+        """A copy of every state, by name; with a slot, of its states, with batch size 1.
 
         Raises:
-            StateError: no step has run yet, and no state was loaded.
+            StateError: no step has run yet, and no state was loaded; or the slot is not attached.
+            UsageError: a slot, and the loop has none.
         """
         self._require_open()
-        return self._states.read()
+        return self._states.read() if slot is None else self._states.read_row(self._row(slot))
 
-    def load_state(self, state: Mapping[str, ArrayLike]) -> None:
+    def load_state(self, state: Mapping[str, ArrayLike], slot: Slot | None = None) -> None:
         """Replace every state, for example by what `state()` returned. It may be called before the first step.
 
+        Args:
+            state: arrays by name.
+            slot: replace its states only, by arrays of batch size 1; all other slots keep theirs, bit by bit.
+
         Raises:
-            StateError: a name is missing or unknown, or an array has another shape or is not of floats. Before the
-                first step the sizes are not known; they are compared in that step.
+            StateError: a name is missing or unknown, or an array has another shape or is not of floats; or the slot is
+                not attached. Before the first step the sizes are not known; they are compared in that step.
+            UsageError: a slot, and the loop has none.
         """
         self._require_open()
-        self._states.load(as_states(self.contract, state, None if self._slots is None else self._slots.count))
+        count = None if self._slots is None else self._slots.count
+        if slot is None:
+            self._states.load(as_states(self.contract, state, count))
+        else:
+            row = self._row(slot)
+            self._states.load_row(as_states(self.contract, state, 1), row, self._table().count)
 
     def save(
-        self, path: str | Path, *, frame: int = 0, metadata: Mapping[str, str] | None = None, overwrite: bool = False
+        self,
+        path: str | Path,
+        slot: Slot | None = None,
+        *,
+        frame: int = 0,
+        metadata: Mapping[str, str] | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write all states and the names of the slots to a snapshot file, for `restore`.
 
         Args:
             path: a .safetensors file. A snapshot there is replaced atomically.
+            slot: write its states only, as a snapshot of one stream.
             frame: number of frames stepped so far, or any number that the caller continues from.
             metadata: the caller's own; returned by `restore`.
             overwrite: replace an existing file that is no snapshot.
 
         Raises:
-            StateError: no step has run yet, and no state was loaded.
-            UsageError: there is a file that is no snapshot.
+            StateError: no step has run yet, and no state was loaded; or the slot is not attached.
+            UsageError: there is a file that is no snapshot; or a slot, and the loop has none.
             OutputError: the file cannot be written.
         """
-        write_snapshot(Path(path), *self.capture(frame=frame, metadata=metadata), overwrite=overwrite)
+        write_snapshot(Path(path), *self.capture(slot, frame=frame, metadata=metadata), overwrite=overwrite)
 
     def capture(
-        self, *, frame: int = 0, metadata: Mapping[str, str] | None = None
+        self, slot: Slot | None = None, *, frame: int = 0, metadata: Mapping[str, str] | None = None
     ) -> tuple[dict[str, NDArray[Any]], Snapshot]:
         """The states as they are now and their description, for `write_snapshot`; arguments are those of `save`.
 
         Raises:
-            StateError: no step has run yet.
+            StateError, UsageError: as for `state`.
         """
-        return self.state(), Snapshot(
+        slots, rows = None, None
+        if slot is not None:
+            slots, rows = {slot.name: 0}, 1
+        elif self._slots is not None:
+            slots, rows = {name: held.index for name, held in self.slots.items()}, self._slots.count
+        return self.state(slot), Snapshot(
             contract_hash=contract_hash(self.contract),
             frame=frame,
-            slots=None if self._slots is None else {name: slot.index for name, slot in self.slots.items()},
-            rows=None if self._slots is None else self._slots.count,
+            slots=slots,
+            rows=rows,
             metadata=dict(metadata or {}),
         )
 
-    def restore(self, path: str | Path) -> Snapshot:
+    def restore(self, path: str | Path, slot: Slot | None = None) -> Snapshot:
         """Load a snapshot of the same model, taken on any back end. It may be called before the first step.
 
-        Exactly the slots of the snapshot are attached afterwards; `slots` has them by name. A slot that is attached in
-        the same row under the same name stays valid.
+        Without `slot`, exactly the slots of the snapshot are attached afterwards; `slots` has them by name. A slot that
+        is attached in the same row under the same name stays valid. A loop without slots also takes a snapshot of one
+        stream, if its batch is 1.
+
+        Args:
+            path: a .safetensors file.
+            slot: load a snapshot of one stream into it: one of a slot of any loop, in any row, or of a loop without
+                slots whose batch is 1. All other slots keep their states, bit by bit.
 
         Raises:
             InputError: the file cannot be read, is damaged or is not a snapshot.
-            StateError: it belongs to another model, has another number of slots, or other sizes (see `load_state`).
+            StateError: it belongs to another model, has another number of slots or streams, or other sizes (see
+                `load_state`); or the slot is not attached.
+            UsageError: a slot, and the loop has none.
         """
         self._require_open()
+        if slot is not None:
+            self._row(slot)
         states, snapshot = read_snapshot(Path(path), self.contract)
-        rows = None if self._slots is None else self._slots.count
-        if snapshot.rows != rows:
-            wanted, got = (f"slots={count}" if count else "no slots" for count in (snapshot.rows, rows))
-            raise StateError(f"{path}: was taken from a loop with {wanted}, this one has {got}")
-        self.load_state(states)
-        if self._slots is not None:
+        self._require_rows(f"{path}", states, snapshot.rows, slot)
+        self.load_state(states, slot)
+        if self._slots is not None and slot is None:
             self._slots.replace(snapshot.slots or {})
         return snapshot
 
@@ -387,6 +417,31 @@ class StepLoop:
         if self._slots is None:
             raise UsageError(f"{self.name}: opened without slots", hint="StepLoop.open(..., slots=N)")
         return self._slots
+
+    def _row(self, slot: Slot) -> int:
+        self._table().require([slot])
+        return slot.index
+
+    def _require_rows(
+        self, subject: str, states: Mapping[str, NDArray[Any]], rows: int | None, slot: Slot | None
+    ) -> None:
+        """Raise StateError unless a snapshot, taken from a loop with so many slots, fits this one or the slot."""
+        streams = rows or stream_count(self.contract, as_states(self.contract, states, None))
+        own = None if self._slots is None else self._slots.count
+        if slot is not None:
+            if streams != 1:
+                raise StateError(
+                    f"{subject}: holds the states of {streams} streams, and slot {slot.name} takes those of one",
+                    hint="restore it as a whole, and write a snapshot of one stream: loop.save(path, slot)",
+                )
+        elif rows != own and not (own is None and streams == 1):
+            wanted, got = (f"slots={count}" if count else "no slots" for count in (rows, own))
+            raise StateError(
+                f"{subject}: was taken from a loop with {wanted}, this one has {got}",
+                hint="it holds one stream, which a slot takes: loop.restore(path, loop.attach())"
+                if streams == 1
+                else None,
+            )
 
     def _require_open(self) -> None:
         if self._closed:

@@ -161,6 +161,47 @@ def test_loop_with_slots_equals_the_same_loop_on_the_cpu(machine: Machine, tmp_p
     assert not machine.gpu.allocations
 
 
+def test_a_stream_goes_to_the_cpu_and_back_into_another_row(machine: Machine, tmp_path: Path) -> None:
+    """Its neighbours keep their states bit by bit, NaN included; one with a step in flight too."""
+    path, clip = tmp_path / "stream.safetensors", frames(24, 1)
+    with StepLoop.open(machine.onnx, keep_float16=True) as alone:
+        expected = [(alone.step(x=frame)["y"], alone.state()["h"]) for frame in clip]
+    gpu = StepLoop(machine.open(), name="engine", slots=3)
+    cpu = StepLoop.open(machine.onnx, slots=2, keep_float16=True)
+    a, b, c = (gpu.attach(name) for name in "abc")
+    for frame in clip[:8]:
+        gpu.step_slots({a: {"x": frame}, c: {"x": frame}})
+    poison = np.full_like(gpu.state(b)["h"], np.nan)
+    gpu.load_state({"h": poison}, b)
+    gpu.save(path, c, frame=8)
+    cpu.restore(path, there := cpu.attach("there"))
+    for frame in clip[8:16]:
+        cpu.step_slots({there: {"x": frame}})
+    cpu.save(path, there, frame=16)
+    gpu.detach(c)
+    running = gpu.step_slots_async({a: {"x": clip[8]}})
+    gpu.restore(path, again := gpu.attach("again"))
+    np.testing.assert_array_equal(running.result()[a]["y"], expected[8][0])
+    np.testing.assert_array_equal(gpu.state(a)["h"], expected[8][1])
+    np.testing.assert_array_equal(gpu.state(b)["h"], poison)
+    np.testing.assert_array_equal(gpu.state(again)["h"], expected[15][1])
+    for number in range(16, 24):
+        outputs = gpu.step_slots({a: {"x": clip[number - 7]}, again: {"x": clip[number]}})
+        np.testing.assert_array_equal(outputs[again]["y"], expected[number][0])
+        np.testing.assert_array_equal(gpu.state(again)["h"], expected[number][1])
+        np.testing.assert_array_equal(gpu.state(a)["h"], expected[number - 7][1])
+    cpu.close()
+    gpu.close()
+    gpu = StepLoop(machine.open(), name="engine", slots=2)  # before its first step
+    gpu.attach("other")
+    gpu.restore(path, first := gpu.attach("first"))
+    outputs = gpu.step_slots({gpu.slots["other"]: {"x": clip[0]}, first: {"x": clip[16]}})
+    np.testing.assert_array_equal(outputs[first]["y"], expected[16][0])
+    np.testing.assert_array_equal(gpu.state(gpu.slots["other"])["h"], expected[0][1])
+    gpu.close()
+    assert not machine.gpu.allocations
+
+
 @pytest.mark.parametrize("fp16_mirrors", [False, True])
 def test_learned_initial_states(
     learned_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fp16_mirrors: bool
