@@ -1,8 +1,8 @@
 """stepcell: recurrent vision models as single-step ONNX files, TensorRT engines and a step loop.
 
-Public names load on first use, so `import stepcell` imports neither numpy, onnx nor torch. Three more modules are
-public: `stepcell.models` (torch modules), `stepcell.events` (event cameras) and `stepcell.errors`. Everything else may
-change without notice.
+Public names load on first use, so `import stepcell` imports neither numpy, onnx nor torch. Four more modules are
+public: `stepcell.models` (torch modules), `stepcell.events` (event cameras), `stepcell.client` (streams on a server)
+and `stepcell.errors`. Everything else may change without notice.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ PUBLIC = {
     """,
     "stepcell.models.published.e2vid": "FireNet",
     "stepcell.events": "EventSource EventSpec EventWindow Events event_tensor simulate_events write_dat",
+    "stepcell.client": "NotAnswered RefusedFrame StreamClient StreamEvent",
     "stepcell.errors": """
         BuildError CheckpointError ContractError DeviceError EngineMismatchError EvaluationError ExportError
         InputError MissingDependencyError OutputError ParityError PluginError StateError StepcellError UsageError
@@ -131,7 +132,9 @@ def test_documents_import_public_names_only(document: Path) -> None:
             assert name in {"", *PUBLIC[module].split()}, f"{document.name} imports {name} from {module}"
 
 
-@pytest.mark.parametrize("module", ["stepcell", "stepcell.models", "stepcell.events", "stepcell.errors"])
+@pytest.mark.parametrize(
+    "module", ["stepcell", "stepcell.models", "stepcell.events", "stepcell.client", "stepcell.errors"]
+)
 def test_api_pages_show_every_public_name(module: str) -> None:
     page = (ROOT / "docs" / "api" / f"{module.removeprefix('stepcell.')}.md").read_text()
     shown = set(re.findall(rf"^::: {re.escape(module)}\.(\w+)$", page, re.MULTILINE))

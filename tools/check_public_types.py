@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PUBLIC = ("stepcell", "stepcell.models", "stepcell.events", "stepcell.errors")
+PUBLIC = ("stepcell", "stepcell.models", "stepcell.events", "stepcell.client", "stepcell.errors")
 
 
 def main() -> None:

@@ -44,6 +44,9 @@ class SlotTable:
         contract: contract of a model whose inputs, outputs and states all have the batch axis.
         count: number of rows of the batch.
 
+    Attributes:
+        input_axes, output_axes: the axis of streams of each input and output by name; inputs that all share have none.
+
     Raises:
         UsageError: `count` is below one or differs from the fixed batch size of the model, or an input, output or
             state has no batch axis. An input that has a value in the contract needs none: all slots share it.
@@ -59,8 +62,8 @@ class SlotTable:
                 f"slots: expected {dim}, the batch this model is fixed at, got {count}",
                 hint="export it with --dynamic batch, or with that many rows in --shape",
             )
-        self._inputs = {spec.name: _axis(spec, dim) for spec in contract.inputs if not is_shared(spec)}
-        self._outputs = {spec.name: _axis(spec, dim) for spec in contract.outputs}
+        self.input_axes = {spec.name: _axis(spec, dim) for spec in contract.inputs if not is_shared(spec)}
+        self.output_axes = {spec.name: _axis(spec, dim) for spec in contract.outputs}
         self._attached: dict[str, Slot] = {}
         self._frame_shapes: dict[str, tuple[int, ...]] = {}  # that the batch is allocated for
         self._staging: dict[str, NDArray[Any]] = {}  # the batch, by input
@@ -137,7 +140,7 @@ class SlotTable:
         for slot, arrays in frames.items():
             now.add(slot.index)
             for name, array in arrays.items():
-                if name not in self._inputs:
+                if name not in self.input_axes:
                     self._share(name, array, slot, first)
                     continue
                 if array.shape != shapes[name]:
@@ -163,7 +166,7 @@ class SlotTable:
 
     def _allocate(self, slot: Slot, arrays: Arrays) -> None:
         staging, rows = {}, {}
-        for name, axis in self._inputs.items():
+        for name, axis in self.input_axes.items():
             array = arrays[name]
             if array.ndim <= axis or array.shape[axis] != 1:
                 raise InputError(f"slot {slot.name}: {name}: expected batch size 1 on axis {axis}, got {array.shape}")
@@ -175,7 +178,7 @@ class SlotTable:
     def unpack(self, outputs: Arrays, slots: Iterable[Slot]) -> dict[Slot, dict[str, NDArray[Any]]]:
         """The outputs of each slot, with batch size 1, as views of `outputs`."""
         return {
-            slot: {name: row_of(outputs[name], axis, slot.index) for name, axis in self._outputs.items()}
+            slot: {name: row_of(outputs[name], axis, slot.index) for name, axis in self.output_axes.items()}
             for slot in slots
         }
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "Prove a model over many steps, states fed back, against its reference.",
     "bench": "Time models side by side, for several numbers of streams.",
     "compare": "Compare two outputs frame by frame: arrays, clips or folders.",
+    "triton-repo": "Write a repository for Triton Inference Server: streams of many clients.",
     "inspect": "Print the inputs, outputs and states of a model or engine.",
     "events": "Print what an event file holds, and draw it.",
     "kernels": "Compile the fused gate kernels for any GPU, without one.",
@@ -38,7 +39,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"stepcell.cli.{cmd_name}").command
+        command = importlib.import_module(f"stepcell.cli.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

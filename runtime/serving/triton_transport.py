@@ -1,0 +1,130 @@
+"""Requests to NVIDIA Triton Inference Server by its own client, tritonclient: HTTP or gRPC."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepcell.errors import InputError, UsageError
+from stepcell.optional_imports import require
+from stepcell.runtime.serving.protocol import CLIENT, NUMBER, STEPPED, FrameRequest, NotAnswered, RefusedFrame
+
+__all__ = ["STREAM_HEADER", "TritonTransport"]
+
+STREAM_HEADER = "x-stream"  # of each request; a load balancer chooses the server by it
+_REFUSED = ("400", "404", "StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND")
+_NO_START = "must specify the START flag"  # the server's own memory of sequences ended before that of the model
+
+
+class TritonTransport:
+    """A connection to one server, or to a load balancer before several. Not for two threads.
+
+    Args:
+        url, model, timeout: as of `StreamClient`.
+
+    Raises:
+        MissingDependencyError: tritonclient is not installed.
+        UsageError: a malformed URL.
+    """
+
+    def __init__(self, url: str, model: str, *, timeout: float = 10.0) -> None:
+        scheme, separator, address = url.rpartition("://")
+        scheme = scheme if separator else "http"
+        if scheme not in ("http", "grpc") or not address.rpartition(":")[2].isdecimal():
+            raise UsageError(f"--server {url}: expected http://HOST:PORT or grpc://HOST:PORT")
+        self._library: Any = require(f"tritonclient.{scheme}", extra="client", purpose="sending frames to a server")
+        self._http, self._address, self._model, self._timeout = scheme == "http", address, model, timeout
+        self._connection: Any = None
+
+    def infer(self, request: FrameRequest) -> dict[str, NDArray[Any]]:
+        """As of `Transport`."""
+        numbers = {
+            NUMBER: np.array([[request.number]], np.int64),
+            CLIENT: np.array([[request.client]], np.int64),
+        }
+        inputs = [self._input(name, array) for name, array in {**request.arrays, **numbers}.items()]
+        answer = self._call(
+            "infer",
+            self._model,
+            inputs,
+            sequence_id=request.stream,
+            sequence_start=request.start,
+            sequence_end=request.end,
+            headers={STREAM_HEADER: f"{request.stream:016x}"},
+        )
+        try:
+            outputs = {name: np.array(answer.as_numpy(name)) for name in self._names(answer)}
+            stepped = int(outputs.pop(STEPPED)[0, 0])
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{self._address}: damaged answer to frame {request.number}: {error}",
+                hint="a server whose Python has numpy 2, and whose back end was built for numpy 1, sends such",
+            ) from error
+        if stepped != request.number:
+            raise InputError(f"{self._address}: answered frame {stepped} instead of {request.number}")
+        return outputs
+
+    def snapshot_every(self) -> int | None:
+        """As of `Transport`."""
+        text = self._config()["parameters"].get("snapshot_every", {}).get("string_value", "")
+        return int(text) if text else None
+
+    def inputs(self) -> list[tuple[str, list[int], Any]]:
+        """Name, shape without the axis of streams (-1: open) and dtype of each input of a frame."""
+        from tritonclient.utils import triton_to_np_dtype
+
+        return [
+            (each["name"], [int(size) for size in each["dims"]], triton_to_np_dtype(each["data_type"][5:]))
+            for each in self._config()["input"]
+            if each["name"] not in (NUMBER, CLIENT)
+        ]
+
+    def _config(self) -> Any:
+        if self._http:
+            return self._call("get_model_config", self._model)
+        return self._call("get_model_config", self._model, as_json=True)["config"]
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._connection is not None:
+            with contextlib.suppress(Exception):  # of a connection that is broken
+                self._connection.close()
+        self._connection = None
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        from tritonclient.utils import InferenceServerException
+
+        if self._connection is None:
+            limits = {"connection_timeout": self._timeout, "network_timeout": self._timeout} if self._http else {}
+            self._connection = self._library.InferenceServerClient(self._address, **limits)
+        if not self._http:
+            options["client_timeout"] = self._timeout
+        try:
+            return getattr(self._connection, method)(*arguments, **options)
+        except InferenceServerException as error:
+            text, status = str(error.message()), str(error.status())
+            refusal = RefusedFrame.parse(text)
+            if refusal is not None:
+                raise refusal from error
+            self.close()
+            if status in _REFUSED and _NO_START not in text:
+                raise InputError(f"{self._address}: {self._model}: {text}") from error
+            raise NotAnswered(f"{self._address}: {text}") from error
+        except Exception as error:  # of sockets, gevent and the parser of answers, which share no class
+            self.close()
+            raise NotAnswered(f"{self._address}: {type(error).__name__}: {error}") from error
+
+    def _input(self, name: str, array: NDArray[Any]) -> Any:
+        from tritonclient.utils import np_to_triton_dtype
+
+        found = self._library.InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
+        found.set_data_from_numpy(array)
+        return found
+
+    def _names(self, answer: Any) -> list[str]:
+        if self._http:
+            return [output["name"] for output in answer.get_response()["outputs"]]
+        return [output.name for output in answer.get_response().outputs]
