@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,10 @@ from stepcell.pixels import as_chw, gain_and_offset, picture_channels, value_ran
 from stepcell.runtime.media.preprocess import Preprocessor, require_declared
 from stepcell.runtime.media.sink import Sink
 
-__all__ = ["OutputPostprocessor", "choose_output", "crop", "is_label_map", "is_picture", "to_pixels"]
+__all__ = ["NonFinitePixels", "OutputPostprocessor", "choose_output", "crop", "is_label_map", "is_picture", "to_pixels"]
+
+# What pixels of NaN and Inf are: an error, or replaced by 0; or the outputs were checked before.
+NonFinitePixels = Literal["error", "replace", "checked"]
 
 
 class OutputPostprocessor:
@@ -23,7 +25,7 @@ class OutputPostprocessor:
     Args:
         contract: contract of the model.
         sink: takes pixels or tensors; not written to.
-        replace_non_finite: pixels show NaN and Inf as 0; otherwise they raise an error.
+        non_finite: what pixels of NaN and Inf are.
 
     Attributes:
         output: the output of the model that the sink is given.
@@ -33,33 +35,40 @@ class OutputPostprocessor:
         UsageError: the sink takes pixels, and the range of the output's values is undefined.
     """
 
-    def __init__(self, contract: StepContract, sink: Sink, *, replace_non_finite: bool = False) -> None:
+    def __init__(self, contract: StepContract, sink: Sink, *, non_finite: NonFinitePixels = "error") -> None:
         self.output = choose_output(contract, sink)
         if sink.takes_pixels and not is_label_map(self.output):
             require_declared(self.output)
-        self._pixels, self._replace = sink.takes_pixels, replace_non_finite
+        self._pixels, self._non_finite = sink.takes_pixels, non_finite
 
-    def __call__(self, outputs: Mapping[str, NDArray[Any]], preprocessor: Preprocessor) -> NDArray[Any]:
+    def check(self, tensor: NDArray[Any], preprocessor: Preprocessor) -> None:
+        """Raise the error of a tensor that the sink cannot show. Arguments are those of the call, which does not check.
+
+        Raises:
+            StepcellError: pixels of NaN or Inf, or a label that is no byte.
+        """
+        if self._pixels:
+            layout = self.output.layout or "NCHW"
+            tensor = crop(tensor, preprocessor.size, preprocessor.padded, layout)
+            _require_pixels(self.output, tensor, finite=self._non_finite == "error")
+
+    def __call__(self, tensor: NDArray[Any], preprocessor: Preprocessor) -> NDArray[Any]:
         """The frame: pixels (H, W, C) uint8; else a picture (C, H, W), or as its layout says, without the padding,
         or the tensor itself.
 
         Args:
-            outputs: outputs of one stream, by name, with a batch of one.
-            preprocessor: preprocessor of the same stream, for the size of its frames.
-
-        Raises:
-            StepcellError: pixels of NaN or Inf, unless these are replaced.
+            tensor: `output` of one stream, with a batch of one.
+            preprocessor: preprocessor of its frame, for the size.
         """
-        tensor = outputs[self.output.name]
         layout = self.output.layout
         if layout is None or not is_picture(self.output):
             return tensor[0] if tensor.ndim and len(tensor) == 1 else tensor
         tensor = crop(tensor, preprocessor.size, preprocessor.padded, layout)
         if not self._pixels:
             return tensor[0] if layout[0] == "N" else tensor
-        if self._replace:
+        if self._non_finite == "replace":
             tensor = np.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
-        return to_pixels(self.output, as_chw(tensor, layout))
+        return _pixels(self.output, as_chw(tensor, layout))
 
 
 def is_picture(spec: TensorSpec) -> bool:
@@ -115,22 +124,30 @@ def to_pixels(spec: TensorSpec, tensor: NDArray[Any]) -> NDArray[np.uint8]:
         StepcellError: the tensor holds NaN or Inf, or a label that is no byte.
         UsageError: the range of its values is undefined.
     """
-    channels, height, width = tensor.shape
-    if not np.isfinite(tensor).all():
+    _require_pixels(spec, tensor, finite=True)
+    return _pixels(spec, tensor)
+
+
+def _require_pixels(spec: TensorSpec, tensor: NDArray[Any], *, finite: bool) -> None:
+    if finite and not np.isfinite(tensor).all():
         raise StepcellError(
             f"{spec.name}: the model returned NaN or Inf",
             hint="its states may be corrupted: --reset-every N clears them; float16 models overflow beyond 65504",
         )
+    if is_label_map(spec) and tensor.size and not (tensor.min() >= 0 and tensor.max() <= 255):
+        raise StepcellError(
+            f"{spec.name}: the label {tensor.max() if tensor.max() > 255 else tensor.min()} is no grey level",
+            hint=f"--output out.npy writes the labels themselves, --range {spec.name}:LOW,HIGH scales them",
+        )
+
+
+def _pixels(spec: TensorSpec, tensor: NDArray[Any]) -> NDArray[np.uint8]:
+    channels, height, width = tensor.shape
     pixels = np.empty((height, width, channels), np.uint8)
     planes = pixels.transpose(2, 0, 1)
     if spec.channels == "BGR":
         planes = planes[::-1]
     if is_label_map(spec):
-        if tensor.size and not (tensor.min() >= 0 and tensor.max() <= 255):
-            raise StepcellError(
-                f"{spec.name}: the label {tensor.max() if tensor.max() > 255 else tensor.min()} is no grey level",
-                hint=f"--output out.npy writes the labels themselves, --range {spec.name}:LOW,HIGH scales them",
-            )
         values = tensor
     else:
         gain, offset = gain_and_offset(spec, channels)

@@ -157,16 +157,24 @@ class Preprocessor:
                 f"{spec.name}: the model was exported for {wanted['W']}x{wanted['H']} frames, got {width}x{height}",
                 hint="export it with --dynamic height,width, or resize the clip",
             )
-        self._tensor = np.zeros([sizes[letter] for letter in layout], spec.dtype)
-        self._chw = as_chw(self._tensor, layout)
+        self._layout = layout
+        self._tensor_shape = [sizes[letter] for letter in layout]
         self._tables = _pixel_tables(spec, channels) if pixels else None
         self._order = [2, 1, 0] if spec.channels == "BGR" else range(channels)
 
-    def __call__(self, frame: NDArray[Any]) -> NDArray[Any]:
+    @property
+    def always_finite(self) -> bool:
+        """Whether no frame can give NaN or Inf: pixels of a range that the dtype of the model holds."""
+        return self._tables is not None and bool(np.isfinite(self._tables).all())
+
+    def __call__(self, frame: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The input tensor, (1, C, H, W) or as its layout says, in the dtype of the model, padded at bottom and right.
 
-        Pictures are padded by repeating the edge, events with zeros. The returned array is reused: the next call
-        overwrites it.
+        Pictures are padded by repeating the edge, events with zeros.
+
+        Args:
+            frame: of the size of the first one.
+            out: a tensor that this object returned before, to write to; by default a new one.
 
         Raises:
             InputError: the frame differs in shape from the first one.
@@ -174,19 +182,21 @@ class Preprocessor:
         if frame.shape != self.shape:
             raise InputError(f"the first frame has shape {self.shape}, this one {frame.shape}")
         height, width = self.size
-        inner = self._chw[:, :height, :width]
+        tensor = np.zeros(self._tensor_shape, self.spec.dtype) if out is None else out
+        chw = as_chw(tensor, self._layout)
+        inner = chw[:, :height, :width]
         if self._tables is None:
             inner[...] = frame
         else:
             for plane, table, channel in zip(inner, self._tables, self._order, strict=True):
                 plane[...] = np.take(table, frame[..., channel], mode="clip")  # "clip" skips the range check
         if self.spec.events:
-            return self._tensor
+            return tensor
         if height < self.padded[0]:
-            self._chw[:, height:, :width] = inner[:, -1:, :]
+            chw[:, height:, :width] = inner[:, -1:, :]
         if width < self.padded[1]:
-            self._chw[:, :, width:] = self._chw[:, :, width - 1 : width]
-        return self._tensor
+            chw[:, :, width:] = chw[:, :, width - 1 : width]
+        return tensor
 
 
 def _warn_of_other_range(spec: TensorSpec, frame: NDArray[Any]) -> None:

@@ -47,12 +47,19 @@ class LateFrames:
         """Whether a full queue of the frame reader drops its oldest frame instead of blocking the source."""
         return self._deadline is not None and self._deadline.on_late == "drop"
 
+    def is_lost(self, frame: Frame) -> bool:
+        """Whether `drop` will drop this frame, whenever it is called: it is late already."""
+        return self.drop_oldest and self._is_late(frame)
+
     def drop(self, frame: Frame) -> bool:
         """Whether to drop this frame; call exactly once per frame, immediately before its step."""
-        if self._deadline is None or time.monotonic() - frame.arrived <= self._deadline.seconds:
+        if not self._is_late(frame):
             return False
-        if self._deadline.on_late == "block":
+        if not self.drop_oldest:
             self.stepped += 1
             return False
         self.dropped += 1
         return True
+
+    def _is_late(self, frame: Frame) -> bool:
+        return self._deadline is not None and time.monotonic() - frame.arrived > self._deadline.seconds

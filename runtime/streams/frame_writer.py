@@ -1,4 +1,4 @@
-"""Frame writer: encodes in a background thread from a bounded queue."""
+"""Frame writer: converts and encodes in a background thread from a bounded queue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ class FrameWriter:
     Args:
         sink: written and closed by the background thread only.
         changed: notified when the queue has room again or writing failed; may be shared by several writers.
+        convert: makes a frame as the sink takes it of what `put` is given; called by the background thread.
         depth: length of the queue.
 
     Attributes:
@@ -37,13 +39,20 @@ class FrameWriter:
         written: frames in the output.
     """
 
-    def __init__(self, sink: Sink, changed: threading.Condition, *, depth: int = DEPTH) -> None:
+    def __init__(
+        self,
+        sink: Sink,
+        changed: threading.Condition,
+        *,
+        convert: Callable[[Any], NDArray[Any]] = lambda frame: frame,
+        depth: int = DEPTH,
+    ) -> None:
         self.sink = sink
         self.encode = Latency()
         self.closed: float | None = None
         self.written = self.unwritten = 0
-        self._changed, self._depth = changed, depth
-        self._queue: deque[tuple[NDArray[Any], float]] = deque()
+        self._changed, self._convert, self._depth = changed, convert, depth
+        self._queue: deque[tuple[Any, float]] = deque()
         self._keep: bool | None = None  # set by `finish` and `abandon`, which end the thread
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"write {sink.name}", daemon=True)
@@ -64,11 +73,11 @@ class FrameWriter:
         """Whether `put` returns or raises without waiting; true after a failure, which empties the queue."""
         return len(self._queue) < self._depth
 
-    def put(self, frame: NDArray[Any], seconds: float = 0.0) -> None:
-        """Queue a frame, waiting for room; the caller must not change the array afterwards.
+    def put(self, frame: Any, seconds: float = 0.0) -> None:
+        """Queue a frame, waiting for room; the caller must not change its arrays afterwards.
 
         Args:
-            frame: as the sink takes it.
+            frame: as `convert` takes it, without it as the sink does.
             seconds: its timestamp, for a sink that keeps it.
 
         Raises:
@@ -130,8 +139,9 @@ class FrameWriter:
         write = sink.write_at if isinstance(sink, TimedSink) else lambda frame, _: sink.write(frame)
         try:
             while (queued := self._next()) is not None:
+                frame, seconds = self._convert(queued[0]), queued[1]
                 with Stopwatch(self.encode):
-                    write(*queued)
+                    write(frame, seconds)
                 with self._changed:
                     self.written += 1
                     self.unwritten -= 1
@@ -152,7 +162,7 @@ class FrameWriter:
                 self.written = self.sink.salvage()
         self.closed = time.perf_counter()
 
-    def _next(self) -> tuple[NDArray[Any], float] | None:
+    def _next(self) -> tuple[Any, float] | None:
         """Wait for the next frame; None: the queue is empty and `finish` or `abandon` was called."""
         with self._changed:
             while not self._queue and self._keep is None:

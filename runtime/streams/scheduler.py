@@ -131,7 +131,7 @@ class Scheduler:
         self._prepare_states()
         for stream in self._streams:
             with self._isolated(stream):
-                stream.begin(self._contract, self._changed)
+                stream.begin(self._contract, self._spec, self._changed, check_frames=self._check_frames)
         while not self._control.stopping and (running := [stream for stream in self._streams if stream.running]):
             batch = self._take(running)
             if batch:
@@ -170,7 +170,7 @@ class Scheduler:
             # A file can be read at any time. When a camera sends its next frame is not known, nor when the output
             # of a stream has room again.
             waiting = [stream for stream in running if stream not in batch and stream.has_room]
-            expected = [stream for stream in waiting if self._steps == 0 or not stream.live]
+            expected = [stream for stream in waiting if self._steps == 0 or stream.expected]
             seconds = GATHER_SECONDS if self._steps else GATHER_FIRST_SECONDS
             self._wait(lambda: all(stream.ready for stream in expected), seconds)
             batch += self._take_ready([stream for stream in expected if stream.running])
@@ -198,14 +198,14 @@ class Scheduler:
         tainted = []
         for stream in batch:
             with self._isolated(stream):
-                arrays, cause = stream.preprocess(self._spec)
+                tensor, cause = stream.tensor()
                 if self._shared:
-                    self._check_size(stream, arrays[self._spec.name])
-                if self._is_tainted(stream, arrays[self._spec.name]):
+                    self._check_size(stream, tensor)
+                if self._is_tainted(stream, tensor):
                     tainted.append(stream)
                 if cause is not None:
                     self._reset(stream, cause)
-                inputs[stream] = arrays
+                inputs[stream] = {self._spec.name: tensor}
         if not inputs:
             return
         self._in_step = True
@@ -243,7 +243,7 @@ class Scheduler:
         Raises:
             InputError: the stream ends with it.
         """
-        if not (self._check_frames and stream.checks_finite):
+        if not (self._check_frames and stream.checks_finite) or stream.frame_is_finite:
             return False
         try:
             require_finite(f"{stream.prefix}frame {stream.number}: {self._spec.name}", tensor)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -15,13 +15,15 @@ from stepcell.display import displayed
 from stepcell.errors import DeviceError, InputError, OutputError, StepcellError
 from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.step_loop import StepLoop
-from stepcell.runtime.media.postprocess import OutputPostprocessor
+from stepcell.runtime.media.postprocess import NonFinitePixels, OutputPostprocessor
 from stepcell.runtime.media.preprocess import Preprocessor
 from stepcell.runtime.media.sink import Sink
 from stepcell.runtime.media.source import BadEventCounts, Source, display_name
 from stepcell.runtime.streams.deadline import Deadline, LateFrames
-from stepcell.runtime.streams.frame_reader import Frame, FrameReader
+from stepcell.runtime.streams.frame_converter import ConvertedFrame, FrameConverter
+from stepcell.runtime.streams.frame_reader import DEPTH, Frame, FrameReader
 from stepcell.runtime.streams.frame_writer import FrameWriter
+from stepcell.runtime.streams.non_finite import OnNonFinite
 from stepcell.runtime.streams.output_clock import OutputClock
 from stepcell.runtime.streams.reconnect import Reconnect
 from stepcell.runtime.streams.report import Dropped, Stopped, StreamReport, append_message
@@ -36,13 +38,23 @@ logger = logging.getLogger(__name__)
 Arrays = dict[str, NDArray[Any]]
 
 
+class _Result(NamedTuple):
+    """What the frame writer gets: the output of a frame, its preprocessor, and the time that this took."""
+
+    tensor: NDArray[Any]
+    preprocessor: Preprocessor
+    seconds: float
+
+
 class Stream:
     """A stream of frames through a step loop.
 
     The scheduler calls `begin` once, then for each frame `take`, `preprocess` and, after the step, `deliver`, and at
     the end `end`, `close` and `report`. So a frame passes
 
-        source -> frame reader -> [take] -> preprocessor -> step -> postprocessor -> frame writer -> sink.
+        source -> frame reader -> frame converter -> [take] -> step -> [deliver] -> frame writer -> sink.
+
+    Three threads read, convert to the input of the model, and convert back and write.
 
     Args:
         source: read and closed by the thread of its frame reader. None: not opened yet, `reconnect` keeps trying.
@@ -92,6 +104,7 @@ class Stream:
         self.failure: StepcellError | None = None
         self.prefix = ""
         self.reader: FrameReader | None = None
+        self.converter: FrameConverter | None = None
         self.writer: FrameWriter | None = None
         self._source, self._reconnect = source, reconnect
         self._clock = clock or OutputClock(Fraction(25), keep=False, name=self.input)
@@ -99,9 +112,9 @@ class Stream:
         self._late = LateFrames(deadline if self.live else None)
         self._preprocessor: Preprocessor | None = None
         self._postprocessor: OutputPostprocessor | None = None
-        self._frame: Frame | None = None
+        self._frame: ConvertedFrame | None = None
         self._to_skip = 0 if self.live else start
-        self._preprocess_seconds = self._started = self._ended = 0.0
+        self._started = self._ended = 0.0
 
     @property
     def number(self) -> int:
@@ -161,7 +174,7 @@ class Stream:
     @property
     def queued(self) -> dict[str, int]:
         return {
-            "input": self.reader.queued if self.reader else 0,
+            "input": self.converter.queued if self.converter else 0,
             "output": self.writer.queued if self.writer else 0,
         }
 
@@ -169,24 +182,43 @@ class Stream:
     def seconds(self) -> float:
         return (self._ended or time.perf_counter()) - self._started if self._started else 0.0
 
-    def begin(self, contract: StepContract, changed: threading.Condition) -> None:
-        """Start the threads that read and write.
+    def begin(
+        self, contract: StepContract, spec: TensorSpec, changed: threading.Condition, *, check_frames: bool = True
+    ) -> None:
+        """Start the threads that read, convert and write.
 
         Args:
             contract: contract of the model.
+            spec: its input of frames.
             changed: notified when `ready` or `has_room` may have changed.
+            check_frames: look for NaN and Inf in frames, unless the policy ignores them.
 
         Raises:
             OutputError: the model has no output that the sink takes.
         """
         self._started = time.perf_counter()
         self.reader = FrameReader(
-            self._source, changed, name=self.input, drop_oldest=self._late.drop_oldest, reconnect=self._reconnect
+            self._source,
+            changed,
+            name=self.input,
+            drop_oldest=self._late.drop_oldest,
+            depth=DEPTH - 1,  # the converter holds one
+            reconnect=self._reconnect,
+        )
+        self.converter = FrameConverter(
+            self.reader, changed, spec, unused=self._is_unused, check_finite=check_frames and self.checks_finite
         )
         if self.sink is not None:
-            self.writer = FrameWriter(self.sink, changed)
-            replace = self.monitor.policy.on_nonfinite == "reset"  # NaN was logged, and a picture cannot show it
-            self._postprocessor = OutputPostprocessor(contract, self.sink, replace_non_finite=replace)
+            self.writer = FrameWriter(self.sink, changed, convert=self._postprocess)
+            # "reset": NaN was logged, and a picture cannot show it. "stop": it ended the stream.
+            non_finite: dict[OnNonFinite, NonFinitePixels] = {"reset": "replace", "ignore": "error", "stop": "checked"}
+            self._postprocessor = OutputPostprocessor(
+                contract, self.sink, non_finite=non_finite[self.monitor.policy.on_nonfinite]
+            )
+
+    def _is_unused(self, frame: Frame) -> bool:
+        """Whether a frame will not be stepped, called by the thread of the converter."""
+        return (not self.live and frame.number < self.start) or self._late.is_lost(frame)
 
     @property
     def has_room(self) -> bool:
@@ -196,10 +228,16 @@ class Stream:
     @property
     def ready(self) -> bool:
         """Whether to call `take`: there is a frame and room for its result, the source ended, or the writer failed."""
-        assert self.reader is not None
+        assert self.converter is not None
         if self.writer is not None and self.writer.failed:
             return True
-        return self.has_room and (self.reader.queued > 0 or self.reader.ended)
+        return self.has_room and (self.converter.ready or self.converter.ended)
+
+    @property
+    def expected(self) -> bool:
+        """Whether `ready` will be true soon: a frame is being converted, or can be read at any time."""
+        assert self.converter is not None
+        return self.has_room and (not self.live or self.converter.queued > 0)
 
     def take(self) -> bool:
         """Take the next frame to step from the reader, without late and skipped ones; may end the stream.
@@ -211,17 +249,20 @@ class Stream:
             InputError: the source failed, has no frame, or ends before `start`.
             OutputError: an earlier result could not be written.
         """
-        assert self.reader is not None
+        assert self.converter is not None
         if self.writer is not None:
             self.writer.check()
-        ended = self.reader.ended  # read before `take`: an error that arrives later is raised by the next call
-        while (frame := self.reader.take()) is not None:
+        ended = self.converter.ended  # read before `take`: an error that arrives later is raised by the next call
+        while (converted := self.converter.take()) is not None:
+            frame = converted.frame
             if self._to_skip:
                 # The monitor sees skipped frames too, so that it resets as in a run that was not interrupted.
                 self.monitor.due(self.start - self._to_skip, frame.array, frame.seconds, frame.connection)
                 self._to_skip -= 1
-            elif not self._late.drop(frame):
-                self._frame = frame
+            elif self._late.drop(frame):
+                self.converter.release(converted)
+            else:
+                self._frame = converted
                 self.decode.add(frame.decode_seconds)
                 return True
         if ended:
@@ -242,31 +283,31 @@ class Stream:
             )
         self.end("end of input")
 
-    def preprocess(self, spec: TensorSpec) -> tuple[Arrays, Cause | None]:
-        """The inputs of the step for the current frame, and the cause for which to reset the states before it.
-
-        Args:
-            spec: input of the model.
+    def tensor(self) -> tuple[NDArray[Any], Cause | None]:
+        """The input of the step for the current frame, and the cause for which to reset the states before it.
 
         Raises:
             InputError: the frame does not fit the model, or differs in size from the frames before.
         """
         assert self._frame is not None
-        array = self._frame.array
-        if self._preprocessor is not None and array.shape != self._preprocessor.shape:
-            if self.monitor.policy.on_size_change == "stop":
-                raise InputError(
-                    f"{self.input}: frame {self.number} is {array.shape}, the first one {self._preprocessor.shape}",
-                    hint="--on-size-change reset goes on from the initial states, --resize makes all of one size",
-                )
-            self._preprocessor = None
-        cause = self.monitor.due(self.number, array, self._frame.seconds, self._frame.connection)
-        started = time.perf_counter()
-        if self._preprocessor is None:
-            self._preprocessor = Preprocessor(spec, array)
-        tensor = self._preprocessor(array)
-        self._preprocess_seconds = time.perf_counter() - started
-        return {spec.name: tensor}, cause
+        frame, array = self._frame.frame, self._frame.frame.array
+        first = self._preprocessor.shape if self._preprocessor is not None else array.shape
+        if array.shape != first and self.monitor.policy.on_size_change == "stop":
+            raise InputError(
+                f"{self.input}: frame {self.number} is {array.shape}, the first one {first}",
+                hint="--on-size-change reset goes on from the initial states, --resize makes all of one size",
+            )
+        cause = self.monitor.due(self.number, array, frame.seconds, frame.connection)
+        if self._frame.error is not None:
+            raise self._frame.error
+        assert self._frame.tensor is not None
+        self._preprocessor = self._frame.preprocessor
+        return self._frame.tensor, cause
+
+    @property
+    def frame_is_finite(self) -> bool:
+        """Whether the current frame was checked and its tensor holds neither NaN nor Inf."""
+        return self._frame is not None and self._frame.finite
 
     def count_reset(self, cause: Cause) -> None:
         """Count a reset of the states, and log it unless it is periodic."""
@@ -279,28 +320,41 @@ class Stream:
         logger.warning(f"{self.prefix}frame {self.number}: {message}")
 
     def deliver(self, outputs: Arrays) -> float:
-        """Postprocess the outputs of the current frame and queue the result for the writer.
+        """Queue the result of the current frame for the writer, which converts it.
 
         Returns:
             Seconds since the frame arrived.
 
         Raises:
-            StepcellError: the sink takes pixels and the result holds NaN or Inf.
+            StepcellError: the sink takes pixels, and the result holds NaN or Inf or a label that is no byte.
             OutputError: an earlier result could not be written.
         """
         assert self._frame is not None
+        assert self._preprocessor is not None
+        assert self.converter is not None
         started = time.perf_counter()
-        if self.writer is not None and self._postprocessor is not None and self._preprocessor is not None:
-            result = self._postprocessor(outputs, self._preprocessor)
-            self._preprocess_seconds += time.perf_counter() - started
-            self.writer.put(result, self._clock.seconds(self._frame))
-        self.convert.add(self._preprocess_seconds)
-        seconds = time.monotonic() - self._frame.arrived
+        if self.writer is not None and self._postprocessor is not None:
+            result = outputs[self._postprocessor.output.name]
+            self._postprocessor.check(result, self._preprocessor)
+            spent = self._frame.seconds + time.perf_counter() - started
+            self.writer.put(_Result(result, self._preprocessor, spent), self._clock.seconds(self._frame.frame))
+        else:
+            self.convert.add(self._frame.seconds)
+        self.converter.release(self._frame)
+        seconds = time.monotonic() - self._frame.frame.arrived
         self.latency.add(seconds)
         self.frames += 1
         if self.frames == self.limit:
             self.end("limit")
         return seconds
+
+    def _postprocess(self, result: _Result) -> NDArray[Any]:
+        """The frame for the sink, called by the thread of the writer."""
+        assert self._postprocessor is not None
+        started = time.perf_counter()
+        frame = self._postprocessor(result.tensor, result.preprocessor)
+        self.convert.add(result.seconds + time.perf_counter() - started)
+        return frame
 
     def end(self, stopped: Stopped, failure: StepcellError | None = None) -> None:
         """Stop reading, and finish the output; without a frame it is abandoned, and an older file stays.
@@ -314,6 +368,8 @@ class Stream:
         self._started = self._started or self._ended
         if self.reader is not None:
             self.reader.stop()
+        if self.converter is not None:
+            self.converter.stop()
         if self.writer is not None and self.frames:
             self.writer.finish()
         elif self.writer is not None:
@@ -336,6 +392,8 @@ class Stream:
             self._source.close()
         elif self.reader is not None and not control.aborting:
             self.reader.join()
+            if self.converter is not None:
+                self.converter.join()
         try:
             if self.writer is not None:
                 self.writer.join(control)

@@ -146,7 +146,7 @@ def source_clip(
     try:
         for frame in source:
             preprocess = preprocess or Preprocessor(spec, frame)
-            frames.append({spec.name: preprocess(frame).copy()})
+            frames.append({spec.name: preprocess(frame)})
             _require_finite(frames[-1], f"{text}: frame {len(frames) - 1}")
             if len(frames) == limit:
                 break

@@ -22,7 +22,8 @@ from stepcell.runtime.media.open_sink import open_sink
 from stepcell.runtime.media.open_source import open_source
 from stepcell.runtime.media.raw_frames import RawSource
 from stepcell.runtime.streams.deadline import Deadline
-from stepcell.runtime.streams.frame_reader import DEPTH, Frame
+from stepcell.runtime.streams.frame_converter import ConvertedFrame
+from stepcell.runtime.streams.frame_reader import DEPTH
 from stepcell.runtime.streams.progress import RunProgress
 from stepcell.runtime.streams.reconnect import Reconnect
 from stepcell.runtime.streams.report import StreamReport
@@ -183,18 +184,19 @@ def test_a_source_that_breaks_while_it_is_asked_is_no_end_of_input(accumulator: 
 
     with StepLoop.open(accumulator()) as loop:
         stream = Stream(Breaking("a", []))
-        stream.begin(loop.contract, threading.Condition())
+        stream.begin(loop.contract, loop.contract.inputs[0], threading.Condition())
     assert stream.reader is not None
-    take, thread = stream.reader.take, stream.reader._thread
+    assert stream.converter is not None
+    take, thread = stream.converter.take, stream.reader._thread
 
-    def slowly() -> Frame | None:
+    def slowly() -> ConvertedFrame | None:
         frame = take()
-        if frame is None:  # fails before the reader is asked again
+        if frame is None:  # fails before the converter is asked again
             gate.set()
             thread.join()
         return frame
 
-    stream.reader.take = slowly  # type: ignore[method-assign]
+    stream.converter.take = slowly  # type: ignore[method-assign]
     while not stream.ready:
         time.sleep(0.001)
     assert stream.take()

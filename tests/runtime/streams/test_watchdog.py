@@ -75,7 +75,9 @@ def test_it_is_ended_and_named_and_the_frames_before_it_are_kept(
     assert "clip.npy: frame 3" in error.message
     assert f"{STEP_SECONDS.name}=5 " in str(error.hint)
     assert len(np.load(tmp_path / "out.npy")) == error.report.streams[0].frames == 3
-    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    for thread in (each for each in threading.enumerate() if each.name == "watchdog"):
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_the_loop_can_go_on_afterwards(model: Path) -> None:
