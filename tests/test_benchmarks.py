@@ -21,7 +21,7 @@ from stepcell.models import CellStack, ConvGRUCell
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "loop.json"
-MODULES = ("loop", "loops", "loop_cases", "loop_report", "other_version", "overhead", "evaluator")
+MODULES = ("loop", "loops", "loop_cases", "loop_report", "other_version", "overhead", "evaluator", "map")
 
 
 @pytest.fixture
@@ -223,3 +223,20 @@ def test_evaluator_quick(script: Callable[..., ModuleType], tmp_path: Path) -> N
         "float64_s_per_1000",
         "jvp_s_per_1000",
     }
+
+
+def test_map_draws_its_rounds(script: Callable[..., ModuleType], tmp_path: Path) -> None:
+    """Clips of the size that is asked for, the digest of what they become, bars up to the fastest round."""
+    benchmark = script("map")
+    assert benchmark.write_clips(tmp_path / "clips", 2, 3) == (176, 144)
+    whole = benchmark.digest(tmp_path / "clips")
+    (tmp_path / "clips/00.mp4").write_bytes(b"")
+    assert benchmark.digest(tmp_path / "clips") != whole
+    factors = {command: [1.0, 1.0] for command in benchmark.COMMANDS} | {benchmark.TARGET: [2.0, 4.0]}
+    rest = {"clips": 40, "frames": 960, "size": (176, 144), "cpu": "<CPU>", "cores": 2, "load_before": (0.5, 0, 0)}
+    picture = ET.fromstring(benchmark.svg({"times as fast": factors, **rest}))
+    texts = [each.text for each in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[-2:] == ["map, 2 workers", "3.00"]
+    assert "<CPU>, 2 cores" in str(texts[1])
+    widths = [float(each.get("width", "")) for each in list(picture.iter("{http://www.w3.org/2000/svg}rect"))[1:]]
+    assert widths[-1] == pytest.approx(3 * widths[0], abs=0.2)

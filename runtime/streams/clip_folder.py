@@ -58,12 +58,13 @@ def find_clips(text: str) -> list[Path] | None:
     return sorted(clips, key=lambda each: natural_key(str(each))) or None
 
 
-def clip_outputs(text: str, clips: Sequence[Path], output: str) -> list[Path]:
+def clip_outputs(text: str | None, clips: Sequence[Path], output: str) -> list[Path]:
     """Output of each clip: in a folder under its own name, or by a pattern such as `denoised/*.mkv`.
 
     Args:
-        text: the input that named the clips; folders below it are kept.
-        clips: of `find_clips`.
+        text: the input that named the clips; folders below it are kept. None: a list did, and folders are kept as they
+            are written, as `rsync --relative` does.
+        clips: of `find_clips`, or of the list.
         output: a folder, in which a video becomes a video and an array an array; or a pattern whose `*` becomes the
             name of the clip without its suffix.
 
@@ -76,10 +77,10 @@ def clip_outputs(text: str, clips: Sequence[Path], output: str) -> list[Path]:
             f"--output {output}: one file for {len(clips)} clips",
             hint="name a folder, or a pattern such as 'out/*.mkv'; each clip gets an output of its own name",
         )
-    root = Path(text) if Path(text).is_dir() else _fixed_part(text)
+    root = None if text is None else Path(text) if Path(text).is_dir() else _fixed_part(text)
     outputs: dict[Path, Path] = {}
     for clip in clips:
-        name = clip.relative_to(root)
+        name = _as_written(clip) if root is None else clip.relative_to(root)
         if "*" in pattern.name:
             target = pattern.parent / name.parent / pattern.name.replace("*", clip.stem)
         else:
@@ -89,6 +90,14 @@ def clip_outputs(text: str, clips: Sequence[Path], output: str) -> list[Path]:
             raise UsageError(f"--output {output}: {outputs[target]} and {clip} would both be written to {target}")
         outputs[target] = clip
     return list(outputs)
+
+
+def _as_written(clip: Path) -> Path:
+    """A path without the root, below which it can be kept."""
+    name = clip.relative_to(clip.anchor)
+    if ".." in name.parts:
+        raise UsageError(f"{clip}: its output would lie outside the folder of the outputs", hint="name it without ..")
+    return name
 
 
 def _fixed_part(pattern: str) -> Path:

@@ -19,6 +19,7 @@ COMMANDS = {
     "fuse": "Convert an ONNX file that another program exported.",
     "build": "Build a float16 TensorRT engine from an exported model.",
     "run": "Run the step loop over a clip, a folder of frames, an array or a camera.",
+    "map": "Run the step loop over a corpus of clips in several processes, and resume it.",
     "verify": "Prove a model over many steps, states fed back, against its reference.",
     "bench": "Time models side by side, for several numbers of streams.",
     "compare": "Compare two outputs frame by frame: arrays, clips or folders.",

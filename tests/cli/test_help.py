@@ -51,6 +51,7 @@ def test_shell_completion(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         "fuse none.onnx -o new.onnx",
         "build none.onnx",
         "run none.onnx -i clip.npy",
+        "map none.onnx -i none.npy -o out",
         "verify none.onnx",
         "verify none.engine",
         "bench none.onnx",

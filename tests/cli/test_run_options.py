@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stepcell.cli.clip_options import parse_rate
 from stepcell.cli.common import parse_size
-from stepcell.cli.run import parse_address, parse_rate
+from stepcell.cli.run import parse_address
 from stepcell.cli.signals import signal_control
 from stepcell.errors import UsageError
 from stepcell.runtime.media.open_source import open_source
