@@ -57,11 +57,13 @@ class Backend(Protocol):
             contract).
         device: the device that runs the model: "cpu", "cuda:0".
         description: back end, version and device for display, for example "ONNX Runtime 1.31.1, CPU".
+        overlaps: whether `enqueue` returns before the step is done, so that a second step may be started meanwhile.
     """
 
     contract: StepContract
     device: str
     description: str
+    overlaps: bool
 
     def configure(self, symbols: Mapping[str, int]) -> None:
         """Fix the sizes, allocate all buffers and set the states to their initial values.

@@ -106,6 +106,11 @@ class StepLoop:
         return self._backend.device
 
     @property
+    def overlaps(self) -> bool:
+        """Whether `step_async` returns before the step is done, so that a second step may be started meanwhile."""
+        return self._backend.overlaps
+
+    @property
     def description(self) -> str:
         """Back end, version and device, for display."""
         return self._backend.description

@@ -53,6 +53,8 @@ class OrtBackend:
         MissingDependencyError: onnxruntime is not installed.
     """
 
+    overlaps = False
+
     def __init__(
         self,
         path: Path,
