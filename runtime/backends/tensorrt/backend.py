@@ -57,6 +57,7 @@ class TensorRTBackend:
     """
 
     overlaps = True
+    skips_idle = False
 
     def __init__(self, engine: Path, device: Device) -> None:
         checked = check_engine(engine, device=device.index)
