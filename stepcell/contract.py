@@ -21,6 +21,7 @@ from stepcell.event_spec import EventSpec
 from stepcell.json_text import decode_json
 from stepcell.ops import Gates, Reset
 from stepcell.pixels import ChannelOrder
+from stepcell.quantization import Quantization
 from stepcell.seal import ZEROS, check_seal, sealed
 
 __all__ = [
@@ -231,6 +232,7 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
         source: origin of the weights: hash of the checkpoint, arguments, versions of tools, opset.
         parity: result of the parity check; None: not checked yet.
         graph_sha256: of the graph and its weights (`stepcell.graph_hash`); unset: not recorded.
+        quantization: how `stepcell quantize` made it; unset: it has no int8 layers of that origin.
     """
 
     schema: str = SCHEMA
@@ -244,6 +246,7 @@ class StepContract(msgspec.Struct, frozen=True, kw_only=True):
     source: dict[str, Any] = {}
     parity: Parity | None = None
     graph_sha256: str | msgspec.UnsetType = msgspec.UNSET
+    quantization: Quantization | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def symbols(self) -> list[str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import msgspec
 
-__all__ = ["EngineLayer", "LayerTensor", "layers_of_inspector", "layers_of_log"]
+__all__ = ["EngineLayer", "LayerTensor", "int8_convolutions", "layers_of_inspector", "layers_of_log"]
 
 T = TypeVar("T")
 
@@ -105,6 +105,21 @@ def layers_of_inspector(text: str) -> tuple[EngineLayer, ...]:
         for layer in listed
         if isinstance(layer, dict)
     )
+
+
+def int8_convolutions(layers: Iterable[EngineLayer], names: Collection[str]) -> set[str]:
+    """Those of the named Conv nodes whose kernel reads int8.
+
+    A node may be in several layers: its weights may be rearranged in one, and what follows it computed in another.
+    """
+    return {
+        name
+        for layer in layers
+        if "correlation" in layer.kind.lower() or "conv" in layer.kind.lower()
+        if layer.inputs and layer.inputs[0].dtype == "int8"
+        for name in layer.nodes
+        if name in names
+    }
 
 
 def _tuple(items: Iterable[T]) -> tuple[T, ...]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "map": "Run the step loop over a corpus of clips in several processes, and resume it.",
     "verify": "Prove a model over many steps, states fed back, against its reference.",
     "bench": "Time models side by side, for several numbers of streams.",
+    "quantize": "Convert the convolutions of an exported model to int8.",
     "compare": "Compare two outputs frame by frame: arrays, clips or folders.",
     "triton-repo": "Write a repository for Triton Inference Server: streams of many clients.",
     "inspect": "Print the inputs, outputs and states of a model or engine.",

@@ -10,6 +10,7 @@ import click
 from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, working
 from stepcell.runtime.engine.build import EngineInfo, build_engine
+from stepcell.runtime.engine.layers import int8_convolutions
 from stepcell.runtime.engine.options import BuildOptions, parse_memory_pool, parse_targets
 from stepcell.runtime.engine.profile import data_shapes
 from stepcell.shapes import parse_shapes
@@ -163,6 +164,13 @@ def _report(info: EngineInfo) -> None:
     if right < total:
         others = ", ".join(f"{count} in {dtype}" for dtype, count in layers.items() if dtype != precision)
         log(f"warning: the model is {precision}, but {others}; check the casts in the graph")
+    if built.contract.quantization:
+        named = built.contract.quantization.layers
+        found = int8_convolutions(built.layers, named)
+        if built.layers:
+            log(f"int8:    {len(found)} of {len(named)} quantised convolutions, as read back from the engine")
+        if built.layers and len(found) < len(named):
+            log(f"warning: not in int8: {', '.join(name for name in named if name not in found)}")
     if info.warnings:
         log(f"note:    TensorRT gave {len(info.warnings)} warnings; --verbose shows them")
     target = f"{fingerprint.flavor} {fingerprint.tensorrt} for {', '.join(fingerprint.compute_capabilities)}"

@@ -15,6 +15,7 @@ from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.errors import InputError
 from stepcell.files import human_size
 from stepcell.pixels import picture_channels, value_range
+from stepcell.quantization import Quantization
 
 if TYPE_CHECKING:
     from stepcell.runtime.engine.sidecar import Sidecar
@@ -86,7 +87,21 @@ def _print_contract(contract: StepContract, title: str) -> None:
         facts.append(["parity", f"{parity.steps} steps against {parity.reference}: max error {worst}{how}"])
         if found := bound(parity):
             facts.append(["error bound", found])
+    if contract.quantization:
+        facts += _quantization(contract.quantization)
     table("\nsource", ["", ""], facts, to_stdout=True)
+
+
+def _quantization(made: Quantization) -> list[list[str]]:
+    total = len(made.layers) + len(made.kept)
+    clips = ", ".join(f"{clip.name} ({clip.frames} frames)" for clip in made.clips)
+    loss = ", ".join(f"{name} {value:.2%}" for name, value in made.loss.items())
+    kept = f"; in float32: {', '.join(made.kept)}" if made.kept else ""
+    return [
+        ["int8", f"{len(made.layers)} of {total} convolutions{kept}"],
+        ["calibrated on", f"{clips}; {made.quantile:g} quantile, equalization {made.equalization:g}"],
+        ["int8 loss", f"{loss} of the standard deviation"],
+    ]
 
 
 def _print_engine(sidecar: Sidecar) -> None:

@@ -107,6 +107,11 @@ ELEMENTARY: list[OperatorCase] = [
     case("Sum", X, X),
     case("Clip", X, np.float32(-0.5), np.float32(0.7)),
     case("Clip", X, None, np.float32(0.7)),
+    case("QuantizeLinear", 3 * X, np.float32(0.03125), np.int8(0)),
+    case("QuantizeLinear", 3 * X, np.float32(0.03125)),  # uint8
+    case("QuantizeLinear", 3 * X, scales(0.0625, 0.5, 0.125, 1), np.zeros(4, np.int8), axis=1),
+    case("DequantizeLinear", np.arange(-128, 128).reshape(4, 64).astype(np.int8), np.float32(0.03125), np.int8(3)),
+    case("DequantizeLinear", np.arange(-96, 96).reshape(2, 4, 24).astype(np.int32), scales(0.5, 1, 2, 0.25), axis=1),
     case("Clip", X, min=-0.5, max=0.25, opset=6),
     *(case(op, np.round(X), np.round(ROW)) for op in ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual")),
     *(case(op, X > 0, ROW > 0) for op in ("And", "Or", "Xor")),
