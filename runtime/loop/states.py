@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from stepcell.contract import StateSpec, StepContract
 from stepcell.dims import evaluate
 from stepcell.errors import InputError, StateError
-from stepcell.runtime.backends.base import Backend
+from stepcell.runtime.backends.base import Backend, RowAccess
 from stepcell.runtime.loop.slots import require_streams, row_of
 
 __all__ = ["LoopStates", "as_states", "stream_count"]
@@ -97,6 +97,8 @@ class LoopStates:
 
     def read_row(self, row: int) -> dict[str, NDArray[Any]]:
         """A copy of one row of every state, with a batch axis of size 1; errors are those of `read`."""
+        if self.input_shapes is not None and isinstance(self._backend, RowAccess):
+            return self._backend.read_row(row)
         states = self.read()
         return {
             spec.name: row_of(states[spec.name], spec.batch_axis or 0, row).copy() for spec in self._contract.states
@@ -110,17 +112,19 @@ class LoopStates:
         Raises:
             StateError: an array has another size than the other rows.
         """
+        if self.input_shapes is not None and isinstance(self._backend, RowAccess):
+            for spec in self._contract.states:
+                shape = _with_rows(spec, self._shapes()[spec.name], 1)
+                _require_row_shape(spec, arrays[spec.name], shape)
+            self._backend.write_row(row, arrays)
+            return
         if self.input_shapes is None and self._loaded is None:
             states = {spec.name: _initial_rows(spec, arrays[spec.name].shape, count) for spec in self._contract.states}
         else:
             states = self.read()
         for spec in self._contract.states:
             target = row_of(states[spec.name], spec.batch_axis or 0, row)
-            if arrays[spec.name].shape != target.shape:
-                raise StateError(
-                    f"{spec.name}: expected shape {target.shape} as in the other slots, got {arrays[spec.name].shape}",
-                    hint="all slots of a loop have one size; open another loop for another size",
-                )
+            _require_row_shape(spec, arrays[spec.name], target.shape)
             target[...] = arrays[spec.name]
         self.load(states)
 
@@ -204,5 +208,17 @@ def _fits(shape: tuple[int, ...], spec: StateSpec) -> bool:
 
 def _initial_rows(spec: StateSpec, shape: tuple[int, ...], count: int) -> NDArray[Any]:
     """Initial values of `count` rows, each with the size of a row of this shape."""
+    return np.array(spec.initial(_with_rows(spec, shape, count)))
+
+
+def _with_rows(spec: StateSpec, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     axis = spec.batch_axis or 0
-    return np.array(spec.initial((*shape[:axis], count, *shape[axis + 1 :])))
+    return (*shape[:axis], count, *shape[axis + 1 :])
+
+
+def _require_row_shape(spec: StateSpec, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise StateError(
+            f"{spec.name}: expected shape {shape} as in the other slots, got {array.shape}",
+            hint="all slots of a loop have one size; open another loop for another size",
+        )

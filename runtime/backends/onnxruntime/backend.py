@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.contract import Spec, StepContract
+from stepcell.contract import Spec, StateSpec, StepContract
 from stepcell.dims import resolve
 from stepcell.errors import StepcellError, UsageError
 from stepcell.library_errors import as_stepcell_error
@@ -225,6 +225,16 @@ class OrtBackend:
         for name, pair in self._states.items():
             pair[self._parity].write(state[name])
 
+    def read_row(self, row: int) -> dict[str, NDArray[Any]]:
+        return {
+            spec.name: self._states[spec.name][self._parity].read(_row_index(spec, row))
+            for spec in self.contract.states
+        }
+
+    def write_row(self, row: int, state: Mapping[str, NDArray[Any]]) -> None:
+        for spec in self.contract.states:
+            self._states[spec.name][self._parity].assign(_row_index(spec, row), state[spec.name])
+
     def close(self) -> None:
         self._free()
         self._session = None
@@ -293,6 +303,11 @@ class OrtBackend:
         return as_stepcell_error(error, str(self._path), what=f"{what} in ONNX Runtime on {self.device}")
 
 
+def _row_index(spec: StateSpec, row: int) -> tuple[Any, ...]:
+    """Index of a row of a state, whose axis is kept with size 1."""
+    return (*(slice(None),) * (spec.batch_axis or 0), slice(row, row + 1))
+
+
 class _Buffer:
     """A tensor at a fixed address: a numpy array shared with ONNX Runtime, or CUDA memory."""
 
@@ -307,9 +322,9 @@ class _Buffer:
         else:
             self.value = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, "cuda", device.index)
 
-    def read(self) -> NDArray[Any]:
-        """A copy on the host."""
-        copy: NDArray[Any] = self.host.copy() if self._on_host else self.value.numpy()
+    def read(self, index: tuple[Any, ...] = ()) -> NDArray[Any]:
+        """A copy on the host, of all or of a part."""
+        copy: NDArray[Any] = (self.host if self._on_host else self.value.numpy())[index].copy()
         return copy
 
     def write(self, array: NDArray[Any]) -> None:

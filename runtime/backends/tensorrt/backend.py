@@ -322,6 +322,17 @@ class TensorRTBackend:
         for name, buffers in self._states.items():
             buffers.write(self._parity, state[name])
 
+    def read_row(self, row: int) -> dict[str, NDArray[Any]]:
+        """A copy of one row of every state on the host, after all steps that were queued."""
+        cuda.use_device(self._index)
+        return {name: state.read_row(self._parity, row) for name, state in self._states.items()}
+
+    def write_row(self, row: int, state: Mapping[str, NDArray[Any]]) -> None:
+        """Replace one row of every state; see `RowAccess.write_row`."""
+        cuda.use_device(self._index)
+        for name, buffers in self._states.items():
+            buffers.write_row(self._parity, row, state[name])
+
     def close(self) -> None:
         """Free everything on the device. Calling it twice is allowed."""
         if self._engine is None:

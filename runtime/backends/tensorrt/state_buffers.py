@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -87,6 +88,19 @@ class StateBuffers:
             cuda.copy_to_device(self._mirror.buffers[parity], half, self._stream)
         self._stream.synchronize()  # the copies read the arrays
 
+    def read_row(self, parity: int, row: int) -> NDArray[Any]:
+        """Copy one row of the batch axis to the host, and wait for the copy."""
+        axis = self.spec.batch_axis or 0
+        array = np.empty((*self.shape[:axis], 1, *self.shape[axis + 1 :]), self.spec.dtype)
+        self._state.read_row(parity, row, array)
+        return array
+
+    def write_row(self, parity: int, row: int, array: NDArray[Any]) -> None:
+        """Copy one row of the batch axis from the host, and wait for the copy."""
+        self._state.write_row(parity, row, array)
+        if self._mirror is not None:
+            self._mirror.write_row(parity, row, half_map(np.ascontiguousarray(array)))
+
 
 class _BufferPair:
     """Two buffers for an input and an output of the engine: a step reads `buffers[parity]` and writes the other one.
@@ -138,6 +152,23 @@ class _BufferPair:
         old, new = (self._rows(self.buffers[each]) for each in (parity, 1 - parity))
         for row in idle:
             cuda.copy_row(new, row, old, row, self._stream)
+
+    def read_row(self, parity: int, row: int, array: NDArray[Any]) -> None:
+        """Copy one row to a C-contiguous array on the host, and wait for the copy."""
+        with contextlib.closing(cuda.DeviceBuffer(array.nbytes)) as buffer:
+            rows = cuda.Rows.of(buffer.address, array.shape, self._axis, self._itemsize)
+            cuda.copy_row(rows, 0, self._rows(self.buffers[parity]), row, self._stream)
+            cuda.copy_to_host(array, buffer, self._stream)
+            self._stream.synchronize()
+
+    def write_row(self, parity: int, row: int, array: NDArray[Any]) -> None:
+        """Copy one row from the host, and wait for the copy."""
+        one = np.ascontiguousarray(array)
+        with contextlib.closing(cuda.DeviceBuffer(one.nbytes)) as buffer:
+            cuda.copy_to_device(buffer, one, self._stream)
+            rows = cuda.Rows.of(buffer.address, one.shape, self._axis, self._itemsize)
+            cuda.copy_row(self._rows(self.buffers[parity]), row, rows, 0, self._stream)
+            self._stream.synchronize()
 
     def _rows(self, buffer: cuda.DeviceBuffer) -> cuda.Rows:
         return cuda.Rows.of(buffer.address, self._shape, self._axis, self._itemsize)
