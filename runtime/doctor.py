@@ -50,6 +50,7 @@ def examine() -> list[Finding]:
         ),
         _onnxruntime(),
         _onnxruntime_cuda(),
+        _packages("ncnn", ("ncnn",), "convolutions of 3x3 are slower on a CPU", "pip install 'stepcell[ncnn]'"),
         *(_tensorrt(flavor) for flavor in FLAVORS),
         _plugin(),
         _gpu(gpus),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "build" / "test-models"
-EXTRAS = "ort,rtx,cuda,video,metrics,fast-events,aedat4,es,hdf5,rosbag,dv,test"
+EXTRAS = "ort,ncnn,rtx,cuda,video,metrics,fast-events,aedat4,es,hdf5,rosbag,dv,test"
 
 
 def main(versions: list[str]) -> None:

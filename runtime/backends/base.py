@@ -57,11 +57,19 @@ class Backend(Protocol):
             contract).
         device: the device that runs the model: "cpu", "cuda:0".
         description: back end, version and device for display, for example "ONNX Runtime 1.31.1, CPU".
+        overlaps: whether `enqueue` returns before the step is done, so that a second step may be started meanwhile.
+        skips_idle: whether idle rows are not computed; those that hold no stream are then named as idle too.
     """
 
     contract: StepContract
     device: str
-    description: str
+    overlaps: bool
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def skips_idle(self) -> bool: ...
 
     def configure(self, symbols: Mapping[str, int]) -> None:
         """Fix the sizes, allocate all buffers and set the states to their initial values.
@@ -94,7 +102,7 @@ class Backend(Protocol):
         Args:
             inputs: C-contiguous, with the dtypes of the contract and the configured shapes.
             idle: rows of the batch axis that do not take part: their states stay as they are, bit by bit, and their
-                outputs are undefined. Each costs a copy of its states on the device.
+                outputs are undefined. Each costs a copy of its states on the device, unless `skips_idle`.
 
         Returns:
             The outputs by name. They belong to the caller: no later step writes to them.

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell import __version__
+from stepcell.runtime.backends.settle import settle
 from stepcell.runtime.benchmark.copies import Parts
 from stepcell.runtime.benchmark.floor import Floor, Machine
 from stepcell.runtime.loop.step_loop import StepLoop
@@ -31,7 +31,6 @@ __all__ = [
     "ModelTimes",
     "Ratio",
     "Times",
-    "cpu_name",
     "load_average",
     "measure",
     "versions",
@@ -164,7 +163,7 @@ def measure(
     while min(map(len, times)) < effort.steps or time.perf_counter() < deadline:
         for index in order.sample(range(len(contenders)), len(contenders)):
             if len(contenders) > 1:
-                _settle()
+                settle(_SETTLE)
             taken = [_seconds(contenders[index], at) for at in range(turns[index] + 1)][1:]  # the first is cold
             times[index] += taken
             rounds[index].append(statistics.median(taken))
@@ -185,16 +184,6 @@ def _seconds(contender: Contender, number: int) -> float:
     started = time.perf_counter()
     contender.loop.step(**frame)
     return time.perf_counter() - started
-
-
-def _settle() -> None:
-    """Wait until threads of the contender before have stopped spinning, so that they slow no other down."""
-    deadline = time.perf_counter() + _SETTLE
-    while time.perf_counter() < deadline:
-        wall, own = time.perf_counter(), time.process_time()
-        time.sleep(0.002)
-        if time.process_time() - own < 0.2 * (time.perf_counter() - wall):
-            return
 
 
 def _summary(streams: int, first: float, times: Sequence[float], effort: Effort, ratio: Ratio | None) -> Times:
@@ -219,16 +208,6 @@ def _ratio(baseline: Sequence[float], own: Sequence[float]) -> Ratio:
     return Ratio(
         median=round(float(middle), 3), quartiles=(round(float(low), 3), round(float(high), 3)), rounds=len(ratios)
     )
-
-
-def cpu_name() -> str:
-    """As Linux knows it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def load_average() -> float:

@@ -52,7 +52,8 @@ class ClipRunner:
 
     def __init__(self, job: Job, work: Path) -> None:
         self._job, self._work = job, work
-        self._loop = StepLoop.open(job.model, threads=1, **job.loop)
+        # Not whichever is faster here: every process, on every machine, is to write the same bytes.
+        self._loop = StepLoop.open(job.model, threads=1, backend="onnxruntime", **job.loop)
         self.description = self._loop.description
 
     def run(self, clip: Clip, progress: Callable[[int], None], control: RunControl) -> ClipResult:

@@ -122,8 +122,11 @@ class SlotTable:
         rows = {slot.index for slot in slots}
         return [row in rows for row in range(self.count)]
 
-    def idle(self, stepping: Collection[Slot]) -> list[int]:
-        """Rows of the attached slots that are not stepping."""
+    def idle(self, stepping: Collection[Slot], *, vacant: bool = False) -> list[int]:
+        """Rows of the attached slots that are not stepping; `vacant`: also the rows that are not attached."""
+        if vacant:
+            rows = {slot.index for slot in stepping}
+            return [row for row in range(self.count) if row not in rows]
         return [slot.index for slot in self._attached.values() if slot not in stepping]
 
     def pack(self, frames: Mapping[Slot, Arrays]) -> dict[str, NDArray[Any]]:

@@ -65,11 +65,12 @@ class StepLoop:
         threads: int | None = None,
         check_finite: bool = True,
         check_file: bool = True,
+        backend: str = "auto",
     ) -> StepLoop:
         """Load a model.
 
         Args:
-            path: `.onnx` runs in ONNX Runtime; `.engine`, `.plan` and `.trt` in TensorRT.
+            path: `.onnx` runs in ONNX Runtime, or in ncnn; `.engine`, `.plan` and `.trt` in TensorRT.
             device: "cpu", "cuda" or "cuda:N". There is no silent fallback to another device.
             slots: maximum number of streams that share the batch, each with states of its own.
             allow_fallback: use the CPU if CUDA does not load, and log it (ONNX files only).
@@ -77,33 +78,43 @@ class StepLoop:
             threads: number of threads for one step of an ONNX file on the CPU; None: one per core.
             check_finite: refuse inputs with NaN or Inf, which would stay in the states.
             check_file: refuse an ONNX file whose graph, weights or contract have changed since its export.
+            backend: what computes an ONNX file on the CPU: "onnxruntime", "ncnn", or "auto", the faster of both if
+                ncnn is installed and computes the model; they are compared and timed when the sizes are known, and
+                the result is remembered. The environment variable STEPCELL_BACKEND says what "auto" stands for.
 
         Raises:
-            UsageError: an unknown device or kind of file, or a model whose batch cannot be divided into slots.
+            UsageError: an unknown device, back end or kind of file, or a model whose batch cannot be divided into
+                slots.
             InputError: the file cannot be read or is not a model.
             ContractError: the file has no contract, or one that does not fit its graph; or it has changed.
             DeviceError: the device is absent or does not load, or is the CPU for an engine.
             EngineMismatchError: the engine does not fit its sidecar, this TensorRT or this device.
             MissingDependencyError: ONNX Runtime or TensorRT is not installed.
         """
-        backend = open_backend(
+        opened = open_backend(
             Path(path),
             device,
             allow_fallback=allow_fallback,
             keep_float16=keep_float16,
             threads=threads,
             check_file=check_file,
+            backend=backend,
         )
         try:
-            return cls(backend, name=str(path), slots=slots, check_finite=check_finite)
+            return cls(opened, name=str(path), slots=slots, check_finite=check_finite)
         except UsageError:
-            backend.close()
+            opened.close()
             raise
 
     @property
     def device(self) -> str:
         """The device that runs the model: "cpu" or "cuda:N"."""
         return self._backend.device
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether `step_async` returns before the step is done, so that a second step may be started meanwhile."""
+        return self._backend.overlaps
 
     @property
     def description(self) -> str:
@@ -202,7 +213,7 @@ class StepLoop:
     def step_slots(self, frames: Mapping[Slot, Mapping[str, ArrayLike]]) -> dict[Slot, dict[str, NDArray[Any]]]:
         """One step of the slots that have a frame. The other slots keep their states, bit by bit.
 
-        The whole batch is computed, whatever the number of frames.
+        ncnn computes the rows with a frame, ONNX Runtime and TensorRT the whole batch.
 
         Args:
             frames: inputs by name for each slot, as `step` takes them, with batch size 1.
@@ -231,7 +242,8 @@ class StepLoop:
         batch = table.pack(arrays)
         self._inputs.require_finite_slots(batch, arrays)
         self._fix_sizes({name: array.shape for name, array in batch.items()})
-        running = self._timed(self._backend.enqueue(batch, table.idle(frames)), started)
+        idle = table.idle(frames, vacant=self._backend.skips_idle)
+        running = self._timed(self._backend.enqueue(batch, idle), started)
         slots = list(frames)
         return StepFuture(lambda: table.unpack(running.result(), slots))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class ConvertedFrame:
 
 
 class FrameConverter:
-    """Takes the frames of a reader one by one, and holds one converted frame ready.
+    """Takes the frames of a reader one by one, and holds one or two converted frames ready.
 
     So the next frame is converted while the current one is in its step, and a frame that the reader drops because its
     queue is full is never converted.
@@ -51,6 +52,7 @@ class FrameConverter:
         reader: whose frames are taken by this object only; not stopped by it.
         changed: the condition of the reader; notified when a frame is ready.
         spec: input of the model.
+        depth: how many frames are held ready.
         unused: whether a frame will not be stepped, so that it is passed on without a tensor.
         check_finite: check the tensors for NaN and Inf.
     """
@@ -61,14 +63,15 @@ class FrameConverter:
         changed: threading.Condition,
         spec: TensorSpec,
         *,
+        depth: int = 1,
         unused: Callable[[Frame], bool] = lambda _: False,
         check_finite: bool = True,
     ) -> None:
-        self._reader, self._changed, self._spec = reader, changed, spec
+        self._reader, self._changed, self._spec, self._depth = reader, changed, spec, depth
         self._unused, self._check_finite = unused, check_finite
         self._preprocessor: Preprocessor | None = None
         self._free: list[NDArray[Any]] = []  # tensors of the preprocessor that no frame uses
-        self._ready: ConvertedFrame | None = None
+        self._queue: deque[ConvertedFrame] = deque()
         self._converting = self._stopping = False
         self._thread = threading.Thread(target=self._run, name=f"convert {reader.name}", daemon=True)
         self._thread.start()
@@ -76,19 +79,19 @@ class FrameConverter:
     @property
     def ready(self) -> bool:
         """Whether `take` returns a frame."""
-        return self._ready is not None
+        return bool(self._queue)
 
     @property
     def queued(self) -> int:
         """Frames that were decoded and not taken."""
         with self._changed:
-            return self._reader.queued + (self._converting or self.ready)
+            return self._reader.queued + self._converting + len(self._queue)
 
     @property
     def ended(self) -> bool:
         """Whether no frame is left or will come; `take` then raises the error that ended the source, if any."""
         with self._changed:
-            return not self._converting and self._ready is None and self._reader.ended
+            return not self._converting and not self._queue and self._reader.ended
 
     def take(self) -> ConvertedFrame | None:
         """Remove and return the next frame; None: none is ready.
@@ -97,8 +100,8 @@ class FrameConverter:
             InputError: the source failed after the last frame. Other errors of the source are raised as they are.
         """
         with self._changed:
-            if self._ready is not None:
-                converted, self._ready = self._ready, None
+            if self._queue:
+                converted = self._queue.popleft()
                 self._changed.notify_all()
                 return converted
             if self.ended:
@@ -124,13 +127,14 @@ class FrameConverter:
         while (frame := self._next()) is not None:
             converted = self._convert(frame)
             with self._changed:
-                self._ready, self._converting = converted, False
+                self._queue.append(converted)
+                self._converting = False
                 self._changed.notify_all()
 
     def _next(self) -> Frame | None:
-        """Wait for a frame, and until the one before was taken; None: stopped."""
+        """Wait for a frame, and for room to hold it; None: stopped."""
         with self._changed:
-            while not self._stopping and (self._ready is not None or not self._reader.queued):
+            while not self._stopping and (len(self._queue) >= self._depth or not self._reader.queued):
                 self._changed.wait()
             if self._stopping:
                 return None

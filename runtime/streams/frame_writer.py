@@ -69,9 +69,14 @@ class FrameWriter:
         return self._error is not None
 
     @property
+    def room(self) -> int:
+        """How many frames `put` takes without waiting; all of the queue after a failure, which empties it."""
+        return self._depth - len(self._queue)
+
+    @property
     def has_room(self) -> bool:
-        """Whether `put` returns or raises without waiting; true after a failure, which empties the queue."""
-        return len(self._queue) < self._depth
+        """Whether `put` returns or raises without waiting."""
+        return self.room > 0
 
     def put(self, frame: Any, seconds: float = 0.0) -> None:
         """Queue a frame, waiting for room; the caller must not change its arrays afterwards.

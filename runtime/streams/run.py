@@ -54,6 +54,7 @@ def run_streams(
     allow_fallback: bool = False,
     keep_float16: bool = False,
     threads: int | None = None,
+    backend: str = "auto",
     check_file: bool = True,
     size: tuple[int, int] | None = None,
     pixels: Declaration | None = None,
@@ -88,9 +89,9 @@ def run_streams(
     as a valid file and the other streams go on; if no frame was stepped, an older file of the output stays.
 
     Args:
-        model: path of a model, which is opened with `device`, `allow_fallback`, `keep_float16`, `threads` and
-            `check_file` of `StepLoop.open`; or an open loop, with a slot for each of several inputs, without slots
-            for one.
+        model: path of a model, which is opened with `device`, `allow_fallback`, `keep_float16`, `threads`,
+            `backend` and `check_file` of `StepLoop.open`; or an open loop, with a slot for each of several inputs,
+            without slots for one.
         inputs: one input or several: a path, URL or `camera:N` as of `--input`, or a `Source`. The clips of a folder
             or a pattern such as "clips/*.mp4" run one after another, each from the initial states.
         outputs: None (frames are only stepped), or one output for each input: a path as of `--output`, a `Sink`
@@ -99,6 +100,7 @@ def run_streams(
         allow_fallback: see `model`.
         keep_float16: see `model`.
         threads: see `model`.
+        backend: see `model`.
         check_file: see `model`.
         size: (width, height) in pixels of raw frames on stdin, or of an event sensor.
         pixels: what the values of pictures are, in place of what the contract says, as --range, --mean, --std,
@@ -176,8 +178,9 @@ def run_streams(
     if snapshot is None and (resume or snapshot_every is not None):
         raise UsageError("--resume and --snapshot-every need --snapshot FILE")
     is_loop = isinstance(model, StepLoop)
-    if is_loop and (device, allow_fallback, keep_float16, threads, check_file) != ("cpu", False, False, None, True):
-        options_of_a_path = "device, allow_fallback, keep_float16, threads, check_file"
+    of_a_path = (device, allow_fallback, keep_float16, threads, backend, check_file)
+    if is_loop and of_a_path != ("cpu", False, False, None, "auto", True):
+        options_of_a_path = "device, allow_fallback, keep_float16, threads, backend, check_file"
         raise UsageError(f"{options_of_a_path}: expected with the path of a model, got a loop")
     snapshot_path = None if snapshot is None else Path(snapshot)
     files: dict[str, tuple[Path | None, Callable[[Path], bool]]] = {
@@ -214,6 +217,7 @@ def run_streams(
                     allow_fallback=allow_fallback,
                     keep_float16=keep_float16,
                     threads=threads,
+                    backend=backend,
                     check_file=check_file,
                 )
             )

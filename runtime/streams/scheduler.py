@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -19,16 +19,15 @@ from stepcell.runtime.loop.latency import Latency
 from stepcell.runtime.loop.slots import Slot
 from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.preprocess import image_input
-from stepcell.runtime.streams.non_finite import STATES_EVERY, first_non_finite, non_finite_rows
+from stepcell.runtime.streams.non_finite import STATES_EVERY
 from stepcell.runtime.streams.progress import RunProgress
 from stepcell.runtime.streams.report import Stopped, StreamReport, with_name
-from stepcell.runtime.streams.reset_policy import Cause
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SnapshotWriter
+from stepcell.runtime.streams.stepping import Step, Stepping, StepTimes
 from stepcell.runtime.streams.stream import Stream
-from stepcell.runtime.streams.watchdog import Watchdog
 
-__all__ = ["POLL_SECONDS", "Scheduler", "StepTimes"]
+__all__ = ["POLL_SECONDS", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +36,6 @@ POLL_SECONDS = 0.1  # interval at which the run control is looked at while the r
 # A step costs the same for one slot as for all, so it waits this many seconds for frames that are being read from
 # files, and before the first step for those of every source.
 GATHER_SECONDS, GATHER_FIRST_SECONDS = 0.01, 2.0
-
-
-class StepTimes(Protocol):
-    """Receives the time of every step and frame, such as `Metrics`."""
-
-    def step(self, seconds: float) -> None:
-        """Time of a step of the batch."""
-
-    def frame(self, stream: Stream, seconds: float) -> None:
-        """Latency of a frame, from its arrival until its result was queued for the output."""
 
 
 class Scheduler:
@@ -91,7 +80,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._check_frames = loop.check_finite
         self._shape: tuple[int, ...] | None = None  # of the input of every stream
-        self._watchdog = Watchdog(loop.name, loop.interrupt, self._control.give_up)
+        self._stepping = Stepping(loop, self._slots if self._shared else None, self._isolated, self._control, times)
 
     def run(self) -> list[StreamReport]:
         """Step until every stream has ended or a stop is requested; returns the reports of the streams.
@@ -100,9 +89,9 @@ class Scheduler:
             KeyboardInterrupt: unless a stop was requested before; the sinks are closed nevertheless.
         """
         self._loop.check_finite = False  # each stream has a policy of its own
-        self._watchdog.start()
         try:
-            self._run()
+            with self._stepping:
+                self._run()
         except StepcellError as error:  # of the loop, and so of every stream
             self._end("error", error)
         except MemoryError as error:
@@ -111,7 +100,6 @@ class Scheduler:
             if not self._control.stopping:
                 raise
         finally:
-            self._watchdog.close()
             self._loop.check_finite = self._check_frames
             self._end("interrupted")
             with contextlib.ExitStack() as closing:  # closes every stream, even if one raises
@@ -131,14 +119,34 @@ class Scheduler:
         self._prepare_states()
         for stream in self._streams:
             with self._isolated(stream):
-                stream.begin(self._contract, self._spec, self._changed, check_frames=self._check_frames)
+                stream.begin(
+                    self._contract,
+                    self._spec,
+                    self._changed,
+                    check_frames=self._check_frames,
+                    ahead=2 if self._loop.overlaps else 1,  # one in each of two steps needs another one ready
+                )
+        step: Step | None = None  # the one under way
         while not self._control.stopping and (running := [stream for stream in self._streams if stream.running]):
-            batch = self._take(running)
-            if batch:
-                self._step(batch)
+            if step is not None:
+                batch = self._take_ahead(step, running)
+                ahead = self._start_ahead(step, batch) if batch else None
+                self._finish(step, ahead)
+                step = ahead
             else:
-                self._wait(lambda: any(stream.ready for stream in running), POLL_SECONDS)
+                self._pass_on_resets()
+                batch = self._take(running)
+                if not batch:
+                    self._wait(lambda: any(stream.ready for stream in running), POLL_SECONDS)
+                elif (step := self._start(batch)) is not None and not self._loop.overlaps:
+                    self._finish(step)
+                    step = None
             self._report_progress()
+        if step is not None and step.inputs:
+            self._finish(step)
+            self._report_progress()
+        elif step is not None:
+            self._in_step = not self._stepping.abandon(step)
 
     def _report_progress(self) -> None:
         if self._progress is not None:
@@ -192,8 +200,18 @@ class Scheduler:
                 if self._changed.wait_for(ready, min(left, POLL_SECONDS)):
                     break
 
-    def _step(self, batch: Sequence[Stream]) -> None:
-        self._pass_on_resets()
+    def _take_ahead(self, step: Step, running: Sequence[Stream]) -> list[Stream]:
+        """Take frames to step while a step is under way; none if anything about them depends on how it ends."""
+        asked = self._control.resets != self._resets
+        if asked or step.tainted or self._snapshot_due(self._count + 1) or self._states_to_check(step.inputs):
+            return []
+        expected = [stream for stream in running if stream.expected]
+        if not all(stream.ready for stream in expected):
+            return []
+        return expected if all(stream.take_ahead() for stream in expected) else []
+
+    def _start(self, batch: Sequence[Stream]) -> Step | None:
+        """Start a step of these streams; None: the frame of each ended its stream."""
         inputs: dict[Stream, Arrays] = {}
         tainted = []
         for stream in batch:
@@ -204,19 +222,38 @@ class Scheduler:
                 if self._is_tainted(stream, tensor):
                     tainted.append(stream)
                 if cause is not None:
-                    self._reset(stream, cause)
+                    self._stepping.reset(stream, cause)
                 inputs[stream] = {self._spec.name: tensor}
         if not inputs:
-            return
+            return None
         self._in_step = True
-        outputs = self._step_finite(inputs, tainted)
+        step = self._stepping.start(inputs, tainted)
+        for stream in inputs:
+            stream.step_begins()
+        return step
+
+    def _start_ahead(self, step: Step, batch: Sequence[Stream]) -> Step | None:
+        """Start a step while another is under way, which is finished first if that fails."""
+        try:
+            return self._start(batch)
+        except (StepcellError, MemoryError):
+            self._finish(step)
+            raise
+
+    def _finish(self, step: Step, ahead: Step | None = None) -> None:
+        """Deliver the results of a step, and save a snapshot if one is due."""
+        outputs, again = self._stepping.finish(step, self._spec.name, self._states_to_check(step.inputs), ahead)
         for stream, results in outputs.items():
             with self._isolated(stream):
                 seconds = stream.deliver(results)
                 if self._times is not None:
                     self._times.frame(stream, seconds)
         self._steps += 1
-        self._in_step = False
+        if ahead is not None:
+            for stream in [stream for stream in ahead.inputs if not stream.running]:
+                ahead.drop(stream)
+            self._stepping.repeat(ahead, again)
+        self._in_step = ahead is not None
         if outputs and self._snapshot_due(self._count):
             self._save_snapshot()
         elif self._snapshots is not None:
@@ -254,87 +291,11 @@ class Scheduler:
             return True
         return False
 
-    def _step_loop(self, inputs: dict[Stream, Arrays]) -> dict[Stream, Arrays]:
-        started = time.perf_counter()
-        self._watchdog.begin(lambda: ", ".join(f"{stream.name}: frame {stream.number}" for stream in inputs))
-        try:
-            if self._shared:
-                found = self._loop.step_slots({self._slots[stream]: arrays for stream, arrays in inputs.items()})
-                outputs = {stream: found[self._slots[stream]] for stream in inputs}
-            else:
-                outputs = {stream: self._loop.step(**arrays) for stream, arrays in inputs.items()}
-        finally:
-            self._watchdog.end()
-        if self._times is not None:
-            self._times.step(time.perf_counter() - started)
-        return outputs
-
-    def _reset(self, stream: Stream, cause: Cause) -> None:
-        if self._shared:
-            self._loop.reset([self._slots[stream]])
-        else:
-            # A mask keeps the sizes, and so the buffers. A frame of another size needs states of another size, and a
-            # model without an axis of streams takes no mask.
-            known = self._loop.latency.first is not None and cause != "size"
-            masks = all(state.batch_axis is not None for state in self._loop.contract.states)
-            self._loop.reset([True] if known and masks else None)
-        stream.count_reset(cause)
-
-    def _step_finite(self, inputs: dict[Stream, Arrays], tainted: Collection[Stream]) -> dict[Stream, Arrays]:
-        """Step; streams with NaN or Inf are ended, or stepped again from the initial states, as their policy says.
-
-        Args:
-            inputs: inputs of the streams.
-            tainted: streams whose frame holds NaN or Inf: their states are reset after the step.
-        """
-        outputs = self._step_loop(inputs)
-        for stream in tainted:
-            stream.non_finite += 1
-            stream.log(f"{self._spec.name}: NaN or Inf in the frame")
-            self._reset(stream, "non-finite")
-        again: dict[Stream, Arrays] = {}
-        rest = {stream: results for stream, results in outputs.items() if stream not in tainted}
-        for stream, name in self._non_finite(rest, self._states_to_check(inputs)).items():
-            stream.non_finite += 1
-            with self._isolated(stream):
-                if stream.monitor.policy.on_nonfinite == "stop":
-                    outputs.pop(stream, None)
-                    raise StepcellError(
-                        f"{stream.prefix}frame {stream.number}: {name}: the model returned NaN or Inf",
-                        hint="--on-nonfinite reset continues from the initial states; "
-                        "float16 models overflow beyond 65504",
-                    )
-                stream.log(f"{name}: the model returned NaN or Inf")
-                self._reset(stream, "non-finite")
-                if stream in inputs:
-                    again[stream] = inputs[stream]
-        if again:
-            repeated = self._step_loop(again)
-            for stream, name in self._non_finite(repeated, again).items():
-                stream.log(f"{name}: NaN or Inf from the initial states too")
-                self._reset(stream, "non-finite")
-            outputs.update(repeated)
-        return outputs
-
     def _states_to_check(self, inputs: Collection[Stream]) -> list[Stream]:
         """Streams whose states are checked after this step: all before a snapshot, otherwise each now and then."""
         if self._snapshot_due(self._count + 1):
             return [stream for stream in self._streams if not self._shared or stream in self._slots]
         return [stream for stream in inputs if (stream.frames + 1) % STATES_EVERY == 0]
-
-    def _non_finite(self, outputs: dict[Stream, Arrays], states_of: Collection[Stream]) -> dict[Stream, str]:
-        """Streams with NaN or Inf that are checked for it, each with the name of such an output or state."""
-        found = {}
-        for stream, results in outputs.items():
-            if stream.checks_finite and (name := first_non_finite(results)):
-                found[stream] = name
-        if any(stream.checks_finite and stream not in found for stream in states_of):
-            rows = non_finite_rows(self._loop.contract, self._loop.state())
-            for stream in states_of:
-                row = self._slots[stream].index if self._shared else 0
-                if stream.checks_finite and row in rows:
-                    found.setdefault(stream, rows[row])
-        return found
 
     @property
     def _count(self) -> int:

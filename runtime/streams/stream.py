@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -38,6 +40,23 @@ logger = logging.getLogger(__name__)
 Arrays = dict[str, NDArray[Any]]
 
 
+@dataclass
+class _Taken:
+    """A frame that was taken and not delivered.
+
+    Attributes:
+        converted: the frame.
+        cause: for which to reset the states before it.
+        error: why the reset policy cannot judge it.
+        late: whether it was counted as late.
+    """
+
+    converted: ConvertedFrame
+    cause: Cause | None
+    error: InputError | None
+    late: bool
+
+
 class _Result(NamedTuple):
     """What the frame writer gets: the output of a frame, its preprocessor, and the time that this took."""
 
@@ -49,8 +68,9 @@ class _Result(NamedTuple):
 class Stream:
     """A stream of frames through a step loop.
 
-    The scheduler calls `begin` once, then for each frame `take`, `preprocess` and, after the step, `deliver`, and at
-    the end `end`, `close` and `report`. So a frame passes
+    The scheduler calls `begin` once, then for each frame `take`, `tensor` and, after the step, `deliver`, and at
+    the end `end`, `close` and `report`. A second frame may be taken before the first one is delivered (`take_ahead`).
+    So a frame passes
 
         source -> frame reader -> frame converter -> [take] -> step -> [deliver] -> frame writer -> sink.
 
@@ -112,8 +132,10 @@ class Stream:
         self._late = LateFrames(deadline if self.live else None)
         self._preprocessor: Preprocessor | None = None
         self._postprocessor: OutputPostprocessor | None = None
-        self._frame: ConvertedFrame | None = None
+        self._taken: deque[_Taken] = deque()  # the current frame, and the one after it if that was taken ahead
+        self._in_step = 0  # how many of these are in a step
         self._to_skip = 0 if self.live else start
+        self._checks_frames = True
         self._started = self._ended = 0.0
 
     @property
@@ -183,7 +205,13 @@ class Stream:
         return (self._ended or time.perf_counter()) - self._started if self._started else 0.0
 
     def begin(
-        self, contract: StepContract, spec: TensorSpec, changed: threading.Condition, *, check_frames: bool = True
+        self,
+        contract: StepContract,
+        spec: TensorSpec,
+        changed: threading.Condition,
+        *,
+        check_frames: bool = True,
+        ahead: int = 1,
     ) -> None:
         """Start the threads that read, convert and write.
 
@@ -192,6 +220,7 @@ class Stream:
             spec: its input of frames.
             changed: notified when `ready` or `has_room` may have changed.
             check_frames: look for NaN and Inf in frames, unless the policy ignores them.
+            ahead: how many frames are converted before they are taken.
 
         Raises:
             OutputError: the model has no output that the sink takes.
@@ -202,11 +231,17 @@ class Stream:
             changed,
             name=self.input,
             drop_oldest=self._late.drop_oldest,
-            depth=DEPTH - 1,  # the converter holds one
+            depth=DEPTH - ahead,
             reconnect=self._reconnect,
         )
+        self._checks_frames = check_frames and self.checks_finite
         self.converter = FrameConverter(
-            self.reader, changed, spec, unused=self._is_unused, check_finite=check_frames and self.checks_finite
+            self.reader,
+            changed,
+            spec,
+            depth=ahead,
+            unused=self._is_unused,
+            check_finite=self._checks_frames,
         )
         if self.sink is not None:
             self.writer = FrameWriter(self.sink, changed, convert=self._postprocess)
@@ -222,8 +257,8 @@ class Stream:
 
     @property
     def has_room(self) -> bool:
-        """Whether a result can be delivered without waiting, or the writer has failed."""
-        return self.writer is None or self.writer.failed or self.writer.has_room
+        """Whether the result of one more step can be delivered without waiting, or the writer has failed."""
+        return self.writer is None or self.writer.failed or self.writer.room > self._in_step
 
     @property
     def ready(self) -> bool:
@@ -231,7 +266,7 @@ class Stream:
         assert self.converter is not None
         if self.writer is not None and self.writer.failed:
             return True
-        return self.has_room and (self.converter.ready or self.converter.ended)
+        return self.has_room and (len(self._taken) > self._in_step or self.converter.ready or self.converter.ended)
 
     @property
     def expected(self) -> bool:
@@ -252,6 +287,8 @@ class Stream:
         assert self.converter is not None
         if self.writer is not None:
             self.writer.check()
+        if self._taken:
+            return True
         ended = self.converter.ended  # read before `take`: an error that arrives later is raised by the next call
         while (converted := self.converter.take()) is not None:
             frame = converted.frame
@@ -259,15 +296,51 @@ class Stream:
                 # The monitor sees skipped frames too, so that it resets as in a run that was not interrupted.
                 self.monitor.due(self.start - self._to_skip, frame.array, frame.seconds, frame.connection)
                 self._to_skip -= 1
-            elif self._late.drop(frame):
-                self.converter.release(converted)
-            else:
-                self._frame = converted
-                self.decode.add(frame.decode_seconds)
+            elif self._accept(converted):
                 return True
         if ended:
             self._end_of_input()
         return False
+
+    def take_ahead(self) -> bool:
+        """Take the next frame while steps are under way, if nothing about it depends on how these end.
+
+        A frame that was taken and does depend on it is returned by the next `take`.
+
+        Returns:
+            Whether it may be stepped: it resets no states, has the size of the frames before, was converted and is not
+            known to hold NaN or Inf, and the limit does not come before it.
+        """
+        assert self.converter is not None
+        last = self.limit is not None and self.frames + len(self._taken) >= self.limit
+        if (self.writer is not None and self.writer.failed) or not self.has_room or self._to_skip or last:
+            return False
+        while len(self._taken) == self._in_step and self.converter.ready:
+            converted = self.converter.take()
+            assert converted is not None
+            self._accept(converted)
+        if len(self._taken) == self._in_step or self._preprocessor is None:
+            return False
+        taken = self._taken[-1]
+        plain = taken.cause is None and taken.error is None and taken.converted.error is None
+        same_size = taken.converted.frame.array.shape == self._preprocessor.shape
+        return plain and same_size and (taken.converted.finite or not self._checks_frames)
+
+    def _accept(self, converted: ConvertedFrame) -> bool:
+        """Keep a frame that is not dropped as late, with the answer of the reset policy."""
+        assert self.converter is not None
+        frame, late = converted.frame, self._late.stepped
+        if self._late.drop(frame):
+            self.converter.release(converted)
+            return False
+        taken = _Taken(converted, None, None, self._late.stepped > late)
+        try:
+            number = self.number + len(self._taken)
+            taken.cause = self.monitor.due(number, frame.array, frame.seconds, frame.connection)
+        except InputError as error:
+            taken.error = error
+        self._taken.append(taken)
+        return True
 
     def _end_of_input(self) -> None:
         if self._to_skip:
@@ -284,30 +357,34 @@ class Stream:
         self.end("end of input")
 
     def tensor(self) -> tuple[NDArray[Any], Cause | None]:
-        """The input of the step for the current frame, and the cause for which to reset the states before it.
+        """The input of the step for the frame that was taken last, and the cause for which to reset the states before.
 
         Raises:
             InputError: the frame does not fit the model, or differs in size from the frames before.
         """
-        assert self._frame is not None
-        frame, array = self._frame.frame, self._frame.frame.array
+        taken = self._taken[-1]
+        converted, array = taken.converted, taken.converted.frame.array
         first = self._preprocessor.shape if self._preprocessor is not None else array.shape
         if array.shape != first and self.monitor.policy.on_size_change == "stop":
             raise InputError(
                 f"{self.input}: frame {self.number} is {array.shape}, the first one {first}",
                 hint="--on-size-change reset goes on from the initial states, --resize makes all of one size",
             )
-        cause = self.monitor.due(self.number, array, frame.seconds, frame.connection)
-        if self._frame.error is not None:
-            raise self._frame.error
-        assert self._frame.tensor is not None
-        self._preprocessor = self._frame.preprocessor
-        return self._frame.tensor, cause
+        for error in (taken.error, converted.error):
+            if error is not None:
+                raise error
+        assert converted.tensor is not None
+        self._preprocessor = converted.preprocessor
+        return converted.tensor, taken.cause
 
     @property
     def frame_is_finite(self) -> bool:
-        """Whether the current frame was checked and its tensor holds neither NaN nor Inf."""
-        return self._frame is not None and self._frame.finite
+        """Whether the frame that was taken last was checked, and its tensor holds neither NaN nor Inf."""
+        return self._taken[-1].converted.finite
+
+    def step_begins(self) -> None:
+        """The frame that was taken last is in a step."""
+        self._in_step += 1
 
     def count_reset(self, cause: Cause) -> None:
         """Count a reset of the states, and log it unless it is periodic."""
@@ -329,19 +406,22 @@ class Stream:
             StepcellError: the sink takes pixels, and the result holds NaN or Inf or a label that is no byte.
             OutputError: an earlier result could not be written.
         """
-        assert self._frame is not None
-        assert self._preprocessor is not None
+        converted = self._taken[0].converted
+        assert converted.preprocessor is not None
         assert self.converter is not None
         started = time.perf_counter()
         if self.writer is not None and self._postprocessor is not None:
             result = outputs[self._postprocessor.output.name]
-            self._postprocessor.check(result, self._preprocessor)
-            spent = self._frame.seconds + time.perf_counter() - started
-            self.writer.put(_Result(result, self._preprocessor, spent), self._clock.seconds(self._frame.frame))
+            self._postprocessor.check(result, converted.preprocessor)
+            spent = converted.seconds + time.perf_counter() - started
+            self.writer.put(_Result(result, converted.preprocessor, spent), self._clock.seconds(converted.frame))
         else:
-            self.convert.add(self._frame.seconds)
-        self.converter.release(self._frame)
-        seconds = time.monotonic() - self._frame.frame.arrived
+            self.convert.add(converted.seconds)
+        self._taken.popleft()
+        self._in_step -= 1
+        self.converter.release(converted)
+        self.decode.add(converted.frame.decode_seconds)
+        seconds = time.monotonic() - converted.frame.arrived
         self.latency.add(seconds)
         self.frames += 1
         if self.frames == self.limit:
@@ -366,6 +446,8 @@ class Stream:
         self.stopped, self.failure = stopped, failure
         self._ended = time.perf_counter()
         self._started = self._started or self._ended
+        while len(self._taken) > 1:  # it is not stepped, whatever is under way
+            self._late.stepped -= self._taken.pop().late
         if self.reader is not None:
             self.reader.stop()
         if self.converter is not None:

@@ -214,6 +214,7 @@ class LoopStepper:
 
     def _step(self, inputs: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
         outputs = self._loop.step(**rounded(self.contract.inputs, inputs))
+        self.name = self._loop.description  # the back end may be chosen in the first step
         return outputs, self._loop.state()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option
+from stepcell.cli.common import backend_option, joined, json_option, no_check_option, overwrite_option
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.errors import UsageError
 from stepcell.files import write_atomic
@@ -44,6 +44,7 @@ Examples:
 )  # fmt: skip
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda for an engine, cpu for an .onnx]")
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for one step.  [default: one per core]")
+@backend_option
 @click.option("--keep-float16", is_flag=True, help="On a CPU, run a float16 model in float16 too.")
 @no_check_option
 @click.option(
@@ -99,6 +100,7 @@ def command(
     against: Path | None,
     device: str | None,
     threads: int | None,
+    backend: str,
     keep_float16: bool,
     check_file: bool,
     shape: str | None,
@@ -148,6 +150,7 @@ def command(
         shape,
         streams,
         effort,
+        backend=backend,
         keep_float16=keep_float16,
         check_file=check_file,
         floor=not no_floor,
@@ -181,15 +184,16 @@ def _measured(
     streams: Sequence[int],
     effort: Effort,
     *,
+    backend: str,
     keep_float16: bool,
     check_file: bool,
     floor: bool,
 ) -> BenchReport:
+    from stepcell.machine import cpu_name
     from stepcell.runtime.benchmark.bench import (
         BenchReport,
         Contender,
         ModelTimes,
-        cpu_name,
         load_average,
         measure,
         versions,
@@ -209,7 +213,9 @@ def _measured(
         for path in paths:
             place = device or ("cuda" if path.suffix.lower() in ENGINE_SUFFIXES else "cpu")
             loop = stack.enter_context(
-                StepLoop.open(path, place, threads=threads, keep_float16=keep_float16, check_file=check_file)
+                StepLoop.open(
+                    path, place, threads=threads, backend=backend, keep_float16=keep_float16, check_file=check_file
+                )
             )
             contenders.append(Contender(path.name, loop, []))
             single.append(_sizes(path, loop.contract, shape, 1))

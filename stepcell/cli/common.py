@@ -20,6 +20,7 @@ from stepcell.errors import StepcellError, UsageError
 from stepcell.library_errors import as_stepcell_error, first_line, is_out_of_memory
 
 __all__ = [
+    "backend_option",
     "command_error",
     "joined",
     "json_option",
@@ -34,6 +35,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace an existing file although another program wrote it; never an input."
 )
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", "onnxruntime", "ncnn"]), default="auto", show_default=True,
+    help="What computes an .onnx file on the CPU; auto: the faster one here, if ncnn is installed and can.",
+)  # fmt: skip
 no_check_option = click.option(
     "--no-check", "check_file", is_flag=True, flag_value=False, default=True,
     help="Take an ONNX file that was changed since its export.",

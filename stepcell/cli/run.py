@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from stepcell.cli.clip_options import clip_options, no_nan, read_clip_options
-from stepcell.cli.common import json_option, leaving, overwrite_option
+from stepcell.cli.common import backend_option, json_option, leaving, overwrite_option
 from stepcell.cli.console import log, print_json
 from stepcell.cli.signals import signal_control
 from stepcell.cli.verified import check_verified
@@ -64,6 +64,7 @@ Examples:
 )  # fmt: skip
 @clip_options
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads for one step.  [default: one per core]")
+@backend_option
 @click.option(
     "--deadline-ms", type=click.FloatRange(0, min_open=True), callback=no_nan, metavar="MS",
     help="A frame of a camera, a URL or stdin is late if it waited longer than this.",

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from stepcell import __version__
-from stepcell.cli.common import joined, json_option, no_check_option, overwrite_option, parse_size
+from stepcell.cli.common import backend_option, joined, json_option, no_check_option, overwrite_option, parse_size
 from stepcell.cli.console import log, print_json, table, working
 from stepcell.cli.pixel_options import pixel_options, pop_pixels
 from stepcell.contract import StepContract
@@ -88,6 +88,7 @@ Examples:
     help="cuda, cuda:N or cpu (ONNX Runtime); written: the ONNX file as the standard computes it, in NumPy, rounded "
     "where it says float16.  [default: cuda for an engine, written for an .onnx]",
 )  # fmt: skip
+@backend_option
 @click.option("--keep-float16", is_flag=True, help="With --device cpu, run a float16 model in float16 too.")
 @no_check_option
 @click.option(
@@ -120,6 +121,7 @@ def command(
     warm_up: int,
     warm_seconds: float,
     device: str | None,
+    backend: str,
     keep_float16: bool,
     check_file: bool,
     tolerance: float | None,
@@ -190,7 +192,7 @@ def command(
         log(f"recorded {record_path}: {record.steps} steps of {record.reference}, {record.warm_up} to warm up")
         return
     device = device or ("cuda" if is_engine else WRITTEN)
-    with _subject(model, device, keep_float16=keep_float16) as (subject, where):
+    with _subject(model, device, backend, keep_float16=keep_float16) as (subject, where):
         log(f"{model}: {subject.name}")
         with working(f"verifying {model}"):
             if recorded is not None:
@@ -254,7 +256,7 @@ def _random_clip(contract: StepContract, sidecar: Sidecar | None, seed: int, sha
 
 
 @contextlib.contextmanager
-def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[Stepper, Place]]:
+def _subject(model: Path, device: str, backend: str, *, keep_float16: bool) -> Iterator[tuple[Stepper, Place]]:
     """What is verified, and where it runs."""
     from stepcell.runtime.loop.step_loop import StepLoop
     from stepcell.runtime.verify.place import Place, place_of
@@ -266,7 +268,8 @@ def _subject(model: Path, device: str, *, keep_float16: bool) -> Iterator[tuple[
             raise UsageError("--device written: is for an .onnx file; an engine runs on a GPU")
         yield as_written(model), Place("NumPy, as written")
         return
-    with StepLoop.open(model, device, keep_float16=keep_float16, check_finite=False, check_file=False) as loop:
+    options = {"check_finite": False, "check_file": False, "keep_float16": keep_float16}
+    with StepLoop.open(model, device, backend=backend, **options) as loop:
         yield LoopStepper(loop), place_of(loop.device)
 
 

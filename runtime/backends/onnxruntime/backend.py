@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device, StepFuture
 from stepcell.runtime.backends.onnxruntime.session import captures_graphs, open_session
 from stepcell.runtime.cuda import DeviceArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 __all__ = ["OrtBackend"]
 
@@ -52,6 +55,9 @@ class OrtBackend:
         DeviceError: the CUDA provider was requested and does not load.
         MissingDependencyError: onnxruntime is not installed.
     """
+
+    overlaps = False
+    skips_idle = False
 
     def __init__(
         self,
@@ -87,6 +93,15 @@ class OrtBackend:
         self._has_run = False  # a step, since it was configured
         self._graphs = 0  # number of CUDA graphs so far; each binding has its own
         self._options: tuple[Any, ...] = ()  # run options, per binding
+
+    def simplified(self, symbols: Mapping[str, int]) -> ModelProto | None:
+        """The model as it runs on the CPU, with functions inlined, sizes filled in and constants folded.
+
+        Returns:
+            A new model; None: this one is not specialised for its sizes.
+        """
+        shapes = {name: resolve(spec.shape, symbols) for name, spec in self.contract.graph_inputs.items()}
+        return None if self._specialized is None else self._specialized.simplified(shapes)
 
     @property
     def input_stream(self) -> int | None:
@@ -236,6 +251,7 @@ class OrtBackend:
             self._states[spec.name][self._parity].assign(_row_index(spec, row), state[spec.name])
 
     def close(self) -> None:
+        """Free all memory; `configure` opens a session again where the model is specialised for its sizes."""
         self._free()
         self._session = None
         if self._stream is not None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepcell.contract import METADATA_KEY, StepContract
 from stepcell.errors import ContractError, DeviceError, InputError
@@ -25,6 +25,9 @@ from stepcell.runtime.backends.base import Device
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
 from stepcell.runtime.backends.onnxruntime.split_convolutions import split_convolutions
 from stepcell.runtime.backends.onnxruntime.trial import choose_level
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 __all__ = ["SpecializedSessions", "captures_graphs", "open_session"]
 
@@ -56,7 +59,7 @@ class SpecializedSessions:
         ort = require("onnxruntime", extra="ort", purpose="running a model")
         cpu = Device("cpu", 0)
         try:
-            model = self._simplified(ort, shapes)
+            model = self.simplified(shapes)
             split_convolutions(model)
             return _create(ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads))
         except DeviceError:
@@ -67,11 +70,12 @@ class SpecializedSessions:
             logger.warning(f"{self._path}: is not specialised for its sizes, which is slower: {first_line(error)}")
             return _create(ort, self._path, self._model, cpu, _options(ort, self._threads))
 
-    def _simplified(self, ort: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    def simplified(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelProto:
         """The model with functions inlined, sizes filled in and constants folded.
 
         ONNX Runtime can write such a model to a file only.
         """
+        ort = require("onnxruntime", extra="ort", purpose="running a model")
         onnx = require("onnx", extra="ort", purpose="running a model")
         options = _options(ort, 1, only_basic=True)
         sizes = {
@@ -86,7 +90,8 @@ class SpecializedSessions:
             choose_level(self._model, options, str(self._path), sizes)
             options.optimized_model_filepath = str(Path(folder) / "model.onnx")
             _session(ort, self._path, self._model, options, Device("cpu", 0))
-            return onnx.load(options.optimized_model_filepath)
+            model: ModelProto = onnx.load(options.optimized_model_filepath)
+            return model
 
 
 def open_session(

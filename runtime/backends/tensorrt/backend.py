@@ -56,6 +56,9 @@ class TensorRTBackend:
         MissingDependencyError: TensorRT or cuda-bindings is not installed.
     """
 
+    overlaps = True
+    skips_idle = False
+
     def __init__(self, engine: Path, device: Device) -> None:
         checked = check_engine(engine, device=device.index)
         self.contract: StepContract = checked.sidecar.contract

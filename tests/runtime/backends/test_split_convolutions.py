@@ -63,7 +63,7 @@ def simplified(path: Path, *shape: int) -> onnx.ModelProto:
         state.input: backend.contract.state_shapes(backend.contract.bind({x.name: shape}))[state.name]
         for state in backend.contract.states
     }
-    return backend._specialized._simplified(onnxruntime, shapes)
+    return backend._specialized.simplified(shapes)
 
 
 def outputs(model: onnx.ModelProto, frames: Array) -> list[Array]:

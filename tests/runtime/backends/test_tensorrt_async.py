@@ -17,8 +17,10 @@ from stepcell.errors import DeviceError, InputError, StepcellError, UsageError
 from stepcell.runtime.backends.tensorrt.backend import TensorRTBackend
 from stepcell.runtime.cuda import DeviceArray
 from stepcell.runtime.cuda.dlpack_capsule import from_capsule, to_capsule
+from stepcell.runtime.streams.run import run_streams
 from tests.fakes.counting_driver import ALLOCATING, CREATING, WAITING
 from tests.fakes.fake_engine import INVALIDATED, LAUNCH_FAILED, SYMBOLS, Machine, frames, reference
+from tests.fakes.frame_source import FrameSource
 
 THEIRS = 99  # a stream of another library
 
@@ -351,3 +353,23 @@ def test_closed_loop_refuses(loop: StepLoop) -> None:
     loop.close()
     with pytest.raises(StepcellError, match="this loop is closed"):
         loop.step_async(x=frames(1)[0])
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_a_run_of_streams_equals_step_after_step(machine: Machine, tmp_path: Path, slots: int | None) -> None:
+    """`run_streams` starts a step before the results of the last one are there."""
+    clips = [[frame[0] for frame in frames(25)], [frame[0] for frame in frames(17)[::-1]]][: slots or 1]
+    expected = []
+    for clip in clips:
+        with StepLoop(machine.open(), name="engine") as loop:
+            expected.append([loop.step(x=frame[None])["y"][0] for frame in clip])
+    paths = [tmp_path / f"{number}.npy" for number in range(len(clips))]
+    sources = [FrameSource(str(number), clip) for number, clip in enumerate(clips)]
+    with StepLoop(machine.open(), name="engine", slots=slots) as loop:
+        assert loop.overlaps
+        result = run_streams(loop, sources, paths)
+    assert [report.frames for report in result.streams] == [len(clip) for clip in clips]
+    for path, wanted in zip(paths, expected, strict=True):
+        worst = np.abs(np.load(path).astype(np.float32) - np.float32(wanted)).max()
+        assert worst < 2e-3, f"worst difference {worst:g}"
+    assert machine.engine.stale == 0

@@ -41,7 +41,7 @@ def test_a_run_ends_with_what_was_asked_for(
             def fail(**_: Any) -> Any:
                 raise MemoryError(ASKED)
 
-            monkeypatch.setattr(loop, "step", fail)
+            monkeypatch.setattr(loop, "step_async", fail)
         with pytest.raises(RunError, match=r"not enough memory: Unable to allocate 9\.31 GiB") as failed:
             run_streams(loop, FrameSource("frames", frames), sink)
     assert failed.value.exit_code == 6

@@ -70,13 +70,13 @@ def test_a_recording_lasts_as_long_as_the_camera_was_on(
     """The queue drops most frames; those that are left keep their time, so that the recording is not shorter."""
     count = 100
     source = FrameSource("camera", [np.full((16, 16, 3), n, np.uint8) for n in range(count)], pause=0.001, live=True)
-    step = StepLoop.step
+    step = StepLoop.step_async
 
     def slow_step(loop: StepLoop, /, **inputs: Any) -> Any:
         time.sleep(0.004)
         return step(loop, **inputs)
 
-    monkeypatch.setattr(StepLoop, "step", slow_step)
+    monkeypatch.setattr(StepLoop, "step_async", slow_step)
     output = tmp_path / "out.mp4"
     report = run_streams(accumulator(), source, output, deadline_ms=10_000, timestamps=timestamps_).streams[0]
     dropped, found = report.dropped["queue full"], timestamps(output)

@@ -376,7 +376,7 @@ def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Mo
     """The states may be those before or after the interrupted frame, so no snapshot is written."""
     path, control = tmp_path / "state.safetensors", RunControl()
     with StepLoop.open(accumulator()) as loop:
-        step, calls = loop.step, []
+        step, calls = loop.step_async, []
 
         def interrupted(**inputs: Any) -> Any:
             calls.append(step(**inputs))
@@ -385,7 +385,7 @@ def test_a_second_signal_within_a_frame_leaves_the_last_snapshot(accumulator: Mo
                 raise KeyboardInterrupt
             return calls[-1]
 
-        loop.step = interrupted  # type: ignore[method-assign]
+        loop.step_async = interrupted  # type: ignore[method-assign]
         options = {"snapshot": path, "snapshot_every": 2, "control": control}
         report = run_stream(loop, FrameSource("frames", clip(9)), ArraySink(tmp_path / "out.npy"), **options)
         assert (report.frames, report.stopped, report.snapshots) == (3, "interrupted", 1)

@@ -200,6 +200,8 @@ def test_a_source_that_breaks_while_it_is_asked_is_no_end_of_input(accumulator: 
     while not stream.ready:
         time.sleep(0.001)
     assert stream.take()
+    stream.step_begins()
+    stream.deliver({})
     assert not stream.take()
     assert stream.stopped is None
     with pytest.raises(InputError, match="broken"):
@@ -237,7 +239,7 @@ def test_an_output_that_fails_is_noticed_while_the_input_is_silent(accumulator: 
 def test_a_device_that_fails_ends_every_stream(accumulator: Model, tmp_path: Path) -> None:
     streams = [Stream(FrameSource(name, [ONE] * 9), ArraySink(tmp_path / f"{name}.npy")) for name in "ab"]
     with StepLoop.open(accumulator(), slots=2) as loop:
-        step = loop.step_slots
+        step = loop.step_slots_async
         steps: list[Any] = []
 
         def failing(frames: Any) -> Any:
@@ -246,7 +248,7 @@ def test_a_device_that_fails_ends_every_stream(accumulator: Model, tmp_path: Pat
                 raise DeviceError("gone")
             return step(frames)
 
-        loop.step_slots = failing  # type: ignore[method-assign]
+        loop.step_slots_async = failing  # type: ignore[method-assign]
         reports = run(loop, streams)
     for name, report in zip("ab", reports, strict=True):
         assert report.error == f"gone ({tmp_path / name}.npy holds the {report.frames} frames before it)"
