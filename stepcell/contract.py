@@ -20,7 +20,7 @@ from stepcell.errors import ContractError, InputError
 from stepcell.event_spec import EventSpec
 from stepcell.json_text import decode_json
 from stepcell.ops import Gates, Reset
-from stepcell.pixels import ChannelOrder
+from stepcell.pixels import ChannelOrder, PixelConversion
 from stepcell.quantization import Quantization
 from stepcell.seal import ZEROS, check_seal, sealed
 
@@ -70,6 +70,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
             Unset: every step needs the input.
         batch_axis: number of the axis that counts streams; None: it has none, and all streams share the tensor. Unset:
             the first axis of the size that the states' batch axes have.
+        converts: of bytes: what the graph itself converts them to, or from; unset: it does not.
     """
 
     name: str
@@ -84,6 +85,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     events: EventSpec | msgspec.UnsetType = msgspec.UNSET
     value: tuple[float | int | bool, ...] | msgspec.UnsetType = msgspec.UNSET
     batch_axis: int | msgspec.UnsetType | None = msgspec.UNSET
+    converts: PixelConversion | msgspec.UnsetType = msgspec.UNSET
 
     def filled(self, shape: Sequence[int]) -> NDArray[Any]:
         """The array of `value`; raises ContractError where there is none, or it does not fit `shape`."""

@@ -24,12 +24,15 @@ __all__ = [
     "ALL",
     "ChannelOrder",
     "Declaration",
+    "PixelConversion",
+    "PixelDType",
     "Pixels",
     "as_chw",
     "changes",
     "completed",
     "declare",
     "gain_and_offset",
+    "is_frame_of_bytes",
     "is_quantity",
     "map_layout",
     "natural_layout",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 ChannelOrder = Literal["RGB", "BGR"]
+PixelDType = Literal["float", "uint8"]  # of pictures: as the model computes, or converted in its graph
 ALL = "*"  # key of a declaration for every picture
 _PICTURE_LAYOUTS = ("NCHW", "NHWC", "CHW", "HWC", "NHW", "HW")
 _CHANNELS = (1, 3, 4)
@@ -61,6 +65,23 @@ class Pixels(msgspec.Struct, frozen=True, kw_only=True):
     std: tuple[float, ...] | None = None
     channels: ChannelOrder | None = None
     layout: str | None = None
+
+
+class PixelConversion(msgspec.Struct, frozen=True, kw_only=True):
+    """What bytes at an input or output of the graph are inside it: the graph converts them.
+
+    Attributes:
+        dtype, layout, range, mean, std, channels: of the tensor inside, as in a `TensorSpec`.
+        pad_multiple: height and width of the frame are padded up to a multiple of it, by repeating the edge.
+    """
+
+    dtype: str
+    layout: str
+    range: tuple[float, float]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels: ChannelOrder | None = None
+    pad_multiple: int = 1
 
 
 Declaration = Pixels | Mapping[str, Pixels]  # for every picture, or by name of an input or output and `ALL`
@@ -103,6 +124,18 @@ def value_range(spec: TensorSpec) -> tuple[float, float] | None:
     """
     implied = {"uint8": _BYTES, "bool": (0.0, 1.0)}
     return spec.range if spec.range is not None else implied.get(spec.dtype)
+
+
+def is_frame_of_bytes(spec: TensorSpec) -> bool:
+    """Whether a tensor is a frame as it is decoded, or a batch of them: (N, H, W, C) uint8, RGB or grey, not padded."""
+    axes = spec.layout in ("NHWC", "HWC", "NHW", "HW")
+    return (
+        axes
+        and spec.dtype == "uint8"
+        and value_range(spec) == _BYTES
+        and spec.channels != "BGR"
+        and spec.pad_multiple == 1
+    )
 
 
 def is_quantity(spec: TensorSpec) -> bool:

@@ -8,7 +8,7 @@ import msgspec
 import onnx
 from onnxscript import ir
 
-from stepcell.contract import METADATA_KEY, DType, StateSpec, StepContract, TensorSpec
+from stepcell.contract import DType, StateSpec, StepContract, TensorSpec
 from stepcell.dims import Dim, substitute
 from stepcell.exporter.cell_recognition.cell import NearMiss, RecognisedCell
 from stepcell.exporter.from_onnx.input_values import Number
@@ -16,10 +16,10 @@ from stepcell.exporter.from_onnx.onnx_file import OnnxFile, Port
 from stepcell.exporter.from_onnx.pairs import Pair
 from stepcell.exporter.from_onnx.sizes import Sizes
 from stepcell.exporter.from_onnx.stream_axis import StreamAxes
-from stepcell.exporter.step_onnx.graph import embed_contract, separate_outputs, set_shape
+from stepcell.exporter.step_onnx.graph import separate_outputs, set_shape
 from stepcell.pixels import completed, map_layout, natural_layout
 
-__all__ = ["FAMILY", "contract_of", "rename", "write_contract"]
+__all__ = ["FAMILY", "contract_of", "rename"]
 
 FAMILY = "adopted"
 
@@ -101,12 +101,3 @@ def rename(
         del ports[:]
         ports.extend(copies)
     return proto
-
-
-def write_contract(model: onnx.ModelProto, contract: StepContract) -> StepContract:
-    """Embed the contract, which is returned with the hash of the graph; other metadata of the file is kept."""
-    kept = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != METADATA_KEY]
-    contract = embed_contract(model, contract)
-    for key, value in kept:
-        model.metadata_props.add(key=key, value=value)
-    return contract

@@ -22,7 +22,7 @@ from stepcell.exporter.cell_recognition.normalise import normalise
 from stepcell.exporter.cell_recognition.replace import replace_cells
 from stepcell.exporter.declared_range import warn_of_range
 from stepcell.exporter.from_onnx.check import check_fused
-from stepcell.exporter.from_onnx.contract import contract_of, rename, write_contract
+from stepcell.exporter.from_onnx.contract import contract_of, rename
 from stepcell.exporter.from_onnx.evidence import Evidence, find_evidence
 from stepcell.exporter.from_onnx.input_values import Number, bake, checked_values
 from stepcell.exporter.from_onnx.onnx_file import OnnxFile, read_onnx_file
@@ -35,14 +35,16 @@ from stepcell.exporter.from_onnx.state_ends import with_equal_ends
 from stepcell.exporter.from_onnx.stream_axis import StreamAxes, find_stream_axes
 from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.parity import Seen
-from stepcell.exporter.step_onnx.graph import attach_functions
+from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract
+from stepcell.exporter.step_onnx.pixels_in_graph.check import with_pixels_in_graph
 from stepcell.exporter.undeclared_integers import integers_explained
+from stepcell.external_weights import ONE_FILE, load_external_weights
 from stepcell.files import atomic_path
 from stepcell.library_errors import library_errors
 from stepcell.onnx_model import read_onnx
 from stepcell.ops import DOMAIN
 from stepcell.overwrite import check_output, is_exported_model
-from stepcell.pixels import Declaration
+from stepcell.pixels import Declaration, PixelDType
 
 __all__ = ["FuseReport", "fuse"]
 
@@ -60,7 +62,8 @@ class FuseReport(msgspec.Struct, frozen=True, kw_only=True):
         warnings: for a person: what the file does not remember from step to step.
         nodes_before: nodes of the graph before, without those of graphs inside nodes.
         nodes_after: the same after.
-        redeclared: the file had a contract, and only what it says of pictures and values was changed.
+        redeclared: the file had a contract, and only what it says of pictures and values was changed, or pixels are
+            converted in its graph.
     """
 
     contract: StepContract
@@ -89,11 +92,13 @@ def fuse(
     contract: str | Path | None = None,
     tolerance: float | None = None,
     pixels: Declaration | None = None,
+    pixel_dtype: PixelDType = "float",
     overwrite: bool = False,
 ) -> FuseReport:
     """Find the states of an ONNX file, replace its recurrent cells by the ops, and write it with a contract.
 
-    In a file that has a contract, `pixels` and `values` change what it says of pictures and inputs, and nothing else.
+    In a file that has a contract, `pixels` and `values` change what it says of pictures and inputs, `pixel_dtype` puts
+    the conversion of pixels into its graph, and nothing else is changed.
 
     Args:
         source: an ONNX file of one step with its states as inputs and outputs.
@@ -108,14 +113,16 @@ def fuse(
             and neither states nor shapes are given.
         tolerance: with `contract`, the difference to that file that is allowed, relative to max(1, largest value).
         pixels: what the values of pictures are, as in `export_onnx`; undefined otherwise.
+        pixel_dtype: as in `export_onnx`.
         overwrite: replace an existing file that is no model with a contract.
 
     Returns:
         The contract as written, and a report.
 
     Raises:
-        UsageError: the states are ambiguous, an argument does not fit, the file has a contract and more than `pixels`
-            and `values` is given or nothing, or `target` is an input or a foreign file.
+        UsageError: the states are ambiguous, an argument does not fit, the file has a contract and more than `pixels`,
+            `values` and `pixel_dtype` is given or nothing, no input is a picture that can be bytes, or `target` is an
+            input or a foreign file.
         InputError: the file cannot be read or is not an ONNX model.
         ExportError: it cannot be converted; the message says why.
         ParityError: the result differs from the original over 100 steps; nothing is written.
@@ -138,12 +145,16 @@ def fuse(
         with library_errors(str(source), ExportError, what="cannot be converted"):
             if contract is not None:
                 report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance, pixels)
-            elif (pixels or values) and not said and is_exported_model(source):
+            elif (pixels or values or pixel_dtype == "uint8") and not said and is_exported_model(source):
                 report, model = _redeclared(*redeclare(source, target, pixels, values or {}))
             else:
                 file = bake(read_onnx_file(source), constants or {})
                 pairs = _given_states(file, states or {}, stateless=stateless)
                 report, model = _fuse(file, _Given(pairs, shapes or {}, values or {}, stateless, pixels))
+            if pixel_dtype == "uint8":
+                load_external_weights(model, source, limit=ONE_FILE)
+                model, found = with_pixels_in_graph(model, report.contract)
+                report = msgspec.structs.replace(report, contract=found, nodes_after=len(model.graph.node))
         temporary.write_bytes(model.SerializeToString())
     return report
 
@@ -196,14 +207,14 @@ def _fuse(file: OnnxFile, given: _Given) -> tuple[FuseReport, onnx.ModelProto]:
     if cells:
         proto.ir_version = max(proto.ir_version, 8)  # the first with functions
         contract = attach_functions(proto, contract)
-    write_contract(proto, contract)
+    embed_contract(proto, contract)
     fused = OnnxSession(proto.SerializeToString(), f"{file.path}, fused")
     seen: Seen = {}
     with integers_explained(contract):
         parity = check_fused(original, fused, contract, sizes, seen)
     if given.pixels:
         warn_of_range(contract, seen)
-    contract = write_contract(proto, msgspec.structs.replace(contract, parity=parity))
+    contract = embed_contract(proto, msgspec.structs.replace(contract, parity=parity))
     report = FuseReport(
         contract=contract,
         transforms={cell.name: cell.note for cell in cells if cell.note},
@@ -259,7 +270,7 @@ def _restore(
         contract = attach_functions(proto, contract)
     session = OnnxSession(proto.SerializeToString(), f"{file.path}, with its contract")
     parity = check_restored(original, before, session, contract, tolerance)
-    contract = write_contract(proto, msgspec.structs.replace(contract, parity=parity))
+    contract = embed_contract(proto, msgspec.structs.replace(contract, parity=parity))
     report = FuseReport(
         contract=contract,
         transforms={},

@@ -23,6 +23,8 @@ from stepcell.exporter.step_onnx.check import check_export
 from stepcell.exporter.step_onnx.contract import contract_for
 from stepcell.exporter.step_onnx.fixed_sizes import fixed_sizes
 from stepcell.exporter.step_onnx.graph import attach_functions, embed_contract, tidy
+from stepcell.exporter.step_onnx.pixels_in_graph.check import with_pixels_in_graph
+from stepcell.exporter.step_onnx.pixels_in_graph.convert import inputs_to_convert
 from stepcell.exporter.step_onnx.plain import plain_graph
 from stepcell.exporter.step_onnx.precision import in_precision
 from stepcell.exporter.step_onnx.trace import onnx_from_module
@@ -30,7 +32,7 @@ from stepcell.exporter.undeclared_integers import integers_explained
 from stepcell.files import atomic_path
 from stepcell.models.step import StepModule, is_step_module
 from stepcell.overwrite import check_output, is_exported_model
-from stepcell.pixels import Declaration, changes, declare
+from stepcell.pixels import Declaration, PixelDType, changes, declare
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ def export_onnx(
     shapes: Mapping[str, Sequence[int]] | None = None,
     dynamic: Sequence[str] = (),
     pixels: Declaration | None = None,
+    pixel_dtype: PixelDType = "float",
     opset: int = DEFAULT_OPSET,
     plain: bool = False,
     family: str = "module",
@@ -74,6 +77,8 @@ def export_onnx(
         dynamic: symbols that stay dynamic although `shapes` binds them.
         pixels: what the values of pictures are, in place of what the model says: a `Pixels` for every picture, or by
             name of an input or output.
+        pixel_dtype: "uint8" puts the conversion of pixels into the graph: pictures go in and come out as bytes
+            (batch, height, width, channels), and each output picture has the mean of its values beside it.
         opset: ONNX opset, 18 to 23.
         plain: write cells in standard operators, for runtimes that take no functions (docs/interop.md).
         family: name of the model family, recorded in the contract.
@@ -84,7 +89,8 @@ def export_onnx(
         The contract as written into the file, with the errors of the comparison and their bound.
 
     Raises:
-        UsageError: sizes, symbols, pixels or opset that do not fit, or a foreign file at `path`.
+        UsageError: sizes, symbols, pixels or opset that do not fit, no input that is a picture of which bytes can be
+            made, or a foreign file at `path`.
         ExportError: the module cannot be traced, or the result is not a valid model.
         ParityError: the file computes something else than the module, or errs more than its rounding explains.
         OutputError: the file cannot be written.
@@ -103,6 +109,8 @@ def export_onnx(
     contract = declare(own, pixels)
     for change in changes(own, contract):
         logger.info(f"pixels:  {change}")
+    if pixel_dtype == "uint8":
+        inputs_to_convert(contract)  # before the work
     with atomic_path(path) as temporary:  # first, so that an invalid path is reported before the work
         # functions and parts of the module under torch.compile run as they are written
         with torch.compiler.set_stance("force_eager"), _fixed_sizes_named():
@@ -115,6 +123,8 @@ def export_onnx(
                 {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
                 declared=bool(pixels),
             )
+            if pixel_dtype == "uint8":
+                proto, contract = with_pixels_in_graph(proto, contract)
         temporary.write_bytes(proto.SerializeToString())
     return contract
 

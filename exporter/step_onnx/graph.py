@@ -77,7 +77,8 @@ def attach_functions(model: onnx.ModelProto, contract: StepContract) -> StepCont
 def embed_contract(model: onnx.ModelProto, contract: StepContract) -> StepContract:
     """Write the contract into the file's metadata with the hash of the graph, replacing one that is there."""
     contract = msgspec.structs.replace(contract, graph_sha256=graph_sha256(model))
-    onnx.helper.set_model_props(model, {METADATA_KEY: contract.to_sealed_json()})
+    others = {entry.key: entry.value for entry in model.metadata_props if entry.key != METADATA_KEY}
+    onnx.helper.set_model_props(model, {METADATA_KEY: contract.to_sealed_json(), **others})
     return contract
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import OutputError, StepcellError
-from stepcell.pixels import as_chw, gain_and_offset, picture_channels, value_range
+from stepcell.pixels import as_chw, gain_and_offset, is_frame_of_bytes, picture_channels, value_range
 from stepcell.runtime.media.preprocess import Preprocessor, require_declared
 from stepcell.runtime.media.sink import Sink
 
@@ -129,7 +129,7 @@ def to_pixels(spec: TensorSpec, tensor: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _require_pixels(spec: TensorSpec, tensor: NDArray[Any], *, finite: bool) -> None:
-    if finite and not np.isfinite(tensor).all():
+    if finite and tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
         raise StepcellError(
             f"{spec.name}: the model returned NaN or Inf",
             hint="its states may be corrupted: --reset-every N clears them; float16 models overflow beyond 65504",
@@ -142,6 +142,8 @@ def _require_pixels(spec: TensorSpec, tensor: NDArray[Any], *, finite: bool) -> 
 
 
 def _pixels(spec: TensorSpec, tensor: NDArray[Any]) -> NDArray[np.uint8]:
+    if is_frame_of_bytes(spec):
+        return np.ascontiguousarray(tensor.transpose(1, 2, 0))
     channels, height, width = tensor.shape
     pixels = np.empty((height, width, channels), np.uint8)
     planes = pixels.transpose(2, 0, 1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec, EventWindow
-from stepcell.pixels import as_chw, gain_and_offset, picture_channels, value_range
+from stepcell.pixels import as_chw, gain_and_offset, is_frame_of_bytes, picture_channels, value_range
 
 __all__ = ["Preprocessor", "event_input", "image_input", "pad_up", "require_declared"]
 
@@ -128,8 +128,8 @@ class Preprocessor:
         padded: (height, width) of the input tensor.
 
     Raises:
-        InputError: pictures for an event model, another number of channels, or a size that the model was not
-            exported for.
+        InputError: pictures for an event model, floats for a model of bytes, another number of channels, or a size that
+            the model was not exported for.
         UsageError: pixels, and the range of the model's values is undefined.
     """
 
@@ -140,6 +140,11 @@ class Preprocessor:
         height, width, channels = frame.shape if pixels else (*frame.shape[1:], frame.shape[0])
         if not spec.events:
             _check_channels(spec, channels)
+            if frame.dtype.kind == "f" and spec.dtype == "uint8":
+                raise InputError(
+                    f"{spec.name}: the model takes pixels, bytes of 0 to 255, the frames are {frame.dtype}",
+                    hint="give bytes, such as a .npy (T, H, W, C) uint8; floats are for a file without --pixels uint8",
+                )
             if pixels:
                 require_declared(spec)
             else:
@@ -159,6 +164,7 @@ class Preprocessor:
             )
         self._layout = layout
         self._tensor_shape = [sizes[letter] for letter in layout]
+        self._as_it_is = pixels and is_frame_of_bytes(spec)
         self._tables = _pixel_tables(spec, channels) if pixels else None
         self._order = [2, 1, 0] if spec.channels == "BGR" else range(channels)
 
@@ -170,7 +176,8 @@ class Preprocessor:
     def __call__(self, frame: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The input tensor, (1, C, H, W) or as its layout says, in the dtype of the model, padded at bottom and right.
 
-        Pictures are padded by repeating the edge, events with zeros.
+        Pictures are padded by repeating the edge, events with zeros. Pixels for a model that takes them as they are
+        (`is_frame_of_bytes`) are not copied: the tensor is a view of the frame.
 
         Args:
             frame: of the size of the first one.
@@ -181,6 +188,8 @@ class Preprocessor:
         """
         if frame.shape != self.shape:
             raise InputError(f"the first frame has shape {self.shape}, this one {frame.shape}")
+        if self._as_it_is:
+            return np.ascontiguousarray(frame).reshape(self._tensor_shape)
         height, width = self.size
         tensor = np.zeros(self._tensor_shape, self.spec.dtype) if out is None else out
         chw = as_chw(tensor, self._layout)

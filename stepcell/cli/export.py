@@ -13,10 +13,11 @@ import msgspec
 from stepcell.cli.common import joined, json_option, overwrite_option, parse_settings
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.cli.parity import bound, error_of
-from stepcell.cli.pixel_options import pixel_options, pop_pixels
+from stepcell.cli.pixel_options import pixel_dtype_option, pixel_options, pop_pixels
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
 from stepcell.overwrite import check_output, is_exported_model
+from stepcell.pixels import PixelDType
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ Examples:
   stepcell export denoiser.safetensors -o denoiser.onnx
   stepcell export net.pth -o net.onnx --module my_package.net:make --set channels=32 --shape x:1x3x256x256 --range 0,1
   stepcell export denoiser.safetensors -o plain.onnx --plain --precision float32 --shape x:1x3x256x256
+  stepcell export denoiser.safetensors -o bytes.onnx --pixels uint8
   stepcell export gru.pth --family gru --shape x:1x64 --precision float32
   stepcell export rvm.pth --checkpoint-key params_ema --prefix module.
 """
@@ -93,6 +95,7 @@ Examples:
     help="With --module: the argument NAME takes what forward returned at POSITION; not needed where it is last.",
 )
 @pixel_options
+@pixel_dtype_option
 @click.option("--precision", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option(
     "--state-dtype",
@@ -125,6 +128,7 @@ def command(
     state_dtype: Any,
     opset: int,
     plain: bool,
+    pixel_dtype: PixelDType,
     overwrite: bool,
     as_json: bool,
     **pixel_arguments: Any,
@@ -177,6 +181,7 @@ def command(
             shapes=lifted.example_shapes if lifted else shapes,
             dynamic=symbols,
             pixels=pixels,
+            pixel_dtype=pixel_dtype,
             opset=opset,
             plain=plain,
             family=name,

@@ -12,9 +12,10 @@ import click
 from stepcell.cli.common import joined, json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.cli.parity import bound, error_of
-from stepcell.cli.pixel_options import pixel_options, pop_pixels
+from stepcell.cli.pixel_options import pixel_dtype_option, pixel_options, pop_pixels
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
+from stepcell.pixels import PixelDType
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Examples:
   stepcell fuse model.onnx -o fused.onnx --state mem_a=trace_p --state mem_b=trace_q
   stepcell fuse model.onnx -o fused.onnx --shape src:1x3x256x256
   stepcell fuse --contract model.onnx simplified.onnx -o repaired.onnx
+  stepcell fuse exported.onnx -o bytes.onnx --pixels uint8
   stepcell fuse matting.onnx -o fused.onnx --constant downsample_ratio=0.25
 """
 )
@@ -71,6 +73,7 @@ Examples:
     help="With --contract, the relative difference to ORIGINAL that is allowed, such as of a quantised file.",
 )  # fmt: skip
 @pixel_options
+@pixel_dtype_option
 @overwrite_option
 @json_option
 def command(
@@ -83,6 +86,7 @@ def command(
     shape: str | None,
     contract: Path | None,
     tolerance: float | None,
+    pixel_dtype: PixelDType,
     overwrite: bool,
     as_json: bool,
     **pixel_arguments: Any,
@@ -94,7 +98,8 @@ def command(
     before it is written. If it computes something else, the exit code is 3 and no file is written.
 
     In a MODEL that has a contract already, --range, --mean, --std, --channels and --layout change what it says of
-    pictures, --value what an input has in steps that do not give it, and nothing else.
+    pictures, --value what an input has in steps that do not give it, --pixels uint8 puts the conversion of pixels into
+    its graph, and nothing else is changed.
     """
     pixels = pop_pixels(pixel_arguments)
     pairs = _parse_states(states)
@@ -119,10 +124,14 @@ def command(
             constants=fixed,
             values=kept,
             pixels=pixels,
+            pixel_dtype=pixel_dtype,
             overwrite=overwrite,
         )
     if report.redeclared:
-        stage("fuse", output, time.monotonic() - started, "only the contract was changed")
+        detail = "only the contract was changed"
+        if pixel_dtype == "uint8":
+            detail = f"pixels are converted in the graph: {report.nodes_before} -> {report.nodes_after} nodes"
+        stage("fuse", output, time.monotonic() - started, detail)
         if as_json:
             print_json(report)
         return

@@ -14,7 +14,7 @@ from stepcell.cli.parity import bound, error_of
 from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.errors import InputError
 from stepcell.files import human_size
-from stepcell.pixels import picture_channels, value_range
+from stepcell.pixels import PixelConversion, picture_channels
 from stepcell.quantization import Quantization
 
 if TYPE_CHECKING:
@@ -129,23 +129,31 @@ def _row(kind: str, name: str, spec: Spec) -> list[str]:
         was = f", was {spec.original_input} -> {spec.original_output}" if spec.original_input else ""
         alone = ", one stream" if spec.batch_axis is None else ""
         return [kind, name, shape, spec.dtype, f"{spec.input} -> {spec.output}, starts at {spec.init}{alone}{was}"]
-    notes = [spec.layout or ""]
-    if spec.range is not None:
-        notes.append(f"range {spec.range[0]:g} to {spec.range[1]:g}")
-    elif picture_channels(spec) is not None and value_range(spec) is None and spec.dtype.startswith("float"):
-        notes.append("range undefined")
-    for what, values in (("mean", spec.mean), ("std", spec.std)):
-        if values is not None:
-            notes.append(f"{what} {' '.join(f'{value:g}' for value in values)}")
-    if spec.channels is not None:
-        notes.append(spec.channels)
-    if spec.pad_multiple > 1:
-        notes.append(f"height, width multiples of {spec.pad_multiple}")
+    notes = _picture_notes(spec)
+    if spec.range is None and picture_channels(spec) is not None and spec.dtype.startswith("float"):
+        notes.insert(1, "range undefined")
+    if spec.converts:
+        inside = ", ".join([spec.converts.dtype, *_picture_notes(spec.converts)])
+        notes.append(f"converted in the graph {'to' if kind == 'input' else 'from'} ({inside})")
     if spec.events:
         notes.append(str(spec.events))
     if spec.value:
         notes.append(f"{', '.join(map(str, spec.value))} where it is not given")
     return [kind, name, shape, spec.dtype, ", ".join(filter(None, notes))]
+
+
+def _picture_notes(picture: TensorSpec | PixelConversion) -> list[str]:
+    notes = [picture.layout or ""]
+    if picture.range is not None:
+        notes.append(f"range {picture.range[0]:g} to {picture.range[1]:g}")
+    for what, values in (("mean", picture.mean), ("std", picture.std)):
+        if values is not None:
+            notes.append(f"{what} {' '.join(f'{value:g}' for value in values)}")
+    if picture.channels is not None:
+        notes.append(picture.channels)
+    if picture.pad_multiple > 1:
+        notes.append(f"height, width multiples of {picture.pad_multiple}")
+    return notes
 
 
 def _short(value: object) -> str:

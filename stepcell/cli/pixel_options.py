@@ -9,9 +9,9 @@ import click
 import msgspec
 
 from stepcell.errors import UsageError
-from stepcell.pixels import ALL, ChannelOrder, Pixels
+from stepcell.pixels import ALL, ChannelOrder, PixelDType, Pixels
 
-__all__ = ["pixel_options", "pop_pixels"]
+__all__ = ["pixel_dtype_option", "pixel_options", "pop_pixels"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -35,6 +35,15 @@ def pixel_options(command: _F) -> _F:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def pixel_dtype_option(command: _F) -> _F:
+    """Add --pixels to a command, as the argument `pixel_dtype`."""
+    return click.option(
+        "--pixels", "pixel_dtype", type=click.Choice(get_args(PixelDType)), default="float", show_default=True,
+        help="Pictures of the file: values as the model computes, or bytes (batch, height, width, channels), converted "
+        "in its graph.",
+    )(command)  # fmt: skip
 
 
 def pop_pixels(options: dict[str, Any]) -> dict[str, Pixels]:

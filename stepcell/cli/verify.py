@@ -293,6 +293,11 @@ def _reference(
         peer = as_written(path) if same and (written is None or against is not None) else None
         compared = against is not None and onnx is not None and same
         return Reference(exact, peer, exact if compared else None), in_float64(onnx) if compared and onnx else None
+    if any(spec.converts for spec in contract.inputs):
+        raise UsageError(
+            f"--against {against}: the file takes bytes, and the module floats",
+            hint="verify the file that was exported without --pixels uint8; export and fuse compared the two",
+        )
     for package in ("torch", "onnx"):
         require(package, extra="export", purpose=f"comparing with {against}")
     from stepcell.exporter.module_step import module_jvp, module_step

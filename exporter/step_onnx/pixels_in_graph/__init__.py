@@ -1,0 +1,1 @@
+"""Conversion of pixels inside the graph: bytes in, bytes out."""
