@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from stepcell import __version__
 from stepcell.contract import CellSpec, StepContract
 from stepcell.errors import ExportError, UsageError
-from stepcell.exporter.from_onnx.contract import write_contract
 from stepcell.exporter.quantize.calibrate import calibrate
 from stepcell.exporter.quantize.flat_graph import FlatGraph, flat_graph
 from stepcell.exporter.quantize.search import QUANTILES, Candidate, Losses, find_layers
+from stepcell.exporter.step_onnx.graph import embed_contract
 from stepcell.files import atomic_path, sha256_file
 from stepcell.onnx_model import contract_text, read_onnx
 from stepcell.overwrite import check_output, is_exported_model
@@ -97,7 +97,7 @@ def quantize(
         found = find_layers(graph, ranges, losses, keep=keep, max_loss=max_loss, progress=progress)
         model = onnx.load_from_string(found.data)
         contract = _contract(wide, graph, found, list(zip(clips, read, strict=True)))
-        contract = write_contract(model, contract)
+        contract = embed_contract(model, contract)
         temporary.write_bytes(model.SerializeToString())
     return contract
 
