@@ -35,8 +35,8 @@ ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "models/zoo/denoiser.safetensors"
 BASELINE, TARGET = "run, one process", "map, 2 workers"
 COMMANDS = {
-    BASELINE: ["run"],
-    "run, one process, one thread": ["run", "--threads", "1"],
+    BASELINE: ["run", "--backend", "onnxruntime"],
+    "run, one process, one thread": ["run", "--backend", "onnxruntime", "--threads", "1"],
     "map, 1 worker": ["map", "--workers", "1"],
     TARGET: ["map", "--workers", "2"],
 }
