@@ -243,3 +243,26 @@ def test_other_inputs_point_to_python(inputs: tuple[TensorSpec, ...]) -> None:
     with pytest.raises(InputError) as caught:
         image_input(contract(*inputs))
     assert "StepLoop" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_pictures_of_many_rows_are_converted_as_each_pixel_is(layout: str) -> None:
+    """Rows are converted in blocks; the last one is shorter."""
+    channels = {"channels": "BGR"} if layout == "NHWC" else {}
+    shape = ("batch", 3, "height", "width") if layout == "NCHW" else ("batch", "height", "width", 3)
+    spec = TensorSpec(
+        name="x", dtype="float32", shape=shape, layout=layout, range=(0.0, 1.0), mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.3, 0.4), pad_multiple=8, **channels,
+    )  # type: ignore[arg-type]  # fmt: skip
+    frame = random_frame(75, 6)
+    preprocessor = Preprocessor(spec, frame)
+    tensor = preprocessor(frame)
+    planes = as_chw(tensor, layout)
+    for number in range(3):
+        pixel = frame[..., 2 - number if channels else number]
+        wanted = (pixel / 255 - (0.4, 0.5, 0.6)[number]) / (0.2, 0.3, 0.4)[number]
+        np.testing.assert_allclose(planes[number, :75, :6], wanted, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(planes[number, 75:, :6], np.repeat(planes[number, 74:75, :6], 5, axis=0))
+    assert preprocessor(frame, tensor) is tensor
+    cropped = crop(tensor, preprocessor.size, preprocessor.padded, layout)
+    np.testing.assert_array_equal(to_pixels(spec, as_chw(cropped, layout)), frame)
