@@ -21,7 +21,7 @@ from stepcell.models import CellStack, ConvGRUCell
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "loop.json"
-MODULES = ("loop", "loops", "loop_cases", "loop_report", "other_version", "overhead", "evaluator", "map")
+MODULES = ("loop", "loops", "loop_cases", "loop_report", "other_version", "overhead", "evaluator", "map", "pipeline")
 
 
 @pytest.fixture
@@ -240,3 +240,16 @@ def test_map_draws_its_rounds(script: Callable[..., ModuleType], tmp_path: Path)
     assert "<CPU>, 2 cores" in str(texts[1])
     widths = [float(each.get("width", "")) for each in list(picture.iter("{http://www.w3.org/2000/svg}rect"))[1:]]
     assert widths[-1] == pytest.approx(3 * widths[0], abs=0.2)
+
+
+@pytest.mark.slow
+def test_pipeline_quick(script: Callable[..., ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """This version against itself."""
+    output = tmp_path / "pipeline.json"
+    assert script("pipeline", "--quick", "--other", ROOT, "--output", output).main() == 0
+    found = json.loads(output.read_text())
+    assert [(case["input"], case["output"]) for case in found["cases"]][1] == ("clip.mp4", "out.npy")
+    assert all(each["fps"] > 0 for case in found["cases"] for each in case["this version"])
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["cases"]) == 8
+    texts = [each.text for each in ET.parse(output.with_suffix(".svg")).iter("{http://www.w3.org/2000/svg}text")]
+    assert "clip.npy to nothing" in texts

@@ -111,15 +111,23 @@ class StepInputs:
             raise InputError(f"slot {slot.name}: {error.message}", hint=error.hint) from error
 
     def require_finite_slots(
-        self, batch: Mapping[str, NDArray[Any]], frames: Mapping[Slot, Mapping[str, NDArray[Any]]]
+        self, batch: Mapping[str, NDArray[Any]] | None, frames: Mapping[Slot, Mapping[str, NDArray[Any]]]
     ) -> None:
-        """Check the batch for NaN and Inf at once, and the slots one by one only to name the one that has them."""
+        """Check frames for NaN and Inf.
+
+        Args:
+            batch: if every row has a frame, it is checked at once, and the slots only to name the one that has them.
+            frames: inputs of each slot.
+        """
         if not self.check_finite:
             return
         try:
-            for name, array in batch.items():
+            for name, array in (batch or {}).items():
                 require_finite(name, array)
+            checked = batch is not None
         except InputError:
+            checked = False
+        if not checked:
             for slot, arrays in frames.items():
                 for name, array in arrays.items():
                     require_finite(f"slot {slot.name}: {name}", array)

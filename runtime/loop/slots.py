@@ -68,7 +68,6 @@ class SlotTable:
         self._frame_shapes: dict[str, tuple[int, ...]] = {}  # that the batch is allocated for
         self._staging: dict[str, NDArray[Any]] = {}  # the batch, by input
         self._rows: dict[str, list[NDArray[Any]]] = {}  # views of the rows of the batch
-        self._filled: set[int] = set()  # rows that hold a frame
 
     @property
     def attached(self) -> dict[str, Slot]:
@@ -130,7 +129,7 @@ class SlotTable:
         return [slot.index for slot in self._attached.values() if slot not in stepping]
 
     def pack(self, frames: Mapping[Slot, Arrays]) -> dict[str, NDArray[Any]]:
-        """Pack frames into a batch, with zeros in the rows without one. The arrays are reused by the next call.
+        """Pack frames into a batch; rows without one keep what they had. The arrays are reused by the next call.
 
         Raises:
             InputError: the batch size of a frame is not 1, or two slots differ in size.
@@ -139,9 +138,7 @@ class SlotTable:
         shapes = {name: array.shape for name, array in arrays.items()}
         if shapes != self._frame_shapes:
             self._allocate(first, arrays)
-        now = set()
         for slot, arrays in frames.items():
-            now.add(slot.index)
             for name, array in arrays.items():
                 if name not in self.input_axes:
                     self._share(name, array, slot, first)
@@ -152,10 +149,6 @@ class SlotTable:
                         hint="all slots of a loop have one size; open another loop for another size",
                     )
                 self._rows[name][slot.index][...] = array
-        for row in self._filled - now:
-            for rows in self._rows.values():
-                rows[row][...] = 0
-        self._filled = now
         return self._staging
 
     def _share(self, name: str, array: NDArray[Any], slot: Slot, first: Slot) -> None:
@@ -175,7 +168,7 @@ class SlotTable:
                 raise InputError(f"slot {slot.name}: {name}: expected batch size 1 on axis {axis}, got {array.shape}")
             staging[name] = np.zeros((*array.shape[:axis], self.count, *array.shape[axis + 1 :]), array.dtype)
             rows[name] = [row_of(staging[name], axis, row) for row in range(self.count)]
-        self._staging, self._rows, self._filled = staging, rows, set()
+        self._staging, self._rows = staging, rows
         self._frame_shapes = {name: array.shape for name, array in arrays.items()}
 
     def unpack(self, outputs: Arrays, slots: Iterable[Slot]) -> dict[Slot, dict[str, NDArray[Any]]]:

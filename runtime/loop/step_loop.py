@@ -240,7 +240,7 @@ class StepLoop:
         started = time.perf_counter()
         arrays = {slot: self._inputs.convert_slot(slot, inputs) for slot, inputs in frames.items()}
         batch = table.pack(arrays)
-        self._inputs.require_finite_slots(batch, arrays)
+        self._inputs.require_finite_slots(batch if len(arrays) == table.count else None, arrays)
         self._fix_sizes({name: array.shape for name, array in batch.items()})
         idle = table.idle(frames, vacant=self._backend.skips_idle)
         running = self._timed(self._backend.enqueue(batch, idle), started)
