@@ -110,8 +110,9 @@ class FrameConverter:
 
     def release(self, converted: ConvertedFrame) -> None:
         """The tensor of this frame is not needed any more: a later frame may overwrite it."""
-        if converted.tensor is not None and converted.preprocessor is self._preprocessor:
-            self._free.append(converted.tensor)
+        tensor, current = converted.tensor, converted.preprocessor is self._preprocessor
+        if tensor is not None and current and tensor.base is None:  # otherwise it is a view of the frame
+            self._free.append(tensor)
 
     def stop(self) -> None:
         """End the thread after the frame that it converts. Returns at once."""

@@ -20,7 +20,8 @@ STATES_EVERY = 100
 
 def first_non_finite(outputs: Mapping[str, NDArray[Any]]) -> str | None:
     """Name of the first array that holds NaN or Inf."""
-    return next((name for name, array in outputs.items() if not np.isfinite(array).all()), None)
+    floats = ((name, array) for name, array in outputs.items() if array.dtype.kind == "f")
+    return next((name for name, array in floats if not np.isfinite(array).all()), None)
 
 
 def non_finite_rows(contract: StepContract, states: Mapping[str, NDArray[Any]]) -> dict[int, str]:

@@ -38,10 +38,12 @@ def pictures(count: int, size: tuple[int, int] = (6, 5)) -> list[NDArray[np.uint
 class Pipeline:
     """A reader and its converter."""
 
-    def __init__(self, frames: list[Any], *, depth: int = 3, drop_oldest: bool = False, **options: Any) -> None:
+    def __init__(
+        self, frames: list[Any], *, depth: int = 3, drop_oldest: bool = False, spec: TensorSpec = SPEC, **options: Any
+    ) -> None:
         self.changed = threading.Condition()
         self.reader = FrameReader(FrameSource("frames", frames), self.changed, depth=depth, drop_oldest=drop_oldest)
-        self.converter = FrameConverter(self.reader, self.changed, SPEC, **options)
+        self.converter = FrameConverter(self.reader, self.changed, spec, **options)
 
     def __iter__(self) -> Iterator[ConvertedFrame]:
         while True:
@@ -94,6 +96,19 @@ def test_a_tensor_of_another_size_is_not_used_again() -> None:
         time.sleep(0.01)  # the next one is converted before this one is released
         pipeline.converter.release(converted)
     assert shapes == [(1, 3, 8, 8), *[(1, 3, 12, 12)] * 2, *[(1, 3, 8, 8)] * 2]
+
+
+def test_frames_that_are_the_tensors_are_never_written_to() -> None:
+    """A model that takes bytes gets a view of each frame, which belongs to the source."""
+    spec = TensorSpec(name="x", dtype="uint8", shape=("n", "height", "width", 3), layout="NHWC", range=(0.0, 255.0))
+    frames = pictures(12)
+    pipeline = Pipeline(frames, spec=spec)
+    for converted, frame in zip(pipeline, frames, strict=True):
+        assert converted.tensor is not None
+        assert converted.tensor.base is not None
+        assert np.shares_memory(converted.tensor, frame)
+        pipeline.converter.release(converted)
+        assert pipeline.converter._free == []
 
 
 def test_only_floats_are_looked_at_for_nan() -> None:
