@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stepcell.exporter.from_module.lift import lift_states
     from stepcell.exporter.from_module.replacements import register_cell
     from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
+    from stepcell.exporter.quantize.quantize import quantize
     from stepcell.exporter.step_onnx.export import export_onnx
     from stepcell.pixels import Pixels
     from stepcell.runtime.engine.build import EngineInfo, build_engine
@@ -55,6 +56,7 @@ __all__ = [
     "load_model",
     "open_sink",
     "open_source",
+    "quantize",
     "register_cell",
     "run_streams",
     "step_model",
@@ -68,6 +70,7 @@ _NAMES = {
     "exporter.from_module.lift": "lift_states",
     "exporter.from_module.replacements": "register_cell",
     "exporter.from_onnx.fuse": "FuseReport fuse",
+    "exporter.quantize.quantize": "quantize",
     "exporter.step_onnx.export": "export_onnx",
     "pixels": "Pixels",
     "runtime.engine.build": "EngineInfo build_engine",

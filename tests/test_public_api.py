@@ -21,7 +21,7 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PUBLIC = {
     "stepcell": """
         BuildOptions Checkpoint EngineInfo FuseReport Pixels RunControl RunError RunReport StateSpec StepContract
-        StepLoop StepcellError TensorSpec build_engine export_onnx fuse lift_states load_checkpoint load_model
+        StepLoop StepcellError TensorSpec build_engine export_onnx fuse lift_states load_checkpoint load_model quantize
         open_sink open_source register_cell run_streams step_model
     """,
     "stepcell.models": """

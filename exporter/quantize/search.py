@@ -13,6 +13,7 @@ from stepcell.exporter.quantize.calibrate import Ranges
 from stepcell.exporter.quantize.clip_runs import Arrays, clip_steps, held_out_from
 from stepcell.exporter.quantize.flat_graph import FlatGraph
 from stepcell.exporter.quantize.qdq import int8_model
+from stepcell.pixels import is_quantity
 from stepcell.runtime.verify.clips import Clip
 
 __all__ = ["EQUALIZATIONS", "QUANTILES", "Candidate", "Losses", "find_layers"]
@@ -25,12 +26,14 @@ _TABLE = 12  # rows of the table in a refusal
 class Losses:
     """Measures int8 models against the float32 model: outputs over the last quarter of every clip.
 
-    States are fed back from the first frame on in both. Integers and booleans are not measured.
+    States are fed back from the first frame on in both. Labels and booleans are not measured; a model of nothing else
+    is measured by its states.
     """
 
     def __init__(self, graph: FlatGraph, contract: StepContract, clips: Sequence[Clip]) -> None:
         self._contract, self._clips = contract, clips
-        self._names = [spec.name for spec in contract.outputs if spec.dtype.startswith("float")]
+        measured = [s.name for s in contract.outputs if s.dtype.startswith("float") or is_quantity(s)]
+        self._names = measured or [state.output for state in contract.states]
         self._expected = list(self._run(graph.model.SerializeToString()))
         self._deviations = {
             name: float(np.std(np.concatenate([each[name].ravel() for each in self._expected]), dtype=np.float64))
@@ -44,7 +47,7 @@ class Losses:
         for expected, found in zip(self._expected, self._run(data), strict=True):
             count += 1
             for name in self._names:
-                squares[name] += float(np.mean(np.square(found[name] - expected[name], dtype=np.float64)))
+                squares[name] += float(np.mean(np.square(np.subtract(found[name], expected[name], dtype=np.float64))))
         return {name: (squares[name] / count) ** 0.5 / (self._deviations[name] or 1.0) for name in self._names}
 
     def _run(self, data: bytes) -> list[Arrays]:

@@ -269,6 +269,14 @@ def test_what_is_refused(model_path: Path, made: Path, clip: Path, tmp_path: Pat
     assert foreign.read_bytes() == b"someone else's"
 
 
+def test_pixels_in_the_graph(model_path: Path, clip: Path, tmp_path: Path) -> None:
+    assert call("fuse", model_path, "-o", tmp_path / "bytes.onnx", "--pixels", "uint8").exit_code == 0
+    contract = quantize(tmp_path / "bytes.onnx", tmp_path / "int8.onnx", [str(clip)])
+    assert isinstance(contract.quantization, Quantization)
+    assert contract.inputs[0].dtype == contract.outputs[0].dtype == "uint8"
+    assert 0 < contract.quantization.loss["y"] < 0.05
+
+
 def test_the_command(model_path: Path, clip: Path, tmp_path: Path) -> None:
     result = call("quantize", model_path, "-o", tmp_path / "q.onnx", "--calibrate", clip)
     assert result.exit_code == 0, result.output
