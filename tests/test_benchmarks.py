@@ -21,7 +21,18 @@ from stepcell.models import CellStack, ConvGRUCell
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "loop.json"
-MODULES = ("loop", "loops", "loop_cases", "loop_report", "other_version", "overhead", "evaluator", "map", "pipeline")
+MODULES = (
+    "loop",
+    "loops",
+    "loop_cases",
+    "loop_report",
+    "other_version",
+    "overhead",
+    "evaluator",
+    "map",
+    "pipeline",
+    "pixels",
+)
 
 
 @pytest.fixture
@@ -206,6 +217,18 @@ def test_overhead_quick(script: Callable[..., ModuleType], tmp_path: Path) -> No
     for name, figures in found["results"].items():
         assert figures["bare_us"] > 0, name
         assert figures["loop_us"] - figures["bare_us"] == pytest.approx(figures["overhead_us"], abs=0.2), name
+
+
+@pytest.mark.slow
+def test_pixels_quick(script: Callable[..., ModuleType], tmp_path: Path) -> None:
+    pixels = script("pixels", "--quick", "--rounds", 2, "--output", tmp_path / "pixels.json")
+    pixels.main()
+    found = json.loads((tmp_path / "pixels.json").read_text())
+    assert found["bytes"]["float"] == {"in": 54 * 96 * 3 * 4, "out": 54 * 96 * 3 * 4}
+    assert found["bytes"]["uint8"] == {"in": 54 * 96 * 3, "out": 54 * 96 * 3 + 4}
+    assert {len(each) for form in found["milliseconds"].values() for each in form.values()} == {2}
+    plot = (tmp_path / "pixels.svg").read_text()
+    assert plot.count("<rect") == 1 + len(pixels.rows(found))
 
 
 @pytest.mark.slow

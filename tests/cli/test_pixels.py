@@ -129,3 +129,29 @@ def test_verify_takes_a_declaration_and_refuses_without(accumulator: Make, frame
     assert refused.exit_code == 2
     assert "x: the range of its pixel values is undefined" in refused.stderr
     assert "x: range undefined -> 0 to 1" in call(*arguments, "--range", "0,1").stderr
+
+
+def test_pixels_in_the_graph(accumulator: Make, frames: np.ndarray) -> None:  # type: ignore[type-arg]
+    model = accumulator(range=None)
+    refused = call("fuse", model.name, "-o", "bytes.onnx", "--pixels", "uint8")
+    assert refused.exit_code == 2
+    assert "the range of x is undefined" in refused.stderr
+    said = " ".join(refused.stderr.partition("such as")[2].split())
+    assert not Path("bytes.onnx").exists()
+
+    made = call("fuse", model.name, "-o", "bytes.onnx", *shlex.split(said))
+    assert made.exit_code == 0, made.stderr
+    assert "pixels are converted in the graph" in made.stderr
+    assert "converted in the graph to (float32, NCHW, range 0 to 1, RGB)" in call("inspect", "bytes.onnx").stdout
+    assert call("run", "bytes.onnx", "--input", "clip.npy", "--output", "out.npy").exit_code == 0
+    np.testing.assert_array_equal(np.load("out.npy"), frames)
+    again = call("fuse", "bytes.onnx", "-o", "twice.onnx", "--pixels", "uint8")
+    assert (again.exit_code, "x is uint8 already" in again.stderr) == (2, True)
+    module = call("verify", "bytes.onnx", "--against", "weights.pth")
+    assert module.exit_code == 2
+    assert "the file takes bytes, and the module floats" in module.stderr
+    floats = np.zeros((1, 3, 2, 4), np.float32)
+    np.save("floats.npy", floats)
+    given = call("run", "bytes.onnx", "--input", "floats.npy")
+    assert given.exit_code == 1
+    assert "the model takes pixels, bytes of 0 to 255, the frames are float32" in given.stderr

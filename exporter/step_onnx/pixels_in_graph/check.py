@@ -24,6 +24,7 @@ from stepcell.sample_frames import random_frame, smooth_frame
 __all__ = ["STEPS", "float_form_step", "with_pixels_in_graph"]
 
 STEPS = 8  # conversion has no memory; half of them random frames, half smooth ones
+_SIZE = 32  # of a symbol of which the contract has no example
 _SUBJECT = "the float form"
 
 
@@ -59,7 +60,9 @@ def _compare(reference: Step, step: Step, contract: StepContract, result: StepCo
         for letter, dim in zip(spec.layout or "", spec.shape, strict=False)
         if letter in "HW" and spec.converts and spec.converts.pad_multiple > 1
     }
-    sizes = {symbol: size - (symbol in padded) for symbol, size in contract.example.items()}  # so that there is padding
+    sizes = {
+        symbol: contract.example.get(symbol, _SIZE) - (symbol in padded) for symbol in result.symbols
+    }  # so that there is padding
     shapes = {spec.name: resolve(spec.shape, sizes) for spec in result.inputs} | result.state_shapes(sizes)
     states = {state.name: state.initial(shapes[state.name]).copy() for state in result.states}
     clip = CheckClip(f"frames of pixels, sizes {sizes}", STEPS, lambda: _frames(result, shapes), states)

@@ -108,10 +108,12 @@ def inputs_to_convert(contract: StepContract) -> list[TensorSpec]:
     if floats:
         for spec in floats:
             if spec.range is None:
+                others = (each.range for each in (*contract.inputs, *contract.outputs))
+                name = f"{spec.name}:" if any(others) else ""
                 raise UsageError(
                     f"--pixels uint8: the range of {spec.name} is undefined, and it is not guessed",
-                    hint="declare what a black and a white pixel are to the model, such as --pixels uint8 --range "
-                    f"{spec.name}:0,1",
+                    hint="declare what a black and a white pixel are to the model, such as --pixels uint8 "
+                    f"--range {name}0,1",
                 )
         return floats
     if events := [spec for spec in frames if spec.events]:
