@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz audit sbom interop clean
+.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz audit sbom interop fleet clean
 
 setup: $(VENV)/.ready
 
@@ -48,6 +48,17 @@ interop: setup build/interop/.ready
 build/interop/.ready: tools/interop/requirements.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+# Real servers of Triton, real clients, and everything that is done to them (twenty minutes; HAProxy from the system).
+fleet: setup build/fleet/.ready
+	$(BIN)/stepcell export models/zoo/denoiser.safetensors -o build/fleet/denoiser.onnx --precision float32
+	OMP_NUM_THREADS=1 build/fleet/bin/python -m tools.fleet build/fleet/denoiser.onnx --output benchmarks/results/fleet.json
+
+build/fleet/.ready: tools/fleet/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	$(@D)/bin/python -m pip install --quiet --editable .
 	touch $@
 
 # Every kernel with every tile in an emulator of PTX (fifteen minutes, no GPU needed).

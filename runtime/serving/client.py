@@ -108,7 +108,7 @@ class StreamClient:
 
     def restart(self) -> None:
         """Begin a new stream with the next frame, from the model's initial state."""
-        self.stream = secrets.randbits(62) + 1
+        self.stream: int = secrets.randbits(62) + 1
         self._client = secrets.randbits(62)
         self._next, self._begins = 0, True
         self._lost: RefusedFrame | None = None

@@ -5,16 +5,20 @@ second random number, the same in every frame of a stream: two clients that happ
 `START` on frame 0 begins a stream, and is the only reset; on a later frame it says that this frame may reach another
 server, or another process of it, than the one before. `END` frees the slot once its frame is answered.
 
-A request with the number `CHECK` belongs to no stream: it is answered if a frame can be stepped.
+A request with the number `CHECK` belongs to no stream: it is answered if a frame can be stepped. Its inputs have the
+values of `check_values`, because a Python back end that was built for numpy 1, in a Python with numpy 2, hands over the
+first of them, repeated, without an error.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.errors import StepcellError
@@ -30,6 +34,7 @@ __all__ = [
     "NotAnswered",
     "Refusal",
     "RefusedFrame",
+    "check_values",
 ]
 
 NUMBER, CLIENT, ID = "FRAME", "CLIENT", "CORRID"  # inputs of a request: int64, int64, uint64
@@ -50,6 +55,11 @@ Refusal = Literal[
 _TEXT = re.compile(rf"\b({'|'.join(get_args(Refusal))})(?: (\d+))?: (.*)", re.DOTALL)
 
 
+def check_values(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+    """An input of a check: 1, 2, 3, ..."""
+    return np.arange(1, math.prod(shape) + 1).reshape(shape).astype(dtype)
+
+
 class RefusedFrame(StepcellError):
     """A frame that was not answered, and why.
 
@@ -60,7 +70,9 @@ class RefusedFrame(StepcellError):
     """
 
     def __init__(self, name: Refusal, reason: str, frame: int | None = None) -> None:
-        self.name, self.frame, self.reason = name, frame, reason
+        self.name: Refusal = name
+        self.frame: int | None = frame
+        self.reason: str = reason
         super().__init__(f"{name}{'' if frame is None else f' {frame}'}: {reason}")
 
     @classmethod

@@ -21,7 +21,7 @@ from stepcell.contract import StepContract
 from stepcell.errors import OutputError, UsageError
 from stepcell.files import atomic_path
 from stepcell.overwrite import MARK, check_output, is_engine, is_exported_model, is_marked, referred_files
-from stepcell.runtime.serving.protocol import CHECK, CLIENT, ID, NUMBER, STEPPED
+from stepcell.runtime.serving.protocol import CHECK, CLIENT, ID, NUMBER, STEPPED, check_values
 from stepcell.runtime.serving.settings import Settings
 from stepcell.runtime.serving.triton_transport import STREAM_HEADER
 from stepcell.runtime.serving.wire import Port, Wire
@@ -30,6 +30,7 @@ __all__ = ["Address", "Repository"]
 
 CANDIDATES = 65536  # sequences that the batcher lets in; the model refuses what has no slot, at once and by name
 HTTP, GRPC = 8000, 8001
+_VALUES = 3  # of an input of a check
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Repository:
     name: str
     settings: Settings
     instances: int = 1
-    batch_wait: float = 0.002
+    batch_wait: float = 0.02
     servers: Sequence[Address] = (Address("127.0.0.1"),)
 
     def write(self, *, overwrite: bool = False) -> list[Path]:
@@ -202,11 +203,14 @@ def _check_request(wire: Wire) -> str:
     tensors = [
         {
             "name": port.spec.name,
-            "shape": [1] * len(port.shape) + [port.shape[-1] if port.pixels else 1],
+            "shape": values.shape,
             "datatype": port.dtype.upper().replace("FLOAT", "FP"),
-            "data": [0] * (int(port.shape[-1]) if port.pixels else 1),
+            "data": values.ravel().tolist(),
         }
         for port in wire.inputs
+        for values in [
+            check_values([1] * len(port.shape) + [int(port.shape[-1]) if port.pixels else _VALUES], port.dtype)
+        ]
     ]
     numbers = [
         {"name": each, "shape": [1, 1], "datatype": "INT64", "data": [number]}

@@ -16,10 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-
 from stepcell.errors import StepcellError
-from stepcell.runtime.serving.protocol import CHECK, FrameRequest
+from stepcell.runtime.serving.protocol import CHECK, FrameRequest, check_values
 from stepcell.runtime.serving.server_process import ServerProcess
 from stepcell.runtime.serving.triton_transport import TritonTransport
 
@@ -48,9 +46,11 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: ending.set())
     try:
+        started = False
         while not ending.is_set():
-            reason, was_ready = _run(options, ending)
-            if not (ending.is_set() or was_ready):
+            reason, ready = _run(options, ending)
+            started = started or ready
+            if not (ending.is_set() or started):  # a start that fails later is tried again
                 raise StepcellError(f"the server does not start: {reason}", hint="its log is above")
             ending.wait(1)
     except StepcellError as error:
@@ -62,7 +62,12 @@ def main() -> int:
 def _run(options: argparse.Namespace, ending: threading.Event) -> tuple[str, bool]:
     """A server from its start to its end; returns why it was stopped, and whether it had stepped frames."""
     server = ServerProcess(
-        options.models, address=options.address, http=options.http, grpc=options.grpc, metrics=options.metrics
+        options.models,
+        options.model,
+        address=options.address,
+        http=options.http,
+        grpc=options.grpc,
+        metrics=options.metrics,
     )
     host = "127.0.0.1" if options.address == "0.0.0.0" else options.address
     transport = TritonTransport(f"http://{host}:{options.http}", options.model, timeout=5.0)
@@ -90,8 +95,13 @@ def _run(options: argparse.Namespace, ending: threading.Event) -> tuple[str, boo
             return fault, ready
         return "", ready
     finally:
+        if ending.is_set() and ready:
+            try:
+                transport.unload(60.0)
+            except StepcellError as error:
+                logger.warning(f"states since the last snapshots are not written: {error.message}")
         transport.close()
-        server.stop(35.0 if ending.is_set() else 5.0)
+        server.stop(5.0)
 
 
 def _check(transport: TritonTransport) -> None:
@@ -100,7 +110,9 @@ def _check(transport: TritonTransport) -> None:
     Raises:
         StepcellError: it is not stepped.
     """
-    arrays = {name: np.zeros([1, *(max(1, size) for size in dims)], dtype) for name, dims, dtype in transport.inputs()}
+    arrays = {
+        name: check_values([1, *(max(1, size) for size in dims)], dtype) for name, dims, dtype in transport.inputs()
+    }
     transport.infer(FrameRequest(secrets.randbits(62) + 1, 0, CHECK, arrays, start=True, end=True))
 
 

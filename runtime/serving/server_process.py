@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -15,12 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepcell.errors import MissingDependencyError
+from stepcell.errors import MissingDependencyError, UsageError
 
 __all__ = ["ServerProcess"]
 
 logger = logging.getLogger(__name__)
-_STUB = "triton_python_backend_stub"
+_SERVER, _STUB = "tritonserver", "triton_python_backend_stub"
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -29,15 +30,20 @@ class ServerProcess:
 
     Args:
         repository: folder of models.
+        model: the one to load.
         address: to listen on.
         http, grpc, metrics: its ports.
 
     Raises:
-        MissingDependencyError: there is no server.
+        MissingDependencyError: there is no server, or its Python has a numpy that it was not built for.
+        UsageError: one with this port runs already.
     """
 
-    def __init__(self, repository: Path, *, address: str, http: int, grpc: int, metrics: int) -> None:
+    def __init__(self, repository: Path, model: str, *, address: str, http: int, grpc: int, metrics: int) -> None:
         self._prefix = f"stepcell-{http}-"  # of its regions of shared memory
+        running = next(_processes(_SERVER, self._prefix), None)
+        if running is not None:  # its stubs and shared memory are in use
+            raise UsageError(f"a server of port {http} runs already, as process {running}", hint="choose other ports")
         self._remove_leftovers()
         program, environment, options = _installed()
         command = [
@@ -49,7 +55,11 @@ class ServerProcess:
             f"--http-port={http}",
             f"--grpc-port={grpc}",
             f"--metrics-port={metrics}",
-            "--exit-timeout-secs=30",
+            # A server that gets SIGTERM waits for its clients to leave, and then ends without a word to its models: so
+            # the model is unloaded before.
+            "--model-control-mode=explicit",
+            f"--load-model={model}",
+            "--exit-timeout-secs=1",
             "--disable-auto-complete-config",
         ]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -62,17 +72,17 @@ class ServerProcess:
 
     def remember_stubs(self) -> None:
         """Take the stubs that run now as those that have to."""
-        self.stubs = set(_stubs(self._prefix))
+        self.stubs = set(_processes(_STUB, self._prefix))
 
     def fault(self) -> str | None:
         """What has ended: the server, or a stub, which the server neither tells nor starts again; None: nothing."""
         if self._process.poll() is not None:
             return f"the server ended with {self._process.returncode}"
-        gone = self.stubs - set(_stubs(self._prefix))
+        gone = self.stubs - set(_processes(_STUB, self._prefix))
         return f"the process {min(gone)} of an instance has ended" if gone else None
 
     def stop(self, seconds: float) -> None:
-        """End it: by SIGTERM, after which instances write their snapshots, and by SIGKILL after so many seconds."""
+        """End it: by SIGTERM, and by SIGKILL after so many seconds."""
         if self._process.poll() is None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -84,11 +94,11 @@ class ServerProcess:
 
     def _remove_leftovers(self) -> None:
         """End stubs and remove shared memory that a killed server of the same port left behind."""
-        for pid in _stubs(self._prefix):
+        for pid in _processes(_STUB, self._prefix):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         for _ in range(50):
-            if not list(_stubs(self._prefix)):
+            if not list(_processes(_STUB, self._prefix)):
                 break
             time.sleep(0.1)
         for path in _SHARED_MEMORY.glob(f"{self._prefix}*"):
@@ -96,12 +106,12 @@ class ServerProcess:
                 path.unlink()
 
 
-def _stubs(prefix: str) -> Iterator[int]:
-    """Stubs of servers with this prefix."""
+def _processes(program: str, prefix: str) -> Iterator[int]:
+    """Running servers, or their stubs, whose shared memory has this prefix."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if words[0].endswith(_STUB.encode()) and any(word.startswith(prefix.encode()) for word in words):
+            if words[0].endswith(program.encode()) and any(prefix.encode() in word for word in words):
                 yield int(path.parent.name)
 
 
@@ -121,6 +131,12 @@ def _installed() -> tuple[str, dict[str, str], list[str]]:
         return program, environment, []
     wheel = Path(found.origin).parent
     server = wheel / "tritonserver"
+    numpy, built = (importlib.metadata.version(name) for name in ("numpy", "nvidia-pytriton"))
+    if built == "0.7.0" and int(numpy.split(".")[0]) > 1:
+        raise MissingDependencyError(
+            f"the Python back end of nvidia-pytriton {built} damages arrays of numpy {numpy}",
+            hint="pip install 'numpy<2'",
+        )
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub, link = server / "python_backend_stubs" / version / _STUB, server / "backends" / "python" / _STUB
     if not link.exists():

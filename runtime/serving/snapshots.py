@@ -94,7 +94,7 @@ class StreamSnapshots:
 
     def forget(self, stream: int) -> None:
         """Remove the snapshots of a stream that has ended."""
-        self._writer.submit(self._store.forget, stream)
+        self._pending.append(self._writer.submit(self._store.forget, stream))
 
     def close(self) -> None:
         """Write what waits, and end the thread."""

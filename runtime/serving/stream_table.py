@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from stepcell.errors import InputError, StepcellError
 from stepcell.runtime.loop.slots import Slot
 from stepcell.runtime.loop.step_loop import StepLoop
-from stepcell.runtime.serving.protocol import CHECK, FrameRequest, RefusedFrame
+from stepcell.runtime.serving.protocol import CHECK, FrameRequest, RefusedFrame, check_values
 from stepcell.runtime.serving.snapshots import StreamSnapshots
 from stepcell.runtime.serving.wire import Wire
 
@@ -101,14 +101,25 @@ class StreamTable:
                 turn.setdefault(requests[index].stream, index)
             answers |= self._turn({index: requests[index] for index in turn.values()})
             waiting = [index for index in waiting if index not in answers]
-        answers |= {index: self.check() for index in checks}
+        answers |= {index: self.check(requests[index].arrays) for index in checks}
         for answer in answers.values():
             if isinstance(answer, RefusedFrame):
                 self.counts.refused[answer.name] = self.counts.refused.get(answer.name, 0) + 1
         return [answers[index] for index in range(len(requests))]
 
-    def check(self) -> Arrays | RefusedFrame:
-        """An empty answer if frames can be stepped: one was since the last check, or one is now, for no stream."""
+    def check(self, arrays: Mapping[str, NDArray[Any]]) -> Arrays | RefusedFrame:
+        """An empty answer if frames can be stepped: one was since the last check, or one is now, for no stream.
+
+        Args:
+            arrays: inputs of the check, which must have arrived as they were sent.
+        """
+        for name, array in arrays.items():
+            if not np.array_equal(array, check_values(array.shape, array.dtype)):
+                return RefusedFrame(
+                    "FAILED",
+                    f"{name}: the server damages arrays: its Python has numpy {np.__version__}, and its back end was "
+                    "built for another one (pip install 'numpy<2')",
+                )
         if self.counts.frames == self._stepped_at_check:
             try:
                 self._step_sample()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ __all__ = ["STREAM_HEADER", "TritonTransport"]
 
 STREAM_HEADER = "x-stream"  # of each request; a load balancer chooses the server by it
 _REFUSED = ("400", "404", "StatusCode.INVALID_ARGUMENT", "StatusCode.NOT_FOUND")
-_NO_START = "must specify the START flag"  # the server's own memory of sequences ended before that of the model
+_GONE = "StatusCode.UNAVAILABLE"
+# Texts of a server that forgot a sequence before the model did, or that is being stopped: the request is sent again.
+_ELSEWHERE = ("must specify the START flag", "unknown model", "no available versions", "not ready")
+_CONFIG_SECONDS = 5.0  # at least, for a server's configuration
 
 
 class TritonTransport:
@@ -82,6 +86,22 @@ class TritonTransport:
             if each["name"] not in (NUMBER, CLIENT)
         ]
 
+    def unload(self, seconds: float) -> None:
+        """Let the server give up the model, whose instances write their snapshots then; by HTTP only.
+
+        Raises:
+            StepcellError: it does not, or not in time.
+        """
+        self._call("unload_model", self._model)
+        ends = time.monotonic() + seconds
+        while any(
+            each["name"] == self._model and each.get("state") != "UNAVAILABLE"
+            for each in self._call("get_model_repository_index")
+        ):
+            if time.monotonic() > ends:
+                raise NotAnswered(f"{self._address}: {self._model} was not unloaded within {seconds:g} s")
+            time.sleep(0.1)
+
     def _config(self) -> Any:
         if self._http:
             return self._call("get_model_config", self._model)
@@ -101,7 +121,7 @@ class TritonTransport:
             limits = {"connection_timeout": self._timeout, "network_timeout": self._timeout} if self._http else {}
             self._connection = self._library.InferenceServerClient(self._address, **limits)
         if not self._http:
-            options["client_timeout"] = self._timeout
+            options["client_timeout"] = self._timeout if method == "infer" else max(self._timeout, _CONFIG_SECONDS)
         try:
             return getattr(self._connection, method)(*arguments, **options)
         except InferenceServerException as error:
@@ -109,8 +129,9 @@ class TritonTransport:
             refusal = RefusedFrame.parse(text)
             if refusal is not None:
                 raise refusal from error
-            self.close()
-            if status in _REFUSED and _NO_START not in text:
+            if self._http or status == _GONE:  # channels of gRPC live on, and wait long until they connect again
+                self.close()
+            if status in _REFUSED and not any(words in text for words in _ELSEWHERE):
                 raise InputError(f"{self._address}: {self._model}: {text}") from error
             raise NotAnswered(f"{self._address}: {text}") from error
         except Exception as error:  # of sockets, gevent and the parser of answers, which share no class

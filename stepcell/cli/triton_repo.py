@@ -52,7 +52,7 @@ Examples:
     help="A stream without frames for this long gives its slot to a new one.",
 )  # fmt: skip
 @click.option(
-    "--batch-wait", "wait_text", default="2ms", show_default=True, metavar="TIME",
+    "--batch-wait", "wait_text", default="20ms", show_default=True, metavar="TIME",
     help="A frame waits for those of other streams for at most this long.",
 )  # fmt: skip
 @click.option(

@@ -53,7 +53,7 @@ def test_the_repository_of_a_model_of_pictures(denoiser_onnx_float32: Path, tmp_
         '{ name: "STEPPED" data_type: TYPE_INT64 dims: [ 1 ] }',
         "instance_group [ { count: 2 kind: KIND_CPU } ]",
         "max_sequence_idle_microseconds: 300000000",
-        "preferred_batch_size: [ 8 ] max_queue_delay_microseconds: 2000",
+        "preferred_batch_size: [ 8 ] max_queue_delay_microseconds: 20000",
         '{ name: "CORRID" control [ { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 } ] }',
     ):
         assert line in text, text
@@ -77,7 +77,7 @@ def test_the_check_of_the_load_balancer_is_a_request_of_the_model(denoiser_onnx_
     body = json.loads(re.findall(r"body '(.*)'", text)[0])
     assert body["parameters"] == {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
     assert body["inputs"] == [
-        {"name": "x", "shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [0, 0, 0]},
+        {"name": "x", "shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]},
         {"name": "FRAME", "shape": [1, 1], "datatype": "INT64", "data": [-1]},
         {"name": "CLIENT", "shape": [1, 1], "datatype": "INT64", "data": [0]},
     ]

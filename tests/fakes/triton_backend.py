@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 
@@ -18,13 +17,6 @@ class Tensor:
 
     def as_numpy(self) -> NDArray[Any]:
         return self._array
-
-
-class DamagedTensor(Tensor):
-    """As that of a back end built for numpy 1, in a Python with numpy 2: the first element, repeated."""
-
-    def as_numpy(self) -> NDArray[Any]:
-        return np.full_like(self._array, self._array.flat[0])
 
 
 class TritonError:

@@ -1,0 +1,97 @@
+"""`make fleet`: real servers, real clients and everything that is done to them; a table of what was promised and seen.
+
+    python -m tools.fleet MODEL --output benchmarks/results/fleet.json
+
+Run by the environment of tools/fleet/requirements.txt. All servers listen on 127.0.0.1. The exit code is 1 if a promise
+did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+from tools.fleet.outcome import Outcome
+from tools.fleet.scenarios import Scenarios
+
+PACKAGES = ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the zoo's denoiser in float32")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--starts", type=int, default=10_000)
+    parser.add_argument("--port", type=int, default=18100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="scenarios with this in their name")
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args()
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="stepcell-fleet") as name:
+        scenarios = Scenarios(
+            options.model,
+            Path(name),
+            random.Random(options.seed),
+            port=options.port,
+            kills=options.kills,
+            starts=options.starts,
+        )
+        runs: dict[str, Callable[[], Outcome]] = {
+            "equal": lambda: scenarios.equal(1),
+            "equal_instances": lambda: scenarios.equal(2),
+            "numpy_2": scenarios.numpy_2,
+            "idle": scenarios.idle,
+            "shared_id": scenarios.shared_id,
+            "in_flight": scenarios.in_flight,
+            "deadlines": scenarios.deadlines,
+            "stopped": scenarios.stopped,
+            "balanced": scenarios.balanced,
+            "dead_processes": scenarios.dead_processes,
+            "throughput": scenarios.throughput,
+        }
+        for scenario, run in runs.items():
+            if options.only is not None and options.only not in scenario:
+                continue
+            started = time.monotonic()
+            outcome = run()
+            outcomes.append(outcome)
+            verdict = f"{len(outcome.broken)} BROKEN" if outcome.broken else "held"
+            print(f"{outcome.name}: {verdict} ({time.monotonic() - started:.0f} s)\n    {outcome.seen}", flush=True)
+            for line in outcome.broken[:20]:
+                print(f"    {line}", flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(_document(outcomes, options.seed), indent=1) + "\n")
+        if any(outcome.broken for outcome in outcomes):
+            for log in Path(name).glob("*.log"):
+                print(log.read_text()[-4000:], file=sys.stderr)
+    sys.exit(any(outcome.broken for outcome in outcomes))
+
+
+def _document(outcomes: list[Outcome], seed: int) -> dict[str, object]:
+    return {
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "seed": seed,
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+if __name__ == "__main__":
+    main()
