@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import onnx
@@ -33,13 +34,19 @@ Array: TypeAlias = NDArray[Any]
 Loop: TypeAlias = Callable[..., Array]
 
 
-def step_loop(case: Case, *, check_finite: bool = True) -> Loop:
+def step_loop(case: Case, *, check_finite: bool = True, backend: str = "onnxruntime") -> Loop:
     """StepLoop: every state has two buffers, used alternately.
 
     Args:
         check_finite: check frames for NaN, the default of StepLoop; no other loop does.
+        backend: what computes a step.
+
+    Raises:
+        RuntimeError: ncnn is not installed.
     """
-    loop = StepLoop.open(case.exported, threads=case.threads, check_finite=check_finite)
+    if backend == "ncnn" and find_spec("ncnn") is None:
+        raise RuntimeError("ncnn is not installed")
+    loop = StepLoop.open(case.exported, threads=case.threads, check_finite=check_finite, backend=backend)
     names = [spec.name for spec in loop.contract.inputs]
     return lambda *x: loop.step(**dict(zip(names, x, strict=True)))["y"]
 
@@ -218,6 +225,7 @@ WIDE = 512  # size of its square factor: large enough for the best rate, small e
 LOOPS: dict[str, Callable[[Case], Loop]] = {
     OURS: step_loop,
     UNCHECKED: partial(step_loop, check_finite=False),
+    "StepLoop, ncnn": partial(step_loop, backend="ncnn"),
     BASELINE: session_run,
     "session.run, no spinning": partial(session_run, spinning=False),
     "IO binding": io_binding,

@@ -32,6 +32,7 @@ MODULES = (
     "map",
     "pipeline",
     "pixels",
+    "ncnn_step",
 )
 
 
@@ -276,3 +277,32 @@ def test_pipeline_quick(script: Callable[..., ModuleType], tmp_path: Path, capsy
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["cases"]) == 8
     texts = [each.text for each in ET.parse(output.with_suffix(".svg")).iter("{http://www.w3.org/2000/svg}text")]
     assert "clip.npy to nothing" in texts
+
+
+def test_ncnn_result_has_a_table_and_a_picture(script: Callable[..., ModuleType]) -> None:
+    module = script("ncnn_step")
+    found = {
+        "shapes": [{"name": "a < b", "times_as_fast": [1.1, 1.52, 1.9], "auto": "ncnn 1, CPU"}],
+        "errors": [{"model": "cell", "steps": 7, "worst_rms": {"onnxruntime": 1e-8, "ncnn": 2e-8}, "ratio": 2.0}],
+        "idle": {"share_of_2_in_8": {"onnxruntime": [0.9, 1.0, 1.1], "ncnn": [0.2, 0.26, 0.3]}},
+        "cpu": "CPU", "cores": 2, "threads": 1, "load_before": [0.1] * 3, "load_after": [0.2] * 3,
+    }  # fmt: skip
+    text = module.table(found)
+    assert "| a < b | 1.52 (1.10 to 1.90) | ncnn 1 |" in text
+    assert "| cell, 7 steps | 1.0e-08 | 2.0e-08 | 2.00 |" in text
+    assert "2 frames takes 0.26 of one with 8 in ncnn, 1.00 in ONNX Runtime" in text
+    bars = ET.fromstring(module.svg(found)).findall(".//{*}rect")
+    assert [bar.get("width") for bar in bars] == ["100%", f"{1.52 * 180:.1f}"]
+
+
+def test_quartiles_of_rounds(script: Callable[..., ModuleType]) -> None:
+    module = script("ncnn_step")
+    calls = {"one": 0, "two": 0}
+
+    def step(name: str) -> None:
+        calls[name] += 1
+
+    times = module.rounds_of({name: lambda name=name: step(name) for name in calls}, 3)
+    assert [len(found) for found in times.values()] == [3, 3]
+    assert min(calls.values()) >= 3 * 3
+    assert module.quartiles([1.0, 2.0, 3.0]) == [1.5, 2.0, 2.5]

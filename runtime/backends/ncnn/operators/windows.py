@@ -75,8 +75,11 @@ def pooling(node: Node, graph: Graph) -> None:
     kernel, strides = node.get("kernel_shape"), node.get("strides", [1, 1])
     dilations = node.get("dilations", [1, 1])
     pads = _pads(node, shape[1:], kernel, strides, dilations)
-    if dilations != [1, 1] or len(node.outputs) > 1 or node.get("ceil_mode", 0):
-        raise NotConvertible(f"{node}: dilated, rounded up, or with indices")
+    left_over = [
+        (size + pads[axis] + pads[axis + 2] - kernel[axis]) % strides[axis] for axis, size in enumerate(shape[1:])
+    ]
+    if dilations != [1, 1] or len(node.outputs) > 1 or (node.get("ceil_mode", 0) and any(left_over)):
+        raise NotConvertible(f"{node}: dilated, with indices, or with a last window that is not whole")
     parameters: dict[int, Parameter] = {
         0: int(node.op == "AveragePool"),
         1: kernel[1],

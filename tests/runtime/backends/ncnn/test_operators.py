@@ -45,6 +45,12 @@ CASES: dict[str, tuple[str, str, str, dict[str, tuple[int, ...]]]] = {
     "max pool": (MAP, "1,12,4,5", "y = MaxPool<kernel_shape=[3,2], strides=[2,2]>(x)", {}),
     "max pool, padded": (MAP, "1,12,9,10", "y = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(x)", {}),
     "average pool": (MAP, "1,12,9,10", "y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(x)", {}),
+    "average pool, rounded up": (
+        "1,12,8,10",
+        "1,12,4,5",
+        "y = AveragePool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>(x)",
+        {},
+    ),
     "average pool, with padding": (
         MAP,
         "1,12,9,10",
@@ -247,6 +253,7 @@ def test_round_is_half_to_even() -> None:
     [
         ("y = Concat<axis=0>(x, x)", "expected a known shape with 1 as its first size"),
         ("y = Conv<pads=[1,1,1,1]>(x, x)", "computed in the graph"),
+        ("y = MaxPool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>(x)", "a last window that is not whole"),
         ("y = Acos(x)", "operator Acos"),
         ("y = Transpose<perm=[1,0,2,3]>(x)", "first axis"),
         ("d = Cast<to=11>(x)\n e = Exp(d)\n y = Cast<to=1>(e)", "of type double"),
