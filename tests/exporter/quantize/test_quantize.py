@@ -274,6 +274,7 @@ def test_pixels_in_the_graph(model_path: Path, clip: Path, tmp_path: Path) -> No
     contract = quantize(tmp_path / "bytes.onnx", tmp_path / "int8.onnx", [str(clip)])
     assert isinstance(contract.quantization, Quantization)
     assert contract.inputs[0].dtype == contract.outputs[0].dtype == "uint8"
+    assert list(contract.quantization.loss) == ["y"]
     assert 0 < contract.quantization.loss["y"] < 0.05
 
 
