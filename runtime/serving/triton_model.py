@@ -43,7 +43,8 @@ class TritonPythonModel:
         device = settings.device
         if device == "cuda":
             device = f"cuda:{args['model_instance_device_id']}"
-        loop = StepLoop.open(folder / settings.model, device, slots=slots, threads=threads)
+        # Not whichever is faster here: a state may go on at another server, bit by bit as at this one.
+        loop = StepLoop.open(folder / settings.model, device, slots=slots, threads=threads, backend="onnxruntime")
         self._wire = Wire(loop.contract, slots, pixels=settings.pixels)
         snapshots = None
         if settings.snapshots:

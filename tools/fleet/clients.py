@@ -35,7 +35,7 @@ def digest(array: NDArray[Any]) -> str:
 
 def expected(model: Path, seed: int, count: int) -> list[str]:
     """Digests of the answers of a loop that steps one stream alone."""
-    with StepLoop.open(model, slots=1, threads=1) as loop:
+    with StepLoop.open(model, slots=1, threads=1, backend="onnxruntime") as loop:
         wire, slot = Wire(loop.contract, 1, pixels=True), loop.attach()
         found = []
         for number in range(count):

@@ -344,7 +344,7 @@ class Scenarios:
         """Frames per second of one process that steps as many slots."""
         from stepcell.runtime.serving.wire import Wire
 
-        with StepLoop.open(self.model, slots=slots) as loop:
+        with StepLoop.open(self.model, slots=slots, backend="onnxruntime") as loop:
             wire = Wire(loop.contract, slots, pixels=True)
             held = [loop.attach() for _ in range(slots)]
             frames = [np.zeros((1, *SIZE, 3), np.uint8) + each for each in range(8)]
