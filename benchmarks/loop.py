@@ -47,7 +47,7 @@ from stepcell.files import read_bytes, write_atomic
 CHECKED, TOLERANCE = 32, 1e-4  # steps compared before the timing, and largest difference to float64
 WARM_UP = 1  # steps of each loop at the start of a round that are not timed
 ROUND_SECONDS = 0.03  # of timed steps of the baseline
-SHAPE_SECONDS = 25  # no further round of a shape starts after this time, which matters on a busy machine
+SHAPE_SECONDS = 15  # no further round of a shape starts after this time, which matters on a busy machine
 SETTLE_SECONDS = 0.3  # at most
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]

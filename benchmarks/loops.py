@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx
 import onnx.inliner
 import onnxruntime
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepcell import StepLoop
+from stepcell import StepLoop, quantize
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.step import initial_states
 
@@ -49,6 +51,21 @@ def step_loop(case: Case, *, check_finite: bool = True, backend: str = "onnxrunt
     loop = StepLoop.open(case.exported, threads=case.threads, check_finite=check_finite, backend=backend)
     names = [spec.name for spec in loop.contract.inputs]
     return lambda *x: loop.step(**dict(zip(names, x, strict=True)))["y"]
+
+
+def int8(case: Case) -> Loop:
+    """StepLoop with the file that `stepcell quantize` writes: another result, judged by benchmarks/int8.py."""
+    path = case.exported.with_name(f"{case.exported.stem}.int8.onnx")
+    names = [spec.name for spec in case.module.inputs]
+    if not path.exists():
+        rng = np.random.default_rng(2)
+        frames = [
+            {name: rng.random(shape, np.float32) for name, shape in zip(names, case.shapes, strict=True)}
+            for _ in range(8)
+        ]
+        quantize(case.exported, path, [frames], max_loss=math.inf)
+    loop = StepLoop.open(path, threads=case.threads, backend="onnxruntime")
+    return lambda *x: loop.step(**dict(zip(names, x, strict=True)))[loop.contract.outputs[0].name]
 
 
 def session_run(case: Case, *, spinning: bool = True) -> Loop:
@@ -220,12 +237,14 @@ def matrix_product(case: Case) -> Loop:
 
 
 OURS, UNCHECKED, BASELINE = "StepLoop", "StepLoop, check_finite=False", "session.run"
+INT8 = "StepLoop, int8"
 FLOOR = "a matrix product of as many operations"
 WIDE = 512  # size of its square factor: large enough for the best rate, small enough for the cache
 LOOPS: dict[str, Callable[[Case], Loop]] = {
     OURS: step_loop,
     UNCHECKED: partial(step_loop, check_finite=False),
     "StepLoop, ncnn": partial(step_loop, backend="ncnn"),
+    INT8: int8,
     BASELINE: session_run,
     "session.run, no spinning": partial(session_run, spinning=False),
     "IO binding": io_binding,
@@ -237,7 +256,7 @@ LOOPS: dict[str, Callable[[Case], Loop]] = {
     "torch, six convolutions": partial(seed, form=SixConvolutions),
     "torch, three convolutions": partial(seed, form=ThreeConvolutions),
 }
-TOLERANCES = {"OpenVINO, bfloat16": 0.1}  # largest difference to float64, where it is not that of float32
+TOLERANCES = {"OpenVINO, bfloat16": 0.1, INT8: 1.0}  # largest difference to float64, where it is not that of float32
 
 
 def _session(case: Case, *, spinning: bool = True) -> Any:
