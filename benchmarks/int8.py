@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from loop import settle
 from numpy.typing import NDArray
 
 import stepcell
@@ -97,6 +98,7 @@ def speed(pair: tuple[Path, Path], shape: tuple[int, ...], threads: int, rounds:
     for _ in range(rounds):
         for name in order.sample(list(loops), len(loops)):
             clip = itertools.cycle(frames)
+            settle()
             loops[name].step(x=next(clip))
             started = time.perf_counter()
             for _ in range(steps):
