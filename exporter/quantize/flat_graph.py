@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ __all__ = ["Convolution", "FlatGraph", "flat_graph"]
 Array = NDArray[Any]
 
 # What a factor for each channel passes through unchanged, if it is above zero.
-_HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "Identity", "Resize", "Cast"})
+_HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "Identity", "Resize"})
 _WEIGHTED = {"Conv": 1, "ConvTranspose": 0}  # axis of the weights that counts input channels
 
 
@@ -56,10 +56,6 @@ class Convolution:
     def output(self) -> str:
         return str(self.node.output[0])
 
-    @property
-    def groups(self) -> int:
-        return next((int(each.i) for each in self.node.attribute if each.name == "group"), 1)
-
 
 class FlatGraph:
     """A float32 model of standard nodes, with what quantisation asks of it.
@@ -67,6 +63,7 @@ class FlatGraph:
     Attributes:
         model: the model, without contract.
         convolutions: in the order of the nodes, by name.
+        read_outside: outputs, and what graphs inside nodes read: these keep their names and values.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -76,7 +73,7 @@ class FlatGraph:
         for node in model.graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        self._outputs = {output.name for output in model.graph.output}
+        self.read_outside = {output.name for output in model.graph.output} | set(_captured(model.graph.node))
         self.convolutions = {each.name: each for each in self._find()}
 
     def channel_readers(self, tensor: str, first: int = 0) -> list[tuple[onnx.NodeProto, int]] | None:
@@ -84,7 +81,7 @@ class FlatGraph:
 
         None: something else reads it too, for which a factor of a channel makes a difference.
         """
-        if tensor in self._outputs:
+        if tensor in self.read_outside:
             return None
         found: list[tuple[onnx.NodeProto, int]] = []
         for node in self._readers.get(tensor, []):
@@ -95,11 +92,11 @@ class FlatGraph:
                 continue
             start = first
             if node.op_type == "Concat" and self._channel_axis(node):
-                sizes = [self._channels(name) for name in node.input[: list(node.input).index(tensor)]]
+                sizes = [self._sizes.get(name) for name in node.input[: list(node.input).index(tensor)]]
                 if None in sizes or list(node.input).count(tensor) > 1:
                     return None
                 start += sum(size or 0 for size in sizes)
-            elif node.op_type not in _HOMOGENEOUS or node.input[0] != tensor:
+            elif not _is_homogeneous(node) or node.input[0] != tensor:
                 return None
             further = self.channel_readers(node.output[0], start)
             if further is None:
@@ -121,14 +118,11 @@ class FlatGraph:
                 name += "'"
             taken.add(name)
             readers = self._readers.get(node.output[0], [])
-            alone = len(readers) == 1 and readers[0].op_type == "Relu" and node.output[0] not in self._outputs
+            alone = len(readers) == 1 and readers[0].op_type == "Relu" and node.output[0] not in self.read_outside
             yield Convolution(name, node, weight, readers[0].output[0] if alone else node.output[0])
 
     def _channel_axis(self, node: onnx.NodeProto) -> bool:
         return any(each.name == "axis" and each.i == 1 for each in node.attribute)
-
-    def _channels(self, tensor: str) -> int | None:
-        return self._sizes.get(tensor)
 
     @functools.cached_property
     def _sizes(self) -> dict[str, int]:
@@ -140,6 +134,22 @@ class FlatGraph:
             if len(dims) > 1 and dims[1].HasField("dim_value"):
                 found[value.name] = int(dims[1].dim_value)
         return found
+
+
+def _is_homogeneous(node: onnx.NodeProto) -> bool:
+    to = next((each.i for each in node.attribute if each.name == "to"), None)
+    return node.op_type in _HOMOGENEOUS or (node.op_type == "Cast" and to == onnx.TensorProto.FLOAT)
+
+
+def _captured(nodes: Iterable[onnx.NodeProto], depth: int = 0) -> Iterator[str]:
+    """Names that graphs inside nodes read."""
+    for node in nodes:
+        if depth:
+            yield from node.input
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _captured(graph.node, depth + 1)
+                yield from (output.name for output in graph.output)
 
 
 def flat_graph(file: OnnxFile) -> FlatGraph:

@@ -43,7 +43,6 @@ class _Int8:
     ) -> None:
         self._graph, self._ranges, self._equalization = graph, ranges, equalization
         self._layers = {conv.output: conv for name, conv in graph.convolutions.items() if name in layers}
-        self._outputs = {output.name for output in graph.model.graph.output}
         self._weights: dict[str, Array] = {}  # changed ones, by the output of their node
         self._biases: dict[str, Array] = {}
         self._divided: dict[str, Array] = {}  # by convolution, by what its input channels were divided
@@ -113,7 +112,7 @@ class _Int8:
         node.input[0] = self._around(node.input[0], self._input_range(conv))
         node.input[1] = self._int8_weight(conv)
         largest = float(self._ranges[conv.ranged].max())  # that of its loudest channel, whose factor is 1
-        if conv.output in self._outputs:  # the name belongs to what is read from outside
+        if conv.output in self._graph.read_outside:  # the name belongs to what is read from outside
             node.output[0] = f"{conv.output}/convolution"
         self._nodes.append(node)
         result = self._around(node.output[0], largest)
@@ -123,7 +122,7 @@ class _Int8:
             self._nodes.append(onnx.helper.make_node("Mul", [result, factor], [f"{conv.output}/scaled"]))
             result = f"{conv.output}/scaled"
         self._renamed[conv.output] = result
-        if conv.output in self._outputs:
+        if conv.output in self._graph.read_outside:
             self._nodes.append(onnx.helper.make_node("Identity", [result], [conv.output]))
 
     def _around(self, tensor: str, largest: float) -> str:
@@ -164,7 +163,7 @@ class _Int8:
         model.CopyFrom(self._graph.model)
         del model.graph.node[:], model.graph.initializer[:]
         model.graph.node.extend(self._nodes)
-        used = {name for node in self._nodes for name in node.input} | self._outputs
+        used = {name for node in self._nodes for name in node.input} | self._graph.read_outside
         kept = {**self._graph.weights, **self._constants}
         model.graph.initializer.extend(tensor for name, tensor in kept.items() if name in used)
         return model

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from stepcell import StepContract, StepLoop, export_onnx
@@ -198,6 +199,36 @@ def test_equalization_pays_where_channels_differ(branches: tuple[FlatGraph, Step
         for power in (0.0, 0.5)
     }
     assert error[0.5] < 0.7 * error[0.0], error
+
+
+def test_what_graphs_inside_nodes_read_keeps_its_values() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((4, 3, 1, 1)).astype(np.float32) * np.logspace(-2, 1, 4, dtype=np.float32).reshape(
+        -1, 1, 1, 1
+    )
+    branch = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["c", "shift"], ["inner"])], "branch", [],
+        [onnx.helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    ports = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, size, 8, 8])
+        for name, size in (("x", 3), ("y", 4))
+    ]
+    nodes = [
+        onnx.helper.make_node("Conv", ["x", "w"], ["c"]),
+        onnx.helper.make_node("If", ["always"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    constants = {"w": weight, "shift": np.full(1, 0.5, np.float32), "always": np.ones((), bool)}
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    flat = FlatGraph(model)
+    x = rng.random((1, 3, 8, 8)).astype(np.float32)
+    truth = ReferenceEvaluator(model).run(None, {"x": x})[0]
+    largest = np.abs(truth - 0.5).max((0, 2, 3))
+    ranges = {"x": np.abs(x).max((0, 2, 3)), "c": largest}
+    found = ReferenceEvaluator(int8_model(flat, ranges, ["c"], 0.5)).run(None, {"x": x})[0]
+    assert np.abs(found - truth).max() < 0.02 * largest.max()
 
 
 def run(model: onnx.ModelProto, contract: StepContract, clip: Clip, *names: str) -> dict[str, NDArray[Any]]:
