@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -13,7 +13,7 @@ from stepcell.contract import StepContract
 from stepcell.errors import StepcellError, UsageError
 from stepcell.runtime.cuda import DeviceArray
 
-__all__ = ["Backend", "Device", "RowAccess", "StepFuture"]
+__all__ = ["Backend", "Device", "StepFuture"]
 
 T = TypeVar("T")
 
@@ -145,19 +145,6 @@ class Backend(Protocol):
         """Replace every state. Names, dtypes and shapes are those of the contract."""
         ...
 
-    def close(self) -> None:
-        """Free all memory. Calling it twice is allowed."""
-        ...
-
-
-@runtime_checkable
-class RowAccess(Protocol):
-    """A back end that reads and writes the states of one row without those of the others.
-
-    Without it a loop reads, or reads and writes, the whole batch: 0.5 s instead of 0.1 s for one of eight streams of
-    1920x1080 (the zoo's denoiser on a CPU).
-    """
-
     def read_row(self, row: int) -> dict[str, NDArray[Any]]:
         """A copy of one row of every state, by name, with a batch axis of size 1."""
         ...
@@ -168,6 +155,10 @@ class RowAccess(Protocol):
         Args:
             state: as `read_row` returns it.
         """
+        ...
+
+    def close(self) -> None:
+        """Free all memory. Calling it twice is allowed."""
         ...
 
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from stepcell.contract import StateSpec, StepContract
 from stepcell.dims import evaluate
 from stepcell.errors import InputError, StateError
-from stepcell.runtime.backends.base import Backend, RowAccess
+from stepcell.runtime.backends.base import Backend
 from stepcell.runtime.loop.slots import require_streams, row_of
 
 __all__ = ["LoopStates", "as_states", "stream_count"]
@@ -97,7 +97,7 @@ class LoopStates:
 
     def read_row(self, row: int) -> dict[str, NDArray[Any]]:
         """A copy of one row of every state, with a batch axis of size 1; errors are those of `read`."""
-        if self.input_shapes is not None and isinstance(self._backend, RowAccess):
+        if self.input_shapes is not None:
             return self._backend.read_row(row)
         states = self.read()
         return {
@@ -112,13 +112,13 @@ class LoopStates:
         Raises:
             StateError: an array has another size than the other rows.
         """
-        if self.input_shapes is not None and isinstance(self._backend, RowAccess):
+        if self.input_shapes is not None:
             for spec in self._contract.states:
                 shape = _with_rows(spec, self._shapes()[spec.name], 1)
                 _require_row_shape(spec, arrays[spec.name], shape)
             self._backend.write_row(row, arrays)
             return
-        if self.input_shapes is None and self._loaded is None:
+        if self._loaded is None:
             states = {spec.name: _initial_rows(spec, arrays[spec.name].shape, count) for spec in self._contract.states}
         else:
             states = self.read()

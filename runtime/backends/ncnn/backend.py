@@ -123,25 +123,23 @@ class NcnnBackend:
         self._interrupted = True
 
     def reset(self, rows: Sequence[bool] | None = None) -> None:
-        shapes = self.contract.state_shapes(self._symbols)
-        initial = {state.name: state.initial(shapes[state.name]) for state in self.contract.states}
         chosen = range(self._rows) if rows is None else np.flatnonzero(rows).tolist()
+        shapes = self._shapes(len(chosen))
         if rows is None:
             self._states = [{} for _ in chosen]
-        self._write(initial, chosen)
+        self._write({state.name: state.initial(shapes[state.name]) for state in self.contract.states}, chosen)
 
     def read_state(self) -> dict[str, NDArray[Any]]:
-        shapes, net = self.contract.state_shapes(self._symbols), self._loaded()
-        found = {}
-        for state in self.contract.states:
-            found[state.name] = array = np.empty(shapes[state.name], state.dtype)
-            for row, matrices in enumerate(self._states):
-                part = _row(array, row, self._rows)
-                part[...] = net.values(matrices[state.name]).reshape(part.shape)
-        return found
+        return self._read(range(self._rows))
 
     def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         self._write(state, range(self._rows))
+
+    def read_row(self, row: int) -> dict[str, NDArray[Any]]:
+        return self._read([row])
+
+    def write_row(self, row: int, state: Mapping[str, NDArray[Any]]) -> None:
+        self._write(state, [row])
 
     def release(self) -> None:
         """Free the network and the states; `configure` loads it again."""
@@ -166,15 +164,32 @@ class NcnnBackend:
             part[...] = net.values(found[name]).reshape(part.shape)
         return {spec.name: found[spec.output] for spec in self.contract.states}
 
+    def _read(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Copies of these rows of every state, one after another."""
+        shapes, net = self._shapes(len(rows)), self._loaded()
+        found = {}
+        for state in self.contract.states:
+            found[state.name] = array = np.empty(shapes[state.name], state.dtype)
+            for place, row in enumerate(rows):
+                part = _row(array, place, len(rows))
+                part[...] = net.values(self._states[row][state.name]).reshape(part.shape)
+        return found
+
     def _write(self, arrays: Mapping[str, NDArray[Any]], rows: Sequence[int]) -> None:
+        """Replace these rows of every state by those of the arrays, one after another."""
         net = self._loaded()
-        for row in rows:
+        for place, row in enumerate(rows):
             states = dict(self._states[row])
             for state in self.contract.states:
                 matrix, view = net.matrix(state.input)
-                view[...] = _row(arrays[state.name], row, self._rows).reshape(view.shape)
+                view[...] = _row(arrays[state.name], place, len(rows)).reshape(view.shape)
                 states[state.name] = matrix
             self._states[row] = states
+
+    def _shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of so many rows of every state."""
+        shapes = self.contract.state_shapes(self._symbols)
+        return shapes if rows == self._rows else {name: (rows, *shape[1:]) for name, shape in shapes.items()}
 
     def _loaded(self) -> Net:
         assert self._net is not None  # the loop configures a back end before it steps it

@@ -125,6 +125,12 @@ class ChosenBackend:
     def write_state(self, state: Mapping[str, NDArray[Any]]) -> None:
         self._active.write_state(state)
 
+    def read_row(self, row: int) -> dict[str, NDArray[Any]]:
+        return self._active.read_row(row)
+
+    def write_row(self, row: int, state: Mapping[str, NDArray[Any]]) -> None:
+        self._active.write_row(row, state)
+
     def close(self) -> None:
         self._ncnn.release()
         self._source.close()

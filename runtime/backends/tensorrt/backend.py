@@ -331,7 +331,7 @@ class TensorRTBackend:
         return {name: state.read_row(self._parity, row) for name, state in self._states.items()}
 
     def write_row(self, row: int, state: Mapping[str, NDArray[Any]]) -> None:
-        """Replace one row of every state; see `RowAccess.write_row`."""
+        """Replace one row of every state; see `Backend.write_row`."""
         cuda.use_device(self._index)
         for name, buffers in self._states.items():
             buffers.write_row(self._parity, row, state[name])

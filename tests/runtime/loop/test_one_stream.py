@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from stepcell import StepLoop
 from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import InputError, StateError, UsageError
-from stepcell.runtime.backends.base import Backend, Device, RowAccess
-from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
+from stepcell.runtime.loop.open_backend import open_backend
 from stepcell.runtime.loop.slots import Slot
 from stepcell.runtime.loop.snapshot import Snapshot, contract_hash, write_snapshot
 
@@ -107,41 +106,41 @@ def test_nan_in_any_row_stays_where_it_is(accumulator: Model, tmp_path: Path, dt
         assert (bits(loop.state(a)), bits(loop.state(b))) == (bits(broken), bits({"h": 2 * one}))
 
 
-class WholeBatch:
-    """A back end that has no access to single rows."""
+@pytest.mark.parametrize("kind", ["onnxruntime", "ncnn", "auto"])
+def test_a_row_is_read_and_written_without_the_others(
+    stack_onnx: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind != "onnxruntime":
+        pytest.importorskip("ncnn")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of what is faster here
+    monkeypatch.setenv("STEPCELL_BACKEND", "auto")
+    backend = open_backend(stack_onnx, "cpu", allow_fallback=False, keep_float16=False, threads=1, backend=kind)
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the whole batch was copied")
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("read_row", "write_row"):
-            raise AttributeError(name)
-        return getattr(self._backend, name)
-
-
-@pytest.mark.parametrize("kind", ["rows", "whole batch"])
-def test_back_ends_with_and_without_access_to_rows(stack_onnx: Path, kind: str) -> None:
-    backend: Any = OrtBackend(stack_onnx, Device("cpu"), threads=1)
-    whole = WholeBatch(backend)
-    assert isinstance(backend, RowAccess)
-    assert not isinstance(whole, RowAccess)
     xs = frames(8, 1, 3, 16, 24)
-    with StepLoop(backend if kind == "rows" else whole, slots=3) as loop:
+    with StepLoop(backend, slots=3) as loop:
         a, b, c = (loop.attach(name) for name in "abc")
         for x in xs:
             loop.step_slots({a: {"x": x}, c: {"x": 1 - x}})
         every = loop.state()
-        for slot in (a, b, c):
-            assert bits(loop.state(slot)) == bits({name: array[[slot.index]] for name, array in every.items()})
-        moved = loop.state(c)
-        loop.load_state(moved, b)
-        moved["h0"][...] = np.nan  # a copy
-        with pytest.raises(StateError, match=r"h0: expected shape .* as in the other slots"):
-            loop.load_state({name: array[..., 1:] for name, array in moved.items()}, b)
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "read_state", refuse)
+            patch.setattr(backend, "write_state", refuse)
+            for slot in (a, b, c):
+                assert bits(loop.state(slot)) == bits({name: array[[slot.index]] for name, array in every.items()})
+            moved = loop.state(c)
+            loop.load_state(moved, b)
+            moved["h0"][...] = np.nan  # a copy
+            with pytest.raises(StateError, match=r"h0: expected shape .* as in the other slots"):
+                loop.load_state({name: array[..., 1:] for name, array in moved.items()}, b)
         every = {name: array[[0, 2, 2]] for name, array in every.items()}
         assert bits(loop.state()) == bits(every)
         outputs = loop.step_slots({b: {"x": xs[0]}, c: {"x": xs[0]}})
         assert bits(outputs[b]) == bits(outputs[c])
+        loop.reset([a, c])
+        assert bits(loop.state(b)) != bits(loop.state(a)) == bits(loop.state(c))
 
 
 def test_several_streams_wait_for_the_first_step(learned_onnx: Path, tmp_path: Path) -> None:
