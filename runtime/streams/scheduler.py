@@ -26,6 +26,7 @@ from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SnapshotWriter
 from stepcell.runtime.streams.stepping import Step, Stepping, StepTimes
 from stepcell.runtime.streams.stream import Stream
+from stepcell.runtime.streams.stream_report import stream_report
 
 __all__ = ["POLL_SECONDS", "Scheduler"]
 
@@ -110,7 +111,7 @@ class Scheduler:
         if self._snapshots is not None:
             self._snapshots.flush()
         self._report_progress()
-        return [stream.report(self._loop, self._snapshots) for stream in self._streams]
+        return [stream_report(stream, self._loop, self._snapshots) for stream in self._streams]
 
     def _run(self) -> None:
         self._loop.latency = Latency()
@@ -310,8 +311,7 @@ class Scheduler:
             streams = [stream for stream in self._streams if not self._shared or stream in self._slots]
             frames = {stream: stream.number for stream in streams}
             for stream in streams:
-                if stream.writer is not None:
-                    stream.writer.drain(self._control)
+                stream.output.drain(self._control)
 
             def held() -> bool | None:
                 answers = [stream.holds(number) for stream, number in frames.items()]

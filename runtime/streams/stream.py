@@ -8,30 +8,25 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
-from stepcell.display import displayed
 from stepcell.errors import DeviceError, InputError, OutputError, StepcellError
 from stepcell.runtime.loop.latency import Latency
-from stepcell.runtime.loop.step_loop import StepLoop
-from stepcell.runtime.media.postprocess import NonFinitePixels, OutputPostprocessor
 from stepcell.runtime.media.preprocess import Preprocessor
 from stepcell.runtime.media.sink import Sink
 from stepcell.runtime.media.source import BadEventCounts, Source, display_name
-from stepcell.runtime.streams.deadline import Deadline, LateFrames
-from stepcell.runtime.streams.frame_converter import ConvertedFrame, FrameConverter
-from stepcell.runtime.streams.frame_reader import DEPTH, Frame, FrameReader
-from stepcell.runtime.streams.frame_writer import FrameWriter
-from stepcell.runtime.streams.non_finite import OnNonFinite
+from stepcell.runtime.streams.deadline import Deadline
+from stepcell.runtime.streams.frame_converter import ConvertedFrame
 from stepcell.runtime.streams.output_clock import OutputClock
 from stepcell.runtime.streams.reconnect import Reconnect
-from stepcell.runtime.streams.report import Dropped, Stopped, StreamReport, append_message
+from stepcell.runtime.streams.report import Dropped, Stopped
 from stepcell.runtime.streams.reset_policy import Cause, ResetMonitor, ResetPolicy
 from stepcell.runtime.streams.run_control import RunControl
-from stepcell.runtime.streams.run_snapshots import SnapshotWriter
+from stepcell.runtime.streams.stream_input import StreamInput
+from stepcell.runtime.streams.stream_output import StreamOutput
 
 __all__ = ["Stream"]
 
@@ -57,19 +52,11 @@ class _Taken:
     late: bool
 
 
-class _Result(NamedTuple):
-    """What the frame writer gets: the output of a frame, its preprocessor, and the time that this took."""
-
-    tensor: NDArray[Any]
-    preprocessor: Preprocessor
-    seconds: float
-
-
 class Stream:
     """A stream of frames through a step loop.
 
     The scheduler calls `begin` once, then for each frame `take`, `tensor` and, after the step, `deliver`, and at
-    the end `end`, `close` and `report`. A second frame may be taken before the first one is delivered (`take_ahead`).
+    the end `end` and `close`. A second frame may be taken before the first one is delivered (`take_ahead`).
     So a frame passes
 
         source -> frame reader -> frame converter -> [take] -> step -> [deliver] -> frame writer -> sink.
@@ -94,7 +81,8 @@ class Stream:
         monitor: applies the reset policy.
         frames: frames stepped.
         non_finite: frames after which NaN or Inf was found.
-        decode, convert, latency: times per frame, as in the report.
+        decode, latency: times per frame, as in the report.
+        incoming, output: where the frames come from, and the results go.
         stopped: why the stream ended; None: it has not.
         failure: the error that ended it, if any.
         prefix: prefix of log messages; set if there are several streams.
@@ -115,23 +103,17 @@ class Stream:
     ) -> None:
         self.input = display_name(source.name if source else name or "")
         self.name = display_name(name) if name else self.input
-        self.sink, self.start, self.limit = sink, start, limit
-        self.live = source is None or source.live
+        self.start, self.limit = start, limit
+        self.incoming = StreamInput(source, self.input, start=start, deadline=deadline, reconnect=reconnect)
+        self.live = self.incoming.live
+        self.output = StreamOutput(sink, clock or OutputClock(Fraction(25), keep=False, name=self.input))
         self.monitor = ResetMonitor(reset or ResetPolicy())
         self.frames = self.non_finite = 0
-        self.decode, self.convert, self.latency = Latency(), Latency(), Latency()
+        self.decode, self.latency = Latency(), Latency()
         self.stopped: Stopped | None = None
         self.failure: StepcellError | None = None
         self.prefix = ""
-        self.reader: FrameReader | None = None
-        self.converter: FrameConverter | None = None
-        self.writer: FrameWriter | None = None
-        self._source, self._reconnect = source, reconnect
-        self._clock = clock or OutputClock(Fraction(25), keep=False, name=self.input)
-        self._length = source.length if source else None
-        self._late = LateFrames(deadline if self.live else None)
         self._preprocessor: Preprocessor | None = None
-        self._postprocessor: OutputPostprocessor | None = None
         self._taken: deque[_Taken] = deque()  # the current frame, and the one after it if that was taken ahead
         self._in_step = 0  # how many of these are in a step
         self._to_skip = 0 if self.live else start
@@ -145,7 +127,8 @@ class Stream:
 
     @property
     def total(self) -> int | None:
-        left = None if self._length is None else max(0, self._length - self.start)
+        length = self.incoming.length
+        left = None if length is None else max(0, length - self.start)
         return min((each for each in (left, self.limit) if each is not None), default=None)
 
     @property
@@ -154,16 +137,21 @@ class Stream:
         return self.monitor.policy.on_nonfinite != "ignore"
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of the frames; None: none was stepped."""
+        return self._preprocessor.size if self._preprocessor else None
+
+    @property
     def running(self) -> bool:
-        return self.reader is not None and self.stopped is None
+        return self.incoming.reader is not None and self.stopped is None
 
     @property
     def late(self) -> int:
-        return self._late.stepped
+        return self.incoming.late.stepped
 
     @property
     def dropped(self) -> Dropped:
-        return {"late": self._late.dropped, "queue full": self.reader.dropped if self.reader else 0}
+        return self.incoming.dropped
 
     @property
     def resets(self) -> dict[Cause, int]:
@@ -171,34 +159,22 @@ class Stream:
 
     @property
     def reconnects(self) -> int:
-        return self.reader.reconnects if self.reader else 0
+        return self.incoming.reconnects
 
     @property
     def bad_events(self) -> BadEventCounts:
-        return self.reader.bad_events if self.reader else {}
-
-    @property
-    def written(self) -> int | None:
-        """Frames in the output once it is closed, before that 0; None: no output."""
-        if self.sink is None:
-            return None
-        return self.writer.written if self.writer is not None and self.writer.closed is not None else 0
+        return self.incoming.bad_events
 
     def holds(self, frames: int) -> bool | None:
         """Whether the output has the stream up to this frame, whatever happens to the process; None: it never will.
 
         A live source gives no frame twice, so nothing is gained by going back to a frame that was lost.
         """
-        if self.writer is None or self.live or self.start + self.writer.whole >= frames:
-            return True
-        return None if self.writer.closed is not None else False
+        return True if self.live else self.output.holds(frames - self.start)
 
     @property
     def queued(self) -> dict[str, int]:
-        return {
-            "input": self.converter.queued if self.converter else 0,
-            "output": self.writer.queued if self.writer else 0,
-        }
+        return {"input": self.incoming.queued, "output": self.output.queued}
 
     @property
     def seconds(self) -> float:
@@ -226,53 +202,26 @@ class Stream:
             OutputError: the model has no output that the sink takes.
         """
         self._started = time.perf_counter()
-        self.reader = FrameReader(
-            self._source,
-            changed,
-            name=self.input,
-            drop_oldest=self._late.drop_oldest,
-            depth=DEPTH - ahead,
-            reconnect=self._reconnect,
-        )
         self._checks_frames = check_frames and self.checks_finite
-        self.converter = FrameConverter(
-            self.reader,
-            changed,
-            spec,
-            depth=ahead,
-            unused=self._is_unused,
-            check_finite=self._checks_frames,
-        )
-        if self.sink is not None:
-            self.writer = FrameWriter(self.sink, changed, convert=self._postprocess)
-            # "reset": NaN was logged, and a picture cannot show it. "stop": it ended the stream.
-            non_finite: dict[OnNonFinite, NonFinitePixels] = {"reset": "replace", "ignore": "error", "stop": "checked"}
-            self._postprocessor = OutputPostprocessor(
-                contract, self.sink, non_finite=non_finite[self.monitor.policy.on_nonfinite]
-            )
-
-    def _is_unused(self, frame: Frame) -> bool:
-        """Whether a frame will not be stepped, called by the thread of the converter."""
-        return (not self.live and frame.number < self.start) or self._late.is_lost(frame)
+        self.incoming.begin(changed, spec, ahead=ahead, check_finite=self._checks_frames)
+        self.output.begin(contract, changed, self.monitor.policy.on_nonfinite)
 
     @property
     def has_room(self) -> bool:
         """Whether the result of one more step can be delivered without waiting, or the writer has failed."""
-        return self.writer is None or self.writer.failed or self.writer.room > self._in_step
+        return self.output.has_room(self._in_step)
 
     @property
     def ready(self) -> bool:
         """Whether to call `take`: there is a frame and room for its result, the source ended, or the writer failed."""
-        assert self.converter is not None
-        if self.writer is not None and self.writer.failed:
+        if self.output.failed:
             return True
-        return self.has_room and (len(self._taken) > self._in_step or self.converter.ready or self.converter.ended)
+        return self.has_room and (len(self._taken) > self._in_step or self.incoming.ready or self.incoming.ended)
 
     @property
     def expected(self) -> bool:
         """Whether `ready` will be true soon: a frame is being converted, or can be read at any time."""
-        assert self.converter is not None
-        return self.has_room and (not self.live or self.converter.queued > 0)
+        return self.has_room and self.incoming.expected
 
     def take(self) -> bool:
         """Take the next frame to step from the reader, without late and skipped ones; may end the stream.
@@ -284,13 +233,11 @@ class Stream:
             InputError: the source failed, has no frame, or ends before `start`.
             OutputError: an earlier result could not be written.
         """
-        assert self.converter is not None
-        if self.writer is not None:
-            self.writer.check()
+        self.output.check()
         if self._taken:
             return True
-        ended = self.converter.ended  # read before `take`: an error that arrives later is raised by the next call
-        while (converted := self.converter.take()) is not None:
+        ended = self.incoming.ended  # read before `take`: an error that arrives later is raised by the next call
+        while (converted := self.incoming.take()) is not None:
             frame = converted.frame
             if self._to_skip:
                 # The monitor sees skipped frames too, so that it resets as in a run that was not interrupted.
@@ -311,12 +258,11 @@ class Stream:
             Whether it may be stepped: it resets no states, has the size of the frames before, was converted and is not
             known to hold NaN or Inf, and the limit does not come before it.
         """
-        assert self.converter is not None
         last = self.limit is not None and self.frames + len(self._taken) >= self.limit
-        if (self.writer is not None and self.writer.failed) or not self.has_room or self._to_skip or last:
+        if self.output.failed or not self.has_room or self._to_skip or last:
             return False
-        while len(self._taken) == self._in_step and self.converter.ready:
-            converted = self.converter.take()
+        while len(self._taken) == self._in_step and self.incoming.ready:
+            converted = self.incoming.take()
             assert converted is not None
             self._accept(converted)
         if len(self._taken) == self._in_step or self._preprocessor is None:
@@ -328,12 +274,11 @@ class Stream:
 
     def _accept(self, converted: ConvertedFrame) -> bool:
         """Keep a frame that is not dropped as late, with the answer of the reset policy."""
-        assert self.converter is not None
-        frame, late = converted.frame, self._late.stepped
-        if self._late.drop(frame):
-            self.converter.release(converted)
+        frame, late = converted.frame, self.incoming.late.stepped
+        if self.incoming.late.drop(frame):
+            self.incoming.release(converted)
             return False
-        taken = _Taken(converted, None, None, self._late.stepped > late)
+        taken = _Taken(converted, None, None, self.incoming.late.stepped > late)
         try:
             number = self.number + len(self._taken)
             taken.cause = self.monitor.due(number, frame.array, frame.seconds, frame.connection)
@@ -407,19 +352,10 @@ class Stream:
             OutputError: an earlier result could not be written.
         """
         converted = self._taken[0].converted
-        assert converted.preprocessor is not None
-        assert self.converter is not None
-        started = time.perf_counter()
-        if self.writer is not None and self._postprocessor is not None:
-            result = outputs[self._postprocessor.output.name]
-            self._postprocessor.check(result, converted.preprocessor)
-            spent = converted.seconds + time.perf_counter() - started
-            self.writer.put(_Result(result, converted.preprocessor, spent), self._clock.seconds(converted.frame))
-        else:
-            self.convert.add(converted.seconds)
+        self.output.put(outputs, converted)
         self._taken.popleft()
         self._in_step -= 1
-        self.converter.release(converted)
+        self.incoming.release(converted)
         self.decode.add(converted.frame.decode_seconds)
         seconds = time.monotonic() - converted.frame.arrived
         self.latency.add(seconds)
@@ -427,14 +363,6 @@ class Stream:
         if self.frames == self.limit:
             self.end("limit")
         return seconds
-
-    def _postprocess(self, result: _Result) -> NDArray[Any]:
-        """The frame for the sink, called by the thread of the writer."""
-        assert self._postprocessor is not None
-        started = time.perf_counter()
-        frame = self._postprocessor(result.tensor, result.preprocessor)
-        self.convert.add(result.seconds + time.perf_counter() - started)
-        return frame
 
     def end(self, stopped: Stopped, failure: StepcellError | None = None) -> None:
         """Stop reading, and finish the output; without a frame it is abandoned, and an older file stays.
@@ -447,15 +375,9 @@ class Stream:
         self._ended = time.perf_counter()
         self._started = self._started or self._ended
         while len(self._taken) > 1:  # it is not stepped, whatever is under way
-            self._late.stepped -= self._taken.pop().late
-        if self.reader is not None:
-            self.reader.stop()
-        if self.converter is not None:
-            self.converter.stop()
-        if self.writer is not None and self.frames:
-            self.writer.finish()
-        elif self.writer is not None:
-            self.writer.abandon()
+            self.incoming.late.stepped -= self._taken.pop().late
+        self.incoming.stop()
+        self.output.end(keep=self.frames > 0)
 
     def close(self, control: RunControl) -> None:
         """Wait until source and sink are closed, unless the run is aborted; sets `failure` if the sink failed.
@@ -470,63 +392,10 @@ class Stream:
             control.abort()
 
     def _close(self, control: RunControl) -> None:
-        if self.reader is None and self._source is not None:  # it never began
-            self._source.close()
-        elif self.reader is not None and not control.aborting:
-            self.reader.join()
-            if self.converter is not None:
-                self.converter.join()
+        self.incoming.close(control)
         try:
-            if self.writer is not None:
-                self.writer.join(control)
-                self._ended = max(self._ended, self.writer.closed or 0.0)
-            elif self.sink is not None:
-                self.sink.abandon()
+            self._ended = max(self._ended, self.output.close(control))
         except (OutputError, DeviceError) as error:
             self.failure = self.failure or error
             self.stopped = "error"
-        if self.failure is not None and self.sink is not None and self.written:
-            some = f"first {self.written} of {self.frames} frames"
-            held = f"{self.written} frames before it" if self.written == self.frames else some
-            older = ", in place of an older file" if self.sink.replaces else ""
-            self.failure = append_message(self.failure, f" ({display_name(self.sink.name)} holds the {held}{older})")
-
-    def _error(self) -> str | None:
-        if self.failure is None and self.writer is not None and self.writer.closed is None:
-            return f"{display_name(self.writer.sink.name)}: not finished when the run was aborted"
-        return displayed(self.failure.message) if self.failure else None
-
-    def report(self, loop: StepLoop, snapshots: SnapshotWriter | None) -> StreamReport:
-        """The report of this stream; after `close`."""
-        seconds = self.seconds
-        size = self._preprocessor.size if self._preprocessor else None
-        return StreamReport(
-            model=display_name(loop.name),
-            backend=loop.description,
-            device=loop.device,
-            input=self.input,
-            output=display_name(self.sink.name) if self.sink else None,
-            output_tensor=self._postprocessor.output.name if self._postprocessor else None,
-            frame_size=size and (size[1], size[0]),
-            first_frame=self.start,
-            frames=self.frames,
-            written=self.written,
-            dropped=self.dropped,
-            late=self.late,
-            resets=self.resets,
-            non_finite=self.non_finite,
-            bad_events=self.bad_events,
-            reconnects=self.reconnects,
-            snapshots=snapshots.written if snapshots else 0,
-            failed_snapshots=snapshots.failed if snapshots else 0,
-            resumes_at=snapshots.positions.get(self.name) if snapshots else None,
-            stopped=self.stopped or "error",
-            error=self._error(),
-            seconds=round(seconds, 3),
-            frames_per_second=round(self.frames / seconds, 2) if seconds else 0.0,
-            latency=self.latency.summary(),
-            step=loop.latency.summary(),
-            decode=self.decode.summary(),
-            convert=self.convert.summary(),
-            encode=(self.writer.encode if self.writer else Latency()).summary(),
-        )
+        self.failure = self.failure and self.output.with_frames(self.failure, self.frames)

@@ -69,9 +69,9 @@ class Overlapping(OrtBackend):
         """A step takes its time, in which the next frames are converted."""
         end = time.monotonic() + 0.05
         while time.monotonic() < end and not all(
-            len(stream.converter._queue) == 2 or stream.reader.ended
+            len(stream.incoming.converter._queue) == 2 or stream.incoming.reader.ended
             for stream in self.streams
-            if stream.converter and stream.reader
+            if stream.incoming.converter and stream.incoming.reader
         ):
             time.sleep(0.0002)
 
