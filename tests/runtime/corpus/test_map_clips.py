@@ -132,7 +132,7 @@ def test_a_killed_process_costs_its_clip_only(
     killed: list[Any] = []
 
     def kill() -> None:
-        for process in pool._processes:
+        for process in pool._alive:
             if process.clip is todo[0] and process.process not in killed and len(killed) < kills:
                 process.process.kill()
                 killed.append(process.process)
