@@ -21,6 +21,7 @@ from stepcell.contract import StepContract
 from stepcell.errors import OutputError, UsageError
 from stepcell.files import atomic_path
 from stepcell.overwrite import MARK, check_output, is_engine, is_exported_model, is_marked, referred_files
+from stepcell.runtime.serving.client_contract import PARAMETER, client_contract
 from stepcell.runtime.serving.protocol import CHECK, CLIENT, ID, NUMBER, STEPPED, check_values
 from stepcell.runtime.serving.settings import Settings
 from stepcell.runtime.serving.triton_transport import STREAM_HEADER
@@ -142,9 +143,14 @@ def _config(repository: Repository, wire: Wire) -> str:
     gpus = f" gpus: [ {settings.device[5:]} ]" if settings.device.startswith("cuda:") else ""
     inputs = [_tensor(port) for port in wire.inputs] + [_number(NUMBER), _number(CLIENT)]
     outputs = [_tensor(port) for port in wire.outputs] + [_number(STEPPED)]
+    if not settings.snapshots.isprintable():
+        raise UsageError(f"--snapshots {settings.snapshots!r}: expected printable characters")
     parameters = "\n".join(
         f'parameters {{ key: "{name}" value {{ string_value: {_quoted(value)} }} }}'
-        for name, value in settings.parameters().items()
+        for name, value in {
+            **settings.parameters(),
+            PARAMETER: client_contract(repository.contract, wire).to_sealed_json(),
+        }.items()
     )
     return f'''# {MARK}: stepcell triton-repo
 name: "{repository.name}"
@@ -193,9 +199,7 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    if not text.isprintable():
-        raise UsageError(f"--snapshots {text!r}: expected printable characters")
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def _check_request(wire: Wire) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.errors import InputError, UsageError
+from stepcell.contract import StepContract
+from stepcell.errors import ContractError, InputError, UsageError
 from stepcell.optional_imports import require
+from stepcell.runtime.serving.client_contract import PARAMETER
 from stepcell.runtime.serving.protocol import CLIENT, NUMBER, STEPPED, FrameRequest, NotAnswered, RefusedFrame
 
 __all__ = ["STREAM_HEADER", "TritonTransport"]
@@ -75,6 +77,28 @@ class TritonTransport:
         """As of `Transport`."""
         text = self._config()["parameters"].get("snapshot_every", {}).get("string_value", "")
         return int(text) if text else None
+
+    def contract(self) -> StepContract:
+        """The model as clients see it.
+
+        Raises:
+            ContractError: the server's configuration of the model has none, or a damaged one.
+        """
+        subject = f"{self._address}: {self._model}"
+        again = "write its repository again with this version: stepcell triton-repo"
+        text = self._config()["parameters"].get(PARAMETER, {}).get("string_value", "")
+        if not text:
+            raise ContractError(f"{subject}: the server does not say what its frames are", hint=again)
+        try:
+            return StepContract.from_json(text, subject=subject)
+        except ContractError as error:
+            raise ContractError(error.message, hint=again) from error
+
+    def models(self) -> list[str]:
+        """Names of the models of the server."""
+        options = {} if self._http else {"as_json": True}
+        found = self._call("get_model_repository_index", **options)
+        return sorted({each["name"] for each in (found if self._http else found.get("models", []))})
 
     def inputs(self) -> list[tuple[str, list[int], Any]]:
         """Name, shape without the axis of streams (-1: open) and dtype of each input of a frame."""

@@ -62,6 +62,11 @@ def test_the_repository_of_a_model_of_pictures(denoiser_onnx_float32: Path, tmp_
         "model": denoiser_onnx_float32.name, "slots": "8", "device": "cpu", "pixels": "True", "idle": "300.0",
         "snapshots": str(snapshots), "snapshot_every": "10", "keep": "86400.0",
     }  # fmt: skip
+    held = re.findall(
+        r'key: "contract" value \{ string_value: ("(?:[^"\\]|\\.)*") \}', (version.parent / "config.pbtxt").read_text()
+    )
+    (frame,) = StepContract.from_json(ast.literal_eval(held[0])).inputs
+    assert (frame.shape, frame.dtype, frame.layout) == (("streams", "height", "width", 3), "uint8", "NHWC")
     report = json.loads(result.stdout)
     assert (report["name"], report["frames"], len(report["files"])) == ("denoiser", "pixels", 5)
 
