@@ -35,6 +35,7 @@ from stepcell.runtime.streams.reset_policy import OnSizeChange, ResetPolicy
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SNAPSHOT_EVERY, SnapshotWriter, resume_streams
 from stepcell.runtime.streams.scheduler import Scheduler
+from stepcell.runtime.streams.stepper import LoopStepper, Stepper
 from stepcell.runtime.streams.stream import Stream
 from stepcell.runtime.streams.undeclared import Input, Output
 
@@ -46,7 +47,7 @@ _T = TypeVar("_T")
 
 
 def run_streams(
-    model: str | Path | StepLoop,
+    model: str | Path | StepLoop | Stepper,
     inputs: Input | Sequence[Input],
     outputs: Output | Sequence[Output] = None,
     *,
@@ -91,7 +92,7 @@ def run_streams(
     Args:
         model: path of a model, which is opened with `device`, `allow_fallback`, `keep_float16`, `threads`,
             `backend` and `check_file` of `StepLoop.open`; or an open loop, with a slot for each of several inputs,
-            without slots for one.
+            without slots for one; or a stepper, which is not closed.
         inputs: one input or several: a path, URL or `camera:N` as of `--input`, or a `Source`. The clips of a folder
             or a pattern such as "clips/*.mp4" run one after another, each from the initial states.
         outputs: None (frames are only stepped), or one output for each input: a path as of `--output`, a `Sink`
@@ -177,17 +178,19 @@ def run_streams(
         raise UsageError("--audio copy: keeps the timestamps of the input", hint="omit --timestamps constant")
     if snapshot is None and (resume or snapshot_every is not None):
         raise UsageError("--resume and --snapshot-every need --snapshot FILE")
-    is_loop = isinstance(model, StepLoop)
+    is_path = isinstance(model, (str, Path))
     of_a_path = (device, allow_fallback, keep_float16, threads, backend, check_file)
-    if is_loop and of_a_path != ("cpu", False, False, None, "auto", True):
+    if not is_path and of_a_path != ("cpu", False, False, None, "auto", True):
         options_of_a_path = "device, allow_fallback, keep_float16, threads, backend, check_file"
         raise UsageError(f"{options_of_a_path}: expected with the path of a model, got a loop")
+    if snapshot is not None and not (is_path or isinstance(model, StepLoop)):
+        raise UsageError("--snapshot: is of states on this machine")
     snapshot_path = None if snapshot is None else Path(snapshot)
     files: dict[str, tuple[Path | None, Callable[[Path], bool]]] = {
         "--report": (None if report is None else Path(report), is_report),
         "--snapshot": (snapshot_path, is_snapshot),
     }
-    name = model.name if isinstance(model, StepLoop) else str(model)
+    name = str(model) if isinstance(model, (str, Path)) else model.name
     check_names(name, inputs, outputs, files, overwrite=overwrite)
     options = StreamOptions(
         size=size,
@@ -205,28 +208,37 @@ def run_streams(
     names = stream_names(inputs)
     control = control or RunControl()
     with contextlib.ExitStack() as stack:
-        if isinstance(model, StepLoop):
-            loop = model
-        else:
+        loop: StepLoop | None = None
+        stepper: Stepper
+        if isinstance(model, (str, Path, StepLoop)):
             slots = len(inputs) if len(inputs) > 1 and clips is None else None
-            loop = stack.enter_context(
-                StepLoop.open(
-                    model,
-                    device,
-                    slots=slots,
-                    allow_fallback=allow_fallback,
-                    keep_float16=keep_float16,
-                    threads=threads,
-                    backend=backend,
-                    check_file=check_file,
+            loop = (
+                model
+                if isinstance(model, StepLoop)
+                else stack.enter_context(
+                    StepLoop.open(
+                        model,
+                        device,
+                        slots=slots,
+                        allow_fallback=allow_fallback,
+                        keep_float16=keep_float16,
+                        threads=threads,
+                        backend=backend,
+                        check_file=check_file,
+                    )
                 )
             )
-        logger.info(f"{loop.name}: {loop.description}")
-        contract = declare(loop.contract, pixels)
-        for change in changes(loop.contract, contract):
-            logger.info(f"{loop.name}: {change} (for this run)")
+            stepper = LoopStepper(loop)
+        else:
+            stepper = model
+        logger.info(f"{stepper.name}: {stepper.description}")
+        contract = declare(stepper.contract, pixels)
+        for change in changes(stepper.contract, contract):
+            logger.info(f"{stepper.name}: {change} (for this run)")
         spec = image_input(contract, len(inputs) if clips is None else 1)
-        starts = resume_streams(loop, snapshot_path, names) if resume and snapshot_path else {}
+        starts = {}
+        if loop is not None and resume and snapshot_path:
+            starts = resume_streams(loop, snapshot_path, names)
         snapshots = None
         if snapshot_path is not None:
             snapshots = SnapshotWriter(
@@ -243,18 +255,18 @@ def run_streams(
                 logger.warning(f"{len(inputs) - len(reports)} clips were not run")
                 break
             opened = open_streams(
-                some, their_outputs, options, model=loop.name, contract=contract, events=events, starts=starts,
+                some, their_outputs, options, model=stepper.name, contract=contract, events=events, starts=starts,
                 control=control, isolated=clips is not None,
             )  # fmt: skip
             streams += opened
             if metrics is not None:
                 metrics.watch(streams)
             scheduler = Scheduler(
-                loop, opened, contract=contract, snapshots=snapshots, control=control, times=metrics,
+                stepper, opened, contract=contract, snapshots=snapshots, control=control, times=metrics,
                 progress=_of_all(progress, streams),
             )  # fmt: skip
             reports += scheduler.run()
-        result = RunReport(model=display_name(loop.name), streams=reports)
+        result = RunReport(model=display_name(stepper.name), streams=reports)
     failures = {stream.name: stream.failure for stream in streams if stream.failure is not None}
     error = RunError.of_streams(failures, result) if failures else None
     if report is not None:

@@ -15,6 +15,7 @@ from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.json_text import decode_json
 from stepcell.runtime.loop.snapshot import Snapshot, write_snapshot
 from stepcell.runtime.loop.step_loop import StepLoop
+from stepcell.runtime.streams.stepper import Stepper
 
 __all__ = ["SNAPSHOT_EVERY", "SnapshotWriter", "resume_streams"]
 
@@ -67,16 +68,16 @@ class SnapshotWriter:
 
     def save(
         self,
-        loop: StepLoop,
+        stepper: Stepper,
         frames: int,
         streams: Mapping[str, int] | None = None,
         *,
         held: Callable[[], bool | None] = lambda: True,
     ) -> None:
-        """Capture the states of `loop`, unless the last ones have the same number of frames, and `flush`.
+        """Capture the states, unless the last ones have the same number of frames, and `flush`.
 
         Args:
-            loop: the loop.
+            stepper: has the states.
             frames: frames of the only stream, or steps of several streams.
             streams: frames of each stream by name, if there are several.
             held: whether the outputs hold these frames, whatever happens to the process; None: they never will.
@@ -87,7 +88,7 @@ class SnapshotWriter:
         metadata = {"input": self._source}
         if streams is not None:
             metadata[_FRAMES] = msgspec.json.encode(streams).decode()
-        states, snapshot = loop.capture(frame=frames, metadata=metadata)
+        states, snapshot = stepper.capture(frame=frames, metadata=metadata)
         positions = {self._source: frames} if streams is None else streams
         self._waiting = [*self._waiting[:1], _Captured(frames, positions, states, snapshot, held)]
         self.flush()

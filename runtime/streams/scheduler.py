@@ -16,14 +16,13 @@ from stepcell.errors import DeviceError, InputError, StepcellError
 from stepcell.library_errors import as_stepcell_error
 from stepcell.runtime.loop.inputs import require_finite
 from stepcell.runtime.loop.latency import Latency
-from stepcell.runtime.loop.slots import Slot
-from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.preprocess import image_input
 from stepcell.runtime.streams.non_finite import STATES_EVERY
 from stepcell.runtime.streams.progress import RunProgress
 from stepcell.runtime.streams.report import Stopped, StreamReport, with_name
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SnapshotWriter
+from stepcell.runtime.streams.stepper import Arrays, Stepper
 from stepcell.runtime.streams.stepping import Step, Stepping, StepTimes
 from stepcell.runtime.streams.stream import Stream
 from stepcell.runtime.streams.stream_report import stream_report
@@ -32,7 +31,6 @@ __all__ = ["POLL_SECONDS", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
-Arrays = dict[str, NDArray[Any]]
 POLL_SECONDS = 0.1  # interval at which the run control is looked at while the run waits
 # A step costs the same for one slot as for all, so it waits this many seconds for frames that are being read from
 # files, and before the first step for those of every source.
@@ -40,15 +38,13 @@ GATHER_SECONDS, GATHER_FIRST_SECONDS = 0.01, 2.0
 
 
 class Scheduler:
-    """Runs streams through a loop: one stream has the loop to itself, several are slots of one batch.
+    """Runs streams through a model.
 
     Each step takes the frames that are ready, so a stream that is slow, lost or at its end does not hold up the
     others. However a stream ends, its output is finished as a valid file, and the others go on.
 
     Args:
-        loop: a model with one input of pictures or events; for several streams opened with a slot for each. A slot
-            attached under the name of a stream continues from its states, and so does a loop without slots whose
-            stream has a `start`; all other streams start from the initial states.
+        stepper: of a model with one input of pictures or events.
         streams: a stream that fails has its `failure` set afterwards. A failing device, or a model that takes
             neither pictures nor events, fails all of them.
         contract: what the pictures of the model are; by default its own contract.
@@ -60,7 +56,7 @@ class Scheduler:
 
     def __init__(
         self,
-        loop: StepLoop,
+        stepper: Stepper,
         streams: Sequence[Stream],
         *,
         contract: StepContract | None = None,
@@ -69,19 +65,18 @@ class Scheduler:
         times: StepTimes | None = None,
         progress: Callable[[RunProgress], None] | None = None,
     ) -> None:
-        self._loop, self._streams, self._snapshots = loop, streams, snapshots
-        self._contract = contract or loop.contract
+        self._stepper, self._streams, self._snapshots = stepper, streams, snapshots
+        self._contract = contract or stepper.contract
         self._control = control or RunControl()
         self._times, self._progress = times, progress
         self._steps = 0
         self._resets = self._control.resets  # requests for a reset that were passed on
         self._in_step = False  # after a KeyboardInterrupt inside a step, the states may be old or new
         self._shared = len(streams) > 1
-        self._slots: dict[Stream, Slot] = {}
+        self._held = list(streams)  # those that have a state
         self._changed = threading.Condition()
-        self._check_frames = loop.check_finite
         self._shape: tuple[int, ...] | None = None  # of the input of every stream
-        self._stepping = Stepping(loop, self._slots if self._shared else None, self._isolated, self._control, times)
+        self._stepping = Stepping(stepper, self._isolated, self._control, times)
 
     def run(self) -> list[StreamReport]:
         """Step until every stream has ended or a stop is requested; returns the reports of the streams.
@@ -89,20 +84,19 @@ class Scheduler:
         Raises:
             KeyboardInterrupt: unless a stop was requested before; the sinks are closed nevertheless.
         """
-        self._loop.check_finite = False  # each stream has a policy of its own
         try:
             with self._stepping:
                 self._run()
         except StepcellError as error:  # of the loop, and so of every stream
             self._end("error", error)
         except MemoryError as error:
-            self._end("error", as_stepcell_error(error, self._loop.name))
+            self._end("error", as_stepcell_error(error, self._stepper.name))
         except KeyboardInterrupt:
             if not self._control.stopping:
                 raise
         finally:
-            self._loop.check_finite = self._check_frames
             self._end("interrupted")
+            self._stepper.end()
             with contextlib.ExitStack() as closing:  # closes every stream, even if one raises
                 for stream in reversed(self._streams):
                     closing.callback(stream.close, self._control)
@@ -111,21 +105,24 @@ class Scheduler:
         if self._snapshots is not None:
             self._snapshots.flush()
         self._report_progress()
-        return [stream_report(stream, self._loop, self._snapshots) for stream in self._streams]
+        return [stream_report(stream, self._stepper, self._snapshots) for stream in self._streams]
 
     def _run(self) -> None:
-        self._loop.latency = Latency()
+        self._stepper.latency = Latency()
         self._report_progress()
         self._spec = image_input(self._contract, len(self._streams))
-        self._prepare_states()
+        if self._shared:
+            for stream in self._streams:
+                stream.prefix = f"{stream.name}: "
+        self._stepper.begin(self._streams)
         for stream in self._streams:
             with self._isolated(stream):
                 stream.begin(
                     self._contract,
                     self._spec,
                     self._changed,
-                    check_frames=self._check_frames,
-                    ahead=2 if self._loop.overlaps else 1,  # one in each of two steps needs another one ready
+                    check_frames=self._stepper.checks_frames,
+                    ahead=2 if self._stepper.overlaps else 1,  # one in each of two steps needs another one ready
                 )
         step: Step | None = None  # the one under way
         while not self._control.stopping and (running := [stream for stream in self._streams if stream.running]):
@@ -139,7 +136,7 @@ class Scheduler:
                 batch = self._take(running)
                 if not batch:
                     self._wait(lambda: any(stream.ready for stream in running), POLL_SECONDS)
-                elif (step := self._start(batch)) is not None and not self._loop.overlaps:
+                elif (step := self._start(batch)) is not None and not self._stepper.overlaps:
                     self._finish(step)
                     step = None
             self._report_progress()
@@ -151,26 +148,7 @@ class Scheduler:
 
     def _report_progress(self) -> None:
         if self._progress is not None:
-            self._progress(RunProgress(self._streams, self._loop.latency))
-
-    def _prepare_states(self) -> None:
-        """Attach a slot for each of several streams; reset all states but those that are continued."""
-        if not any(stream.start for stream in self._streams):
-            self._loop.reset()
-        if not self._shared:
-            return
-        names = {stream.name: stream for stream in self._streams}
-        for name, slot in self._loop.slots.items():
-            if name in names:
-                self._slots[names[name]] = slot
-            else:
-                self._loop.detach(slot)
-        for stream in self._streams:
-            stream.prefix = f"{stream.name}: "
-            if stream not in self._slots:
-                self._slots[stream] = self._loop.attach(stream.name)
-            elif not stream.start:
-                self._loop.reset([self._slots[stream]])
+            self._progress(RunProgress(self._streams, self._stepper.latency))
 
     def _take(self, running: Sequence[Stream]) -> list[Stream]:
         """Take a frame from every stream that has one; waits a little for those that are expected to have one."""
@@ -281,7 +259,7 @@ class Scheduler:
         Raises:
             InputError: the stream ends with it.
         """
-        if not (self._check_frames and stream.checks_finite) or stream.frame_is_finite:
+        if not (self._stepper.checks_frames and stream.checks_finite) or stream.frame_is_finite:
             return False
         try:
             require_finite(f"{stream.prefix}frame {stream.number}: {self._spec.name}", tensor)
@@ -295,7 +273,7 @@ class Scheduler:
     def _states_to_check(self, inputs: Collection[Stream]) -> list[Stream]:
         """Streams whose states are checked after this step: all before a snapshot, otherwise each now and then."""
         if self._snapshot_due(self._count + 1):
-            return [stream for stream in self._streams if not self._shared or stream in self._slots]
+            return list(self._held)
         return [stream for stream in inputs if (stream.frames + 1) % STATES_EVERY == 0]
 
     @property
@@ -308,9 +286,8 @@ class Scheduler:
 
     def _save_snapshot(self) -> None:
         if self._snapshots is not None:
-            streams = [stream for stream in self._streams if not self._shared or stream in self._slots]
-            frames = {stream: stream.number for stream in streams}
-            for stream in streams:
+            frames = {stream: stream.number for stream in self._held}
+            for stream in frames:
                 stream.output.drain(self._control)
 
             def held() -> bool | None:
@@ -318,7 +295,7 @@ class Scheduler:
                 return None if None in answers else all(answers)
 
             names = {stream.name: number for stream, number in frames.items()}
-            self._snapshots.save(self._loop, self._count, names if self._shared else None, held=held)
+            self._snapshots.save(self._stepper, self._count, names if self._shared else None, held=held)
 
     @contextlib.contextmanager
     def _isolated(self, stream: Stream) -> Iterator[None]:
@@ -331,8 +308,9 @@ class Scheduler:
             stream.end("error", error)
             if self._shared:  # the error of the only stream is raised by the run
                 logger.warning(f"stream ended: {with_name(stream.name, error)}")
-            if stream in self._slots:
-                self._loop.detach(self._slots.pop(stream))
+            if stream in self._held:
+                self._held.remove(stream)
+                self._stepper.release(stream)
 
     def _end(self, stopped: Stopped, failure: StepcellError | None = None) -> None:
         """End the streams that still run."""

@@ -11,23 +11,18 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
+from typing import Protocol
 
 from stepcell.errors import StepcellError
 from stepcell.runtime.backends.base import StepFuture
-from stepcell.runtime.loop.slots import Slot
-from stepcell.runtime.loop.step_loop import StepLoop
-from stepcell.runtime.streams.non_finite import first_non_finite, non_finite_rows
+from stepcell.runtime.streams.non_finite import first_non_finite
 from stepcell.runtime.streams.reset_policy import Cause
 from stepcell.runtime.streams.run_control import RunControl
+from stepcell.runtime.streams.stepper import Arrays, Stepper
 from stepcell.runtime.streams.stream import Stream
 from stepcell.runtime.streams.watchdog import Watchdog
 
 __all__ = ["Step", "StepTimes", "Stepping"]
-
-Arrays = dict[str, NDArray[Any]]
 
 
 class StepTimes(Protocol):
@@ -47,14 +42,14 @@ class Step:
     Attributes:
         inputs: inputs of each stream.
         tainted: streams whose frame holds NaN or Inf: their states are reset after the step.
-        outputs: waits for the outputs of each stream.
+        outputs: waits for the outputs of each stream, or the error that ends it.
         frames: the number of the frame of each stream, for messages.
         started: by `time.perf_counter`.
     """
 
     inputs: dict[Stream, Arrays]
     tainted: Collection[Stream]
-    outputs: StepFuture[dict[Stream, Arrays]]
+    outputs: StepFuture[Mapping[Stream, Arrays | StepcellError]]
     frames: str
     started: float
 
@@ -67,8 +62,7 @@ class Stepping:
     """Starts and finishes the steps of a run.
 
     Args:
-        loop: steps; with a slot for each of several streams.
-        slots: slots of the streams; None: one stream has the loop to itself.
+        stepper: of the streams.
         isolated: context in which an error ends its stream only.
         control: given up by the watchdog.
         times: receives the time of every step.
@@ -76,15 +70,14 @@ class Stepping:
 
     def __init__(
         self,
-        loop: StepLoop,
-        slots: Mapping[Stream, Slot] | None,
+        stepper: Stepper,
         isolated: Callable[[Stream], AbstractContextManager[None]],
         control: RunControl,
         times: StepTimes | None,
     ) -> None:
-        self._loop, self._slots, self._isolated, self._times = loop, slots, isolated, times
+        self._stepper, self._isolated, self._times = stepper, isolated, times
         self._under_way: list[Step] = []
-        self._watchdog = Watchdog(loop.name, loop.interrupt, control.give_up)
+        self._watchdog = Watchdog(stepper.name, stepper.interrupt, control.give_up)
 
     def __enter__(self) -> Stepping:
         self._watchdog.start()
@@ -107,7 +100,7 @@ class Stepping:
         if not ahead:
             self._watchdog.begin(lambda: frames)
         try:
-            step.outputs = self._start(inputs)
+            step.outputs = self._stepper.start(inputs)
         except BaseException:
             if ahead:
                 self._under_way.remove(step)
@@ -116,21 +109,7 @@ class Stepping:
             raise
         return step
 
-    def _start(self, inputs: Mapping[Stream, Arrays]) -> StepFuture[dict[Stream, Arrays]]:
-        if self._slots is None:
-            ((stream, arrays),) = inputs.items()
-            alone = self._loop.step_async(**arrays)
-            return StepFuture(lambda: {stream: alone.result()})
-        slots = {stream: self._slots[stream] for stream in inputs}
-        batch = self._loop.step_slots_async({slots[stream]: arrays for stream, arrays in inputs.items()})
-
-        def collect() -> dict[Stream, Arrays]:
-            found = batch.result()
-            return {stream: found[slot] for stream, slot in slots.items()}
-
-        return StepFuture(collect)
-
-    def _wait(self, step: Step) -> dict[Stream, Arrays]:
+    def _wait(self, step: Step) -> Mapping[Stream, Arrays | StepcellError]:
         """The outputs of a step; the first call ends it."""
         if step not in self._under_way:
             return step.outputs.result()
@@ -146,16 +125,20 @@ class Stepping:
             self._times.step(time.perf_counter() - step.started)
         return outputs
 
+    def _arrays(self, step: Step) -> dict[Stream, Arrays]:
+        """Wait for a step, and end the streams that it could not step."""
+        outputs, results = {}, self._wait(step)
+        for stream in step.inputs:
+            with self._isolated(stream):
+                result = results[stream]
+                if isinstance(result, StepcellError):
+                    raise result
+                outputs[stream] = result
+        return outputs
+
     def reset(self, stream: Stream, cause: Cause) -> None:
         """Set the states of a stream to their initial values, after the steps that were started."""
-        if self._slots is not None:
-            self._loop.reset([self._slots[stream]])
-        else:
-            # A mask keeps the sizes, and so the buffers. A frame of another size needs states of another size, and a
-            # model without an axis of streams takes no mask.
-            known = self._loop.latency.first is not None and cause != "size"
-            masks = all(state.batch_axis is not None for state in self._loop.contract.states)
-            self._loop.reset([True] if known and masks else None)
+        self._stepper.reset(stream, cause)
         stream.count_reset(cause)
 
     def finish(
@@ -172,9 +155,8 @@ class Stepping:
         Returns:
             The outputs of each stream, and the streams of `ahead` that have to be stepped again (`repeat`).
         """
-        results = self._wait(step)
-        outputs = {stream: results[stream] for stream in step.inputs}
-        for stream in step.tainted:
+        outputs = self._arrays(step)
+        for stream in [stream for stream in step.tainted if stream in outputs]:
             stream.non_finite += 1
             stream.log(f"{name}: NaN or Inf in the frame")
             self.reset(stream, "non-finite")
@@ -198,8 +180,11 @@ class Stepping:
                 if stream in step.inputs:
                     again[stream] = step.inputs[stream]
         if again:
-            repeated = self._wait(self.start(again))
-            for stream, tensor in self._non_finite(repeated, list(again)).items():
+            repeated = self._arrays(self.start(again))
+            for stream in again:
+                if stream not in repeated:
+                    outputs.pop(stream, None)
+            for stream, tensor in self._non_finite(repeated, list(repeated)).items():
                 stream.log(f"{tensor}: NaN or Inf from the initial states too")
                 self.reset(stream, "non-finite")
             outputs.update(repeated)
@@ -228,10 +213,5 @@ class Stepping:
         for stream, results in outputs.items():
             if stream.checks_finite and (name := first_non_finite(results)):
                 found[stream] = name
-        if any(stream.checks_finite and stream not in found for stream in states_of):
-            rows = non_finite_rows(self._loop.contract, self._loop.state())
-            for stream in states_of:
-                row = self._slots[stream].index if self._slots is not None else 0
-                if stream.checks_finite and row in rows:
-                    found.setdefault(stream, rows[row])
-        return found
+        unknown = [stream for stream in states_of if stream.checks_finite and stream not in found]
+        return {**found, **(self._stepper.non_finite_states(unknown) if unknown else {})}

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from stepcell.display import displayed
-from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.source import display_name
 from stepcell.runtime.streams.report import StreamReport
 from stepcell.runtime.streams.run_snapshots import SnapshotWriter
+from stepcell.runtime.streams.stepper import Stepper
 from stepcell.runtime.streams.stream import Stream
 
 __all__ = ["stream_report"]
 
 
-def stream_report(stream: Stream, loop: StepLoop, snapshots: SnapshotWriter | None) -> StreamReport:
+def stream_report(stream: Stream, stepper: Stepper, snapshots: SnapshotWriter | None) -> StreamReport:
     """The report of a stream that is closed."""
     seconds, size, output = stream.seconds, stream.size, stream.output
     failure = displayed(stream.failure.message) if stream.failure else output.unfinished
     return StreamReport(
-        model=display_name(loop.name),
-        backend=loop.description,
-        device=loop.device,
+        model=display_name(stepper.name),
+        backend=stepper.description,
+        device=stepper.device,
         input=stream.input,
         output=display_name(output.sink.name) if output.sink else None,
         output_tensor=output.tensor,
@@ -41,7 +41,7 @@ def stream_report(stream: Stream, loop: StepLoop, snapshots: SnapshotWriter | No
         seconds=round(seconds, 3),
         frames_per_second=round(stream.frames / seconds, 2) if seconds else 0.0,
         latency=stream.latency.summary(),
-        step=loop.latency.summary(),
+        step=stepper.latency.summary(),
         decode=stream.decode.summary(),
         convert=output.convert.summary(),
         encode=output.encode.summary(),

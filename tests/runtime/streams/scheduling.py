@@ -16,6 +16,7 @@ from stepcell.runtime.streams.progress import RunProgress
 from stepcell.runtime.streams.report import StreamReport
 from stepcell.runtime.streams.reset_policy import ResetPolicy
 from stepcell.runtime.streams.scheduler import Scheduler
+from stepcell.runtime.streams.stepper import LoopStepper
 from stepcell.runtime.streams.stream import Stream
 from tests.fakes.frame_source import FrameSource
 
@@ -50,7 +51,7 @@ def run(
 ) -> list[StreamReport]:
     if watched is not None:
         options |= {"times": watched, "progress": watched.progress}
-    return Scheduler(loop, streams, **options).run()
+    return Scheduler(LoopStepper(loop), streams, **options).run()
 
 
 def alone(model: Path, frames: Sequence[Any], path: Path, reset: ResetPolicy | None = None) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from stepcell.runtime.streams.reset_policy import ResetPolicy
 from stepcell.runtime.streams.run_control import RunControl
 from stepcell.runtime.streams.run_snapshots import SnapshotWriter
 from stepcell.runtime.streams.scheduler import Scheduler
+from stepcell.runtime.streams.stepper import LoopStepper
 from stepcell.runtime.streams.stream import Stream
 from tests.fakes.frame_source import FrameSource
 
@@ -167,7 +168,7 @@ class Plan:
         path = folder / f"{overlaps}.safetensors"
         with StepLoop(backend, name="model", slots=self.count if self.count > 1 else None) as loop:
             snapshots = SnapshotWriter(path, self.every, ", ".join(stream.name for stream in streams))
-            reports = Scheduler(loop, streams, snapshots=snapshots).run()
+            reports = Scheduler(LoopStepper(loop), streams, snapshots=snapshots).run()
             contract = loop.contract
         found: dict[str, Any] = {
             "frames": [[frame.tolist() for frame in sink.frames] for sink in sinks],
@@ -235,7 +236,7 @@ def begin(backend: Overlapping, clip: list[Any], **options: Any) -> tuple[StepLo
 def test_nearly_every_step_is_started_while_the_last_one_runs(accumulator: Model) -> None:
     backend = Overlapping(accumulator(), overlaps=True)
     loop, stream, sink = begin(backend, [ONE] * 60)
-    (report,) = Scheduler(loop, [stream]).run()
+    (report,) = Scheduler(LoopStepper(loop), [stream]).run()
     assert [frame[0, 0, 0] for frame in sink.frames] == list(range(1, 61))
     assert backend.ahead >= 55
     assert backend.order == list(range(60))
@@ -259,7 +260,7 @@ def test_a_slow_input_holds_no_result_back(accumulator: Model) -> None:
             gate.set()
 
     sink = Opening(takes_pixels=False)
-    (report,) = Scheduler(StepLoop(backend, name="model"), [Stream(Waiting("s", []), sink)]).run()
+    (report,) = Scheduler(LoopStepper(StepLoop(backend, name="model")), [Stream(Waiting("s", []), sink)]).run()
     assert (report.frames, backend.ahead) == (2, 0)
 
 
@@ -268,7 +269,7 @@ def test_a_device_that_fails_ends_the_run_at_that_frame(accumulator: Model, at_o
     backend = Overlapping(accumulator(), overlaps=True)
     backend.fails, backend.fails_at_once = 7, at_once
     loop, stream, _ = begin(backend, [ONE] * 20)
-    (report,) = Scheduler(loop, [stream]).run()
+    (report,) = Scheduler(LoopStepper(loop), [stream]).run()
     assert (report.frames, report.written, report.stopped) == (7, 7, "error")
     assert ("refused" if at_once else "gone") in (report.error or "")
 
@@ -285,7 +286,7 @@ def test_a_stop_delivers_what_is_under_way(accumulator: Model, tmp_path: Path) -
     backend = Overlapping(accumulator(), overlaps=True)
     loop, stream, sink = begin(backend, [ONE] * 50)
     snapshots = SnapshotWriter(tmp_path / "s.safetensors", 1000, "s")
-    (report,) = Scheduler(loop, [stream], control=control, times=Stopping(), snapshots=snapshots).run()
+    (report,) = Scheduler(LoopStepper(loop), [stream], control=control, times=Stopping(), snapshots=snapshots).run()
     assert report.stopped == "interrupted"
     assert report.frames == report.written == len(sink.frames) == report.resumes_at == len(backend.order) == 8
     states, _ = read_snapshot(tmp_path / "s.safetensors", loop.contract)
@@ -304,6 +305,6 @@ def test_an_interrupt_writes_no_states_of_which_nobody_knows(accumulator: Model,
 
     backend._until_frames_are_ready = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        Scheduler(loop, [stream], snapshots=SnapshotWriter(tmp_path / "s.safetensors", 1000, "s")).run()
+        Scheduler(LoopStepper(loop), [stream], snapshots=SnapshotWriter(tmp_path / "s.safetensors", 1000, "s")).run()
     assert (stream.frames, stream.stopped, len(sink.frames)) == (5, "interrupted", 5)
     assert not (tmp_path / "s.safetensors").exists()
