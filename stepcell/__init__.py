@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stepcell.exporter.from_onnx.fuse import FuseReport, fuse
     from stepcell.exporter.quantize.quantize import quantize
     from stepcell.exporter.step_onnx.export import export_onnx
+    from stepcell.nv12 import Nv12
     from stepcell.pixels import Pixels
     from stepcell.runtime.engine.build import EngineInfo, build_engine
     from stepcell.runtime.engine.options import BuildOptions
@@ -39,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "EngineInfo",
     "FuseReport",
+    "Nv12",
     "Pixels",
     "RunControl",
     "RunError",
@@ -72,6 +74,7 @@ _NAMES = {
     "exporter.from_onnx.fuse": "FuseReport fuse",
     "exporter.quantize.quantize": "quantize",
     "exporter.step_onnx.export": "export_onnx",
+    "nv12": "Nv12",
     "pixels": "Pixels",
     "runtime.engine.build": "EngineInfo build_engine",
     "runtime.engine.options": "BuildOptions",

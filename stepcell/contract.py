@@ -19,6 +19,7 @@ from stepcell.dims import LARGEST, Dim, bind, resolve, symbols_of
 from stepcell.errors import ContractError, InputError
 from stepcell.event_spec import EventSpec
 from stepcell.json_text import decode_json
+from stepcell.nv12 import nv12_fault, nv12_of
 from stepcell.ops import Gates, Reset
 from stepcell.pixels import ChannelOrder, PixelConversion
 from stepcell.quantization import Quantization
@@ -358,6 +359,8 @@ def _minor(version: str) -> int:
 
 
 def _check_multiple(spec: TensorSpec, shape: Sequence[int]) -> None:
+    if nv12_of(spec) and (fault := nv12_fault(*shape[-2:])):
+        raise InputError(f"{spec.name}: {fault}")
     if spec.layout is None or spec.pad_multiple == 1:
         return
     for axis, size in zip(spec.layout, shape, strict=True):

@@ -15,6 +15,7 @@ import numpy as np
 from stepcell.dims import LARGEST, check_dim, symbols_of
 from stepcell.display import printable
 from stepcell.errors import ContractError
+from stepcell.nv12 import nv12_of
 from stepcell.pixels import pixel_fault
 
 if TYPE_CHECKING:
@@ -92,6 +93,10 @@ def _check_pixels(spec: TensorSpec, subject: str) -> None:
     """Check layout, range, mean, standard deviation, order of the channels and padding."""
     if fault := pixel_fault(spec):
         raise ContractError(f"{subject}: {fault}")
+    if nv12_of(spec) and (spec.dtype != "uint8" or len(spec.shape) not in (2, 3) or spec.layout is not None):
+        raise ContractError(
+            f"{subject}: NV12 is uint8 (batch, height * 3 // 2, width) without a layout, got {spec.dtype} {spec.shape}"
+        )
     if not 1 <= spec.pad_multiple <= _MAX_MULTIPLE or (spec.pad_multiple > 1 and spec.layout is None):
         raise ContractError(
             f"{subject}: pad_multiple: expected 1 to {_MAX_MULTIPLE}, above 1 with a layout, got {spec.pad_multiple}"

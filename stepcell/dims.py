@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from stepcell.errors import ContractError, InputError
@@ -26,6 +27,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 }
 _MAX_EXPRESSION = 100  # characters
 LARGEST = (1 << 31) - 1  # size of an axis
+_SCALED = re.compile(r"([^\W\d]\w*) \* (\d{1,4}) // (\d{1,4})")  # "height * 3 // 2"
 
 
 class _DivisionByZero(ContractError):
@@ -99,7 +101,8 @@ def bind(tensors: Iterable[tuple[str, Sequence[Dim], Sequence[int]]]) -> dict[st
 
     Args:
         tensors: name (for messages), declared shape and actual shape of each. A dimension that is a single symbol
-            determines it; expressions such as `height // 2` are compared afterwards.
+            determines it, and so does `height * 3 // 2`, which has another value for every height. Other expressions,
+            such as `height // 2`, are compared afterwards.
 
     Raises:
         InputError: a rank, a fixed dimension or an expression does not fit, or no tensor determines a symbol.
@@ -112,6 +115,11 @@ def bind(tensors: Iterable[tuple[str, Sequence[Dim], Sequence[int]]]) -> dict[st
         for dim, size in zip(shape, actual, strict=True):
             if isinstance(dim, str) and dim.isidentifier() and symbols.setdefault(dim, size) != size:
                 raise _misfit(name, shape, actual, symbols)
+    for _, shape, actual in given:
+        for dim, size in zip(shape, actual, strict=True):
+            scaled = _SCALED.fullmatch(dim) if isinstance(dim, str) else None
+            if scaled and scaled[1] not in symbols and int(scaled[2]) >= int(scaled[3]) > 0:
+                symbols[scaled[1]] = -(-size * int(scaled[3]) // int(scaled[2]))
     for name, shape, actual in given:
         if unknown := [symbol for symbol in symbols_of(shape) if symbol not in symbols]:
             raise InputError(

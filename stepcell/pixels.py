@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from stepcell.dims import Dim, symbols_of
 from stepcell.errors import UsageError
+from stepcell.nv12 import Nv12
 
 if TYPE_CHECKING:
     from stepcell.contract import StepContract, TensorSpec
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 ChannelOrder = Literal["RGB", "BGR"]
-PixelDType = Literal["float", "uint8"]  # of pictures: as the model computes, or converted in its graph
+PixelDType = Literal["float", "uint8"] | Nv12  # of pictures: as the model computes, or converted in its graph
 ALL = "*"  # key of a declaration for every picture
 _PICTURE_LAYOUTS = ("NCHW", "NHWC", "CHW", "HWC", "NHW", "HW")
 _CHANNELS = (1, 3, 4)
@@ -73,6 +74,7 @@ class PixelConversion(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         dtype, layout, range, mean, std, channels: of the tensor inside, as in a `TensorSpec`.
         pad_multiple: height and width of the frame are padded up to a multiple of it, by repeating the edge.
+        nv12: of an input of NV12, how it becomes RGB; unset: the bytes are RGB or grey.
     """
 
     dtype: str
@@ -82,6 +84,7 @@ class PixelConversion(msgspec.Struct, frozen=True, kw_only=True):
     std: tuple[float, ...] | None = None
     channels: ChannelOrder | None = None
     pad_multiple: int = 1
+    nv12: Nv12 | msgspec.UnsetType = msgspec.UNSET
 
 
 Declaration = Pixels | Mapping[str, Pixels]  # for every picture, or by name of an input or output and `ALL`

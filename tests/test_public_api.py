@@ -20,9 +20,9 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # A name that is added or removed here is added to or removed from what users may rely on: say so in CHANGELOG.md.
 PUBLIC = {
     "stepcell": """
-        BuildOptions Checkpoint EngineInfo FuseReport Pixels RunControl RunError RunReport StateSpec StepContract
-        StepLoop StepcellError TensorSpec build_engine export_onnx fuse lift_states load_checkpoint load_model quantize
-        open_sink open_source register_cell run_streams step_model
+        BuildOptions Checkpoint EngineInfo FuseReport Nv12 Pixels RunControl RunError RunReport StateSpec
+        StepContract StepLoop StepcellError TensorSpec build_engine export_onnx fuse lift_states load_checkpoint
+        load_model quantize open_sink open_source register_cell run_streams step_model
     """,
     "stepcell.models": """
         CellStack ConvGRUCell ConvLSTMCell DenseStack GRUCell LSTMCell StepModule batch_to_time conv_gru

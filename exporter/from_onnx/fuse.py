@@ -145,15 +145,15 @@ def fuse(
         with library_errors(str(source), ExportError, what="cannot be converted"):
             if contract is not None:
                 report, model = _restore(read_onnx_file(source, with_contract=True), contract, tolerance, pixels)
-            elif (pixels or values or pixel_dtype == "uint8") and not said and is_exported_model(source):
+            elif (pixels or values or pixel_dtype != "float") and not said and is_exported_model(source):
                 report, model = _redeclared(*redeclare(source, target, pixels, values or {}))
             else:
                 file = bake(read_onnx_file(source), constants or {})
                 pairs = _given_states(file, states or {}, stateless=stateless)
                 report, model = _fuse(file, _Given(pairs, shapes or {}, values or {}, stateless, pixels))
-            if pixel_dtype == "uint8":
+            if pixel_dtype != "float":
                 load_external_weights(model, source, limit=ONE_FILE)
-                model, found = with_pixels_in_graph(model, report.contract)
+                model, found = with_pixels_in_graph(model, report.contract, pixel_dtype)
                 report = msgspec.structs.replace(report, contract=found, nodes_after=len(model.graph.node))
         temporary.write_bytes(model.SerializeToString())
     return report

@@ -78,7 +78,8 @@ def export_onnx(
         pixels: what the values of pictures are, in place of what the model says: a `Pixels` for every picture, or by
             name of an input or output.
         pixel_dtype: "uint8" puts the conversion of pixels into the graph: pictures go in and come out as bytes
-            (batch, height, width, channels), and each output picture has the mean of its values beside it.
+            (batch, height, width, channels), and each output picture has the mean of its values beside it. An `Nv12`
+            does the same, and inputs of three channels are NV12 of this matrix and range.
         opset: ONNX opset, 18 to 23.
         plain: write cells in standard operators, for runtimes that take no functions (docs/interop.md).
         family: name of the model family, recorded in the contract.
@@ -109,8 +110,8 @@ def export_onnx(
     contract = declare(own, pixels)
     for change in changes(own, contract):
         logger.info(f"pixels:  {change}")
-    if pixel_dtype == "uint8":
-        inputs_to_convert(contract)  # before the work
+    if pixel_dtype != "float":
+        inputs_to_convert(contract, pixel_dtype)  # before the work
     with atomic_path(path) as temporary:  # first, so that an invalid path is reported before the work
         # functions and parts of the module under torch.compile run as they are written
         with torch.compiler.set_stance("force_eager"), _fixed_sizes_named():
@@ -123,8 +124,8 @@ def export_onnx(
                 {**(source or {}), "stepcell": __version__, "torch": str(torch.__version__), "opset": opset},
                 declared=bool(pixels),
             )
-            if pixel_dtype == "uint8":
-                proto, contract = with_pixels_in_graph(proto, contract)
+            if pixel_dtype != "float":
+                proto, contract = with_pixels_in_graph(proto, contract, pixel_dtype)
         temporary.write_bytes(proto.SerializeToString())
     return contract
 

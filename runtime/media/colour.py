@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BT709", "Colour"]
+from stepcell.nv12 import CodedRange
+
+__all__ = ["BT709", "Colour", "coded_range", "matrix_name", "matrix_of", "states_matrix"]
 
 BT709 = 1  # the same number for matrix, primaries and transfer function
 _RGB, _BT2020, _PQ, _HLG = 0, 9, 16, 18
@@ -16,6 +18,9 @@ _TRANSFERS = {_PQ: "PQ", _HLG: "HLG"}
 # Matrices that swscale, which converts the frames, computes: BT.709, FCC, BT.601 (two numbers), SMPTE 240M, BT.2020.
 _KNOWN_MATRICES = (_RGB, BT709, 4, 5, 6, 7, _BT2020)
 _UNSPECIFIED, _RESERVED = 2, 3
+_BT601, _BT601_AGAIN = 5, 6
+_FULL = 2  # number of a range, as FFmpeg has it
+_MATRIX_NAMES = {BT709: "BT.709", 4: "FCC", _BT601: "BT.601", 7: "SMPTE 240M", _BT2020: "BT.2020"}
 
 
 @dataclass(frozen=True)
@@ -64,3 +69,24 @@ class Colour:
     def __str__(self) -> str:
         gamut = ", BT.2020" if self.primaries == _BT2020 else ""
         return f"{self.high_dynamic_range or 'SDR'}{gamut}, {self.bits} bits"
+
+
+def states_matrix(frame: Any) -> bool:
+    """Whether an `av.VideoFrame` says which matrix it has."""
+    return int(frame.colorspace) not in (_UNSPECIFIED, _RESERVED)
+
+
+def matrix_of(frame: Any) -> int:
+    """Matrix of an `av.VideoFrame` of luma and chroma: one that is not stated is taken as BT.601, as swscale does."""
+    matrix = int(frame.colorspace)
+    return _BT601 if matrix == _BT601_AGAIN or not states_matrix(frame) else matrix
+
+
+def matrix_name(matrix: int) -> str:
+    """For people."""
+    return _MATRIX_NAMES.get(matrix, f"matrix {matrix} of ITU-T H.273")
+
+
+def coded_range(frame: Any) -> CodedRange:
+    """Range of an `av.VideoFrame` of luma and chroma: limited unless it says full, or has a format that is full."""
+    return "full" if int(frame.color_range) == _FULL or frame.format.name.startswith("yuvj") else "limited"

@@ -23,22 +23,26 @@ __all__ = ["ArraySink", "ArraySource"]
 class ArraySource(Source):
     """A .npy file of pixels (T, H, W, C) uint8, or of tensors (T, C, H, W) float with the values that it takes.
 
+    Args:
+        nv12: the model takes NV12, so an array (T, H * 3 // 2, W) uint8 is that.
+
     Raises:
         InputError: not a .npy file, or an array of another shape or dtype.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, nv12: bool = False) -> None:
         self.name = str(path)
         with library_errors(str(path), InputError, what="not a readable .npy array"):
             array = np.lib.format.open_memmap(path, mode="r")
         pixels = array.dtype == np.uint8
-        if not (pixels or array.dtype.kind == "f") or array.ndim != 4:
+        planes = nv12 and pixels and array.ndim == 3 and 0 not in array.shape
+        if not planes and (not (pixels or array.dtype.kind == "f") or array.ndim != 4):
             raise InputError(
                 f"{path}: expected pixels (T, H, W, C) uint8 or tensors (T, C, H, W) float, "
                 f"got {array.shape} {array.dtype}",
                 hint="add a channel axis to a greyscale clip (T, H, W): frames[..., None]" if array.ndim == 3 else None,
             )
-        channels = array.shape[3 if pixels else 1]
+        channels = 3 if planes else array.shape[3 if pixels else 1]
         if channels not in (1, 3, 4) or 0 in array.shape:
             raise InputError(
                 f"{path}: expected {'(T, H, W, C) uint8' if pixels else '(T, C, H, W) of floats'} with 1, 3 or 4 "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec
+from stepcell.nv12 import Nv12
 from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.events.formats import EVENT_FILES, is_event_file
 from stepcell.runtime.media.events.source import EventSource
@@ -31,6 +32,7 @@ def open_source(
     text: str,
     *,
     channels: int = 3,
+    nv12: Nv12 | None = None,
     size: tuple[int, int] | None = None,
     events: EventSpec | None = None,
     on_bad_event: OnBadEvent = "stop",
@@ -43,6 +45,7 @@ def open_source(
             or `-` for stdin; for an event model an event file, as of `open_events`, or a stream of events: `-`, a named
             pipe, tcp://HOST:PORT, dv://HOST:PORT or neuromorphic://SERIAL.
         channels: channels of raw frames on stdin: 3 (rgb24), 1 (gray8) or 4.
+        nv12: give frames as NV12 of this matrix and range; None: as RGB or grey.
         size: (width, height) in pixels, of raw frames on stdin, or of the sensor if an event file does not say.
         events: encoding of the events of an event model; None: the model takes pictures.
         on_bad_event: "stop" before an event outside the sensor or earlier than the one before, "drop" or "clamp" it.
@@ -75,19 +78,21 @@ def open_source(
     if (text == STDIN) != (size is not None):
         raise UsageError("--size: required for raw frames on stdin (--input -), not accepted for other pictures")
     if size is not None:
-        return _open_stdin(size, channels)
+        return _open_stdin(size, channels, nv12 is not None)
     if is_remote(text):
-        return VideoSource(text)
+        return VideoSource(text, nv12)
     path = Path(text)
     if glob.has_magic(text) and not path.exists() and (pictures := matching_pictures(text)):
-        return FolderSource(path, pictures)
+        return FolderSource(path, pictures, nv12)
     try:
         folder = stat.S_ISDIR(path.stat().st_mode)
     except OSError as error:
         raise InputError(f"{text}: cannot be read ({error.strerror})") from error
     if folder:
-        return FolderSource(path)
-    return ArraySource(path) if path.suffix.lower() == ".npy" else VideoSource(text)
+        return FolderSource(path, nv12=nv12)
+    if path.suffix.lower() == ".npy":
+        return ArraySource(path, nv12=nv12 is not None)
+    return VideoSource(text, nv12)
 
 
 def is_remote(text: str) -> bool:
@@ -95,9 +100,9 @@ def is_remote(text: str) -> bool:
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) or CAMERA.fullmatch(text))
 
 
-def _open_stdin(size: tuple[int, int], channels: int) -> RawSource:
+def _open_stdin(size: tuple[int, int], channels: int, nv12: bool) -> RawSource:
     if sys.stdin is None:
         raise InputError("stdin: is closed")
     os.set_blocking(sys.stdin.fileno(), True)  # a non-blocking read would return an incomplete frame
     # A duplicate, because a thread may still read when the interpreter closes sys.stdin at exit.
-    return RawSource(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), size, channels)
+    return RawSource(os.fdopen(os.dup(sys.stdin.fileno()), "rb"), size, channels, nv12=nv12)

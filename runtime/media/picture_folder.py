@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from stepcell.errors import InputError, OutputError
 from stepcell.files import Temporary
+from stepcell.nv12 import Nv12
 from stepcell.optional_imports import require
 from stepcell.runtime.media.recovery import recover_recordings
 from stepcell.runtime.media.sink import output_errors
@@ -32,6 +33,7 @@ class FolderSource(Source):
     Args:
         folder: with the pictures; other files in it are ignored.
         files: the pictures, if they are chosen by a pattern.
+        nv12: give them as NV12 of this matrix and range.
 
     Raises:
         InputError: the folder cannot be read or contains no picture.
@@ -40,7 +42,8 @@ class FolderSource(Source):
 
     pixels = True
 
-    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None, nv12: Nv12 | None = None) -> None:
+        self._nv12 = nv12
         require("av", extra="video", purpose="reading pictures")
         self.name = str(folder)
         try:
@@ -54,7 +57,7 @@ class FolderSource(Source):
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         for path in self._files:
-            with contextlib.closing(VideoSource(str(path))) as picture:
+            with contextlib.closing(VideoSource(str(path), self._nv12)) as picture:
                 pixels = next(iter(picture))
             self.colour, self.pixel_aspect = picture.colour, picture.pixel_aspect
             yield pixels

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, UsageError
 from stepcell.event_spec import EventSpec, EventWindow
+from stepcell.nv12 import nv12_fault, nv12_of
 from stepcell.pixels import as_chw, gain_and_offset, is_frame_of_bytes, picture_channels, value_range
 
 __all__ = ["Preprocessor", "event_input", "image_input", "pad_up", "require_declared"]
@@ -46,7 +47,7 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
             "frames has no value for it",
             hint=f"give the file one, yours in place of these: stepcell fuse MODEL {values} -o NEW.onnx; or {hint}",
         )
-    if spec is None or not (picture_channels(spec) is not None or spec.events):
+    if spec is None or not _takes_frames(spec):
         layout = ""
         if spec is not None and len(spec.shape) == 4:
             layout = (
@@ -60,6 +61,7 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
             hint=hint,
         )
     batch = spec.shape[spec.layout.index("N")] if spec.layout and "N" in spec.layout else 1
+    batch = spec.shape[0] if nv12_of(spec) and len(spec.shape) == 3 else batch
     if isinstance(batch, int) and batch != rows:
         raise InputError(
             f"{spec.name}: the batch is fixed at {batch}, got {rows} stream{'s' * (rows > 1)}",
@@ -68,9 +70,13 @@ def image_input(contract: StepContract, rows: int = 1) -> TensorSpec:
     return spec
 
 
+def _takes_frames(spec: TensorSpec) -> bool:
+    return picture_channels(spec) is not None or bool(spec.events) or nv12_of(spec) is not None
+
+
 def _steering(frames: Sequence[TensorSpec]) -> tuple[TensorSpec, list[TensorSpec]] | None:
     """The picture among several inputs, where the others are a few numbers each, such as a ratio or a rate."""
-    pictures = [spec for spec in frames if picture_channels(spec) is not None or spec.events]
+    pictures = [spec for spec in frames if _takes_frames(spec)]
     others = [spec for spec in frames if spec not in pictures]
     few = all(np.prod([dim if isinstance(dim, int) else 1 for dim in spec.shape]) <= _NUMBERS for spec in others)
     return (pictures[0], others) if len(pictures) == 1 and others and few else None
@@ -120,8 +126,8 @@ class Preprocessor:
     Args:
         spec: the input of the model, of pictures or events.
         frame: the first frame: pixels (H, W, C) uint8, RGB or grey, which are scaled, normalised and put into the
-            order of the model's channels; or a float tensor (C, H, W), of pictures for which that is done already or
-            of events.
+            order of the model's channels; NV12 (H * 3 // 2, W) uint8 for a model that takes it; or a float tensor
+            (C, H, W), of pictures for which that is done already or of events.
 
     Attributes:
         shape: shape of every frame.
@@ -138,8 +144,13 @@ class Preprocessor:
         self.spec = spec
         self.shape = frame.shape
         pixels = frame.dtype == np.uint8
-        height, width, channels = frame.shape if pixels else (*frame.shape[1:], frame.shape[0])
-        if not spec.events:
+        nv12 = nv12_of(spec) is not None
+        _check_kind(spec, frame, nv12=nv12)
+        if nv12:
+            height, width, channels = frame.shape[0] // 3 * 2, frame.shape[1], 3
+        else:
+            height, width, channels = frame.shape if pixels else (*frame.shape[1:], frame.shape[0])
+        if not spec.events and not nv12:
             _check_channels(spec, channels)
             if frame.dtype.kind == "f" and spec.dtype == "uint8":
                 raise InputError(
@@ -150,35 +161,37 @@ class Preprocessor:
                 require_declared(spec)
             else:
                 _warn_of_other_range(spec, frame)
-        elif pixels or channels != spec.shape[1]:
+        elif spec.events and (pixels or channels != spec.shape[1]):
             got = "pixels" if pixels else f"{channels} channels"
             raise InputError(f"{spec.name}: the model takes events, {spec.events}: {spec.shape[1]} channels; got {got}")
         self.size: tuple[int, int] = (height, width)
         self.padded = (pad_up(height, spec.pad_multiple), pad_up(width, spec.pad_multiple))
-        layout = spec.layout or "NCHW"
-        sizes = {"N": 1, "C": channels, "H": self.padded[0], "W": self.padded[1]}
+        layout = "NHW"[-len(spec.shape) :] if nv12 else spec.layout or "NCHW"
+        sizes = {"N": 1, "C": channels, "H": frame.shape[0] if nv12 else self.padded[0], "W": self.padded[1]}
         wanted = {letter: spec.shape[layout.index(letter)] for letter in "HW"}
         if any(isinstance(fixed, int) and fixed != sizes[letter] for letter, fixed in wanted.items()):
+            of_nv12 = nv12 and isinstance(wanted["H"], int)
+            fixed_height = int(wanted["H"]) // 3 * 2 if of_nv12 else wanted["H"]
             raise InputError(
-                f"{spec.name}: the model was exported for {wanted['W']}x{wanted['H']} frames, got {width}x{height}",
+                f"{spec.name}: the model was exported for {wanted['W']}x{fixed_height} frames, got {width}x{height}",
                 hint="export it with --dynamic height,width, or resize the clip",
             )
         self._layout = layout
         self._tensor_shape = [sizes[letter] for letter in layout]
-        self._as_it_is = pixels and is_frame_of_bytes(spec)
-        self._tables = _pixel_tables(spec, channels) if pixels else None
+        self._as_it_is = nv12 or (pixels and is_frame_of_bytes(spec))
+        self._tables = None if nv12 or not pixels else _pixel_tables(spec, channels)
         self._order = [2, 1, 0] if spec.channels == "BGR" else range(channels)
 
     @property
     def always_finite(self) -> bool:
         """Whether no frame can give NaN or Inf: pixels of a range that the dtype of the model holds."""
-        return self._tables is not None and bool(np.isfinite(self._tables).all())
+        return self._as_it_is or (self._tables is not None and bool(np.isfinite(self._tables).all()))
 
     def __call__(self, frame: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The input tensor, (1, C, H, W) or as its layout says, in the dtype of the model, padded at bottom and right.
 
         Pictures are padded by repeating the edge, events with zeros. Pixels for a model that takes them as they are
-        (`is_frame_of_bytes`) are not copied: the tensor is a view of the frame.
+        (`is_frame_of_bytes`, NV12) are not copied: the tensor is a view of the frame.
 
         Args:
             frame: of the size of the first one.
@@ -226,6 +239,22 @@ def _warn_of_other_range(spec: TensorSpec, frame: NDArray[Any]) -> None:
             f"{spec.name}: the values of the first frame lie in {least:.4g} to {most:.4g}, those of pixels in "
             f"{low:.4g} to {high:.4g}; arrays of floats are taken as they are, bytes are scaled"
         )
+
+
+def _check_kind(spec: TensorSpec, frame: NDArray[Any], *, nv12: bool) -> None:
+    """Refuse NV12 for a model that takes something else, and the reverse."""
+    planes = frame.ndim == 2 and frame.dtype == np.uint8
+    if nv12 and not planes:
+        raise InputError(
+            f"{spec.name}: the model takes NV12, (height * 3 // 2, width) bytes, the frames are {frame.shape} "
+            f"{frame.dtype}",
+            hint="a video, pictures or a camera are brought to it, a .npy of it is (T, height * 3 // 2, width) uint8; "
+            "RGB is for a file of --pixels uint8",
+        )
+    if nv12 and (fault := nv12_fault(*frame.shape)):
+        raise InputError(f"{spec.name}: {fault}")
+    if planes and not nv12:
+        raise InputError(f"{spec.name}: the frames are {frame.shape} uint8, NV12 or grey without an axis of channels")
 
 
 def pad_up(size: int, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""Raw frames (rgb24 or gray8) on a byte stream, such as stdin and stdout, as source and sink."""
+"""Raw frames (rgb24, gray8 or NV12) on a byte stream, such as stdin and stdout, as source and sink."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.errors import InputError, OutputError
+from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.runtime.media.sink import output_errors
 from stepcell.runtime.media.source import Source
 
@@ -19,21 +19,26 @@ __all__ = ["RawSink", "RawSource"]
 
 
 class RawSource(Source):
-    """Frames in row-major order without padding: rgb24 or gray8.
+    """Frames in row-major order without padding: rgb24, gray8 or NV12.
 
     Args:
         stream: such as `sys.stdin.buffer`; `close` leaves it open.
         size: (width, height) in pixels.
         channels: 3 (rgb24), 1 (gray8) or 4.
+        nv12: the frames are NV12, of whatever matrix and range the sender has; `channels` is not used.
     """
 
     live = True
     pixels = True
 
-    def __init__(self, stream: BinaryIO, size: tuple[int, int], channels: int) -> None:
+    def __init__(self, stream: BinaryIO, size: tuple[int, int], channels: int, *, nv12: bool = False) -> None:
         self.name = "stdin"
         self._stream = stream
-        self._shape = (size[1], size[0], channels)
+        width, height = size
+        self._shape: tuple[int, ...] = (height * 3 // 2, width) if nv12 else (height, width, channels)
+        self._sent = f"{width}x{height} and " + ("NV12" if nv12 else f"{channels} bytes a pixel")
+        if nv12 and (width % 2 or height % 2):
+            raise UsageError(f"--size {width}x{height}: NV12 has an even width and height")
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         size = int(np.prod(self._shape))
@@ -42,7 +47,7 @@ class RawSource(Source):
             if len(data) < size:
                 raise InputError(
                     f"stdin: ended inside frame {number}: {len(data)} of {size} bytes",
-                    hint=f"the sender must use {self._shape[1]}x{self._shape[0]} and {self._shape[2]} bytes a pixel",
+                    hint=f"the sender must use {self._sent}",
                 )
             self.seconds = time.monotonic()  # time of arrival
             yield np.frombuffer(data, np.uint8).reshape(self._shape)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from stepcell.contract import TensorSpec
 from stepcell.errors import InputError, UsageError
+from stepcell.nv12 import nv12_of, nv12_planes
 from stepcell.optional_imports import require
 from stepcell.runtime.media.colour import Colour
 from stepcell.runtime.media.source import Source
@@ -32,10 +33,12 @@ class Resize:
     Attributes:
         size: (width, height) in pixels.
         fit: the proportions are kept, and black bars fill the rest; otherwise the picture is stretched.
+        black: luma of the bars of NV12.
     """
 
     size: Size
     fit: bool = False
+    black: int = 0
 
     @classmethod
     def parse(cls, text: str, spec: TensorSpec) -> Resize:
@@ -54,16 +57,21 @@ class Resize:
                 f"--resize: expected WIDTHxHEIGHT, fit, stretch or WIDTHxHEIGHT,fit, got {text!r}",
                 hint="such as --resize 640x360,fit; without a value the frames are stretched to the size of the model",
             )
+        how = nv12_of(spec)
+        black = 16 if how is not None and how.range == "limited" else 0
         if match[1]:
-            return cls((int(match[1]), int(match[2])), match[3] == "fit")
-        layout = spec.layout or "NCHW"
+            if how and (int(match[1]) % 2 or int(match[2]) % 2):
+                raise UsageError(f"--resize {text}: {spec.name} takes NV12, of an even width and height")
+            return cls((int(match[1]), int(match[2])), match[3] == "fit", black)
+        layout = spec.layout or ("NHW"[-len(spec.shape) :] if how else "NCHW")
         height, width = spec.shape[layout.index("H")], spec.shape[layout.index("W")]
+        height = height // 3 * 2 if how and isinstance(height, int) else height
         if not isinstance(height, int) or not isinstance(width, int):
             raise UsageError(
                 f"--resize {text}: the size of {spec.name} is not fixed in the model ({width} x {height})",
                 hint=f"name a size, such as --resize 640x360{',fit' * (text == 'fit')}",
             )
-        return cls((width, height), match[3] == "fit")
+        return cls((width, height), match[3] == "fit", black)
 
 
 class ResizedSource(Source):
@@ -91,8 +99,24 @@ class ResizedSource(Source):
                 )
             if frame.shape != shape:
                 shape = frame.shape
-                self._say(shape[1], shape[0])
-            yield fit_inside(frame, self._how.size) if self._how.fit else resize(frame, self._how.size)
+                self._say(shape[1], shape[0] // 3 * 2 if frame.ndim == 2 else shape[0])
+            yield self._resized(frame)
+
+    def _resized(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        (width, height), fit = self._how.size, self._how.fit
+        if frame.ndim == 3:
+            return fit_inside(frame, self._how.size) if fit else resize(frame, self._how.size)
+        luma, chroma = nv12_planes(frame)
+        half = (width // 2, height // 2)
+        inner = _inner_size((chroma.shape[1], chroma.shape[0]), half) if fit else half
+        whole = np.empty((height * 3 // 2, width), np.uint8)
+        for plane, scale, place in zip((luma[..., None], chroma), (2, 1), nv12_planes(whole), strict=True):
+            place[...] = self._how.black if scale == 2 else 128
+            resized = resize(plane, (inner[0] * scale, inner[1] * scale))
+            left, top = (half[0] - inner[0]) // 2 * scale, (half[1] - inner[1]) // 2 * scale
+            part = place[top : top + resized.shape[0], left : left + resized.shape[1]]
+            part[...] = resized.reshape(part.shape)
+        return whole
 
     def _say(self, width: int, height: int) -> None:
         """Tell how frames of this size are resized, and set the aspect of the resized pixels."""

@@ -24,8 +24,9 @@ FRAME_RATES = (Fraction(1, 1000), Fraction(1000))  # frames per second: lowest a
 class Source(Protocol):
     """An input of frames, iterated once.
 
-    A frame is an array: pixels (H, W, C) uint8 with C = 3 (RGB) or 1 (grey), or a float tensor (C, H, W)
-    that already has the values that the model takes. A frame that cannot be read raises InputError with its number.
+    A frame is an array: pixels (H, W, C) uint8 with C = 3 (RGB) or 1 (grey), NV12 (H * 3 // 2, W) uint8 for a model
+    that takes it, or a float tensor (C, H, W) that already has the values that the model takes. A frame that cannot be
+    read raises InputError with its number.
 
     Attributes:
         name: as the user wrote it; "stdin" for `-`.

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from stepcell.display import displayed
 from stepcell.errors import InputError
+from stepcell.nv12 import Nv12
 from stepcell.optional_imports import require
 from stepcell.runtime.media.colour import Colour
 from stepcell.runtime.media.ffmpeg_input import input_options, lists_files
+from stepcell.runtime.media.nv12_frames import Nv12Frames
 from stepcell.runtime.media.orientation import UPRIGHT, frame_orientation
 from stepcell.runtime.media.source import FRAME_RATES, Source, display_name
 from stepcell.runtime.media.truncation import missing_bytes
@@ -39,6 +41,10 @@ BROKEN_PACKETS = 100  # consecutive damaged packets that end a live stream; tran
 class VideoSource(Source):
     """A video file, a URL or `camera:N` (Video4Linux).
 
+    Args:
+        name: of it.
+        nv12: give frames as NV12 of this matrix and range; None: as RGB or grey.
+
     Raises:
         InputError: it cannot be opened, has no video stream, or is a playlist of other files.
         UsageError: a URL of a protocol that is not for streams.
@@ -47,9 +53,10 @@ class VideoSource(Source):
 
     pixels = True
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, nv12: Nv12 | None = None) -> None:
         av = require("av", extra="video", purpose="reading video")
         self.name = display_name(name)
+        self._nv12 = None if nv12 is None else Nv12Frames(nv12, self.name)
         self._error: type[Exception] = av.FFmpegError
         camera = CAMERA.fullmatch(name)
         self._path = None if camera or "://" in name else Path(name)
@@ -159,7 +166,7 @@ class VideoSource(Source):
         return frames
 
     def _pixels(self, frame: Any) -> NDArray[np.uint8]:
-        """(H, W, 3) RGB, or (H, W, 1) if the stream is grey; turned and mirrored as the metadata says."""
+        """(H, W, 3) RGB, (H, W, 1) if the stream is grey, or NV12; turned and mirrored as the metadata says."""
         if frame.rotation != self._rotation:
             # Not for every frame: one whose side data was looked at is not freed before the next garbage collection
             # (findings/pyav-side-data-keeps-frames.sh).
@@ -167,6 +174,8 @@ class VideoSource(Source):
         orientation = self._orientation
         if self.colour is None:
             self._describe(frame, turned=orientation.transpose)
+        if self._nv12 is not None:
+            return self._nv12(frame, orientation)
         layout = frame.format
         grey = len(layout.components) <= 2 and not layout.has_palette  # luma alone, or luma and alpha
         array: NDArray[np.uint8] = frame.to_ndarray(format="gray" if grey else "rgb24")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import Dim
 from stepcell.errors import InputError, StepcellError, UsageError
+from stepcell.nv12 import nv12_of
 from stepcell.pixels import as_chw, picture_channels, value_range
 from stepcell.runtime.loop.slots import SlotTable
 from stepcell.runtime.media.postprocess import crop, is_label_map, is_picture, to_pixels
@@ -83,6 +84,8 @@ class Wire:
         if picture is not None:
             if picture.events:
                 raise InputError(f"{picture.name}: the model takes events, not pixels")
+            if nv12_of(picture):
+                raise InputError(f"{picture.name}: the model takes NV12, which is sent as its tensor: --frames tensors")
             require_declared(picture)
         inputs = [spec for spec in contract.inputs if spec.value is msgspec.UNSET]
         self.inputs = [Port(spec, table.input_axes[spec.name], spec is picture) for spec in inputs]

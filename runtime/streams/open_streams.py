@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from stepcell.contract import StepContract, TensorSpec
 from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
+from stepcell.nv12 import nv12_of
 from stepcell.overwrite import check_folder, check_output, is_marked
 from stepcell.pixels import picture_channels
 from stepcell.runtime.media.events.bad_events import OnBadEvent
@@ -280,8 +281,8 @@ def _open_source(
         text = str(each)
         size = options.size if alone or text == STDIN or events is not None else None
         source = open_source(
-            text, channels=picture_channels(spec) or 3, size=size, events=events, on_bad_event=options.on_bad_event,
-            event_stream=options.event_stream,
+            text, channels=picture_channels(spec) or 3, nv12=nv12_of(spec), size=size, events=events,
+            on_bad_event=options.on_bad_event, event_stream=options.event_stream,
         )  # fmt: skip
     else:
         source = each

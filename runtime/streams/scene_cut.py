@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepcell.nv12 import nv12_planes
+
 __all__ = ["THRESHOLD", "SceneCut"]
 
 THRESHOLD = 0.56  # midway between 0.45 and 0.68
@@ -34,7 +36,7 @@ class SceneCut:
         It is 0 for the first frame and 1 for a frame of another size.
 
         Args:
-            frame: pixels (H, W, C) uint8 or a float tensor (C, H, W).
+            frame: pixels (H, W, C) uint8, NV12 (H * 3 // 2, W) uint8, or a float tensor (C, H, W).
         """
         last, self._last = self._last, _thumbnail(frame)
         if last is None:
@@ -49,6 +51,7 @@ class SceneCut:
 
 def _thumbnail(frame: NDArray[Any]) -> NDArray[np.float32]:
     """Means of one channel over a grid of up to (16, 16), minus their mean."""
+    frame = nv12_planes(frame)[0][..., None] if frame.ndim == 2 else frame
     channels = frame.shape[2 if frame.dtype == np.uint8 else 0]
     middle = channels // 2  # green of RGB
     plane = frame[..., middle] if frame.dtype == np.uint8 else frame[middle]

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract, TensorSpec
-from stepcell.dims import bind, resolve
+from stepcell.dims import bind, resolve, symbols_of
 from stepcell.errors import InputError
+from stepcell.nv12 import nv12_of
 from stepcell.pixels import picture_channels
 from stepcell.runtime.loop.slots import is_shared
 from stepcell.runtime.media.events.bad_events import OnBadEvent
@@ -96,7 +97,8 @@ def sizes_for(contract: StepContract, shapes: Mapping[str, Sequence[int]] | None
     found = bind((spec.name, spec.shape, given[spec.name]) for spec in contract.inputs if spec.name in given)
     multiple = max((spec.pad_multiple for spec in contract.inputs), default=1)
     batch = {state.streams for state in contract.states} | {"batch"}
-    spatial = {dim for spec in contract.inputs if spec.layout is not None for dim in spec.shape}
+    pictures = [spec for spec in contract.inputs if spec.layout is not None or nv12_of(spec)]
+    spatial = set(symbols_of(dim for spec in pictures for dim in spec.shape))
     for symbol in contract.symbols:
         small = contract.example.get(symbol, SMALL)
         if symbol in spatial:
@@ -140,7 +142,10 @@ def source_clip(
     spec = image_input(contract)
     channels, events = picture_channels(spec) or 3, event_input(spec, None)
     bad: OnBadEvent = "stop" if events is None else "drop"
-    source = open_source(text, channels=channels, size=size, events=events, on_bad_event=bad, event_stream=event_stream)
+    source = open_source(
+        text, channels=channels, nv12=nv12_of(spec), size=size, events=events, on_bad_event=bad,
+        event_stream=event_stream,
+    )  # fmt: skip
     frames: list[Frame] = []
     preprocess: Preprocessor | None = None
     try:

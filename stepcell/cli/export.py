@@ -13,11 +13,10 @@ import msgspec
 from stepcell.cli.common import joined, json_option, overwrite_option, parse_settings
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.cli.parity import bound, error_of
-from stepcell.cli.pixel_options import pixel_dtype_option, pixel_options, pop_pixels
+from stepcell.cli.pixel_options import pixel_dtype_option, pixel_options, pop_pixel_dtype, pop_pixels
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
 from stepcell.overwrite import check_output, is_exported_model
-from stepcell.pixels import PixelDType
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -128,7 +127,6 @@ def command(
     state_dtype: Any,
     opset: int,
     plain: bool,
-    pixel_dtype: PixelDType,
     overwrite: bool,
     as_json: bool,
     **pixel_arguments: Any,
@@ -150,6 +148,7 @@ def command(
     convention = arguments.pop("events.convention", None)
     shapes = parse_shapes(shape, option="--shape") if shape else {}
     symbols = [symbol.strip() for symbol in dynamic.split(",")] if dynamic else []
+    pixel_dtype = pop_pixel_dtype(pixel_arguments)
     pixels = pop_pixels(pixel_arguments)
     positions = _positions(returned)
     if positions and module is None:

@@ -12,10 +12,9 @@ import click
 from stepcell.cli.common import joined, json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, table, working
 from stepcell.cli.parity import bound, error_of
-from stepcell.cli.pixel_options import pixel_dtype_option, pixel_options, pop_pixels
+from stepcell.cli.pixel_options import pixel_dtype_option, pixel_options, pop_pixel_dtype, pop_pixels
 from stepcell.errors import UsageError
 from stepcell.optional_imports import require
-from stepcell.pixels import PixelDType
 from stepcell.shapes import parse_shapes
 
 if TYPE_CHECKING:
@@ -86,7 +85,6 @@ def command(
     shape: str | None,
     contract: Path | None,
     tolerance: float | None,
-    pixel_dtype: PixelDType,
     overwrite: bool,
     as_json: bool,
     **pixel_arguments: Any,
@@ -101,6 +99,7 @@ def command(
     pictures, --value what an input has in steps that do not give it, --pixels uint8 puts the conversion of pixels into
     its graph, and nothing else is changed.
     """
+    pixel_dtype = pop_pixel_dtype(pixel_arguments)
     pixels = pop_pixels(pixel_arguments)
     pairs = _parse_states(states)
     fixed, kept = _parse_values(constants, "--constant"), _parse_values(values, "--value")
@@ -129,7 +128,7 @@ def command(
         )
     if report.redeclared:
         detail = "only the contract was changed"
-        if pixel_dtype == "uint8":
+        if pixel_dtype != "float":
             detail = f"pixels are converted in the graph: {report.nodes_before} -> {report.nodes_after} nodes"
         stage("fuse", output, time.monotonic() - started, detail)
         if as_json:

@@ -14,6 +14,7 @@ from stepcell.cli.parity import bound, error_of
 from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.errors import InputError
 from stepcell.files import human_size
+from stepcell.nv12 import nv12_of
 from stepcell.pixels import PixelConversion, picture_channels
 from stepcell.quantization import Quantization
 
@@ -132,6 +133,8 @@ def _row(kind: str, name: str, spec: Spec) -> list[str]:
     notes = _picture_notes(spec)
     if spec.range is None and picture_channels(spec) is not None and spec.dtype.startswith("float"):
         notes.insert(1, "range undefined")
+    if how := nv12_of(spec):
+        notes = [f"NV12, {how}"]
     if spec.converts:
         inside = ", ".join([spec.converts.dtype, *_picture_notes(spec.converts)])
         notes.append(f"converted in the graph {'to' if kind == 'input' else 'from'} ({inside})")

@@ -9,9 +9,10 @@ import click
 import msgspec
 
 from stepcell.errors import UsageError
+from stepcell.nv12 import CodedRange, Matrix, Nv12
 from stepcell.pixels import ALL, ChannelOrder, PixelDType, Pixels
 
-__all__ = ["pixel_dtype_option", "pixel_options", "pop_pixels"]
+__all__ = ["pixel_dtype_option", "pixel_options", "pop_pixel_dtype", "pop_pixels"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -37,13 +38,51 @@ def pixel_options(command: _F) -> _F:
     return command
 
 
+_DTYPE_OPTIONS = (
+    click.option(
+        "--pixels", "pixel_dtype", type=click.Choice(["float", "uint8", "nv12"]), default="float", show_default=True,
+        help="Pictures of the file: values as the model computes; or bytes, converted in its graph, which take frames "
+        "as RGB (batch, height, width, channels) or as NV12 (batch, height * 3 / 2, width).",
+    ),
+    click.option(
+        "--matrix", type=click.Choice(get_args(Matrix)), help="Of the frames of --pixels nv12, which do not show it.",
+    ),
+    click.option(
+        "--coded-range", type=click.Choice(get_args(CodedRange)),
+        help="Of the frames of --pixels nv12: luma 16 to 235, or 0 to 255.",
+    ),
+)  # fmt: skip
+
+
 def pixel_dtype_option(command: _F) -> _F:
-    """Add --pixels to a command, as the argument `pixel_dtype`."""
-    return click.option(
-        "--pixels", "pixel_dtype", type=click.Choice(get_args(PixelDType)), default="float", show_default=True,
-        help="Pictures of the file: values as the model computes, or bytes (batch, height, width, channels), converted "
-        "in its graph.",
-    )(command)  # fmt: skip
+    """Add --pixels, --matrix and --coded-range to a command; `pop_pixel_dtype` reads them."""
+    for option in reversed(_DTYPE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def pop_pixel_dtype(options: dict[str, Any]) -> PixelDType:
+    """Take the three options out of the arguments of a command.
+
+    Raises:
+        UsageError: NV12 without its matrix or its range, or one of them without NV12.
+    """
+    kind, matrix, coded = (options.pop(name) for name in ("pixel_dtype", "matrix", "coded_range"))
+    if kind != "nv12":
+        if matrix is not None or coded is not None:
+            raise UsageError(f"--{'matrix' if matrix else 'coded-range'}: is for --pixels nv12, got --pixels {kind}")
+        return "uint8" if kind == "uint8" else "float"
+    if matrix is None or coded is None:
+        missing = " and ".join(
+            name for name, value in (("--matrix", matrix), ("--coded-range", coded)) if value is None
+        )
+        example = f"--pixels nv12 --matrix {matrix or 'bt709'} --coded-range {coded or 'limited'}"
+        raise UsageError(
+            f"--pixels nv12: needs {missing}: the bytes do not show how they become RGB, and it is not guessed",
+            hint=f"such as {example} (most video of HD size; bt601 for SD and many webcams); ffprobe says what a clip "
+            "declares as color_space and color_range",
+        )
+    return Nv12(matrix=matrix, range=coded)
 
 
 def pop_pixels(options: dict[str, Any]) -> dict[str, Pixels]:

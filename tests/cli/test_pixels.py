@@ -155,3 +155,24 @@ def test_pixels_in_the_graph(accumulator: Make, frames: np.ndarray) -> None:  # 
     given = call("run", "bytes.onnx", "--input", "floats.npy")
     assert given.exit_code == 1
     assert "the model takes pixels, bytes of 0 to 255, the frames are float32" in given.stderr
+
+
+def test_nv12_needs_its_matrix_and_its_range(accumulator: Make, frames: np.ndarray) -> None:  # type: ignore[type-arg]
+    model = accumulator(range=(0.0, 1.0))
+    alone = call("fuse", model.name, "-o", "nv12.onnx", "--pixels", "uint8", "--matrix", "bt709")
+    assert (alone.exit_code, "--matrix: is for --pixels nv12" in alone.stderr) == (2, True)
+    refused = call("fuse", model.name, "-o", "nv12.onnx", "--pixels", "nv12", "--matrix", "bt601")
+    assert refused.exit_code == 2
+    assert "--pixels nv12: needs --coded-range" in refused.stderr
+    said = " ".join(refused.stderr.partition("such as")[2].partition("(")[0].split())
+    made = call("fuse", model.name, "-o", "nv12.onnx", *shlex.split(said))
+    assert made.exit_code == 0, made.stderr
+    shown = " ".join(call("inspect", "nv12.onnx").stdout.split())
+    assert "NV12, BT.601, limited range, converted in the graph to (float32, NCHW, range 0 to 1" in shown
+    grey = np.full((1, 3, 4), 128, np.uint8)
+    grey[:, :2] = [[16, 235, 126, 126]]
+    np.save("clip.npy", grey)
+    assert call("run", "nv12.onnx", "--input", "clip.npy", "--output", "out.npy").exit_code == 0
+    np.testing.assert_array_equal(np.load("out.npy")[0, :, :, 1], [[0, 255, 128, 128]] * 2)
+    repository = call("triton-repo", "nv12.onnx", "-o", "repository")
+    assert "frames:    tensors" in repository.stderr

@@ -74,3 +74,15 @@ def test_bind_takes_tensors_in_any_order() -> None:
         bind([(*feature[:2], (2, 6)), image])
     with pytest.raises(InputError, match=r"f1: its shape .* follows from height, which has no value"):
         bind([feature])
+
+
+def test_a_size_is_found_from_its_rows_with_chroma() -> None:
+    shape = ("batch", "height * 3 // 2", "width")
+    assert bind([("x", shape, (2, 27, 8))]) == {"batch": 2, "height": 18, "width": 8}
+    assert bind([("x", shape, (2, 28, 8))])["height"] == 19
+    with pytest.raises(InputError, match=r"x: expected shape"):  # no height has so many rows
+        bind([("x", shape, (2, 29, 8))])
+    with pytest.raises(InputError, match=r"x: expected shape"):
+        bind([("x", shape, (2, 27, 8)), ("y", ("height",), (20,))])
+    with pytest.raises(InputError, match="follows from height, which has no value"):
+        bind([("x", ("height * 2 // 3",), (12,))])  # several heights have so many

@@ -16,7 +16,9 @@ from stepcell.exporter.parity import Array, Arrays, CheckClip, Step, differs, fi
 from stepcell.exporter.rounding import limit_of
 from stepcell.exporter.step_onnx.graph import embed_contract
 from stepcell.exporter.step_onnx.pixels_in_graph.convert import pixels_in_graph
-from stepcell.pixels import as_chw
+from stepcell.exporter.step_onnx.pixels_in_graph.nodes import bytes_layout
+from stepcell.nv12 import Nv12, nv12_of, nv12_to_rgb
+from stepcell.pixels import PixelDType, as_chw, gain_and_offset
 from stepcell.runtime.media.postprocess import crop, to_pixels
 from stepcell.runtime.media.preprocess import Preprocessor
 from stepcell.sample_frames import random_frame, smooth_frame
@@ -28,18 +30,21 @@ _SIZE = 32  # of a symbol of which the contract has no example
 _SUBJECT = "the float form"
 
 
-def with_pixels_in_graph(model: onnx.ModelProto, contract: StepContract) -> tuple[onnx.ModelProto, StepContract]:
+def with_pixels_in_graph(
+    model: onnx.ModelProto, contract: StepContract, pixel_dtype: PixelDType = "uint8"
+) -> tuple[onnx.ModelProto, StepContract]:
     """`pixels_in_graph` with its contract written into the file, compared with the float form over steps fed back.
 
     Args:
         model: a file with weights in memory and with its contract.
         contract: its contract.
+        pixel_dtype: as of `pixels_in_graph`.
 
     Raises:
         UsageError, ExportError: as for `pixels_in_graph`.
         ParityError: a picture differs by more than one level, or a state by more than rounding.
     """
-    changed, result = pixels_in_graph(model, contract)
+    changed, result = pixels_in_graph(model, contract, pixel_dtype)
     before = OnnxSession(model.SerializeToString(), "the file before the conversion of pixels")
     embed_contract(changed, result)
     after = OnnxSession(changed.SerializeToString(), "the file with the conversion of pixels")
@@ -54,15 +59,13 @@ def _compare(reference: Step, step: Step, contract: StepContract, result: StepCo
 
     Both feed back their own states; each picture must agree to one level at every step.
     """
-    padded = {
-        dim
-        for spec in result.inputs
-        for letter, dim in zip(spec.layout or "", spec.shape, strict=False)
-        if letter in "HW" and spec.converts and spec.converts.pad_multiple > 1
-    }
-    sizes = {
-        symbol: contract.example.get(symbol, _SIZE) - (symbol in padded) for symbol in result.symbols
+    less = {
+        dim: 2 if nv12_of(after) else 1
+        for before, after in zip(contract.inputs, result.inputs, strict=True)
+        for letter, dim in zip(before.layout or "", before.shape, strict=False)
+        if letter in "HW" and after.converts and after.converts.pad_multiple > 1
     }  # so that there is padding
+    sizes = {symbol: result.example.get(symbol, _SIZE) - less.get(symbol, 0) for symbol in result.symbols}
     shapes = {spec.name: resolve(spec.shape, sizes) for spec in result.inputs} | result.state_shapes(sizes)
     states = {state.name: state.initial(shapes[state.name]).copy() for state in result.states}
     clip = CheckClip(f"frames of pixels, sizes {sizes}", STEPS, lambda: _frames(result, shapes), states)
@@ -126,7 +129,10 @@ def float_form_step(step: Step, contract: StepContract, converted: StepContract)
         for name, array in data.items():
             floats[name] = array
             if outside[name].converts:
-                floats[name], found = _to_floats(inside[name], array)
+                how = nv12_of(outside[name])
+                floats[name], found = (
+                    _to_floats(inside[name], array) if how is None else _floats_of_nv12(inside[name], array, how)
+                )
                 frame = frame or found
         results = step(floats, states)
         for before, after in zip(contract.outputs, converted.outputs, strict=False):
@@ -156,6 +162,17 @@ def _to_floats(spec: TensorSpec, array: Array) -> tuple[Array, Preprocessor]:
     if "N" not in layout:
         return rows[0], found
     return np.concatenate(rows, layout.index("N")), found
+
+
+def _floats_of_nv12(spec: TensorSpec, array: Array, how: Nv12) -> tuple[Array, Preprocessor]:
+    """The same of a batch of NV12."""
+    layout, rgb = str(spec.layout), nv12_to_rgb(array, how)
+    found = Preprocessor(spec, np.zeros(rgb.shape[-3:], np.uint8))
+    gain, offset = (numbers.astype(np.float32).reshape(-1) for numbers in gain_and_offset(spec, 3))
+    values = (rgb[..., ::-1] if spec.channels == "BGR" else rgb) * gain + offset
+    ends = [(0, whole - size) for size, whole in zip(found.size, found.padded, strict=True)]
+    values = np.pad(values, [(0, 0)] * (rgb.ndim - 3) + ends + [(0, 0)], mode="edge").astype(spec.dtype)
+    return values.transpose([bytes_layout(layout).index(letter) for letter in layout]), found
 
 
 def _to_bytes(spec: TensorSpec, values: Array) -> Array:

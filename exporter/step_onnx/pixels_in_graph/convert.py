@@ -1,4 +1,4 @@
-"""Conversion of pixels inside the graph: pictures go in and come out as bytes, uint8 NHWC, as frames of a video are."""
+"""Conversion of pixels inside the graph: pictures go in as bytes, uint8 NHWC or NV12, and come out as uint8 NHWC."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from stepcell.contract import StepContract, TensorSpec
 from stepcell.dims import Dim, symbols_of
 from stepcell.errors import ExportError, UsageError
 from stepcell.exporter.step_onnx.pixels_in_graph.nodes import Frame, PixelNodes, bytes_layout
-from stepcell.pixels import PixelConversion, completed, picture_channels
+from stepcell.nv12 import Nv12, nv12_of, rows_of
+from stepcell.pixels import PixelConversion, PixelDType, completed, picture_channels
 
 __all__ = ["inputs_to_convert", "pixels_in_graph"]
 
 logger = logging.getLogger(__name__)
 
 _OPSET = 11  # the first with Clip, Pad and Round of floats as they are used here
+_OPSET_NV12 = 13  # and with the sizes of Split, and the axes of Squeeze, as inputs
 
 
-def pixels_in_graph(model: onnx.ModelProto, contract: StepContract) -> tuple[onnx.ModelProto, StepContract]:
-    """A copy of a file whose pictures are uint8 NHWC, and its contract.
+def pixels_in_graph(
+    model: onnx.ModelProto, contract: StepContract, pixel_dtype: PixelDType = "uint8"
+) -> tuple[onnx.ModelProto, StepContract]:
+    """A copy of a file whose pictures are uint8 NHWC, or whose colour inputs are NV12, and its contract.
 
     Every input of floats that is a picture is converted, and every output of floats that is one and has a range. With
     each output comes the mean of its values, `NAME.mean` (batch,), in float32: it is NaN or Inf where the picture
@@ -34,19 +38,21 @@ def pixels_in_graph(model: onnx.ModelProto, contract: StepContract) -> tuple[onn
     Args:
         model: a file with weights in memory; it is not changed.
         contract: its contract. The contract in the metadata of the result is still the old one.
+        pixel_dtype: "uint8", or how inputs of three channels are made of NV12.
 
     Raises:
         UsageError: no picture is an input, one is made of bytes already, or its range is undefined.
         ExportError: an opset or sizes with which the conversion cannot be written.
     """
-    inputs = inputs_to_convert(contract)
+    inputs, option = inputs_to_convert(contract, pixel_dtype), _option(pixel_dtype)
+    nv12 = pixel_dtype if isinstance(pixel_dtype, Nv12) else None
     opset = max((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), default=0)
-    if opset < _OPSET:
+    if opset < (needed := _OPSET if nv12 is None else _OPSET_NV12):
         raise ExportError(
-            f"--pixels uint8: needs opset {_OPSET}, the file has {opset}",
+            f"{option}: needs opset {needed}, the file has {opset}",
             hint="convert it first: onnx.version_converter.convert_version(model, 17)",
         )
-    multiples = _multiples(contract, inputs)
+    multiples = _multiples(contract, inputs, option)
     padded = {symbol: f"({symbol} + {by - 1}) // {by} * {by}" for symbol, by in multiples.items()}
     changed = onnx.ModelProto.FromString(model.SerializeToString())
     nodes = PixelNodes(changed.graph, opset)
@@ -57,10 +63,12 @@ def pixels_in_graph(model: onnx.ModelProto, contract: StepContract) -> tuple[onn
             multiples.get(str(dim), 1) if letter in "HW" else 1
             for letter, dim in zip(str(spec.layout), spec.shape, strict=True)
         ]
-        frame = nodes.convert_input(spec, by)
+        how = nv12 if picture_channels(spec) == 3 else None
+        frame = nodes.convert_input(spec, by, how)
         if frame is not None:
             frames |= {str(dim): frame for dim, each in zip(spec.shape, by, strict=True) if each > 1}
-        new_inputs[spec.name] = _as_bytes(spec, spec.shape, math.lcm(*by))
+        as_bytes = _as_bytes(spec, spec.shape, math.lcm(*by))
+        new_inputs[spec.name] = as_bytes if how is None else _as_nv12(as_bytes, how, option)
         if frame is None and spec.pad_multiple > 1:
             logger.info(f"pixels:  {spec.name}: frames of exactly {_size(spec)}: the sizes are fixed, none is padded")
 
@@ -82,8 +90,10 @@ def pixels_in_graph(model: onnx.ModelProto, contract: StepContract) -> tuple[onn
             if picture and frame is not None:
                 nodes.crop_output(spec, frame)
             outputs.append(msgspec.structs.replace(found, shape=tuple(shape)))
+    even = symbols_of(dim for spec in new_inputs.values() if nv12_of(spec) for dim in spec.shape[-2:])
     result = msgspec.structs.replace(
         contract,
+        example={name: size + (name in even and size % 2) for name, size in contract.example.items()},
         inputs=tuple(new_inputs.get(spec.name) or _padded(spec, padded) for spec in contract.inputs),
         outputs=(*outputs, *means),
         states=tuple(
@@ -91,17 +101,19 @@ def pixels_in_graph(model: onnx.ModelProto, contract: StepContract) -> tuple[onn
             for state in contract.states
         ),
     )
-    result.check("--pixels uint8")
+    result.check(option)
     nodes.finish(result)
     return changed, result
 
 
-def inputs_to_convert(contract: StepContract) -> list[TensorSpec]:
+def inputs_to_convert(contract: StepContract, pixel_dtype: PixelDType = "uint8") -> list[TensorSpec]:
     """The inputs of floats that are pictures.
 
     Raises:
-        UsageError: there is none, one is made of bytes already, or its range is undefined.
+        UsageError: there is none, one is made of bytes already, its range is undefined, or NV12 is for a model of
+            grey pictures.
     """
+    option = _option(pixel_dtype)
     frames = [spec for spec in contract.inputs if not spec.value]
     pictures = [spec for spec in frames if picture_channels(spec) is not None]
     floats = [spec for spec in pictures if spec.dtype.startswith("float")]
@@ -111,23 +123,34 @@ def inputs_to_convert(contract: StepContract) -> list[TensorSpec]:
                 others = (each.range for each in (*contract.inputs, *contract.outputs))
                 name = f"{spec.name}:" if any(others) else ""
                 raise UsageError(
-                    f"--pixels uint8: the range of {spec.name} is undefined, and it is not guessed",
-                    hint="declare what a black and a white pixel are to the model, such as --pixels uint8 "
-                    f"--range {name}0,1",
+                    f"{option}: the range of {spec.name} is undefined, and it is not guessed",
+                    hint=f"declare what a black and a white pixel are to the model, such as {option} --range {name}0,1",
                 )
+        if isinstance(pixel_dtype, Nv12) and all(picture_channels(spec) != 3 for spec in floats):
+            raise UsageError(
+                f"{option}: NV12 is of three channels, and {floats[0].name} is {floats[0].shape}",
+                hint="--pixels uint8 takes grey frames",
+            )
         return floats
     if events := [spec for spec in frames if spec.events]:
-        raise UsageError(f"--pixels uint8: {events[0].name} is made of events, not of pixels", hint="omit it")
-    if pictures:
-        raise UsageError(f"--pixels uint8: {pictures[0].name} is {pictures[0].dtype} already", hint="omit it")
+        raise UsageError(f"{option}: {events[0].name} is made of events, not of pixels", hint="omit it")
+    if converted := [*pictures, *(spec for spec in frames if nv12_of(spec))]:
+        kind = "NV12" if nv12_of(converted[0]) else converted[0].dtype
+        raise UsageError(f"{option}: {converted[0].name} is {kind} already", hint="omit it")
     names = ", ".join(f"{spec.name} {spec.shape} {spec.layout or 'without a layout'}" for spec in contract.inputs)
     raise UsageError(
-        f"--pixels uint8: no input is a picture (1, 3 or 4 channels and a layout such as NCHW): {names or 'none'}",
+        f"{option}: no input is a picture (1, 3 or 4 channels and a layout such as NCHW): {names or 'none'}",
         hint="declare the axes, such as --layout NHWC, or omit it",
     )
 
 
-def _multiples(contract: StepContract, inputs: Sequence[TensorSpec]) -> dict[str, int]:
+def _option(pixel_dtype: PixelDType) -> str:
+    if not isinstance(pixel_dtype, Nv12):
+        return f"--pixels {pixel_dtype}"
+    return f"--pixels nv12 --matrix {pixel_dtype.matrix} --coded-range {pixel_dtype.range}"
+
+
+def _multiples(contract: StepContract, inputs: Sequence[TensorSpec], option: str) -> dict[str, int]:
     """By symbol of a height or width, the multiple to pad to, where it is above 1."""
     found: dict[str, int] = {}
     for spec in contract.inputs:
@@ -135,7 +158,7 @@ def _multiples(contract: StepContract, inputs: Sequence[TensorSpec]) -> dict[str
             if letter in "HW" and isinstance(dim, str) and spec.pad_multiple > 1:
                 if not dim.isidentifier():
                     raise ExportError(
-                        f"--pixels uint8: {spec.name}: a size of {dim!r} cannot be padded to a multiple of "
+                        f"{option}: {spec.name}: a size of {dim!r} cannot be padded to a multiple of "
                         f"{spec.pad_multiple} in the graph",
                         hint="fix the sizes: --shape",
                     )
@@ -166,6 +189,27 @@ def _as_bytes(spec: TensorSpec, shape: Sequence[Dim], multiple: int) -> TensorSp
                 pad_multiple=multiple,
             ),
         )
+    )
+
+
+def _as_nv12(spec: TensorSpec, how: Nv12, option: str) -> TensorSpec:
+    """The spec of the frames in NV12, of that of their bytes as pixels."""
+    layout, conversion = str(spec.layout), spec.converts
+    assert isinstance(conversion, PixelConversion)
+    height, width = (spec.shape[layout.index(letter)] for letter in "HW")
+    for size in (height, width):
+        if size % 2 if isinstance(size, int) else not size.isidentifier():
+            raise ExportError(
+                f"{option}: {spec.name}: the frames are {width}x{height}, and NV12 has an even height and width",
+                hint="fix even sizes, such as --shape x:1x3x256x256, or use --pixels uint8",
+            )
+    return TensorSpec(
+        name=spec.name,
+        shape=(*spec.shape[: layout.index("H")], rows_of(height), width),
+        dtype="uint8",
+        range=spec.range,
+        batch_axis=spec.batch_axis,
+        converts=msgspec.structs.replace(conversion, nv12=how),
     )
 
 

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from stepcell.contract import Spec, StepContract, TensorSpec
 from stepcell.exporter.step_onnx.graph import set_shape
+from stepcell.nv12 import Nv12
 from stepcell.pixels import gain_and_offset, picture_channels
 
 __all__ = ["Frame", "PixelNodes", "bytes_layout"]
@@ -53,15 +54,19 @@ class PixelNodes:
     def __post_init__(self) -> None:
         self.taken = _names(self.graph)
 
-    def convert_input(self, spec: TensorSpec, multiples: Sequence[int]) -> Frame | None:
-        """Bytes to what the model takes; the sizes where they are padded."""
+    def convert_input(self, spec: TensorSpec, multiples: Sequence[int], nv12: Nv12 | None = None) -> Frame | None:
+        """Bytes, of NV12 or as `bytes_layout` says, to what the model takes; the sizes where they are padded."""
         layout, stem = str(spec.layout), f"{spec.name}.pixels"
         gain, offset = _scaling(spec)
         made, frame = self.front, None
         value = self._add(made, "Cast", stem, spec.name, to=TensorProto.FLOAT)
-        if (before := bytes_layout(layout)) != layout:
+        before = bytes_layout(layout)
+        if nv12 is not None:
+            value = self._from_nv12(spec, stem, value, nv12)
+            before = "".join(letter for letter in "NCHW" if letter in layout)
+        if before != layout:
             value = self._add(made, "Transpose", stem, value, perm=[before.index(letter) for letter in layout])
-        if spec.channels == "BGR":
+        if spec.channels == "BGR" and nv12 is None:
             value = self._reversed(made, stem, value, layout.index("C"))
         if (gain != 1).any():
             value = self._add(made, "Mul", stem, value, self._constant(stem, gain))
@@ -73,6 +78,49 @@ class PixelNodes:
             value = self._add(made, "Cast", stem, value, to=_type(spec))
         _rename(self.graph, spec.name, value)
         return frame
+
+    def _from_nv12(self, spec: TensorSpec, stem: str, value: str, how: Nv12) -> str:
+        """(N, H * 3 // 2, W), or without N, to (N, C, H, W) of 0 to 255 in the order of the model's channels.
+
+        The arithmetic is that of `nv12_to_rgb`. Shapes are written with 0 (as before) and -1, so no node reads a size.
+        Chroma is combined before it is enlarged: a quarter of the work.
+        """
+        made, batch = self.front, "N" in str(spec.layout)
+        gain, offset, weights = how.coefficients()
+        weights = weights[::-1] if spec.channels == "BGR" else weights
+
+        def number(*values: float) -> str:
+            return self._constant(stem, np.array(values, np.float32).reshape(1, -1, 1, 1))
+
+        def shaped(op: str, value: str, *sizes: int) -> str:
+            return self._add(made, op, stem, value, self._constant(stem, np.array(sizes, np.int64)))
+
+        value = shaped("Unsqueeze", value, *([2] if batch else [0, 2]))
+        value = shaped("Reshape", value, 0, 3, -1, 0)  # (N, 3, H / 2, W): two halves of luma, then chroma
+        luma, chroma = self._split(stem, value, (2, 1))
+        luma = self._add(made, "Mul", stem, shaped("Reshape", luma, 0, 1, -1, 0), number(gain))
+        chroma = shaped("Reshape", shaped("Squeeze", chroma, 1), 0, 0, -1, 2)
+        chroma = self._add(made, "Transpose", stem, chroma, perm=[0, 3, 1, 2])
+        of_u, of_v = (
+            self._add(made, "Mul", stem, plane, number(*column))
+            for plane, column in zip(self._split(stem, chroma, (1, 1)), weights.T, strict=True)
+        )
+        constant = number(*(-128 * weights.sum(1) - gain * offset))
+        added = self._add(made, "Add", stem, self._add(made, "Add", stem, of_u, of_v), constant)
+        scales = self._constant(stem, np.array([1, 1, 2, 2], np.float32))
+        settings = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        added = self._add(made, "Resize", stem, added, "", scales, **settings)
+        low, high = (self._constant(stem, np.array(limit, np.float32)) for limit in (0, 255))
+        value = self._add(made, "Clip", stem, self._add(made, "Add", stem, luma, added), low, high)
+        return value if batch else shaped("Squeeze", value, 0)
+
+    def _split(self, stem: str, value: str, sizes: tuple[int, int]) -> tuple[str, str]:
+        """Two parts along axis 1."""
+        name = self._fresh(f"{stem}/Split")
+        first, second = (self._fresh(f"{name}/{part}") for part in range(2))
+        given = self._constant(stem, np.array(sizes, np.int64))
+        self.front.append(helper.make_node("Split", [value, given], [first, second], name, axis=1))
+        return first, second
 
     def _pad(self, spec: TensorSpec, stem: str, value: str, multiples: Sequence[int]) -> tuple[str, Frame]:
         made, by = self.front, np.array(multiples, np.int64)

@@ -43,7 +43,7 @@ def test_decoded_colours_equal_the_standards(matrix: int, pixels: str, full: boo
     red, blue = y + 2 * (1 - kr) * v, y + 2 * (1 - kb) * u
     green = (y - kr * red - kb * blue) / (1 - kr - kb)
     source = VideoSource.__new__(VideoSource)
-    source._path, source._rotation, source.colour = None, None, Colour()
+    source._path, source._rotation, source._nv12, source.colour = None, None, None, Colour()
     assert np.abs(source._pixels(frame)[8, 8] - 255 * np.array([red, green, blue])).max() < 2.6
 
 
