@@ -28,6 +28,7 @@ def open_backend(
     allow_fallback: bool,
     keep_float16: bool,
     threads: int | None,
+    spin: bool = True,
     check_file: bool = True,
     backend: str = "auto",
 ) -> Backend:
@@ -40,8 +41,10 @@ def open_backend(
         return _open_engine(path, parsed)
     if path.suffix.lower() == ".onnx":
         if parsed.kind == "cpu" and name != "onnxruntime":
-            return _open_on_cpu(path, name, keep_float16=keep_float16, threads=threads, check_file=check_file)
-        return _open_onnx(path, parsed, allow_fallback, keep_float16, threads, check_file)
+            return _open_on_cpu(
+                path, name, keep_float16=keep_float16, threads=threads, spin=spin, check_file=check_file
+            )
+        return _open_onnx(path, parsed, allow_fallback, keep_float16, threads, spin, check_file)
     kinds = ", ".join((".onnx", *ENGINE_SUFFIXES))
     raise UsageError(f"{path}: expected a model file ({kinds}), got suffix {path.suffix!r}")
 
@@ -62,14 +65,16 @@ def _backend_name(given: str) -> BackendName:
 
 
 def _open_on_cpu(
-    path: Path, name: BackendName, *, keep_float16: bool, threads: int | None, check_file: bool
+    path: Path, name: BackendName, *, keep_float16: bool, threads: int | None, spin: bool, check_file: bool
 ) -> Backend:
     """An ONNX file in ncnn, or in ncnn or ONNX Runtime, whichever is faster."""
     from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
 
     if keep_float16 and name == "ncnn":
         raise UsageError("backend: ncnn computes in float32, and float16 was to be kept", hint="--backend onnxruntime")
-    source = OrtBackend(path, Device("cpu"), keep_float16=keep_float16, threads=threads, check_file=check_file)
+    source = OrtBackend(
+        path, Device("cpu"), keep_float16=keep_float16, threads=threads, spin=spin, check_file=check_file
+    )
     if keep_float16:
         return source
     from stepcell.runtime.backends.ncnn.choice import ChosenBackend
@@ -85,11 +90,17 @@ def _open_on_cpu(
 
 
 def _open_onnx(
-    path: Path, device: Device, allow_fallback: bool, keep_float16: bool, threads: int | None, check_file: bool
+    path: Path,
+    device: Device,
+    allow_fallback: bool,
+    keep_float16: bool,
+    threads: int | None,
+    spin: bool,
+    check_file: bool,
 ) -> Backend:
     from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
 
-    open_on = partial(OrtBackend, path, keep_float16=keep_float16, threads=threads, check_file=check_file)
+    open_on = partial(OrtBackend, path, keep_float16=keep_float16, threads=threads, spin=spin, check_file=check_file)
     try:
         return open_on(device)
     except DeviceError as error:

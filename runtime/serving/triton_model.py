@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stepcell.sample_frames import smooth_frame
 __all__ = ["TritonPythonModel"]
 
 _SIZE = 64  # of a sample frame, where the export says nothing
+_METRIC_SECONDS = 0.5  # from one update to the next: an update takes the time of a small step
 
 
 class TritonPythonModel:
@@ -44,7 +46,10 @@ class TritonPythonModel:
         if device == "cuda":
             device = f"cuda:{args['model_instance_device_id']}"
         # Not whichever is faster here: a state may go on at another server, bit by bit as at this one.
-        loop = StepLoop.open(folder / settings.model, device, slots=slots, threads=threads, backend="onnxruntime")
+        # And its threads sleep while frames are on their way: others need the cores then.
+        loop = StepLoop.open(
+            folder / settings.model, device, slots=slots, threads=threads, spin=False, backend="onnxruntime"
+        )
         self._wire = Wire(loop.contract, slots, pixels=settings.pixels)
         snapshots = None
         if settings.snapshots:
@@ -98,11 +103,13 @@ class TritonPythonModel:
 
 
 class Metrics:
-    """Counters beside the server's own, on its port of metrics."""
+    """Counters beside the server's own, on its port of metrics. Each change is a message to it, so they are few."""
 
     def __init__(self, server: Any, model: str, instance: str) -> None:
-        self._metrics: dict[str, Any] = {}
-        self._labels = {"model": model, "instance": instance}
+        self._metrics: dict[str, tuple[Any, Any]] = {}
+        self._told: dict[str, int] = {}  # what the server has
+        self._next = 0.0  # when it is told more
+        labels = {"model": model, "instance": instance}
         family = getattr(server, "MetricFamily", None)  # absent from old servers
         if family is None:
             return
@@ -117,10 +124,15 @@ class Metrics:
             ("stepcell_snapshots_failed", "COUNTER", "Snapshots that could not be written"),
         ):
             made = family(name=name, description=text, kind=getattr(family, kind))
-            self._metrics[name] = (made, made.Metric(labels=self._labels))
+            self._metrics[name] = (made, made.Metric(labels=labels))
+            self._told[name] = 0
 
     def update(self, table: StreamTable, snapshots: StreamSnapshots | None) -> None:
-        """Take over the counts."""
+        """Take over the counts, if the last time was long enough ago."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _METRIC_SECONDS
         counts = table.counts
         values = {
             "stepcell_streams": len(table),
@@ -133,7 +145,9 @@ class Metrics:
             "stepcell_snapshots_failed": 0 if snapshots is None else snapshots.failed,
         }
         for name, (_family, metric) in self._metrics.items():
-            metric.increment(values[name] - metric.value())
+            if values[name] != self._told[name]:
+                metric.increment(values[name] - self._told[name])
+                self._told[name] = values[name]
 
 
 class _ToServer(logging.Handler):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tools.fleet.outcome import Outcome
 from tools.fleet.scenarios import Scenarios
+from tools.fleet.throughput import throughput
 
 PACKAGES = ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy")
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the zoo's denoiser in float32")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--starts", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3, help="of the server and the loop, in turn")
     parser.add_argument("--port", type=int, default=18100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="scenarios with this in their name")
@@ -60,7 +62,7 @@ def main() -> None:
             "stopped": scenarios.stopped,
             "balanced": scenarios.balanced,
             "dead_processes": scenarios.dead_processes,
-            "throughput": scenarios.throughput,
+            "throughput": lambda: throughput(options.model, Path(name), options.port, scenarios.log, options.rounds),
         }
         for scenario, run in runs.items():
             if options.only is not None and options.only not in scenario:

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as grpc
 
-from stepcell import StepLoop
 from stepcell.client import RefusedFrame, StreamClient
 from stepcell.errors import StepcellError
 from stepcell.runtime.serving.protocol import FrameRequest
 from stepcell.runtime.serving.triton_transport import TritonTransport
-from tools.fleet.clients import SIZE, Clients, Stream, digest, expected, frame
+from tools.fleet.clients import Clients, Stream, digest, expected, frame
 from tools.fleet.outcome import Outcome
 from tools.fleet.servers import MODEL, SERVER, STUB, Server, balancer, serving, write_repository
 
@@ -55,22 +54,6 @@ class Scenarios:
         wrong = self._judge(outcome, streams, complete=200)
         seconds = max(stream.seconds for stream in streams)
         outcome.seen = f"1600 answers, {wrong} wrong, {1600 / seconds:.0f} frames/s with all clients on the same cores"
-        return outcome
-
-    def throughput(self) -> Outcome:
-        """Served by one instance, and stepped in one process without a server; clients on the same cores."""
-        outcome, ratios = Outcome("throughput", "reported"), []
-        for slots in (4, 8):
-            repository = self._repository(f"throughput{slots}", "--slots", slots)
-            found = []
-            with serving(repository, self.port, self.log) as server:
-                for _ in range(3):
-                    streams = Clients([server.url], MODEL, slots, 100).results()
-                    self._judge(outcome, streams, complete=100)
-                    served = 100 * slots / max(stream.seconds for stream in streams)
-                    found.append(served / self._alone(slots, 100))
-            ratios.append(f"{slots} streams: {sorted(found)[1]:.2f} (of {', '.join(f'{each:.2f}' for each in found)})")
-        outcome.seen = "served over one StepLoop process: " + "; ".join(ratios)
         return outcome
 
     def numpy_2(self) -> Outcome:
@@ -339,20 +322,3 @@ class Scenarios:
                 )
             total += wrong
         return total
-
-    def _alone(self, slots: int, count: int) -> float:
-        """Frames per second of one process that steps as many slots."""
-        from stepcell.runtime.serving.wire import Wire
-
-        with StepLoop.open(self.model, slots=slots, backend="onnxruntime") as loop:
-            wire = Wire(loop.contract, slots, pixels=True)
-            held = [loop.attach() for _ in range(slots)]
-            frames = [np.zeros((1, *SIZE, 3), np.uint8) + each for each in range(8)]
-            for number in range(count + 5):
-                if number == 5:
-                    started = time.perf_counter()
-                inputs = {slot: wire.to_model(slot.index, {"x": frames[number % 8]}) for slot in held}
-                outputs = loop.step_slots(inputs)
-                for slot in held:
-                    wire.to_client(slot.index, outputs[slot])
-            return count * slots / (time.perf_counter() - started)

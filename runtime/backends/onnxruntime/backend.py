@@ -47,6 +47,7 @@ class OrtBackend:
         device: CPU or GPU.
         keep_float16: on the CPU, run a float16 model in float16 instead of float32.
         threads: number of threads for one step on the CPU; None: one per core.
+        spin: threads spin while they wait for work, rather than sleep.
         check_file: refuse a file that has changed since its export.
 
     Raises:
@@ -66,13 +67,14 @@ class OrtBackend:
         *,
         keep_float16: bool = False,
         threads: int | None = None,
+        spin: bool = True,
         check_file: bool = True,
     ) -> None:
         self._path = path
         self._device = device
         self._ort: Any = require("onnxruntime", extra="ort", purpose="running a model")
         session, contract, specialized = open_session(
-            path, device, keep_float16=keep_float16, threads=threads, check_file=check_file
+            path, device, keep_float16=keep_float16, threads=threads, spin=spin, check_file=check_file
         )
         self._session: Any = session
         self._specialized = specialized

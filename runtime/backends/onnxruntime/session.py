@@ -45,12 +45,12 @@ class SpecializedSessions:
     Args:
         path: the file, for messages.
         model: the model as bytes.
-        threads: as in `open_session`.
+        threads, spin: as in `open_session`.
         session: session of the unchanged model.
     """
 
-    def __init__(self, path: Path, model: bytes, threads: int | None, session: Any) -> None:
-        self._path, self._model, self._threads = path, model, threads
+    def __init__(self, path: Path, model: bytes, threads: int | None, session: Any, *, spin: bool) -> None:
+        self._path, self._model, self._threads, self._spin = path, model, threads, spin
         # Shape by input: numbers, or text such as "height" and "height // 2".
         self._inputs: dict[str, list[int | str | None]] = {tensor.name: tensor.shape for tensor in session.get_inputs()}
 
@@ -61,14 +61,16 @@ class SpecializedSessions:
         try:
             model = self.simplified(shapes)
             split_convolutions(model)
-            return _create(ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads))
+            return _create(
+                ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads, spin=self._spin)
+            )
         except DeviceError:
             raise
         except Exception as error:  # for example no space for temporary files
             if is_out_of_memory(error):
                 raise
             logger.warning(f"{self._path}: is not specialised for its sizes, which is slower: {first_line(error)}")
-            return _create(ort, self._path, self._model, cpu, _options(ort, self._threads))
+            return _create(ort, self._path, self._model, cpu, _options(ort, self._threads, spin=self._spin))
 
     def simplified(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelProto:
         """The model with functions inlined, sizes filled in and constants folded.
@@ -95,7 +97,7 @@ class SpecializedSessions:
 
 
 def open_session(
-    path: Path, device: Device, *, keep_float16: bool, threads: int | None, check_file: bool = True
+    path: Path, device: Device, *, keep_float16: bool, threads: int | None, spin: bool, check_file: bool = True
 ) -> tuple[Any, StepContract, SpecializedSessions | None]:
     """Open an ONNX file.
 
@@ -112,11 +114,13 @@ def open_session(
     file = read_onnx(path, check=check_file)
     with library_errors(str(path), InputError, what="cannot be opened"):  # such as names that are not valid Unicode
         model = _for_cpu(file, keep_float16) if device.kind == "cpu" else None
-        options = _options(ort, threads, only_basic=model is not None)
+        options = _options(ort, threads, spin=spin, only_basic=model is not None)
         session = _create(ort, path, model or str(path), device, options)
         contract = _contract(session, path)
         _check_graph(session, contract, path)
-        return session, contract, None if model is None else SpecializedSessions(path, model, threads, session)
+        if model is None:
+            return session, contract, None
+        return session, contract, SpecializedSessions(path, model, threads, session, spin=spin)
 
 
 def _for_cpu(file: OnnxFile, keep_float16: bool) -> bytes | None:
@@ -133,12 +137,14 @@ def _for_cpu(file: OnnxFile, keep_float16: bool) -> bytes | None:
     return bytes(model.SerializeToString())
 
 
-def _options(ort: Any, threads: int | None, *, only_basic: bool = False) -> Any:
+def _options(ort: Any, threads: int | None, *, spin: bool = True, only_basic: bool = False) -> Any:
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
     options.log_severity_level = 4  # names in its messages are those of the file; errors are raised too
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if only_basic:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options

@@ -175,6 +175,12 @@ def test_threads_are_honoured(accumulator: Model) -> None:
     assert backend._session.get_session_options().intra_op_num_threads == 1
 
 
+def test_threads_that_sleep_where_others_need_the_cores(accumulator: Model) -> None:
+    backend = OrtBackend(accumulator(), Device("cpu"), spin=False)
+    backend.configure({"batch": 1, "height": 2, "width": 2})  # a session of its own
+    assert backend._session.get_session_options().get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_float16_model_runs_in_float32_and_says_so_once(denoiser_onnx: Path, logged: pytest.LogCaptureFixture) -> None:
     with StepLoop.open(denoiser_onnx) as loop:
         assert loop.contract.precision == "float32"

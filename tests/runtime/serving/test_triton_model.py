@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stepcell import StepLoop
+from stepcell.runtime.serving import triton_model
 from stepcell.runtime.serving.protocol import CHECK, check_values
 from stepcell.runtime.serving.settings import Settings
 from stepcell.runtime.serving.triton_model import TritonPythonModel
@@ -35,6 +36,7 @@ def folder(tmp_path: Path, write_model: Callable[..., Path]) -> Path:
 def opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TritonPythonModel]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton_backend)
     monkeypatch.setattr(MetricFamily, "made", {})
+    monkeypatch.setattr(triton_model, "_METRIC_SECONDS", 0)
 
     def start(**settings: Any) -> TritonPythonModel:
         parameters = Settings(model="order.onnx", slots=2, **settings).parameters()
@@ -84,6 +86,19 @@ def test_pixels_are_scaled_stepped_and_scaled_back(opened: Callable[..., TritonP
         assert found["y"].dtype == np.uint8
     assert MetricFamily.made["stepcell_frames"].value() == 20
     assert MetricFamily.made["stepcell_streams"].value() == 1
+
+
+def test_metrics_are_no_message_to_the_server_for_each_frame(
+    opened: Callable[..., TritonPythonModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_model, "_METRIC_SECONDS", 1000)
+    model, frames = opened(), MetricFamily.made["stepcell_frames"]
+    for number in range(3):
+        model.execute([request(number, start=number == 0)])
+    assert frames.value() == 1
+    monkeypatch.setattr(model._metrics, "_next", 0)
+    model.execute([request(3)])
+    assert frames.value() == 4
 
 
 def test_tensors_are_those_of_the_model(opened: Callable[..., TritonPythonModel], folder: Path) -> None:
