@@ -22,6 +22,8 @@ from cuda.bindings.driver import CUresult
 from numpy.typing import NDArray
 
 from stepcell.contract import STATE_IN, STATE_OUT, StepContract
+from stepcell.dims import resolve
+from stepcell.onnx_model import read_onnx
 from stepcell.plugins.fp16_mirrors import Fp16Mirror, engine_tensors, half_map, half_shape
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device
@@ -35,6 +37,9 @@ from stepcell.runtime.engine.tensorrt_module import TensorRT
 from tests.fakes.counting_driver import CountingDriver
 from tools.fake_driver import FakeDriver
 
+SMALLEST = {"batch": 1, "height": 16, "width": 16}  # sizes for which engines are built
+LARGEST = {"batch": 3, "height": 32, "width": 32}
+_DTYPES = {"float16": "HALF", "float32": "FLOAT", "int32": "INT32", "uint8": "UINT8"}
 LAUNCH_FAILED = CUresult.CUDA_ERROR_LAUNCH_FAILED
 INVALIDATED = CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
 
@@ -85,6 +90,7 @@ class FakeEngine:
     ) -> None:
         self.gpu = gpu
         self.session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+        self.contract = contract
         self.inputs, self.outputs = engine_tensors(contract, mirrors)
         self.mirrors = mirrors
         self.formats = {name: "HWC8" for mirror in mirrors for name in (mirror.input, mirror.output)}
@@ -108,7 +114,7 @@ class FakeEngine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         dtype = {**self.inputs, **self.outputs}[name].dtype
-        return SimpleNamespace(name={"float16": "HALF", "float32": "FLOAT", "int32": "INT32"}[dtype])
+        return SimpleNamespace(name=_DTYPES[dtype])
 
     def get_tensor_format(self, name: str) -> Any:
         return getattr(tensorrt_rtx.TensorFormat, self.formats.get(name, "LINEAR"))
@@ -127,8 +133,11 @@ class FakeEngine:
         return name in self.inputs
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        source = {"y": "x"}.get(name, name.replace("state_out.", "state_in.").replace("half_out.", "half_in."))
-        return self.shapes[source]
+        source = name.replace("state_out.", "state_in.").replace("half_out.", "half_in.")
+        if source in self.shapes:
+            return self.shapes[source]
+        sizes = self.contract.bind({spec.name: self.shapes[spec.name] for spec in self.contract.inputs})
+        return resolve(self.outputs[name].shape, sizes)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert address in self.gpu.allocations, "an address that is not allocated"
@@ -188,8 +197,9 @@ class Machine:
         self.path = folder / "model.engine"
         built = onnx.with_suffix(".fake.engine")  # built once per model
         if not built.exists():
-            options = BuildOptions(min_shapes={"x": (1, 3, 16, 16)}, max_shapes={"x": (3, 3, 32, 32)})
-            build_engine(onnx, built, options)
+            (x,) = read_onnx(onnx).contract.inputs
+            least, most = ({"x": resolve(x.shape, dict(SMALLEST, **sizes))} for sizes in ({}, LARGEST))
+            build_engine(onnx, built, BuildOptions(min_shapes=least, max_shapes=most))
         shutil.copy(built, self.path)
         shutil.copy(sidecar_path(built), sidecar_path(self.path))
         if fp16_mirrors:
