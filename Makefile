@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz audit sbom interop fleet clean
+.PHONY: setup demo test test-pythons lint docs release-check docker gpu-check kernels-report kernels-emulate torture fuzz audit sbom interop fleet fleet-triton fleet-ray clean
 
 setup: $(VENV)/.ready
 
@@ -50,12 +50,27 @@ build/interop/.ready: tools/interop/requirements.txt
 	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
-# Real servers of Triton, real clients, and everything that is done to them (twenty minutes; HAProxy from the system).
-fleet: setup build/fleet/.ready
-	$(BIN)/stepcell export models/zoo/denoiser.safetensors -o build/fleet/denoiser.onnx --precision float32
-	OMP_NUM_THREADS=1 build/fleet/bin/python -m tools.fleet build/fleet/denoiser.onnx --output benchmarks/results/fleet.json
+# Real servers of Triton, real clients, a Ray cluster, and everything that is done to them (half an hour; HAProxy from the
+# system, network namespaces for Ray).
+fleet: fleet-triton fleet-ray
+
+fleet-triton: build/fleet/denoiser.onnx build/fleet/.ready
+	OMP_NUM_THREADS=1 build/fleet/bin/python -m tools.fleet $< --output benchmarks/results/fleet.json
+
+fleet-ray: build/fleet/denoiser.onnx build/fleet-ray/.ready
+	OMP_NUM_THREADS=1 build/fleet-ray/bin/python -m tools.fleet.corpus $< --output benchmarks/results/fleet_ray.json
+
+build/fleet/denoiser.onnx: setup
+	mkdir -p $(@D)
+	$(BIN)/stepcell export models/zoo/denoiser.safetensors -o $@ --precision float32 --overwrite
 
 build/fleet/.ready: tools/fleet/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	$(@D)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+build/fleet-ray/.ready: tools/fleet/ray_requirements.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --requirement $<
 	$(@D)/bin/python -m pip install --quiet --editable .

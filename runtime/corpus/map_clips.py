@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -20,12 +20,16 @@ from stepcell.files import Temporary, leftovers, read_bytes
 from stepcell.runtime.corpus.clip_runner import ClipResult
 from stepcell.runtime.corpus.job import Clip, Job, left_to_run
 from stepcell.runtime.corpus.local_pool import LocalPool
+from stepcell.runtime.corpus.pool import Pool
+from stepcell.runtime.corpus.ray_pool import ray_pool
 from stepcell.runtime.corpus.record import FOLDER
 from stepcell.runtime.media.source import display_name
 from stepcell.runtime.streams.clip_folder import clip_outputs, find_clips
 from stepcell.runtime.streams.run_control import RunControl
 
-__all__ = ["FailedClip", "MapProgress", "MapReport", "map_clips", "parse_shard", "read_list"]
+__all__ = ["Engine", "FailedClip", "MapProgress", "MapReport", "map_clips", "parse_shard", "read_list"]
+
+Engine = Literal["local", "ray"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class MapReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: its path.
         output: folder of the outputs.
+        engine: "local" or "ray".
         workers: processes.
         clips: in all, of this shard.
         finished_before: clips that had an output already.
@@ -58,6 +63,7 @@ class MapReport(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     output: str
+    engine: Engine
     workers: int
     clips: int
     finished_before: int
@@ -95,6 +101,8 @@ def map_clips(
     source: str | Path | Sequence[Path],
     output: str | Path,
     *,
+    engine: Engine = "local",
+    ray_address: str | None = None,
     workers: int | None = None,
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
@@ -113,7 +121,11 @@ def map_clips(
         model: path of a model.
         source: a folder of clips or a pattern, as of `run_streams`; or a list of clips.
         output: a folder or a pattern, as of `run_streams`. Clips of a list keep their folders as they are written.
-        workers: processes; None: one for each core on the CPU, one on a GPU.
+        engine: "local": processes of this machine; "ray": actors of a Ray cluster, whose nodes see the model, the clips
+            and the outputs under the same paths.
+        ray_address: HOST:PORT of the cluster, or "auto"; None: that of RAY_ADDRESS, otherwise a cluster of this machine
+            is started, and ended with the run.
+        workers: processes; None: one for each core on the CPU, one on a GPU; in a cluster one for each CPU or GPU.
         shard: (number from 1, count): run only every count-th clip.
         overwrite: make outputs of another model or other options again, and replace files that stepcell did not write.
         progress: called a few times a second.
@@ -128,21 +140,22 @@ def map_clips(
             options, or options that the first clip refuses.
         InputError: the model or a folder cannot be read.
         OutputError: the folder of the outputs cannot be written.
+        MissingDependencyError: ray is not installed.
+        DeviceError: the cluster does not answer.
         StepcellError: the model cannot be opened, as listed at `StepLoop.open`.
     """
+    if ray_address is not None and engine != "ray":
+        raise UsageError("--ray-address: is of --engine ray", hint="add --engine ray, or omit the address")
     control = control or RunControl()
     sources, targets, root = _plan(source, str(output))
     job = Job(Path(model), root, options)
     number, count = shard
     chosen = slice(number - 1, None, count)
     clips = left_to_run(job, sources[chosen], targets[chosen], overwrite=overwrite)
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if str(options.get("device", "cpu")) == "cpu" else 1
-    tally = _Tally(clips)
-    workers = max(1, min(workers, len(clips)))
+    tally, used = _Tally(clips), 0
     if clips:
-        with _work_folder(root) as work:
-            pool = LocalPool(job, workers, work)
+        with _work_folder(root) as work, _pool(engine, job, clips, work, workers, ray_address) as pool:
+            used = pool.workers
 
             def tick() -> None:
                 if progress is not None:
@@ -153,7 +166,8 @@ def map_clips(
     return MapReport(
         model=display_name(str(model)),
         output=str(root),
-        workers=workers,
+        engine=engine,
+        workers=used,
         clips=len(sources[chosen]),
         finished_before=len(sources[chosen]) - len(clips),
         made=tally.made,
@@ -217,6 +231,19 @@ def _plan(source: str | Path | Sequence[Path], output: str) -> tuple[list[Path],
     targets = clip_outputs(text, sources, output)
     pattern = Path(output)
     return sources, targets, pattern.parent if "*" in pattern.name else pattern
+
+
+@contextlib.contextmanager
+def _pool(
+    engine: Engine, job: Job, clips: Sequence[Clip], work: Path, workers: int | None, address: str | None
+) -> Iterator[Pool[Any]]:
+    if engine == "ray":
+        with ray_pool(job, clips, work, workers=workers, address=address) as pool:
+            yield pool
+        return
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if str(job.options.get("device", "cpu")) == "cpu" else 1
+    yield LocalPool(job, max(1, min(workers, len(clips))), work)
 
 
 @contextlib.contextmanager

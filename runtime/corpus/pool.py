@@ -155,7 +155,7 @@ class Pool(abc.ABC, Generic[_W]):
                         self._alive.remove(worker)
                         worker.end()
                         if clip is None:
-                            self._count_unopened(worker)
+                            self._lost_idle(worker)
                         elif clip in retried:
                             result = ClipResult(error=f"{clip.source}: its worker {worker.ending}, twice", exit_code=6)
                         else:
@@ -191,7 +191,9 @@ class Pool(abc.ABC, Generic[_W]):
         work.mkdir()
         self._alive.append(self._start(work))
 
-    def _count_unopened(self, worker: _W) -> None:
+    def _lost_idle(self, worker: _W) -> None:
+        if worker.ready:
+            return
         self._unopened += 1
         what = f"{self._job.model}: a worker {worker.ending} while it opened the model"
         if self._unopened > self.max_unopened:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -15,7 +15,7 @@ from stepcell.cli.console import LiveTable, console, log, print_json, stage
 from stepcell.cli.signals import signal_control
 from stepcell.cli.verified import check_verified
 from stepcell.errors import StepcellError, UsageError
-from stepcell.runtime.corpus.map_clips import MapProgress, MapReport, map_clips, parse_shard, read_list
+from stepcell.runtime.corpus.map_clips import Engine, MapProgress, MapReport, map_clips, parse_shard, read_list
 
 __all__ = ["command"]
 
@@ -30,6 +30,7 @@ Examples:
   stepcell map model.onnx --input 'clips/**/*.mp4' --output 'denoised/*.mkv' --workers 8
   find clips -name '*.mp4' > clips.txt; stepcell map model.onnx --list clips.txt --output denoised
   stepcell map model.onnx --input clips --output denoised --shard 2/8 --json
+  stepcell map model.onnx --input /shared/clips --output /shared/denoised --engine ray --ray-address auto
   stepcell map model.engine --device cuda --workers 2 --input clips --output denoised
 """
 )
@@ -51,8 +52,17 @@ Examples:
     "'out/*.npy' chooses another kind.",
 )  # fmt: skip
 @click.option(
+    "--engine", type=click.Choice(get_args(Engine)), default="local", show_default=True,
+    help="Processes of this machine, or of a Ray cluster whose nodes share the folders of model, clips and outputs.",
+)  # fmt: skip
+@click.option(
+    "--ray-address", metavar="HOST:PORT",
+    help="A Ray cluster that this machine is part of; or auto.  [default: RAY_ADDRESS, else a new one for this run]",
+)  # fmt: skip
+@click.option(
     "--workers", type=click.IntRange(1, 1024), metavar="N",
-    help="Processes, each with one clip at a time and one thread for its steps.  [default: one per core; 1 on a GPU]",
+    help="Processes, each with one clip at a time and one thread for its steps.  [default: one per core, 1 on a "
+    "GPU; in a cluster one per CPU or GPU]",
 )  # fmt: skip
 @click.option(
     "--shard", "shard_text", default="1/1", metavar="I/N",
@@ -67,6 +77,8 @@ def command(
     source: str | None,
     list_file: str | None,
     output: str,
+    engine: Engine,
+    ray_address: str | None,
     workers: int | None,
     shard_text: str,
     require_verified: bool,
@@ -89,8 +101,8 @@ def command(
     clips = source or read_list(str(list_file))
     with signal_control() as control, _View() as view:
         report = map_clips(
-            model, clips, output, workers=workers, shard=shard, overwrite=overwrite, progress=view, control=control,
-            **options,
+            model, clips, output, engine=engine, ray_address=ray_address, workers=workers, shard=shard,
+            overwrite=overwrite, progress=view, control=control, **options,
         )  # fmt: skip
     _summarise(report)
     if as_json:

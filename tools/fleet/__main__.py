@@ -9,20 +9,13 @@ did not hold.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
-from tools.fleet.outcome import Outcome
+from tools.fleet.outcome import Outcome, run_scenarios
 from tools.fleet.scenarios import Scenarios
 from tools.fleet.throughput import throughput
 
@@ -41,7 +34,6 @@ def main() -> None:
     parser.add_argument("--only", help="scenarios with this in their name")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
-    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="stepcell-fleet") as name:
         scenarios = Scenarios(
             options.model,
@@ -64,35 +56,11 @@ def main() -> None:
             "dead_processes": scenarios.dead_processes,
             "throughput": lambda: throughput(options.model, Path(name), options.port, scenarios.log, options.rounds),
         }
-        for scenario, run in runs.items():
-            if options.only is not None and options.only not in scenario:
-                continue
-            started = time.monotonic()
-            outcome = run()
-            outcomes.append(outcome)
-            verdict = f"{len(outcome.broken)} BROKEN" if outcome.broken else "held"
-            print(f"{outcome.name}: {verdict} ({time.monotonic() - started:.0f} s)\n    {outcome.seen}", flush=True)
-            for line in outcome.broken[:20]:
-                print(f"    {line}", flush=True)
-            if options.output:
-                options.output.write_text(json.dumps(_document(outcomes, options.seed), indent=1) + "\n")
-        if any(outcome.broken for outcome in outcomes):
+        held = run_scenarios(runs, only=options.only, output=options.output, packages=PACKAGES, seed=options.seed)
+        if not held:
             for log in Path(name).glob("*.log"):
                 print(log.read_text()[-4000:], file=sys.stderr)
-    sys.exit(any(outcome.broken for outcome in outcomes))
-
-
-def _document(outcomes: list[Outcome], seed: int) -> dict[str, object]:
-    return {
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "seed": seed,
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
+    sys.exit(not held)
 
 
 if __name__ == "__main__":

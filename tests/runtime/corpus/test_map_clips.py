@@ -153,6 +153,26 @@ def test_a_killed_process_costs_its_clip_only(
     assert not list((tmp_path / "out/work").iterdir())
 
 
+def test_a_process_that_is_killed_without_a_clip_costs_nothing(
+    accumulator: Model, clips: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    pool, todo = pool_of(accumulator(), tmp_path / "out", ["long.npy", "0.npy"], 2)
+    write_array(todo[0].source, LONG // 3)
+    results: dict[str, ClipResult] = {}
+    killed: list[Any] = []
+
+    def kill() -> None:
+        for process in pool._alive:
+            if process.ready and process.clip is None and results and not killed:
+                process.process.kill()
+                killed.append(process)
+
+    pool.run(todo, lambda clip, result: results.update({clip.source.name: result}), RunControl(), kill)
+    assert (len(killed), list(results)) == (1, ["0.npy", "long.npy"])
+    assert results["long.npy"] == ClipResult(LONG // 3)
+    assert "was killed" not in logged.text
+
+
 def test_a_stop_drops_what_is_not_finished(accumulator: Model, clips: Path, tmp_path: Path) -> None:
     model, out, control = accumulator(), tmp_path / "out", RunControl()
     write_array(clips / "9.npy", LONG)
