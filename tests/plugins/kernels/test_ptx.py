@@ -56,13 +56,13 @@ def chosen(cell: CellConfig, capability: str, which: int) -> dict[str, Tile]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("label", CELLS)
 def test_compiled_kernels_equal_the_reference(label: str, capability: str, steps: Any, emulated: Any) -> None:
+    """With the default tile or the last one, in turns: `make kernels-emulate` runs them all."""
     cell = CellConfig.from_label(label)
-    for which in (0, -1):
-        tile = chosen(cell, capability, which)
-        run = steps(cell, size=(1, 6, 11), tile=tile, fp16_mirror=False, launch=emulated(capability).launch)
-        worst = run.run(4)
-        names = ", ".join(f"{kernel} {t.label}" for kernel, t in tile.items())
-        assert max(worst.values()) <= TOLERANCE[cell.state_dtype], f"{label} for {capability}: {names}: {worst}"
+    tile = chosen(cell, capability, -((CELLS.index(label) + CAPABILITIES.index(capability)) % 2))
+    run = steps(cell, size=(1, 6, 11), tile=tile, fp16_mirror=False, launch=emulated(capability).launch)
+    worst = run.run(4)
+    names = ", ".join(f"{kernel} {t.label}" for kernel, t in tile.items())
+    assert max(worst.values()) <= TOLERANCE[cell.state_dtype], f"{label} for {capability}: {names}: {worst}"
 
 
 @pytest.mark.slow
