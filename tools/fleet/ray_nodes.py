@@ -46,8 +46,15 @@ class Nodes:
         if hidden is not None:
             mounted = f'mount -t tmpfs none "{hidden}" && exec "$@"'
             command = ["unshare", "--mount", "sh", "-c", mounted, "sh", *command]
-        with self._log.open("ab") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        for _ in range(3):  # on a busy machine Ray gives up waiting for its own processes
+            with self._log.open("ab") as log:
+                if not subprocess.run(
+                    command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False
+                ).returncode:
+                    return
+            if last == 2:
+                self.stop()
+        raise RuntimeError(f"127.0.0.{last} does not start: {self._log.read_text()[-2000:]}")
 
     def raylet(self, last: int) -> int:
         """Process of a node; its workers are children of it."""
