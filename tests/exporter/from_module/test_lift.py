@@ -12,50 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepcell import StepLoop
-from stepcell.errors import ExportError, ParityError, StepcellError, UsageError
 from stepcell.exporter import export_onnx, lift_states
-
-C = 4
-
-
-class Cell(nn.Module):
-    """Reset before update, h before x, the update gate keeps the old state."""
-
-    def __init__(self, inputs: int = C) -> None:
-        super().__init__()
-        self.gates = nn.Conv2d(inputs + C, 2 * C, 3, padding=1)
-        self.new = nn.Conv2d(inputs + C, C, 3, padding=1)
-
-    def forward(self, x: Tensor, h: Tensor | None) -> Tensor:
-        if h is None:
-            h = torch.zeros(x.shape[0], C, x.shape[2], x.shape[3], device=x.device)
-        r, u = torch.sigmoid(self.gates(torch.cat([h, x], dim=1))).chunk(2, dim=1)
-        return u * h + (1 - u) * torch.tanh(self.new(torch.cat([r * h, x], dim=1)))
-
-
-class Base(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.cell = nn.Conv2d(3, C, 3, stride=2, padding=1), Cell()
-        self.top, self.head = Cell(), nn.Conv2d(C, 2, 1)
-        self.drop = nn.Dropout(0.5)
-
-    def features(self, x: Tensor) -> Tensor:
-        return F.relu(self.drop(self.stem(x)))
-
-
-class Kept(Base):
-    """An attribute that is None before the first frame."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: Tensor | None = None
-        self.seen = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += 1
-        self.hidden = self.cell(self.features(x), self.hidden)
-        return self.head(self.hidden)  # type: ignore[no-any-return]
+from tests.exporter.from_module.modules import FRAME, SHAPE, Base, C, Cell, Clip, Kept, Passed
 
 
 class KeptInAList(Base):
@@ -84,16 +42,6 @@ class Buffer(Base):
         self.mean.mul_(0.9).add_(0.1 * f.mean((0, 2, 3), keepdim=True))
         h = self.cell(f - self.mean, h)
         return self.head(h), h
-
-
-class Passed(Base):
-    """A list of states passed and returned."""
-
-    def forward(self, x: Tensor, states: Any = None) -> tuple[Tensor, list[Tensor]]:
-        states = states or [None, None]
-        low = self.cell(self.features(x), states[0])
-        high = self.top(low, states[1])
-        return self.head(high), [low, high]
 
 
 class Named(Base):
@@ -221,18 +169,6 @@ class StateFirst(Base):
         return net, self.head(net)
 
 
-class Clip(Base):
-    """Sequences [T, B, C, H, W], the last state returned."""
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        outputs = []
-        for frame in x:
-            h = self.cell(self.features(frame), h)
-            outputs.append(self.head(h))
-        assert h is not None
-        return torch.stack(outputs), h
-
-
 class BatchFirstClip(Clip):
     def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, h = super().forward(x.transpose(0, 1), h)
@@ -252,8 +188,6 @@ class Heads(nn.Module):
         return self.head(y[:, 0]), hc
 
 
-FRAME = (1, 3, 32, 24)
-SHAPE = {"x": FRAME}
 MAP = (16, 12)
 
 
@@ -395,69 +329,6 @@ def test_a_state_stays_wide_in_float16_although_the_module_hands_it_on(tmp_path:
     assert abs(got - expected) < 2e-3, f"stalled at {got:.4f}, expected {expected:.4f}"
 
 
-class NoState(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))  # type: ignore[no-any-return]
-
-
-class Random(Base):
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = self.cell(F.dropout(self.features(x), training=True), h)
-        return self.head(h), h
-
-
-class RandomInside(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.noisy = Random()
-
-    def forward(self, x: Tensor, h: Tensor | None = None) -> Any:
-        return self.noisy(x, h)
-
-
-class Growing(Base):
-    """A cache that gets longer with every frame."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.cache.append(self.features(x))
-        return self.head(torch.stack(self.cache).mean(0))  # type: ignore[no-any-return]
-
-
-class Counts(Kept):
-    """What it does depends on a number that no tensor holds."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2.0 if self.seen > 5 else 1.0)
-
-
-class NeedsMore(Base):
-    def forward(self, x: Tensor, h: Tensor | None, boxes: list[float]) -> tuple[Tensor, Tensor]:
-        h = self.cell(self.features(x) * boxes[0], h)
-        return self.head(h), h
-
-
-class ReturnsNumber(Base):
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, float, Tensor]:
-        h = self.cell(self.features(x), h)
-        return self.head(h), 1.0, h
-
-
-class Root(Base):
-    """NaN where the features are below zero, kept as a state."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.h: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.h = self.cell((self.features(x) - 1).sqrt(), self.h)
-        return self.head(self.h)
-
-
 class TwoArguments(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -487,76 +358,6 @@ def test_exchanged_positions_are_noted(
     said = [record.getMessage() for record in caplog.records if "starts from it" in record.getMessage()]
     wanted = "note: {}: cell {} starts from it and leaves the next value of {}; if that is not meant, exchange"
     assert [text.split(" their")[0] for text in said] == [wanted.format(*each) for each in noted]
-
-
-REFUSED: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, int], type[StepcellError], str]] = {
-    "no state": (NoState, SHAPE, {}, ExportError, "NoState: no state"),
-    "random": (Random, SHAPE, {}, ExportError, "Random: forward is random in eval mode"),
-    "random inside": (RandomInside, SHAPE, {}, ExportError, "noisy: forward is random in eval mode"),
-    "growing": (Growing, SHAPE, {}, ExportError, "cache: a state whose shape changes"),
-    "counts": (Counts, SHAPE, {}, ParityError, "differs from the original"),
-    "needs more": (NeedsMore, SHAPE, {}, ExportError, "NeedsMore: forward failed"),
-    "returns a number": (ReturnsNumber, SHAPE, {}, ExportError, "forward returns a float"),
-    "NaN": (Root, SHAPE, {}, ExportError, "Root: forward returns NaN for inputs of -1 to 1"),
-    "no such input": (Kept, {"frame": FRAME}, {}, UsageError, "frame: forward has no such argument"),
-    "no such state": (Passed, SHAPE, {"memory": 1}, UsageError, "memory: forward has no such argument"),
-    "wrong position": (Passed, SHAPE, {"states": 0}, ExportError, "--state states=0: "),
-    "no such position": (
-        Passed,
-        SHAPE,
-        {"states": 9},
-        ExportError,
-        "states=9: forward returned 2 values, counted from 0",
-    ),
-    "long clip": (Clip, {"x": (4, 2, 3, 32, 24)}, {}, ExportError, "a step takes one frame"),
-    "too small": (Kept, {"x": (1, 7, 32, 24)}, {}, ExportError, "Kept: forward failed"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_module_that_cannot_be_lifted_is_refused_with_the_reason(name: str) -> None:
-    make, shapes, positions, error, message = REFUSED[name]
-    torch.manual_seed(1)
-    with pytest.raises(error) as caught:
-        lift_states(make(), shapes, returned=positions)
-    assert message in str(caught.value), str(caught.value)
-
-
-def test_a_module_that_does_something_else_at_other_sizes_is_compared_there() -> None:
-    class Grows(Base):
-        """At 35 rows, which the example has not, a number that no tensor holds takes part."""
-
-        frames = 0
-
-        def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            self.frames += 1
-            h = self.cell(self.features(x), h)
-            return self.head(h) * (self.frames if x.shape[2] == 35 else 1), h
-
-    lift_states(Grows(), SHAPE)
-    with pytest.raises(ParityError, match="differs from the original"):
-        lift_states(Grows(), SHAPE, dynamic=["height"])
-
-
-def test_dynamic_that_does_not_hold_is_refused() -> None:
-    net = Kept()
-    net.head = nn.Sequential(nn.Flatten(), nn.Linear(C * 16 * 12, 2))
-    with pytest.raises(ExportError, match="--dynamic height: the module does not run at other sizes"):
-        lift_states(net, SHAPE, dynamic=["height"])
-
-
-def test_data_dependent_control_flow_is_refused(tmp_path: Path) -> None:
-    class Skips(Base):
-        def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            if x.mean() > -100:  # always, but the tracer cannot know
-                h = self.cell(self.features(x), h)
-            assert h is not None
-            return self.head(h), h
-
-    model = lift_states(Skips(), SHAPE)
-    with pytest.raises(ExportError, match="tracing failed"):
-        export_onnx(model, tmp_path / "m.onnx", shapes=model.example_shapes)
-    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_the_module_is_left_as_it_is() -> None:
