@@ -15,6 +15,7 @@ from stepcell.overwrite import is_report, is_snapshot
 from stepcell.pixels import Declaration, changes, declare
 from stepcell.runtime.loop.step_loop import StepLoop
 from stepcell.runtime.media.events.bad_events import OnBadEvent
+from stepcell.runtime.media.open_source import is_remote
 from stepcell.runtime.media.preprocess import event_input, image_input
 from stepcell.runtime.media.source import FRAME_RATES, display_name
 from stepcell.runtime.streams.clip_folder import clip_outputs, find_clips
@@ -247,6 +248,8 @@ def run_streams(
         if isinstance(metrics, int):
             metrics = stack.enter_context(Metrics(metrics))
         events = event_input(spec, event_window)
+        if events is not None and reset_on_cut:
+            raise UsageError("--reset-on-cut: events have no scene cuts", hint="--reset-gap SECONDS resets after one")
         streams: list[Stream] = []
         reports: list[StreamReport] = []
         together = [(inputs, outputs)] if clips is None else [([i], [o]) for i, o in zip(inputs, outputs, strict=True)]
@@ -258,6 +261,8 @@ def run_streams(
                 some, their_outputs, options, model=stepper.name, contract=contract, events=events, starts=starts,
                 control=control, isolated=clips is not None,
             )  # fmt: skip
+            if not streams:
+                _note_unused(options, some, opened)
             streams += opened
             if metrics is not None:
                 metrics.watch(streams)
@@ -279,6 +284,14 @@ def run_streams(
     if error is not None:
         raise error from next(iter(failures.values()), None)
     return result
+
+
+def _note_unused(options: StreamOptions, inputs: Sequence[Input], streams: Sequence[Stream]) -> None:
+    """Say which options have no effect, since no input is a camera."""
+    if options.reconnect and not any(isinstance(each, str) and is_remote(each) for each in inputs):
+        logger.info("--reconnect: has no effect: no input is a camera or URL")
+    if options.deadline is not None and not any(stream.live for stream in streams):
+        logger.info("--deadline-ms: has no effect: frames of files are never late")
 
 
 def _clips(inputs: list[Input], outputs: list[Output]) -> tuple[list[Input], list[Output]] | None:

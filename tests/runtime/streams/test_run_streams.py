@@ -56,6 +56,16 @@ def test_nothing_is_printed_and_torch_is_not_needed(accumulator: Model, tmp_path
     assert first_values(tmp_path / "out.npy") == [1, 2]
 
 
+def test_options_for_cameras_without_one(accumulator: Model, tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    clips = [save(tmp_path / f"{name}.npy", 2) for name in "ab"]
+    run_streams(accumulator(), clips, reconnect=5, deadline_ms=10)
+    said = [text for text in logged.messages if "has no effect" in text]
+    assert said == [
+        "--reconnect: has no effect: no input is a camera or URL",
+        "--deadline-ms: has no effect: frames of files are never late",
+    ]
+
+
 def test_several_inputs_of_every_form(accumulator: Model, tmp_path: Path) -> None:
     clips = [save(tmp_path / f"{name}.npy", count) for name, count in (("a", 6), ("b", 3), ("c", 4))]
     inputs = [clips[0], open_source(str(clips[1])), str(clips[2])]

@@ -77,6 +77,9 @@ def test_what_does_not_fit(firenet_onnx: Path, recording: Path, denoiser_onnx: P
     assert pictures.exit_code == 1
     assert "the model takes pictures" in pictures.stderr
     assert run(denoiser_onnx, "--input", recording, "--event-window", "5ms").exit_code == 2
+    cuts = run(firenet_onnx, "--input", recording, "--reset-on-cut")
+    assert cuts.exit_code == 2
+    assert "events have no scene cuts" in cuts.stderr
     for option in (["--on-bad-event", "drop"], ["--event-stream", "left"]):
         refused = run(denoiser_onnx, "--input", "clip.mp4", *option)
         assert refused.exit_code == 2
