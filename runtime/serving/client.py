@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,11 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from stepcell.errors import StepcellError
 from stepcell.runtime.serving.protocol import FrameRequest, NotAnswered, RefusedFrame
 
-__all__ = ["StreamClient", "StreamEvent", "Transport"]
+__all__ = ["EventKind", "StreamClient", "StreamEvent", "Transport", "replay_length"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds before a retry
 
 Arrays = dict[str, NDArray[Any]]
+EventKind = Literal["unreachable", "resumed", "restarted", "replayed", "lost"]
 
 
 class Transport(Protocol):
@@ -54,9 +56,14 @@ class StreamEvent(NamedTuple):
         reason: for people.
     """
 
-    kind: Literal["unreachable", "resumed", "restarted", "replayed", "lost"]
+    kind: EventKind
     frame: int
     reason: str
+
+
+def replay_length(snapshot_every: int | None) -> int:
+    """Frames to keep: of two intervals, for a snapshot that was asked for and is not written yet."""
+    return 2 * (snapshot_every or 16) + 8
 
 
 class StreamClient:
@@ -101,25 +108,27 @@ class StreamClient:
         self._transport, self._deadline = transport, deadline
         self._on_event = on_event or (lambda _event: None)
         if replay is None:
-            # Two intervals, for a snapshot that was asked for and is not written yet.
-            replay = 2 * (transport.snapshot_every() or 16) + 8
+            replay = replay_length(transport.snapshot_every())
         self._sent: deque[tuple[int, Arrays]] = deque(maxlen=replay)
+        self._answered = True  # the last request
+        self._interrupted = threading.Event()
+        self._lost: RefusedFrame | None = None
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new stream with the next frame, from the model's initial state."""
+        """End the stream, and begin a new one with the next frame, from the model's initial state."""
+        self._end()
         self.stream: int = secrets.randbits(62) + 1
         self._client = secrets.randbits(62)
         self._next, self._begins = 0, True
-        self._lost: RefusedFrame | None = None
-        self._sent.clear()
+        self._lost = None
 
     def step(self, /, **inputs: ArrayLike) -> Arrays:
         """Send the next frame; returns its answer, from the state of exactly the frames before it.
 
         Args:
             inputs: by name, without an axis of streams: pixels (H, W, C) uint8, RGB, or the model's tensor, as the
-                model was set up.
+                model was set up. They are copied.
 
         Returns:
             Outputs by name, without an axis of streams.
@@ -132,7 +141,7 @@ class StreamClient:
         if self._lost is not None:
             raise RefusedFrame(self._lost.name, f"{self._lost.reason}; restart() begins a new stream")
         number = self._next
-        self._sent.append((number, {name: np.ascontiguousarray(value)[None] for name, value in inputs.items()}))
+        self._sent.append((number, {name: np.array(value, order="C")[None] for name, value in inputs.items()}))
         self._next += 1
         try:
             return {name: array[0] for name, array in self._answer(number).items()}
@@ -147,13 +156,12 @@ class StreamClient:
 
     def close(self) -> None:
         """End the stream, which frees its slot, and the connection."""
-        if self._sent and self._lost is None:
-            number, arrays = self._sent[-1]
-            # The last frame again, which is not stepped twice. If this fails, the slot is free once it is idle.
-            with contextlib.suppress(StepcellError):
-                self._transport.infer(self._request(number, arrays, end=True))
-        self._sent.clear()
+        self._end()
         self._transport.close()
+
+    def interrupt(self) -> None:
+        """Let a call of `step` in another thread, and all later ones, wait no more for a server that is away."""
+        self._interrupted.set()
 
     def __enter__(self) -> StreamClient:
         return self
@@ -162,6 +170,15 @@ class StreamClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _end(self) -> None:
+        """Free the slot of the stream."""
+        if self._sent and self._answered and self._lost is None:
+            number, arrays = self._sent[-1]
+            # The last frame again, which is not stepped twice. If this fails, the slot is free once it is idle.
+            with contextlib.suppress(StepcellError):
+                self._transport.infer(self._request(number, arrays, end=True))
+        self._sent.clear()
 
     def _request(self, number: int, arrays: Mapping[str, NDArray[Any]], *, end: bool = False) -> FrameRequest:
         return FrameRequest(self.stream, self._client, number, arrays, start=self._begins or number == 0, end=end)
@@ -174,13 +191,17 @@ class StreamClient:
             try:
                 answer = self._transport.infer(self._request(sending, self._kept(sending)))
             except NotAnswered as error:
-                if time.monotonic() - progress > self._deadline:
+                self._answered = False
+                if time.monotonic() - progress > self._deadline or self._interrupted.is_set():
                     raise
                 self._on_event(StreamEvent("unreachable", sending, error.message))
                 self._begins = True  # the next request may reach another server
             except RefusedFrame as refusal:
+                self._answered = True
                 waits = refusal.name == "FAILED" or (refusal.name == "FULL" and sending > 0)
                 if time.monotonic() - progress > self._deadline or not (waits or self._can_go_to(refusal, number)):
+                    raise
+                if waits and self._interrupted.is_set():
                     raise
                 if not waits:
                     sending = 0 if refusal.frame is None else refusal.frame
@@ -190,14 +211,14 @@ class StreamClient:
                     )
                     continue
             else:
-                self._begins = False
+                self._begins, self._answered = False, True
                 if sending == number:
                     if first < number:
                         self._on_event(StreamEvent("replayed", number, f"frames {first} to {number - 1}"))
                     return answer
                 sending, progress, pause = sending + 1, time.monotonic(), _FIRST_PAUSE
                 continue
-            time.sleep(pause)
+            self._interrupted.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _can_go_to(self, refusal: RefusedFrame, number: int) -> bool:

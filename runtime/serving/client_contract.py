@@ -5,15 +5,60 @@ It travels in the server's configuration of the model, so that a client needs no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated
+
 import msgspec
 
 from stepcell.contract import StepContract, TensorSpec
+from stepcell.errors import ContractError
 from stepcell.pixels import picture_channels
 from stepcell.runtime.serving.wire import Port, Wire
 
-__all__ = ["PARAMETER", "client_contract"]
+__all__ = ["PARAMETER", "ServedModel", "client_contract"]
 
 PARAMETER = "contract"  # of config.pbtxt: the contract as sealed JSON
+_AGAIN = "write its repository again with this version: stepcell triton-repo"
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server's configuration says of a model.
+
+    Attributes:
+        contract: as clients see it.
+        pixels: whether frames are sent and answered as pixels.
+        slots: streams of one of its processes.
+        snapshot_every: frames between two snapshots of a stream; None: none are written.
+    """
+
+    contract: StepContract
+    pixels: bool
+    slots: Annotated[int, msgspec.Meta(ge=1)]
+    snapshot_every: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str], subject: str) -> ServedModel:
+        """From the parameters of config.pbtxt, which come from a server.
+
+        Args:
+            subject: server and model, for messages.
+
+        Raises:
+            ContractError: one is missing, damaged or malformed.
+        """
+        if not parameters.get(PARAMETER):
+            raise ContractError(f"{subject}: the server does not say what its frames are", hint=_AGAIN)
+        try:
+            contract = StepContract.from_json(parameters[PARAMETER], subject=subject)
+        except ContractError as error:
+            raise ContractError(error.message, hint=_AGAIN) from error
+        values = {name: text for name, text in parameters.items() if name in cls.__struct_fields__}
+        try:
+            return msgspec.convert({**values, PARAMETER: contract}, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise ContractError(f"{subject}: malformed parameters of the model ({error})", hint=_AGAIN) from error
+
+
 _STREAMS = "streams"  # size of the first axis
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcell.contract import StepContract
-from stepcell.errors import ContractError, InputError, UsageError
+from stepcell.errors import InputError, UsageError
 from stepcell.optional_imports import require
-from stepcell.runtime.serving.client_contract import PARAMETER
+from stepcell.runtime.serving.client_contract import ServedModel
 from stepcell.runtime.serving.protocol import CLIENT, NUMBER, STEPPED, FrameRequest, NotAnswered, RefusedFrame
 
 __all__ = ["STREAM_HEADER", "TritonTransport"]
@@ -78,21 +77,14 @@ class TritonTransport:
         text = self._config()["parameters"].get("snapshot_every", {}).get("string_value", "")
         return int(text) if text else None
 
-    def contract(self) -> StepContract:
-        """The model as clients see it.
+    def served(self) -> ServedModel:
+        """What the server says of the model.
 
         Raises:
-            ContractError: the server's configuration of the model has none, or a damaged one.
+            ContractError: its configuration was not written by this version, or is damaged.
         """
-        subject = f"{self._address}: {self._model}"
-        again = "write its repository again with this version: stepcell triton-repo"
-        text = self._config()["parameters"].get(PARAMETER, {}).get("string_value", "")
-        if not text:
-            raise ContractError(f"{subject}: the server does not say what its frames are", hint=again)
-        try:
-            return StepContract.from_json(text, subject=subject)
-        except ContractError as error:
-            raise ContractError(error.message, hint=again) from error
+        parameters = {name: value.get("string_value", "") for name, value in self._config()["parameters"].items()}
+        return ServedModel.from_parameters(parameters, f"{self._address}: {self._model}")
 
     def models(self) -> list[str]:
         """Names of the models of the server."""

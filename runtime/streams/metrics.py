@@ -30,6 +30,7 @@ _FAMILIES = (
     ("counter", "dropped_frames", "Frames that were not stepped.", "dropped", "reason"),
     ("counter", "bad_events", "Events outside the sensor or earlier than the one before.", "bad_events", "kind"),
     ("counter", "resets", "Resets of the states.", "resets", "cause"),
+    ("counter", "server_events", "What the stream survived on its server.", "server_events", "kind"),
     ("gauge", "queued_frames", "Frames waiting in a queue.", "queued", "queue"),
 )
 

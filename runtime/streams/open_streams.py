@@ -19,10 +19,11 @@ from stepcell.errors import InputError, OutputError, UsageError
 from stepcell.event_spec import EventSpec
 from stepcell.nv12 import nv12_of
 from stepcell.overwrite import check_folder, check_output, is_marked
-from stepcell.pixels import picture_channels
+from stepcell.pixels import is_frame_of_bytes, picture_channels
 from stepcell.runtime.media.events.bad_events import OnBadEvent
 from stepcell.runtime.media.open_sink import STDOUT, open_sink
 from stepcell.runtime.media.open_source import STDIN, is_remote, open_source
+from stepcell.runtime.media.postprocess import choose_output
 from stepcell.runtime.media.raw_frames import RawSource
 from stepcell.runtime.media.resize import Resize, ResizedSource
 from stepcell.runtime.media.sink import Sink, TimedSink
@@ -150,6 +151,7 @@ def open_streams(
     starts: Mapping[str, int],
     control: RunControl,
     isolated: bool = False,
+    gives_pixels: bool = False,
 ) -> list[Stream]:
     """Open all inputs and outputs, or none.
 
@@ -163,12 +165,13 @@ def open_streams(
         starts: frames that were stepped before, by the name of the stream.
         control: after a request to stop, cameras and URLs that do not answer are not waited for.
         isolated: an input that cannot be opened fails as a stream, instead of the whole call.
+        gives_pixels: outputs that are pictures come as pixels, so that their tensors cannot be written.
 
     Raises:
         InputError: an input cannot be opened, and is not a camera or URL that may be reopened.
         OutputError: an output cannot be created.
-        UsageError: an output of an unknown kind, a size for an input that takes none, or pixels for or from values
-            whose range is undefined.
+        UsageError: an output of an unknown kind, a size for an input that takes none, tensors where pixels come, or
+            pixels for or from values whose range is undefined.
         MissingDependencyError: PyAV is not installed.
     """
     spec = contract.inputs[0]
@@ -187,6 +190,11 @@ def open_streams(
             if sink is not None:
                 opened.callback(sink.abandon)
                 undeclared.refuse_output(contract, sink)
+                if gives_pixels and not sink.takes_pixels and is_frame_of_bytes(choose_output(contract, sink)):
+                    raise UsageError(
+                        f"--output {sink.name}: is for tensors, and this server answers with pixels",
+                        hint="write a video, a folder or -; or set it up with stepcell triton-repo --frames tensors",
+                    )
             sinks.append(sink)
             keep = isinstance(sink, TimedSink) and options.keeps_timestamps(source)
             name = source.name if source else str(each)

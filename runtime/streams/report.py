@@ -34,6 +34,8 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
         non_finite: frames after which NaN or Inf was found.
         bad_events: events outside the sensor or earlier than the one before, by kind; empty for pictures.
         reconnects: number of times the input was lost and reopened.
+        server_events: with --server, how often a request was not answered, the state was lost and continued, and frames
+            were sent again, by kind; empty for steps on this machine.
         snapshots: number of snapshots written.
         failed_snapshots: number of snapshots that could not be written.
         resumes_at: frame at which `--resume` continues with the last snapshot written; None: none was.
@@ -62,6 +64,7 @@ class StreamReport(msgspec.Struct, frozen=True, kw_only=True):
     non_finite: int
     bad_events: BadEventCounts
     reconnects: int
+    server_events: dict[str, int]
     snapshots: int
     failed_snapshots: int
     resumes_at: int | None

@@ -259,7 +259,7 @@ def run_streams(
                 break
             opened = open_streams(
                 some, their_outputs, options, model=stepper.name, contract=contract, events=events, starts=starts,
-                control=control, isolated=clips is not None,
+                control=control, isolated=clips is not None, gives_pixels=stepper.gives_pixels,
             )  # fmt: skip
             if not streams:
                 _note_unused(options, some, opened)

@@ -55,6 +55,11 @@ class Stepper(Protocol):
         ...
 
     @property
+    def gives_pixels(self) -> bool:
+        """Whether outputs that are pictures come as pixels instead of the model's tensors."""
+        ...
+
+    @property
     def checks_frames(self) -> bool:
         """Whether frames are to be checked for NaN and Inf."""
         ...
@@ -100,6 +105,8 @@ class LoopStepper:
     Args:
         loop: for several streams opened with a slot for each.
     """
+
+    gives_pixels = False
 
     def __init__(self, loop: StepLoop) -> None:
         self._loop = loop

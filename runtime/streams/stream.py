@@ -83,6 +83,7 @@ class Stream:
         non_finite: frames after which NaN or Inf was found.
         decode, latency: times per frame, as in the report.
         incoming, output: where the frames come from, and the results go.
+        server_events: what the stream survived on its server, by kind; empty for steps on this machine.
         stopped: why the stream ended; None: it has not.
         failure: the error that ended it, if any.
         prefix: prefix of log messages; set if there are several streams.
@@ -110,6 +111,7 @@ class Stream:
         self.monitor = ResetMonitor(reset or ResetPolicy())
         self.frames = self.non_finite = 0
         self.decode, self.latency = Latency(), Latency()
+        self.server_events: dict[str, int] = {}
         self.stopped: Stopped | None = None
         self.failure: StepcellError | None = None
         self.prefix = ""

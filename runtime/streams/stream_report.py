@@ -33,6 +33,7 @@ def stream_report(stream: Stream, stepper: Stepper, snapshots: SnapshotWriter | 
         non_finite=stream.non_finite,
         bad_events=stream.bad_events,
         reconnects=stream.reconnects,
+        server_events=dict(stream.server_events),
         snapshots=snapshots.written if snapshots else 0,
         failed_snapshots=snapshots.failed if snapshots else 0,
         resumes_at=snapshots.positions.get(stream.name) if snapshots else None,

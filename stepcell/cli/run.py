@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from stepcell.cli.clip_options import clip_options, no_nan, read_clip_options
 from stepcell.cli.common import backend_option, json_option, leaving, overwrite_option
 from stepcell.cli.console import log, print_json
+from stepcell.cli.server_options import refuse_local, server_options
 from stepcell.cli.signals import signal_control
 from stepcell.cli.verified import check_verified
 from stepcell.cli.view import View
 from stepcell.errors import UsageError
 from stepcell.runtime.streams.metrics import LOCALHOST, Metrics
-from stepcell.runtime.streams.report import RunError
+from stepcell.runtime.streams.report import RunError, RunReport
 from stepcell.runtime.streams.run import run_streams
 
 __all__ = ["command", "parse_address"]
@@ -47,10 +51,11 @@ Examples:
   stepcell run model.onnx --input rtsp://host/door --reconnect inf --deadline-ms 100 --metrics-port 9095
   stepcell run model.onnx --input camera:0 --snapshot state.safetensors --resume
   stepcell run firenet.onnx --input events.dat --event-window 30ms --output out.mp4
+  stepcell run --server http://127.0.0.1:8000 --input clip.mp4 --output out.mp4
   decoder | stepcell run model.onnx --input - --size 640x480 --output - | encoder
 """
 )
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
 @click.option(
     "-i", "--input", "inputs", required=True, multiple=True, metavar="SOURCE",
     help="Video file or URL, folder of pictures or of clips, .npy, camera:N, or - for raw rgb24 frames on stdin; "
@@ -77,6 +82,7 @@ Examples:
     "--reconnect", type=click.FloatRange(0), callback=no_nan, default=0, metavar="SECONDS",
     help="Reopen a lost camera or URL for this long after its last frame (inf: without limit).",
 )  # fmt: skip
+@server_options
 @click.option(
     "--snapshot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
     help="Write the states to this .safetensors file periodically and at the end.",
@@ -92,7 +98,9 @@ Examples:
 @json_option
 @leaving()
 def command(
-    model: Path,
+    model: str | None,
+    server: str | None,
+    server_wait: float,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     address_text: str | None,
@@ -104,13 +112,28 @@ def command(
 
     Frames are scaled, padded to the model's multiple and cropped back, as its contract says; --range, --mean, --std,
     --channels and --layout say it in its place. Ctrl-C stops after the current step, and outputs are finished as valid
-    files. SIGUSR1 resets the states of every stream.
+    files. SIGUSR1 resets the states of every stream. With --server the frames are stepped on a server (docs/fleet.md).
     """
     if as_json and "-" in outputs:
         raise UsageError("--json and --output - both write to stdout", hint="--report FILE writes the report to a file")
+    context = click.get_current_context()
     options = read_clip_options(options)
     address = parse_address(address_text) if address_text else None
-    check_verified(model, options["device"], required=require_verified)
+    run: Callable[..., RunReport]
+    if server is not None:
+        from stepcell.runtime.remote.run_on_server import run_on_server
+
+        refuse_local(context)
+        local = ("device", "allow_fallback", "keep_float16", "threads", "backend", "check_file")
+        options = {name: value for name, value in options.items() if name not in local}
+        run = functools.partial(run_on_server, server, model, wait=server_wait)
+    elif model is None:
+        raise UsageError("MODEL: expected an .onnx file or an engine", hint="or --server URL for one on a server")
+    else:
+        if context.get_parameter_source("server_wait") is ParameterSource.COMMANDLINE:
+            raise UsageError("--server-wait needs --server URL")
+        check_verified(Path(model), options["device"], required=require_verified)
+        run = functools.partial(run_streams, Path(model))
     error: RunError | None = None
     with signal_control() as control, contextlib.ExitStack() as stack:
         if address is not None:
@@ -119,7 +142,7 @@ def command(
         view = View()
         try:
             with view:
-                report = run_streams(model, inputs, outputs, progress=view, control=control, **options)
+                report = run(inputs, outputs, progress=view, control=control, **options)
         except RunError as failed:
             report, error = failed.report, failed
         view.summarise(report)

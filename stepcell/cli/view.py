@@ -68,6 +68,7 @@ class View:
             _log_counts(f"{prefix}resets", result.resets)
             _log_counts(f"{prefix}dropped", result.dropped)
             _log_counts(f"{prefix}bad events", result.bad_events)
+            _log_counts(f"{prefix}server", result.server_events)
             _log_counts(f"{prefix}counted", {"late": result.late, "reconnects": result.reconnects})
             if not result.frames:
                 continue

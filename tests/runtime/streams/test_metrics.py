@@ -26,6 +26,7 @@ class Counts:
     non_finite: int = 0
     bad_events: BadEventCounts = field(default_factory=lambda: {"outside": 0, "back in time": 0})
     reconnects: int = 0
+    server_events: dict[str, int] = field(default_factory=lambda: {"unreachable": 0, "resumed": 0})
     queued: dict[str, int] = field(default_factory=lambda: {"input": 0, "output": 0})
     running: bool = True
 
@@ -51,6 +52,7 @@ def test_counters_are_those_of_the_streams_at_that_moment() -> None:
         metrics.watch([a, b])
         assert scrape(metrics)["stepcell_frames_total", "camera:0"] == 0
         a.frames, a.late, a.non_finite, a.reconnects, a.running = 7, 2, 3, 4, False
+        a.server_events["resumed"] = 6
         a.bad_events["back in time"], a.dropped["queue full"], a.resets["gap"], b.resets["cut"], b.queued["output"] = (
             2,
             5,
@@ -64,6 +66,7 @@ def test_counters_are_those_of_the_streams_at_that_moment() -> None:
     assert found["stepcell_late_frames_total", "camera:0"] == 2
     assert found["stepcell_non_finite_total", "camera:0"] == 3
     assert found["stepcell_reconnects_total", "camera:0"] == 4
+    assert found["stepcell_server_events_total", "camera:0", "resumed"] == 6
     assert (found["stepcell_stream_up", "camera:0"], found["stepcell_stream_up", b.name]) == (0, 1)
     assert found["stepcell_dropped_frames_total", "camera:0", "queue full"] == 5
     assert found["stepcell_bad_events_total", "camera:0", "back in time"] == 2

@@ -1,0 +1,1 @@
+"""Remote: streams of this machine that are stepped on a server."""
