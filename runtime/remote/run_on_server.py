@@ -26,6 +26,7 @@ def run_on_server(
     outputs: Sequence[str],
     *,
     wait: float = 60.0,
+    shared_memory: bool = False,
     on_nonfinite: OnNonFinite = "stop",
     control: RunControl | None = None,
     **options: Any,
@@ -37,6 +38,7 @@ def run_on_server(
         model: its name on the server; None: the only one.
         inputs, outputs: as of `run_streams`, by name.
         wait: seconds without any answer after which a stream ends.
+        shared_memory: as of `StreamClient`.
         on_nonfinite: as of `run_streams`; a server of tensors takes "stop".
         control: as of `run_streams`.
         options: of `run_streams`, apart from those that concern a loop on this machine.
@@ -57,7 +59,12 @@ def run_on_server(
         )
     stepper = ServerStepper(
         lambda tell: StreamClient(
-            url, name, deadline=wait, replay=replay_length(served.snapshot_every), on_event=tell
+            url,
+            name,
+            deadline=wait,
+            replay=replay_length(served.snapshot_every),
+            shared_memory=shared_memory,
+            on_event=tell,
         ),
         served.contract,
         name=name,

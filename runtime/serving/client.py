@@ -78,6 +78,7 @@ class StreamClient:
         timeout: seconds until a request counts as not answered.
         deadline: seconds without any answer until `step` raises an error.
         replay: number of last frames to keep; None: enough for the snapshots of this server.
+        shared_memory: pass frames and answers through memory that the server, which must run on this machine, shares.
         on_event: called with what happens to the stream.
         transport: instead of `url`, for tests and other servers.
 
@@ -98,13 +99,14 @@ class StreamClient:
         timeout: float = 10.0,
         deadline: float = 60.0,
         replay: int | None = None,
+        shared_memory: bool = False,
         on_event: Callable[[StreamEvent], None] | None = None,
         transport: Transport | None = None,
     ) -> None:
         if transport is None:
             from stepcell.runtime.serving.triton_transport import TritonTransport
 
-            transport = TritonTransport(url, model, timeout=timeout)
+            transport = TritonTransport(url, model, timeout=timeout, shared_memory=shared_memory)
         self._transport, self._deadline = transport, deadline
         self._on_event = on_event or (lambda _event: None)
         if replay is None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from stepcell.cli.clip_options import clip_options, no_nan, read_clip_options
 from stepcell.cli.common import backend_option, json_option, leaving, overwrite_option
 from stepcell.cli.console import log, print_json
-from stepcell.cli.server_options import refuse_local, server_options
+from stepcell.cli.server_options import refuse_local, refuse_without_server, server_options
 from stepcell.cli.signals import signal_control
 from stepcell.cli.verified import check_verified
 from stepcell.cli.view import View
@@ -101,6 +100,7 @@ def command(
     model: str | None,
     server: str | None,
     server_wait: float,
+    shared_memory: bool,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     address_text: str | None,
@@ -126,12 +126,11 @@ def command(
         refuse_local(context)
         local = ("device", "allow_fallback", "keep_float16", "threads", "backend", "check_file")
         options = {name: value for name, value in options.items() if name not in local}
-        run = functools.partial(run_on_server, server, model, wait=server_wait)
+        run = functools.partial(run_on_server, server, model, wait=server_wait, shared_memory=shared_memory)
     elif model is None:
         raise UsageError("MODEL: expected an .onnx file or an engine", hint="or --server URL for one on a server")
     else:
-        if context.get_parameter_source("server_wait") is ParameterSource.COMMANDLINE:
-            raise UsageError("--server-wait needs --server URL")
+        refuse_without_server(context)
         check_verified(Path(model), options["device"], required=require_verified)
         run = functools.partial(run_streams, Path(model))
     error: RunError | None = None

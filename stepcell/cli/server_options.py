@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from stepcell.cli.clip_options import no_nan
 from stepcell.errors import UsageError
 
-__all__ = ["refuse_local", "server_options"]
+__all__ = ["refuse_local", "refuse_without_server", "server_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -36,14 +36,25 @@ _OPTIONS = (
         "--server-wait", type=click.FloatRange(0, min_open=True), callback=no_nan, default=60.0, show_default=True,
         metavar="SECONDS", help="A stream whose server does not answer for this long ends.",
     ),
+    click.option(
+        "--shared-memory", is_flag=True,
+        help="Pass frames and answers through memory that the server, on this machine, shares.",
+    ),
 )  # fmt: skip
 
 
 def server_options(command: _F) -> _F:
-    """Add --server and --server-wait to a command."""
+    """Add --server, --server-wait and --shared-memory to a command."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def refuse_without_server(context: click.Context) -> None:
+    """Raise UsageError for an option of a server, given on the command line without one."""
+    for name in ("server_wait", "shared_memory"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} needs --server URL")
 
 
 def refuse_local(context: click.Context) -> None:

@@ -180,3 +180,6 @@ def test_options_without_what_they_need(clips: list[Path], tmp_path: Path) -> No
     result = run("model.onnx", "--server-wait", 5, clips=clips[:1], folder=tmp_path, suffix="-out")
     assert result.exit_code == 2
     assert "--server-wait needs --server URL" in result.stderr
+    result = run("model.onnx", "--shared-memory", clips=clips[:1], folder=tmp_path, suffix="-out")
+    assert result.exit_code == 2
+    assert "--shared-memory needs --server URL" in result.stderr

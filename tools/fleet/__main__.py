@@ -16,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tools.fleet.outcome import Outcome, run_scenarios
+from tools.fleet.run_on_server import run_on_server
 from tools.fleet.scenarios import Scenarios
+from tools.fleet.shared_memory import shared_memory
 from tools.fleet.throughput import throughput
 
 PACKAGES = ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy")
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--starts", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3, help="of the server and the loop, in turn")
+    parser.add_argument("--frames", type=int, default=60, help="of 1920x1080 by each way")
     parser.add_argument("--port", type=int, default=18100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="scenarios with this in their name")
@@ -54,9 +57,17 @@ def main() -> None:
             "stopped": scenarios.stopped,
             "balanced": scenarios.balanced,
             "dead_processes": scenarios.dead_processes,
+            "run_on_server": lambda: run_on_server(options.model, Path(name), options.port, scenarios.log),
+            "shared_memory": lambda: shared_memory(Path(name), options.port, scenarios.log, options.frames),
             "throughput": lambda: throughput(options.model, Path(name), options.port, scenarios.log, options.rounds),
         }
-        held = run_scenarios(runs, only=options.only, output=options.output, packages=PACKAGES, seed=options.seed)
+        held = run_scenarios(
+            runs,
+            only=options.only and options.only.replace("-", "_"),
+            output=options.output,
+            packages=PACKAGES,
+            seed=options.seed,
+        )
         if not held:
             for log in Path(name).glob("*.log"):
                 print(log.read_text()[-4000:], file=sys.stderr)
