@@ -7,7 +7,8 @@ The convolution is of 1x1 pixels, so that what happens around the step is measur
 
 Each version runs in a process of its own. In every round both run the same case one after the other, in an order that
 changes from round to round, and ratios are taken within rounds. The clip is read from a video and from an array, and
-the results go nowhere, into an array or into a video.
+the results go nowhere, into an array or into a video. Of the cases of NV12, this version runs the model with the
+conversion of pixels in its graph, and the other one, which may not know it, the model of floats.
 """
 
 from __future__ import annotations
@@ -32,14 +33,19 @@ from onnx import helper, numpy_helper
 
 from stepcell.contract import METADATA_KEY, StepContract, TensorSpec
 from stepcell.errors import StepcellError
+from stepcell.exporter.step_onnx.pixels_in_graph.check import with_pixels_in_graph
 from stepcell.files import write_atomic
+from stepcell.nv12 import Nv12
 from stepcell.runtime.media.open_sink import open_sink
 
 __all__ = ["main", "svg"]
 
 SIZE, FRAMES = (1920, 1080), 30
 QUICK_SIZE, QUICK_FRAMES = (64, 48), 6
-CASES = [(source, sink) for source in ("clip.mp4", "clip.npy") for sink in ("", "out.npy", "out.mkv")]
+FLOATS, NV12 = "model.onnx", "nv12.onnx"
+SINKS = ("", "out.npy", "out.mkv")
+CASES = [(FLOATS, source, sink) for source in ("clip.mp4", "clip.npy") for sink in SINKS]
+CASES += [(NV12, "clip.mp4", sink) for sink in SINKS]
 OURS, OTHER = "this version", "the other version"
 
 
@@ -62,11 +68,11 @@ class Version:
             text=True,
         )
 
-    def run(self, folder: Path, source: str, sink: str, threads: int, frames: int) -> dict[str, float]:
+    def run(self, folder: Path, model: str, source: str, sink: str, threads: int, frames: int) -> dict[str, float]:
         """Run one case; returns frames per second, and milliseconds of CPU time per frame."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._child.stdin.write(json.dumps([str(folder), source, sink, threads, frames]) + "\n")
+        self._child.stdin.write(json.dumps([str(folder), model, source, sink, threads, frames]) + "\n")
         self._child.stdin.flush()
         answer = self._child.stdout.readline()
         if not answer:
@@ -80,7 +86,7 @@ class Version:
 
 
 def make_inputs(folder: Path, size: tuple[int, int], count: int) -> None:
-    """Write the model, and the clip as a video and as an array of pixels."""
+    """Write the model in both forms, and the clip as a video and as an array of pixels."""
     picture = {"dtype": "float32", "shape": ("batch", 3, "height", "width"), "layout": "NCHW", "range": (0.0, 1.0)}
     x, y = (TensorSpec(name=name, **picture) for name in "xy")  # type: ignore[arg-type]
     contract = StepContract(inputs=(x,), outputs=(y,), states=(), precision="float32")
@@ -91,7 +97,9 @@ def make_inputs(folder: Path, size: tuple[int, int], count: int) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, contract.to_json()
-    onnx.save(model, folder / "model.onnx")
+    onnx.save(model, folder / FLOATS)
+    with_nv12, _ = with_pixels_in_graph(model, contract, Nv12(matrix="bt709", range="limited"))  # as of the clip
+    onnx.save(with_nv12, folder / NV12)
     frames = [_frame(size, number) for number in range(count)]
     np.save(folder / "clip.npy", np.stack(frames))
     sink = open_sink(str(folder / "clip.mp4"), Fraction(25))
@@ -116,16 +124,17 @@ def measure(other: Path, *, rounds: int, threads: int, quick: bool) -> dict[str,
 
     size, count = (QUICK_SIZE, QUICK_FRAMES) if quick else (SIZE, FRAMES)
     versions = [Version(OURS, None), Version(OTHER, other)]
-    cases = [{"input": source, "output": sink, OURS: [], OTHER: []} for source, sink in CASES]
+    cases = [{"model": model, "input": source, "output": sink, OURS: [], OTHER: []} for model, source, sink in CASES]
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         make_inputs(Path(name), size, count)
         for number, case in itertools.product(range(-1, rounds), cases):  # the first round warms up
             for version in versions if number % 2 else versions[::-1]:
-                found = version.run(Path(name), str(case["input"]), str(case["output"]), threads, count)
+                model = str(case["model"]) if version.name == OURS else FLOATS
+                found = version.run(Path(name), model, str(case["input"]), str(case["output"]), threads, count)
                 if number >= 0:
                     case[version.name].append(found)  # type: ignore[attr-defined]
-            log(f"round {number + 1} of {rounds}: {case['input']} to {case['output'] or 'nothing'}")
+            log(f"round {number + 1} of {rounds}: {_title(case)}")
     for version in versions:
         version.close()
     return {
@@ -191,7 +200,7 @@ def svg(result: dict[str, Any]) -> str:
 
 
 def _title(case: dict[str, Any]) -> str:
-    return f"{case['input']} to {case['output'] or 'nothing'}"
+    return f"{case['input']} to {case['output'] or 'nothing'}{' (NV12)' * (case['model'] == NV12)}"
 
 
 def _cpu() -> str:

@@ -17,8 +17,8 @@ from stepcell.cli import main as stepcell
 def main() -> None:
     """Answer until stdin ends: frames per second, and milliseconds of CPU time per frame."""
     for line in sys.stdin:
-        folder, source, sink, threads, frames = json.loads(line)
-        arguments = ["run", f"{folder}/model.onnx", "-i", f"{folder}/{source}", "--threads", str(threads)]
+        folder, model, source, sink, threads, frames = json.loads(line)
+        arguments = ["run", f"{folder}/{model}", "-i", f"{folder}/{source}", "--threads", str(threads)]
         if sink:
             Path(folder, sink).unlink(missing_ok=True)
             arguments += ["-o", f"{folder}/{sink}"]

@@ -274,7 +274,7 @@ def test_pipeline_quick(script: Callable[..., ModuleType], tmp_path: Path, capsy
     found = json.loads(output.read_text())
     assert [(case["input"], case["output"]) for case in found["cases"]][1] == ("clip.mp4", "out.npy")
     assert all(each["fps"] > 0 for case in found["cases"] for each in case["this version"])
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["cases"]) == 8
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(found["cases"]) == 11
     texts = [each.text for each in ET.parse(output.with_suffix(".svg")).iter("{http://www.w3.org/2000/svg}text")]
     assert "clip.npy to nothing" in texts
 

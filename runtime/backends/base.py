@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -13,7 +13,9 @@ from stepcell.contract import StepContract
 from stepcell.errors import StepcellError, UsageError
 from stepcell.runtime.cuda import DeviceArray
 
-__all__ = ["Backend", "Device", "StepFuture"]
+__all__ = ["Backend", "Device", "Spin", "StepFuture"]
+
+Spin = bool | Literal["in step"]  # whether threads spin while they wait for work: always, or until a step ends
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from stepcell.errors import DeviceError, MissingDependencyError, UsageError
-from stepcell.runtime.backends.base import Backend, Device
+from stepcell.runtime.backends.base import Backend, Device, Spin
 
 __all__ = ["BACKENDS", "BackendName", "open_backend"]
 
@@ -28,7 +28,7 @@ def open_backend(
     allow_fallback: bool,
     keep_float16: bool,
     threads: int | None,
-    spin: bool = True,
+    spin: Spin = True,
     check_file: bool = True,
     backend: str = "auto",
 ) -> Backend:
@@ -65,7 +65,7 @@ def _backend_name(given: str) -> BackendName:
 
 
 def _open_on_cpu(
-    path: Path, name: BackendName, *, keep_float16: bool, threads: int | None, spin: bool, check_file: bool
+    path: Path, name: BackendName, *, keep_float16: bool, threads: int | None, spin: Spin, check_file: bool
 ) -> Backend:
     """An ONNX file in ncnn, or in ncnn or ONNX Runtime, whichever is faster."""
     from stepcell.runtime.backends.onnxruntime.backend import OrtBackend
@@ -95,7 +95,7 @@ def _open_onnx(
     allow_fallback: bool,
     keep_float16: bool,
     threads: int | None,
-    spin: bool,
+    spin: Spin,
     check_file: bool,
 ) -> Backend:
     from stepcell.runtime.backends.onnxruntime.backend import OrtBackend

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepcell.contract import StepContract
 from stepcell.errors import StateError, StepcellError, UsageError
-from stepcell.runtime.backends.base import Backend, StepFuture
+from stepcell.runtime.backends.base import Backend, Spin, StepFuture
 from stepcell.runtime.cuda import DeviceArray, OnDevice
 from stepcell.runtime.loop.inputs import StepInputs
 from stepcell.runtime.loop.latency import Latency
@@ -63,7 +63,7 @@ class StepLoop:
         allow_fallback: bool = False,
         keep_float16: bool = False,
         threads: int | None = None,
-        spin: bool = True,
+        spin: Spin = True,
         check_finite: bool = True,
         check_file: bool = True,
         backend: str = "auto",
@@ -77,8 +77,8 @@ class StepLoop:
             allow_fallback: use the CPU if CUDA does not load, and log it (ONNX files only).
             keep_float16: run a float16 ONNX file in float16 on the CPU too, which is slower.
             threads: number of threads for one step of an ONNX file on the CPU; None: one per core.
-            spin: ONNX Runtime's threads spin while they wait for work, which takes a core from other processes; False:
-                they sleep.
+            spin: ONNX Runtime's threads spin while they wait for work, which takes a core from other threads and
+                processes; "in step": only until the step ends; False: they sleep.
             check_finite: refuse inputs with NaN or Inf, which would stay in the states.
             check_file: refuse an ONNX file whose graph, weights or contract have changed since its export.
             backend: what computes an ONNX file on the CPU: "onnxruntime", "ncnn", or "auto", the faster of both if

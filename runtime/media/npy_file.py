@@ -105,10 +105,10 @@ class ArraySink:
             if self._first is None:
                 self._first = frame
                 self._write_all(_header(frame, 0))
-            self._write_all(np.ascontiguousarray(frame).tobytes())
+            self._write_all(np.ascontiguousarray(frame).reshape(-1).view(np.uint8).data)
         self._count += 1
 
-    def _write_all(self, data: bytes) -> None:
+    def _write_all(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while rest:  # an unbuffered write may write only a part, as on a disk that is nearly full
             rest = rest[self._file.write(rest) :]

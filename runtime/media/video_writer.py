@@ -117,9 +117,10 @@ class VideoSink:
             if frame.shape != self._shape:
                 frame = fit_inside(frame, (self._shape[1], self._shape[0]))
             height, width, channels = frame.shape
-            even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if height % 2 or width % 2:
+                frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             grey = channels == 1
-            picture = self._av.VideoFrame.from_ndarray(even[..., 0] if grey else even, "gray" if grey else "rgb24")
+            picture = self._av.VideoFrame.from_ndarray(frame[..., 0] if grey else frame, "gray" if grey else "rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace=self._colour.matrix)
             self._seconds = seconds
             self._tick = max(self._tick + 1, round((seconds - self._first) * self._ticks))

@@ -224,6 +224,7 @@ def run_streams(
                         allow_fallback=allow_fallback,
                         keep_float16=keep_float16,
                         threads=threads,
+                        spin="in step",  # between two steps the other threads of a stream need the cores
                         backend=backend,
                         check_file=check_file,
                     )

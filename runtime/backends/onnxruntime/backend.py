@@ -23,7 +23,7 @@ from stepcell.library_errors import as_stepcell_error
 from stepcell.limits import FIRST_STEP_SECONDS, within_seconds
 from stepcell.optional_imports import require
 from stepcell.runtime import cuda
-from stepcell.runtime.backends.base import Device, StepFuture
+from stepcell.runtime.backends.base import Device, Spin, StepFuture
 from stepcell.runtime.backends.onnxruntime.session import captures_graphs, open_session
 from stepcell.runtime.cuda import DeviceArray
 
@@ -47,7 +47,7 @@ class OrtBackend:
         device: CPU or GPU.
         keep_float16: on the CPU, run a float16 model in float16 instead of float32.
         threads: number of threads for one step on the CPU; None: one per core.
-        spin: threads spin while they wait for work, rather than sleep.
+        spin: threads spin while they wait for work, rather than sleep; "in step": not between two steps.
         check_file: refuse a file that has changed since its export.
 
     Raises:
@@ -67,7 +67,7 @@ class OrtBackend:
         *,
         keep_float16: bool = False,
         threads: int | None = None,
-        spin: bool = True,
+        spin: Spin = True,
         check_file: bool = True,
     ) -> None:
         self._path = path

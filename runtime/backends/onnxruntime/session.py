@@ -21,7 +21,7 @@ from stepcell.limits import FIRST_STEP_SECONDS, within_seconds
 from stepcell.onnx_model import OnnxFile, missing_contract, read_onnx, repair_hint
 from stepcell.optional_imports import require
 from stepcell.runtime import cuda
-from stepcell.runtime.backends.base import Device
+from stepcell.runtime.backends.base import Device, Spin
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
 from stepcell.runtime.backends.onnxruntime.split_convolutions import split_convolutions
 from stepcell.runtime.backends.onnxruntime.trial import choose_level
@@ -49,7 +49,7 @@ class SpecializedSessions:
         session: session of the unchanged model.
     """
 
-    def __init__(self, path: Path, model: bytes, threads: int | None, session: Any, *, spin: bool) -> None:
+    def __init__(self, path: Path, model: bytes, threads: int | None, session: Any, *, spin: Spin) -> None:
         self._path, self._model, self._threads, self._spin = path, model, threads, spin
         # Shape by input: numbers, or text such as "height" and "height // 2".
         self._inputs: dict[str, list[int | str | None]] = {tensor.name: tensor.shape for tensor in session.get_inputs()}
@@ -97,7 +97,7 @@ class SpecializedSessions:
 
 
 def open_session(
-    path: Path, device: Device, *, keep_float16: bool, threads: int | None, spin: bool, check_file: bool = True
+    path: Path, device: Device, *, keep_float16: bool, threads: int | None, spin: Spin, check_file: bool = True
 ) -> tuple[Any, StepContract, SpecializedSessions | None]:
     """Open an ONNX file.
 
@@ -137,7 +137,7 @@ def _for_cpu(file: OnnxFile, keep_float16: bool) -> bytes | None:
     return bytes(model.SerializeToString())
 
 
-def _options(ort: Any, threads: int | None, *, spin: bool = True, only_basic: bool = False) -> Any:
+def _options(ort: Any, threads: int | None, *, spin: Spin = True, only_basic: bool = False) -> Any:
     options = ort.SessionOptions()
     options.use_deterministic_compute = True
     options.log_severity_level = 4  # names in its messages are those of the file; errors are raised too
@@ -145,6 +145,8 @@ def _options(ort: Any, threads: int | None, *, spin: bool = True, only_basic: bo
         options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if spin == "in step":
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if only_basic:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
