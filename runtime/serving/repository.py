@@ -10,19 +10,19 @@ OUT/serve.sh                      starts a server and watches it
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from stepcell.contract import StepContract
-from stepcell.errors import OutputError, UsageError
-from stepcell.files import atomic_path
-from stepcell.overwrite import MARK, check_output, is_engine, is_exported_model, is_marked, referred_files
+from stepcell.errors import UsageError
+from stepcell.overwrite import MARK
 from stepcell.runtime.serving.client_contract import PARAMETER, client_contract
+from stepcell.runtime.serving.pbtxt import check_name, check_schema, data_type, listed, quoted
 from stepcell.runtime.serving.protocol import CHECK, CLIENT, ID, NUMBER, STEPPED, check_values
+from stepcell.runtime.serving.repository_files import write_files
 from stepcell.runtime.serving.settings import Settings
 from stepcell.runtime.serving.triton_transport import STREAM_HEADER
 from stepcell.runtime.serving.wire import Port, Wire
@@ -90,8 +90,7 @@ class Repository:
             InputError: frames as pixels, and the model does not take one picture.
             OutputError: the folder cannot be written.
         """
-        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", self.name) is None:
-            raise UsageError(f"--name: expected letters, digits, '_', '.' and '-', got {self.name!r}")
+        check_name(self.name)
         wire = Wire(self.contract, self.settings.slots, pixels=self.settings.pixels)
         version = self.folder / "models" / self.name / "1"
         texts = {
@@ -100,35 +99,9 @@ class Repository:
             self.folder / "haproxy.cfg": _haproxy(self, wire),
             self.folder / "serve.sh": _serve(self),
         }
-        copies = dict(self._copies(version))
-        reads: dict[str | Path, str] = {self.source: "the model"}
-        for path in texts:
-            check_output(path, is_marked, reads=reads, overwrite=overwrite)
-        held = version / self.settings.model
-        ours = is_exported_model(held) or is_engine(held)
-        for path in copies:
-            check_output(path, lambda _path: ours, reads=reads, overwrite=overwrite)
-        try:
-            for path in (*texts, *copies):
-                path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"--output {self.folder}: cannot be written ({error.strerror})") from error
-        for path, source in copies.items():
-            with atomic_path(path) as temporary:
-                shutil.copyfile(source, temporary)
-        for path, text in texts.items():
-            with atomic_path(path) as temporary:
-                temporary.write_text(text)
-                if path.suffix == ".sh":
-                    temporary.chmod(temporary.stat().st_mode | 0o111)
-        return [*texts, *copies]
-
-    def _copies(self, version: Path) -> Iterator[tuple[Path, Path]]:
-        """Files of the model in the repository, and where they come from."""
-        yield version / self.settings.model, self.source
-        for path in referred_files(self.source):  # weights beside it, or the sidecar of an engine
-            if path.is_file() and path.suffix.lower() != ".onnx":
-                yield version / path.relative_to(self.source.parent), path
+        check_schema(texts[version.parent / "config.pbtxt"])
+        model = version / self.settings.model
+        return write_files(self.folder, texts, source=self.source, model=model, data={}, overwrite=overwrite)
 
 
 _MODEL = f'''"""The model of this repository, {MARK}: streams with states, by stepcell.runtime.serving."""
@@ -146,7 +119,7 @@ def _config(repository: Repository, wire: Wire) -> str:
     if not settings.snapshots.isprintable():
         raise UsageError(f"--snapshots {settings.snapshots!r}: expected printable characters")
     parameters = "\n".join(
-        f'parameters {{ key: "{name}" value {{ string_value: {_quoted(value)} }} }}'
+        f'parameters {{ key: "{name}" value {{ string_value: {quoted(value)} }} }}'
         for name, value in {
             **settings.parameters(),
             PARAMETER: client_contract(repository.contract, wire).to_sealed_json(),
@@ -157,10 +130,10 @@ name: "{repository.name}"
 backend: "python"
 max_batch_size: {settings.slots}
 input [
-{_listed(inputs)}
+{listed(inputs)}
 ]
 output [
-{_listed(outputs)}
+{listed(outputs)}
 ]
 instance_group [ {{ count: {repository.instances} kind: {device}{gpus} }} ]
 sequence_batching {{
@@ -186,20 +159,11 @@ def _tensor(port: Port) -> str:
     dims = ["-1"] * len(port.shape)
     if port.pixels:
         dims[-1] = str(port.shape[-1])
-    kind = "STRING" if port.dtype == "str" else port.dtype.upper().replace("FLOAT", "FP")
-    return f'{{ name: "{port.spec.name}" data_type: TYPE_{kind} dims: [ {", ".join(dims)} ] }}'
+    return f"{{ name: {quoted(port.spec.name)} data_type: {data_type(port.dtype)} dims: [ {', '.join(dims)} ] }}"
 
 
 def _number(name: str) -> str:
     return f'{{ name: "{name}" data_type: TYPE_INT64 dims: [ 1 ] }}'
-
-
-def _listed(items: Sequence[str]) -> str:
-    return ",\n".join(f"  {item}" for item in items)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def _check_request(wire: Wire) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from stepcell.cli.common import json_option, overwrite_option
+from stepcell.cli.common import joined, json_option, overwrite_option
 from stepcell.cli.console import log, print_json
 from stepcell.errors import InputError, UsageError
 from stepcell.files import human_size
@@ -25,6 +25,7 @@ Examples:
   stepcell triton-repo model.onnx -o repo
   stepcell triton-repo model.onnx -o repo --slots 8 --instances 2 --snapshots /srv/snapshots --snapshot-every 30
   stepcell triton-repo model.engine -o repo --slots 16 --server 10.0.0.5 --server 10.0.0.6
+  stepcell triton-repo model.onnx -o repo --implicit-state --shape x:1x3x480x640
   repo/serve.sh
 """
 )
@@ -71,6 +72,15 @@ Examples:
     "--server", "servers", multiple=True, metavar="HOST[:HTTP:GRPC]",
     help="A server for haproxy.cfg; may be repeated.  [default: 127.0.0.1:8000:8001]",
 )  # fmt: skip
+@click.option(
+    "--implicit-state", is_flag=True,
+    help="For Triton's own ONNX Runtime or TensorRT back end (the latter not run), with the states in the server's "
+    "memory: without what stepcell promises.",
+)  # fmt: skip
+@click.option(
+    "--shape", "--shapes", "shape", multiple=True, callback=joined, metavar="x:1x3x256x256",
+    help="Sizes of a frame, for --implicit-state, where the model leaves them open.",
+)  # fmt: skip
 @overwrite_option
 @json_option
 def command(
@@ -87,6 +97,8 @@ def command(
     snapshot_every: int,
     keep_text: str,
     servers: tuple[str, ...],
+    implicit_state: bool,
+    shape: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -96,6 +108,9 @@ def command(
     exactly the frames before it, or by a named error. Streams share batches, and survive the end of a server by
     snapshots. The folder gets the models, haproxy.cfg for several servers, and serve.sh, which starts a server and
     watches it.
+
+    With --implicit-state Triton's own back end steps the model, and holds the states: frames that are lost, repeated or
+    overtaken are not noticed, and a state ends with the server, or without an END.
     """
     from stepcell.runtime.loop.open_backend import ENGINE_SUFFIXES
     from stepcell.runtime.serving.repository import Address, Repository
@@ -107,6 +122,17 @@ def command(
     place = device or ("cuda" if engine else "cpu")
     if re.fullmatch(r"cpu|cuda(:\d{1,3})?", place) is None:
         raise UsageError(f"--device: expected cpu, cuda or cuda:N, got {place!r}")
+    model_name = name or re.sub(r"[^A-Za-z0-9_.-]", "_", model.stem)
+    if implicit_state:
+        _refuse(frames="pixels" if frames == "pixels" else None, snapshots=snapshots, server=servers)
+        _write_implicit_state(
+            model, contract, output, model_name, shape, slots, place, instances,
+            idle=_seconds(idle_text, "--idle"), wait=_seconds(wait_text, "--batch-wait", least=0),
+            overwrite=overwrite, as_json=as_json,
+        )  # fmt: skip
+        return
+    if shape is not None:
+        raise UsageError("--shape: is for --implicit-state; stepcell's own model takes the sizes of the first frame")
     pixels = takes_pixels(contract, slots) if frames is None else frames == "pixels"
     settings = Settings(
         model=model.name,
@@ -122,7 +148,7 @@ def command(
         source=model,
         contract=contract,
         folder=output,
-        name=name or re.sub(r"[^A-Za-z0-9_.-]", "_", model.stem),
+        name=model_name,
         settings=settings,
         instances=instances,
         batch_wait=_seconds(wait_text, "--batch-wait", least=0),
@@ -144,6 +170,69 @@ def command(
             "frames": "pixels" if pixels else "tensors",
             "state_bytes": state,
         })  # fmt: skip
+
+
+def _refuse(**options: object) -> None:
+    """Refuse options that Triton's own back ends have nothing for."""
+    reasons = {
+        "frames": "the model's own tensors are sent, of its type and range",
+        "snapshots": "nothing writes the states, which are in the server's memory",
+        "server": "a stream cannot go on at another server",
+    }
+    for name, value in options.items():
+        if value:
+            raise UsageError(f"--{name} with --implicit-state: {reasons[name]}", hint="without --implicit-state it can")
+
+
+def _write_implicit_state(
+    model: Path,
+    contract: StepContract,
+    output: Path,
+    name: str,
+    shape: str | None,
+    slots: int,
+    device: str,
+    instances: int,
+    *,
+    idle: float,
+    wait: float,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    from stepcell.runtime.engine.sidecar import read_sidecar
+    from stepcell.runtime.loop.open_backend import ENGINE_SUFFIXES
+    from stepcell.runtime.serving.implicit_state import ImplicitStateRepository
+    from stepcell.shapes import parse_shapes
+
+    engine = model.suffix.lower() in ENGINE_SUFFIXES
+    repository = ImplicitStateRepository(
+        source=model,
+        contract=contract,
+        sidecar=read_sidecar(model) if engine else None,
+        folder=output,
+        name=name,
+        shapes=parse_shapes(shape, option="--shape") if shape else {},
+        slots=slots,
+        device=device,
+        instances=instances,
+        idle=idle,
+        batch_wait=wait,
+    )
+    written, checked = repository.write(overwrite=overwrite)
+    log(f"frames:    {repository.tensors()}")
+    names = ", ".join(state.name for state in contract.states)
+    log(
+        f"states:    {names}: in the server's memory, lost with it or after {idle:g} s without a frame; a lost, "
+        "repeated or overtaken frame is not noticed (docs/fleet.md)"
+    )
+    log(
+        f"config:    {'fits' if checked else 'not compared with'} the server's schema"
+        f"{'' if checked else ' (the package stepcell[client] has it)'}"
+        f"{'; not run by stepcell: no server with TensorRT was at hand' if engine else ''}"
+    )
+    log(f"wrote:     {output} ({len(written)} files)")
+    if as_json:
+        print_json({"name": name, "files": [str(path) for path in written], "frames": "tensors", "schema": checked})
 
 
 def _contract(model: Path) -> StepContract:

@@ -7,7 +7,7 @@ import multiprocessing
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Event, Semaphore
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,22 @@ class Clients:
         context = multiprocessing.get_context("spawn")
         self._results: Any = context.Queue()
         self._stopping: Event = context.Event()
+        self._begun = context.Semaphore(0)
         self._processes = [
             context.Process(
                 target=_client,
-                args=(urls[seed % len(urls)], model, seed, frames, options, self._results, self._stopping),
+                args=(urls[seed % len(urls)], model, seed, frames, options, self._results, self._begun, self._stopping),
                 daemon=True,
             )
             for seed in range(first, first + count)
         ]
         for process in self._processes:
             process.start()
+
+    def wait(self, seconds: float = 120) -> None:
+        """Until each has an answer, which takes long on a busy machine."""
+        for _ in self._processes:
+            self._begun.acquire(timeout=seconds)
 
     def stop(self) -> None:
         """Let them end with their current frame."""
@@ -98,7 +104,14 @@ class Clients:
 
 
 def _client(
-    url: str, model: str, seed: int, frames: int, options: dict[str, Any], results: Any, stopping: Event
+    url: str,
+    model: str,
+    seed: int,
+    frames: int,
+    options: dict[str, Any],
+    results: Any,
+    begun: Semaphore,
+    stopping: Event,
 ) -> None:
     seen, errors, events = Stream(seed), Counter[str](), Counter[str]()
     started = last = time.monotonic()
@@ -108,6 +121,8 @@ def _client(
                 if stopping.is_set():
                     break
                 seen.answers.append(digest(stream.step(x=frame(seed, number))["y"]))
+                if number == 0:
+                    begun.release()
                 now = time.monotonic()
                 seen.longest, last = max(seen.longest, now - last), now
     except RefusedFrame as refusal:

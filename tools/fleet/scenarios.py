@@ -214,7 +214,8 @@ class Scenarios:
         killed: Counter[str] = Counter()
         with serving(repository, self.port, self.log) as server:
             clients = Clients([server.url], MODEL, 4, 100_000, timeout=2.0, deadline=120.0)
-            time.sleep(5)
+            clients.wait()
+            time.sleep(3)
             for _ in range(self.kills):
                 kind = self.rng.choice((STUB, SERVER))
                 killed[kind.decode()] += server.kill(kind)
@@ -256,7 +257,8 @@ class Scenarios:
             balancer(repository, self.log) as url,
         ):
             clients = Clients([url, "grpc://127.0.0.1:8081"], MODEL, 8, 100_000, timeout=5.0, deadline=60.0)
-            time.sleep(12)
+            clients.wait()
+            time.sleep(5)
             first.process.kill()
             killed = [first.kill(SERVER), first.kill(STUB)]
             time.sleep(12)

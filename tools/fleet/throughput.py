@@ -48,7 +48,9 @@ def throughput(model: Path, folder: Path, port: int, log: Path, rounds: int) -> 
     outcome = Outcome(f"throughput, {SIZE[1]}x{SIZE[0]}", "reported; the last answers of each round are right")
     lines: list[str] = []
     for streams, instances in CASES:
-        options = ("--slots", streams // instances, "--instances", instances)
+        slots = streams // instances
+        wait = _step_seconds(model, slots)  # as docs/fleet.md advises
+        options = ("--slots", slots, "--instances", instances, "--batch-wait", f"{wait * 1e3:.0f}ms")
         repository = write_repository(model, folder / f"throughput{len(lines)}", *options)
         with serving(repository, port, log) as server:
             pairs = _rounds(outcome, model, server, streams, rounds)
@@ -56,7 +58,7 @@ def throughput(model: Path, folder: Path, port: int, log: Path, rounds: int) -> 
         parts = {name: statistics.median(served.cpu[name] for served, _ in pairs) for name in pairs[0][0].cpu}
         alone = statistics.median(each.cpu["loop"] for _, each in pairs)
         lines.append(
-            f"{streams} streams in {instances} x {streams // instances} slots: "
+            f"{streams} streams in {instances} x {slots} slots, waiting {wait * 1e3:.0f} ms: "
             f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) of "
             f"{statistics.median(each.speed for _, each in pairs):.0f} frames/s, "
             f"{statistics.median(served.batch for served, _ in pairs):.1f} frames a step; CPU ms per frame: "
@@ -120,6 +122,12 @@ def _client(url: str, seed: int, rounds: int, results: Any, all_here: Any) -> No
             results.put((seed, used, answer.tobytes()))
 
 
+def _step_seconds(model: Path, slots: int) -> float:
+    """Of one step; the median of ten."""
+    with Alone(model, slots) as alone:
+        return statistics.median(alone.step_seconds() for _ in range(10))
+
+
 def _steps(server: Server) -> int:
     """Batches that were stepped so far."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=10) as answer:
@@ -164,6 +172,12 @@ class Alone:
             answers = self._step(number)
         seconds, used, count = time.perf_counter() - started, time.process_time() - before, COUNT * self._slots
         return Round(count / seconds, {"loop": used / count * 1e3}), [answer.tobytes() for answer in answers]
+
+    def step_seconds(self) -> float:
+        """Of one step."""
+        started = time.perf_counter()
+        self._step(0)
+        return time.perf_counter() - started
 
     def _step(self, number: int) -> list[NDArray[Any]]:
         frames = [each[number % _KINDS][None] for each in self._frames]
