@@ -130,7 +130,7 @@ class _Connection:
         self._stream, self._connect, self._contract = stream, connect, contract
         self._client: StreamClient | None = None
         self._tasks: queue.SimpleQueue[tuple[Arrays, bool, Future[Arrays | StepcellError]] | None] = queue.SimpleQueue()
-        self._restarts = self._interrupted = False
+        self._restarts = self._interrupted = self._closed = False
         self._away: int | None = None  # the frame for which the server was away, which is logged once
         self._frames = 0  # since the last reset
         stream.server_events = dict.fromkeys(get_args(EventKind), 0)
@@ -155,8 +155,10 @@ class _Connection:
             self._client.interrupt()
 
     def close(self) -> None:
-        """End the stream after its last frame. Returns at once."""
-        self._tasks.put(None)
+        """End the stream after its last frame, once. Returns at once."""
+        if not self._closed:
+            self._closed = True
+            self._tasks.put(None)
 
     def join(self, seconds: float) -> None:
         """Wait for the end of the thread."""

@@ -66,6 +66,11 @@ class Server:
                     found.append(int(path.parent.name))
         return found
 
+    def cpu(self) -> dict[str, float]:
+        """CPU seconds so far, by kind of process."""
+        kinds = {"server": SERVER, "model": STUB}
+        return {name: sum(map(_cpu_seconds, self.children(kind))) for name, kind in kinds.items()}
+
     def kill(self, name: bytes) -> int:
         """SIGKILL to one of them; the number of processes that got it."""
         found = self.children(name)[:1]
@@ -86,6 +91,11 @@ class Server:
             self.process.kill()
             self.process.wait()
         self._log.close()
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

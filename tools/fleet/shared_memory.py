@@ -16,7 +16,7 @@ from stepcell.client import StreamClient
 from stepcell.contract import METADATA_KEY, Spec, StateSpec, StepContract, TensorSpec
 from stepcell.runtime.serving.wire import Wire
 from tools.fleet.outcome import Outcome
-from tools.fleet.servers import MODEL, serving, write_repository
+from tools.fleet.servers import MODEL, Server, serving, write_repository
 
 __all__ = ["shared_memory"]
 
@@ -35,16 +35,19 @@ def shared_memory(folder: Path, port: int, log: Path, frames: int) -> Outcome:
     repository = write_repository(model, folder / "shared", "--slots", 1, "--batch-wait", "0ms")
     pictures = [np.random.default_rng(kind).integers(0, 256, (*SIZE, 3), np.uint8) for kind in range(KINDS)]
     lines, above = [], {}
-    with serving(repository, port, log) as server, StepLoop.open(model, slots=1, backend="onnxruntime") as loop:
+    # One thread: those of ONNX Runtime spin after a step, on the cores that the server has then.
+    alone = StepLoop.open(model, slots=1, threads=1, backend="onnxruntime")
+    with serving(repository, port, log) as server, alone as loop:
         urls = {"http": server.url, "grpc": f"grpc://127.0.0.1:{server.grpc}"}
         for way in ("http", "grpc", "http with shared memory", "grpc with shared memory"):
             with StreamClient(urls[way[:4]], MODEL, shared_memory=way.endswith("memory"), timeout=60) as stream:
-                there, here = _times(outcome, way, loop, stream, pictures, frames)
+                there, here, cpu = _times(outcome, way, loop, stream, pictures, frames, server)
             above[way] = statistics.median(one - other for one, other in zip(there, here, strict=True))
             spread = statistics.quantiles((one - other for one, other in zip(there, here, strict=True)), n=10)
             lines.append(
                 f"{way}: {statistics.median(there):.1f} ms, {above[way]:.1f} above the step of "
-                f"{statistics.median(here):.1f} (a tenth is below {spread[0]:.1f}, a tenth above {spread[-1]:.1f})"
+                f"{statistics.median(here):.1f} (a tenth is below {spread[0]:.1f}, a tenth above {spread[-1]:.1f}); "
+                "CPU ms per frame: " + ", ".join(f"{name} {value:.1f}" for name, value in cpu.items())
             )
     for way, milliseconds in above.items():
         if way.endswith("memory"):
@@ -54,25 +57,33 @@ def shared_memory(folder: Path, port: int, log: Path, frames: int) -> Outcome:
 
 
 def _times(
-    outcome: Outcome, way: str, loop: StepLoop, stream: StreamClient, pictures: list[Any], frames: int
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of a round trip, and of the conversion of pixels and the step here, for each frame."""
+    outcome: Outcome, way: str, loop: StepLoop, stream: StreamClient, pictures: list[Any], frames: int, server: Server
+) -> tuple[list[float], list[float], dict[str, float]]:
+    """Milliseconds of a round trip, and of the step here, for each frame; CPU time of each process, and of the step."""
     wire, slot = Wire(loop.contract, 1, pixels=True), loop.attach()
     there, here = [], []
+    cpu = {"client": 0.0, "step alone": 0.0}
     for number in range(WARM + frames):
+        if number == WARM:
+            before = server.cpu()
         picture = pictures[number % KINDS]
-        moments = [time.perf_counter()]
+        moments, used = [time.perf_counter()], [time.process_time()]
         answer = stream.step(x=picture)["y"]
         moments.append(time.perf_counter())
+        used.append(time.process_time())
         outputs = loop.step_slots({slot: wire.to_model(0, {"x": picture[None]})})
         wanted = wire.to_client(0, outputs[slot])["y"][0]
         moments.append(time.perf_counter())
+        used.append(time.process_time())
         outcome.require(np.array_equal(answer, wanted), f"{way}: frame {number} is wrong")
         if number >= WARM:
             there.append(1e3 * (moments[1] - moments[0]))
             here.append(1e3 * (moments[2] - moments[1]))
+            cpu["client"] += 1e3 * (used[1] - used[0]) / frames
+            cpu["step alone"] += 1e3 * (used[2] - used[1]) / frames
     loop.detach(slot)
-    return there, here
+    spent = {name: 1e3 * (after - before[name]) / frames for name, after in server.cpu().items()}
+    return there, here, {**spent, **cpu}
 
 
 def _model(path: Path) -> Path:

@@ -7,7 +7,6 @@ changes least.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 import time
 import urllib.request
@@ -22,11 +21,10 @@ from stepcell import StepLoop
 from stepcell.client import StreamClient
 from stepcell.runtime.serving.wire import Wire
 from tools.fleet.outcome import Outcome
-from tools.fleet.servers import MODEL, SERVER, STUB, Server, serving, write_repository
+from tools.fleet.servers import MODEL, Server, serving, write_repository
 
 __all__ = ["throughput"]
 
-_TICK = os.sysconf("SC_CLK_TCK")
 _KINDS = 8  # different frames
 _PATIENCE = 600  # seconds
 SIZE = (144, 176)  # (height, width)
@@ -90,10 +88,10 @@ def _rounds(outcome: Outcome, model: Path, server: Server, streams: int, rounds:
     with Alone(model, streams) as alone:
         all_here.wait(_PATIENCE)  # their first frames are answered
         for _ in range(rounds):
-            before, steps, started = _cpu(server), _steps(server), time.perf_counter()
+            before, steps, started = server.cpu(), _steps(server), time.perf_counter()
             all_here.wait(_PATIENCE)
             all_here.wait(_PATIENCE)
-            seconds, after, steps = time.perf_counter() - started, _cpu(server), _steps(server) - steps
+            seconds, after, steps = time.perf_counter() - started, server.cpu(), _steps(server) - steps
             answered = [results.get(timeout=_PATIENCE) for _ in clients]
             by_itself, wanted = alone.round()
             wrong = sum(last != wanted[seed] for seed, _, last in answered)
@@ -133,19 +131,6 @@ def _steps(server: Server) -> int:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     return sum(round(float(line.split()[-1])) for line in lines if line.startswith("nv_inference_exec_count{"))
-
-
-def _cpu(server: Server) -> dict[str, float]:
-    """Seconds so far, by kind of process."""
-    return {
-        name: sum(_seconds(pid) for pid in server.children(kind))
-        for name, kind in (("server", SERVER), ("model", STUB))
-    }
-
-
-def _seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICK
 
 
 class Alone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -198,8 +197,12 @@ def test_a_state_that_is_lost_for_good_ends_the_stream_with_its_frames_kept(mode
 class Away(Network):
     """A server that is away after some frames."""
 
+    control: RunControl | None = None  # is asked to stop then
+
     def infer(self, request: FrameRequest) -> dict[str, Any]:
         if request.number == 5:
+            if self.control is not None:
+                self.control.stop()
             raise NotAnswered("connection refused")
         return super().infer(request)
 
@@ -211,13 +214,11 @@ def test_a_server_that_stays_away_ends_the_stream(model: Path) -> None:
 
 
 def test_a_stop_does_not_wait_for_a_server_that_is_away(model: Path) -> None:
-    control, sink = RunControl(), Kept()
-    threading.Timer(0.5, control.stop).start()
+    network, control, sink = Away(model, None, pixels=True), RunControl(), Kept()
+    network.control = control
     started = time.monotonic()
-    report = run_streams(
-        stepper(Away(model, None, pixels=True), control, wait=60.0), sources({"a": clip(0, 9)}), sink, control=control
-    )
-    assert time.monotonic() - started < 10
+    report = run_streams(stepper(network, control, wait=300.0), sources({"a": clip(0, 9)}), sink, control=control)
+    assert time.monotonic() - started < 100
     assert (report.streams[0].stopped, report.streams[0].error, len(sink.frames)) == ("interrupted", None, 5)
 
 
