@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _END_SECONDS = 5.0  # to wait for an actor that is asked to stop
 _WAIT_SECONDS = 30.0  # for the first actor, before it is said that none has started
+_ALIVE_SECONDS = 1.0  # between two looks at the node of an actor
 _CONNECT_SECONDS = 5.0
 _OBJECT_STORE = 80 << 20  # bytes, about the least that Ray takes: only messages pass through it
 # Ray reads these when it is imported. Its messages of dead workers would go to stdout; the pool has its own.
@@ -177,6 +178,7 @@ class _RayWorker:
 
     def open(self, job: Job, work: Path, folder: Path | None, version: str) -> Iterator[tuple[str, Any]]:
         """Check that this node sees what the command sees, and open the model."""
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         self._node = str(require("ray", extra="ray", purpose="--engine ray").util.get_node_ip_address())
         try:
             self._check_node(job, work, folder, version)
@@ -237,6 +239,14 @@ class _RayWorker:
         if clip.source.is_dir() or size == clip.size or not clip.size:
             return None
         return f"{clip.source}: has {size} bytes on node {self._node}, and had {clip.size} when the run was planned"
+
+
+def _end_with_parent() -> None:
+    """End this process soon after its node: Ray's own workers go on for up to a minute, on what nobody waits for."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(_ALIVE_SECONDS)
+    os._exit(1)
 
 
 @contextlib.contextmanager
