@@ -18,7 +18,7 @@ from stepcell.runtime.serving.wire import Port, Wire
 __all__ = ["PARAMETER", "ServedModel", "client_contract"]
 
 PARAMETER = "contract"  # of config.pbtxt: the contract as sealed JSON
-_AGAIN = "write its repository again with this version: stepcell triton-repo"
+_AGAIN = "write its repository with this version: stepcell triton-repo, without --implicit-state"
 
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):

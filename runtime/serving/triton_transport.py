@@ -100,7 +100,7 @@ class TritonTransport:
 
     def snapshot_every(self) -> int | None:
         """As of `Transport`."""
-        text = self._config()["parameters"].get("snapshot_every", {}).get("string_value", "")
+        text = self._parameters().get("snapshot_every", "")
         return int(text) if text else None
 
     def served(self) -> ServedModel:
@@ -109,8 +109,7 @@ class TritonTransport:
         Raises:
             ContractError: its configuration was not written by this version, or is damaged.
         """
-        parameters = {name: value.get("string_value", "") for name, value in self._config()["parameters"].items()}
-        return ServedModel.from_parameters(parameters, f"{self._address}: {self._model}")
+        return ServedModel.from_parameters(self._parameters(), f"{self._address}: {self._model}")
 
     def models(self) -> list[str]:
         """Names of the models of the server."""
@@ -143,6 +142,10 @@ class TritonTransport:
             if time.monotonic() > ends:
                 raise NotAnswered(f"{self._address}: {self._model} was not unloaded within {seconds:g} s")
             time.sleep(0.1)
+
+    def _parameters(self) -> dict[str, str]:
+        found = self._config().get("parameters", {})  # absent by gRPC where there are none
+        return {name: value.get("string_value", "") for name, value in found.items()}
 
     def _config(self) -> Any:
         if self._http:

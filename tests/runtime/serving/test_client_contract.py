@@ -8,7 +8,7 @@ import pytest
 from stepcell.contract import StateSpec, StepContract, TensorSpec
 from stepcell.errors import ContractError
 from stepcell.runtime.media.preprocess import Preprocessor, image_input
-from stepcell.runtime.serving.client_contract import client_contract
+from stepcell.runtime.serving.client_contract import PARAMETER, ServedModel, client_contract
 from stepcell.runtime.serving.wire import Wire
 
 
@@ -59,3 +59,24 @@ def test_a_contract_that_was_changed_on_its_way_is_refused() -> None:
     text = client_contract(contract, Wire(contract, 2, pixels=True)).to_sealed_json()
     with pytest.raises(ContractError, match="checksum"):
         StepContract.from_json(text.replace('"uint8"', '"int16"'))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("contract", "", "does not say what its frames are"),
+        ("contract", "{}", "malformed contract"),
+        ("pixels", "perhaps", r"malformed parameters of the model .*\$\.pixels"),
+        ("slots", "0", r"malformed parameters of the model .*\$\.slots"),
+        ("snapshot_every", "often", r"malformed parameters of the model .*\$\.snapshot_every"),
+    ],
+)
+def test_what_a_server_says_of_its_model_is_not_trusted(name: str, text: str, message: str) -> None:
+    contract = model(TensorSpec(name="x", shape=("n", 3, "h", "w"), layout="NCHW", range=(0.0, 1.0)))
+    written = client_contract(contract, Wire(contract, 2, pixels=True)).to_sealed_json()
+    parameters = {PARAMETER: written, "pixels": "True", "slots": "2", "device": "cpu"}
+    served = ServedModel.from_parameters(parameters, "server: model")
+    assert (served.pixels, served.slots, served.snapshot_every) == (True, 2, None)
+    with pytest.raises(ContractError, match=rf"^server: model: .*{message}") as raised:
+        ServedModel.from_parameters({**parameters, name: text}, "server: model")
+    assert "stepcell triton-repo" in (raised.value.hint or "")
