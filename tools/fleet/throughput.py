@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import threading
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -48,10 +49,14 @@ def throughput(model: Path, folder: Path, port: int, log: Path, rounds: int) -> 
     for streams, instances in CASES:
         slots = streams // instances
         wait = _step_seconds(model, slots)  # as docs/fleet.md advises
-        options = ("--slots", slots, "--instances", instances, "--batch-wait", f"{wait * 1e3:.0f}ms")
+        options = ("--slots", slots, "--instances", instances, "--batch-wait", f"{wait * 1e3:.0f}ms", "--idle", "1h")
         repository = write_repository(model, folder / f"throughput{len(lines)}", *options)
         with serving(repository, port, log) as server:
-            pairs = _rounds(outcome, model, server, streams, rounds)
+            try:
+                pairs = _rounds(outcome, model, server, streams, rounds)
+            except threading.BrokenBarrierError:
+                outcome.broken.append(f"{streams} streams: a client ended with an error, which is above")
+                break
         ratios = sorted(served.speed / alone.speed for served, alone in pairs)
         parts = {name: statistics.median(served.cpu[name] for served, _ in pairs) for name in pairs[0][0].cpu}
         alone = statistics.median(each.cpu["loop"] for _, each in pairs)
@@ -107,17 +112,21 @@ def _rounds(outcome: Outcome, model: Path, server: Server, streams: int, rounds:
 
 def _client(url: str, seed: int, rounds: int, results: Any, all_here: Any) -> None:
     frames = _frames(seed)
-    with StreamClient(url, MODEL) as stream:
-        stream.step(x=frames[0])
-        all_here.wait(_PATIENCE)
-        for _ in range(rounds):
+    try:
+        with StreamClient(url, MODEL) as stream:
+            stream.step(x=frames[0])
             all_here.wait(_PATIENCE)
-            before = time.process_time()
-            for number in range(COUNT):
-                answer = stream.step(x=frames[number % _KINDS])["y"]
-            used = time.process_time() - before
-            all_here.wait(_PATIENCE)
-            results.put((seed, used, answer.tobytes()))
+            for _ in range(rounds):
+                all_here.wait(_PATIENCE)
+                before = time.process_time()
+                for number in range(COUNT):
+                    answer = stream.step(x=frames[number % _KINDS])["y"]
+                used = time.process_time() - before
+                all_here.wait(_PATIENCE)
+                results.put((seed, used, answer.tobytes()))
+    except Exception:
+        all_here.abort()  # nobody waits for this one
+        raise
 
 
 def _step_seconds(model: Path, slots: int) -> float:
