@@ -341,4 +341,6 @@ def _reason(error: Exception) -> str:
         return f"failed{where}: {text.strip().splitlines()[-1]}"
     if "memory" in text and "OutOfMemory" in type(error).__name__:
         return f"was ended by Ray for want of memory{where}"
+    if "Unavailable" in type(error).__name__:
+        return f"no longer answers{where} (killed, or its node is lost)"
     return f"died{where} ({type(error).__name__}; out of memory?)"

@@ -102,9 +102,8 @@ class CorpusScenarios:
             ended = self._end(process)
         outcome.require(ended.report.get("made") == self.count + 1, f"{ended.report}")
         self._require_made(outcome, "raylet", ended)
-        outcome.seen = (
-            f"{ended.report.get('made')} made, digests equal; {run_again(ended) or 'its worker ended its clip'}"
-        )
+        again = "; ".join(run_again(ended)) or "its worker ended its clip"
+        outcome.seen = f"{ended.report.get('made')} made, digests equal; {again}"
         return outcome
 
     def machine_lost(self) -> Outcome:

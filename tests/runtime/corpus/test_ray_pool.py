@@ -15,6 +15,7 @@ from stepcell.runtime.corpus.ray_pool import _check_port, _reason
 from tests.cli.command import call
 
 Model = Callable[..., Path]
+ActorUnavailableError = type("ActorUnavailableError", (Exception,), {})
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_what_ray_says_of_a_dead_worker() -> None:
         "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
     )
     assert _reason(RuntimeError(died)) == "died on node 127.0.0.3 (RuntimeError; out of memory?)"
+    assert _reason(ActorUnavailableError("The actor is unavailable: Socket closed")).startswith("no longer answers (")
     lost = died.replace("its worker process has died", "its node has died")
     assert _reason(RuntimeError(lost)) == "was lost with its node 127.0.0.3"
 
