@@ -62,7 +62,5 @@ def reduction(node: Node, graph: Graph) -> None:
         raise NotConvertible(f"{node}: over all axes")
     kind = {"ReduceSum": 0, "ReduceMean": 3, "ReduceMax": 4, "ReduceMin": 5}[node.op]
     found = [axis_of(node, axis, rank) for axis in axes]
-    if len(found) == rank - 1 and not node.get("keepdims", 1):
-        raise NotConvertible(f"{node}: over all axes")
     parameters = {0: kind, 1: 0, 3: found, 4: node.get("keepdims", 1), 5: 1}
     graph.layer("Reduction", node.inputs[:1], node.outputs, parameters)

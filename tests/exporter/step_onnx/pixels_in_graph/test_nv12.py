@@ -14,6 +14,7 @@ import pytest
 from stepcell import Nv12, StepLoop
 from stepcell.errors import ExportError, InputError, ParityError, StepcellError, UsageError
 from stepcell.exporter import fuse
+from stepcell.exporter.step_onnx.graph import embed_contract
 from stepcell.exporter.step_onnx.pixels_in_graph import check
 from stepcell.exporter.step_onnx.pixels_in_graph.check import with_pixels_in_graph
 from stepcell.exporter.step_onnx.pixels_in_graph.convert import pixels_in_graph
@@ -103,6 +104,32 @@ def test_file_says_what_it_takes_and_batches_as_the_float_form(nv12_denoiser: Pa
         for shape in ((1, 34, 26), (1, 33, 25)):  # an odd height, an odd width
             with pytest.raises(InputError, match=r"NV12 of H x W pixels, both even"):
                 whole.step(x=np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize(("how", "shape"), [("uint8", (1, 41, 53, 3)), (HD, (1, 60, 52))])
+def test_ncnn_converts_as_onnx_runtime_does(how: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
+    pytest.importorskip("ncnn")
+    model, contract = smoother()
+    x = msgspec.structs.replace(contract.inputs[0], pad_multiple=8)
+    changed, _ = with_pixels_in_graph(model, msgspec.structs.replace(contract, inputs=(x,)), how)
+    path = written(changed, tmp_path / "bytes.onnx")
+    with StepLoop.open(path, backend="ncnn") as ours, StepLoop.open(path, backend="onnxruntime") as theirs:
+        for frame in np.random.default_rng(0).integers(0, 256, (STEPS, *shape), np.uint8):
+            found, expected = ours.step(x=frame), theirs.step(x=frame)
+            assert found["y"].shape == expected["y"].shape
+            assert np.abs(found["y"].astype(int) - expected["y"]).max() <= 1
+            np.testing.assert_allclose(found["y.mean"], expected["y.mean"], rtol=1e-6)
+    assert "ncnn" in ours.description
+
+
+def test_the_mean_of_a_large_picture_is_exact(tmp_path: Path) -> None:
+    model, contract = smoother()
+    changed, result = pixels_in_graph(model, contract)
+    embed_contract(changed, result)
+    with StepLoop.open(written(changed, tmp_path / "bytes.onnx"), backend="onnxruntime") as loop:
+        frame = np.random.default_rng(0).integers(0, 256, (1, 1080, 1920, 3), np.uint8)
+        mean = loop.step(x=frame)["y.mean"]
+    np.testing.assert_allclose(mean, frame.mean() / 255 * (1 - SMOOTHING), rtol=1e-5)  # 1e-3 in one sum
 
 
 def test_builds_with_tensorrt_rtx(nv12_denoiser: Path, tmp_path: Path) -> None:

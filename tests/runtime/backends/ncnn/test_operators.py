@@ -97,6 +97,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, tuple[int, ...]]]] = {
     "reciprocal": (MAP, MAP, "t = Exp(x)\n y = Reciprocal(t)", {}),
     "power": (MAP, MAP, "t = Exp(x)\n y = Pow(t, half)", {}),
     "sum of maps": (MAP, "1,12", "y = ReduceSum<keepdims=0>(x, maps)", {}),
+    "less the mean of all": (MAP, MAP, "t = ReduceMean(x, all)\n y = Sub(x, t)", {}),
 }
 for _name in ("Sigmoid", "Tanh", "Relu", "LeakyRelu", "Elu", "Celu", "Selu", "HardSigmoid", "HardSwish", "Softplus"):
     CASES[_name] = (MAP, MAP, f"y = {_name}(x)", {})
@@ -106,6 +107,7 @@ for _name in ("Add", "Sub", "Mul", "Div", "Max", "Min"):
     CASES[f"{_name} a number"] = (MAP, MAP, f"y = {_name}(half, x)", {})
     CASES[f"{_name} two"] = (MAP, MAP, f"t = Exp(x)\n y = {_name}(x, t)", {})
 SMALL = "half = Constant<value_float=0.5>()\n one = Constant<value_ints=[1]>()\n maps = Constant<value_ints=[2,3]>()\n"
+SMALL += " all = Constant<value_ints=[1,2,3]>()\n"
 SMALL += " two = Constant<value_ints=[2]>()\n"
 SMALL += " shape = Constant<value_ints=[1,12,90]>()\n"
 RANGES = {"p": (0.5, 2.0)}
