@@ -193,6 +193,7 @@ def test_a_graph_whose_states_are_not_those_of_the_contract(tmp_path: Path, writ
     onnx.save(changed, model)
     result = repo(model, tmp_path / "repo", "--shape", "x:1x2x3")
     assert result.exit_code == 1
+    assert "state_in.c and state_out.c differ in type or shape" in result.stderr
     assert not (tmp_path / "repo").exists()
 
 

@@ -48,7 +48,7 @@ def throughput(model: Path, folder: Path, port: int, log: Path, rounds: int) -> 
     lines: list[str] = []
     for streams, instances in CASES:
         slots = streams // instances
-        wait = _step_seconds(model, slots)  # as docs/fleet.md advises
+        wait = 2 * _step_seconds(model, slots)  # as docs/fleet.md advises
         options = ("--slots", slots, "--instances", instances, "--batch-wait", f"{wait * 1e3:.0f}ms", "--idle", "1h")
         repository = write_repository(model, folder / f"throughput{len(lines)}", *options)
         with serving(repository, port, log) as server:
