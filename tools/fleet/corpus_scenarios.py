@@ -131,7 +131,7 @@ class CorpusScenarios:
             process = self._start("twice", ADDRESS)
             first = wait_for_clip(name=long)
             os.kill(first, signal.SIGKILL)
-            os.kill(wait_for_clip(name=long), signal.SIGKILL)
+            os.kill(wait_for_clip(name=long, other_than=first), signal.SIGKILL)
             ended = self._end(process)
         failed = ended.report["failed"]
         outcome.require(ended.code == 1 and len(failed) == 1, f"exit code {ended.code}, failed {failed}")

@@ -109,12 +109,12 @@ def clip_of(pid: int) -> str:
     return ""
 
 
-def wait_for_clip(pids: list[int] | None = None, *, name: str = "", timeout: float = 120.0) -> int:
-    """Wait until a worker writes a clip (of a name); its process."""
+def wait_for_clip(*, name: str = "", other_than: int = 0, timeout: float = 120.0) -> int:
+    """Wait until a worker, other than one that was just killed, writes a clip (of a name); its process."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
-        for pid in workers() if pids is None else pids:
-            if (clip := clip_of(pid)) and (not name or clip == name):
+        for pid in workers():
+            if pid != other_than and (clip := clip_of(pid)) and (not name or clip == name):
                 return pid
         time.sleep(0.02)
     raise TimeoutError(f"no worker writes a clip {name} within {timeout:g} s")
