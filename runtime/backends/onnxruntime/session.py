@@ -22,7 +22,9 @@ from stepcell.onnx_model import OnnxFile, missing_contract, read_onnx, repair_hi
 from stepcell.optional_imports import require
 from stepcell.runtime import cuda
 from stepcell.runtime.backends.base import Device, Spin
+from stepcell.runtime.backends.onnxruntime.drop_copies import drop_copies
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
+from stepcell.runtime.backends.onnxruntime.int8_chains import chain_int8
 from stepcell.runtime.backends.onnxruntime.split_convolutions import split_convolutions
 from stepcell.runtime.backends.onnxruntime.trial import choose_level
 
@@ -34,6 +36,7 @@ __all__ = ["SpecializedSessions", "captures_graphs", "open_session"]
 logger = logging.getLogger(__name__)
 
 _CAPTURE = "enable_cuda_graph"
+_TRANSPOSERS = ["TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider"]  # optimisers that move Transpose nodes
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # other types have the same name in both
 # From this size of the weights in bytes on, a model is not specialised: that takes a temporary file of the same size.
 _LARGE_MODEL = 1 << 28
@@ -60,10 +63,11 @@ class SpecializedSessions:
         cpu = Device("cpu", 0)
         try:
             model = self.simplified(shapes)
+            drop_copies(model)
             split_convolutions(model)
-            return _create(
-                ort, self._path, model.SerializeToString(), cpu, _options(ort, self._threads, spin=self._spin)
-            )
+            fixed_layout = chain_int8(model) > 0
+            options = _options(ort, self._threads, spin=self._spin)
+            return _create(ort, self._path, model.SerializeToString(), cpu, options, fixed_layout=fixed_layout)
         except DeviceError:
             raise
         except Exception as error:  # for example no space for temporary files
@@ -152,7 +156,9 @@ def _options(ort: Any, threads: int | None, *, spin: Spin = True, only_basic: bo
     return options
 
 
-def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: Any) -> Any:
+def _create(
+    ort: Any, path: Path, model: str | bytes, device: Device, options: Any, *, fixed_layout: bool = False
+) -> Any:
     if device.kind == "cuda":
         _require_cuda(ort, device)
     else:
@@ -160,7 +166,7 @@ def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: A
     cuda_errors = device.kind == "cuda"
     what = f"cannot be opened on {device}" if cuda_errors else "ONNX Runtime cannot run this model"
     with library_errors(str(path), DeviceError if cuda_errors else InputError, what=what):
-        session = _session(ort, path, model, options, device)
+        session = _session(ort, path, model, options, device, fixed_layout=fixed_layout)
     if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise DeviceError(
             f"{device}: ONNX Runtime did not load its CUDA provider",
@@ -169,11 +175,18 @@ def _create(ort: Any, path: Path, model: str | bytes, device: Device, options: A
     return session
 
 
-def _session(ort: Any, path: Path, model: str | bytes, options: Any, device: Device) -> Any:
-    """A session; on CUDA with CUDA graphs, or without them if parts of the model cannot be captured."""
+def _session(
+    ort: Any, path: Path, model: str | bytes, options: Any, device: Device, *, fixed_layout: bool = False
+) -> Any:
+    """A session; on CUDA with CUDA graphs, or without them if parts of the model cannot be captured.
+
+    Args:
+        fixed_layout: transpositions stay where they are in the graph.
+    """
     create = functools.partial(ort.InferenceSession, model, options, enable_fallback=0)
     if device.kind == "cpu":
-        on_cpu = functools.partial(create, providers=["CPUExecutionProvider"])
+        disabled = _TRANSPOSERS if fixed_layout else None
+        on_cpu = functools.partial(create, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
         return within_seconds(FIRST_STEP_SECONDS, on_cpu, f"{path}: loading in ONNX Runtime")
     # The dtypes of the graph determine the precision: float32 convolutions must not be computed in TF32.
     cuda_options = {"device_id": str(device.index), "use_tf32": "0"}

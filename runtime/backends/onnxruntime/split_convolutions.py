@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["split_convolutions"]
+__all__ = ["replace_nodes", "split_convolutions", "static_shapes"]
 
 _PREFIX = "stepcell.split"
 
@@ -45,7 +45,7 @@ def split_convolutions(model: ModelProto) -> int:
     graph = model.graph
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
         return 0  # the body of a branch or loop may read any value by name
-    shapes = _shapes(model)
+    shapes = static_shapes(model)
     weights = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 4}
     concatenated = {node.output[0]: node for node in graph.node if node.op_type == "Concat"}
     nodes: list[NodeProto] = []
@@ -62,7 +62,7 @@ def split_convolutions(model: ModelProto) -> int:
         nodes.extend(_sum(node, concat.input, parts_of_kernel, f"{_PREFIX}.{changed}", graph))
         changed += 1
     if changed:
-        _replace(graph, nodes)
+        replace_nodes(graph, nodes)
     return changed
 
 
@@ -105,7 +105,7 @@ def _sum(
     return [*convolutions, helper.make_node("Add", products, node.output, name=f"{prefix}.sum")]
 
 
-def _replace(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
+def replace_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
     """Replace the nodes of a graph, and drop the nodes and weights that are no longer read."""
     used, live = {output.name for output in graph.output}, []
     for node in reversed(nodes):
@@ -118,7 +118,7 @@ def _replace(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
     graph.initializer.extend(read)
 
 
-def _shapes(model: ModelProto) -> Mapping[str, tuple[int, ...]]:
+def static_shapes(model: ModelProto) -> Mapping[str, tuple[int, ...]]:
     """The shape of every value whose shape is known; 0 is an unknown size."""
     from onnx import shape_inference
 
