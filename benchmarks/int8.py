@@ -1,16 +1,18 @@
 """Benchmark of int8 models on the CPU: speed against float32, PSNR on a held-out clip, loss along many steps.
 
-    python benchmarks/int8.py --output benchmarks/results/int8.json
+    python benchmarks/int8.py --other build/d3671d3 --output benchmarks/results/int8.json
 
 The zoo's denoiser is calibrated on its two training clips and judged on a third, whose frames without noise are known;
 a ConvGRU of 64 channels has random weights and frames, and only its speed means something. Both forms of a model make
-a few steps in every round, in random order, and ratios are taken within a round. The result is a JSON file with all
-times, and a plot of the loss beside it.
+a few steps in every round, in random order, and ratios are taken within a round. With --other, the float32 model also
+runs in another version of stepcell, installed as other_version.py says. The result is a JSON file with all times, and a
+plot of the loss beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -19,6 +21,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ import onnxruntime
 import torch
 from loop import settle
 from numpy.typing import NDArray
+from other_version import OtherVersion, random_frames
 
 import stepcell
 from stepcell import StepLoop, export_onnx
 from stepcell.cli.console import log
 from stepcell.exporter import load_checkpoint, step_model
 from stepcell.exporter.quantize import quantize
+from stepcell.exporter.quantize.quantize import MAX_LOSS
 from stepcell.files import write_atomic
 from stepcell.models import CellStack, ConvGRUCell
 from stepcell.models.zoo import denoiser
@@ -89,25 +94,42 @@ def loss_of(path: Path) -> dict[str, Any]:
     return {"layers": list(made.layers), "kept": list(made.kept), "loss": made.loss, "quantile": made.quantile}
 
 
-def speed(pair: tuple[Path, Path], shape: tuple[int, ...], threads: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Milliseconds per step of both in every round, and the quartiles of the ratio."""
-    frames = list(np.random.default_rng(1).random((4, *shape), np.float32))
+def speed(
+    pair: tuple[Path, Path], shape: tuple[int, ...], threads: int, rounds: int, steps: int, other: Path | None
+) -> dict[str, Any]:
+    """Milliseconds per step of both, and of the other version, in every round; quartiles of their ratios to int8."""
+    frames = [frame for (frame,) in random_frames(4, [shape], 1)]
     loops = {name: StepLoop.open(path, threads=threads) for name, path in zip(("float32", "int8"), pair, strict=True)}
-    times: dict[str, list[float]] = {name: [] for name in loops}
+    timers: dict[str, Callable[[int, int], float]]
+    timers = {name: functools.partial(milliseconds, loop, frames) for name, loop in loops.items()}
+    before = None if other is None else OtherVersion(other, pair[0], (shape,), threads)
+    if before is not None and other is not None:
+        timers[f"float32 of {other.name}"] = before.milliseconds
+    times: dict[str, list[float]] = {name: [] for name in timers}
     order = random.Random(0)
     for _ in range(rounds):
-        for name in order.sample(list(loops), len(loops)):
-            clip = itertools.cycle(frames)
+        for name in order.sample(list(timers), len(timers)):
             settle()
-            loops[name].step(x=next(clip))
-            started = time.perf_counter()
-            for _ in range(steps):
-                loops[name].step(x=next(clip))
-            times[name].append(round((time.perf_counter() - started) / steps * 1e3, 4))
-    for loop in loops.values():
+            times[name].append(round(timers[name](steps, 1), 4))
+    for loop in (*loops.values(), *([before] if before else ())):
         loop.close()
-    ratios = np.percentile(np.array(times["float32"]) / np.array(times["int8"]), [25, 50, 75])
-    return {"shape": shape, "threads": threads, "milliseconds": times, "times as fast": [round(r, 3) for r in ratios]}
+    ratios = {
+        name: [round(float(r), 3) for r in np.percentile(np.array(each) / np.array(times["int8"]), [25, 50, 75])]
+        for name, each in times.items()
+        if name != "int8"
+    }
+    return {"shape": shape, "threads": threads, "milliseconds": times, "times as fast": ratios}
+
+
+def milliseconds(loop: StepLoop, frames: list[Array], steps: int, warm_up: int) -> float:
+    """Time per step."""
+    clip = itertools.cycle(frames)
+    for _ in range(warm_up):
+        loop.step(x=next(clip))
+    started = time.perf_counter()
+    for _ in range(steps):
+        loop.step(x=next(clip))
+    return (time.perf_counter() - started) / steps * 1e3
 
 
 def quality(pair: tuple[Path, Path]) -> dict[str, Any]:
@@ -149,7 +171,7 @@ def svg(result: dict[str, Any]) -> str:
     ]
     speeds = "; ".join(
         f"{each['model']} {'x'.join(map(str, each['shape'][2:]))}, {each['threads']} threads: "
-        f"{each['times as fast'][1]:.2f} times as fast"
+        f"{each['times as fast']['float32'][1]:.2f} times as fast"
         for each in result["speed"]
     )
     return (
@@ -173,13 +195,13 @@ def svg(result: dict[str, Any]) -> str:
     )
 
 
-def measure(rounds: int, steps: int, max_loss: float) -> dict[str, Any]:
+def measure(rounds: int, steps: int, max_loss: float, other: Path | None) -> dict[str, Any]:
     """All figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pair, cell = make_denoiser(folder, max_loss), make_cell(folder)
         speeds = [
-            {"model": model, **speed(files, shape, threads, rounds, 10)}
+            {"model": model, **speed(files, shape, threads, rounds, 10, other)}
             for threads in (1, 2)
             for model, files, shape in (
                 ("denoiser", pair, (1, 3, 240, 320)),
@@ -211,16 +233,17 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10_000, help="of the run along which the loss is measured")
-    parser.add_argument("--max-loss", type=float, default=0.05, help="as of `stepcell quantize`")
+    parser.add_argument("--other", type=Path, metavar="FOLDER", help="with the package stepcell of another version")
+    parser.add_argument("--max-loss", type=float, default=MAX_LOSS, help="as of `stepcell quantize`")
     arguments = parser.parse_args()
-    result = measure(arguments.rounds, arguments.steps, arguments.max_loss)
+    result = measure(arguments.rounds, arguments.steps, arguments.max_loss, arguments.other)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.output, json.dumps(result, indent=1) + "\n")
     write_atomic(arguments.output.with_suffix(".svg"), svg(result))
     for each in result["speed"]:
-        low, middle, high = each["times as fast"]
-        line = f"{each['model']}, {each['threads']} threads: {middle:.2f} ({low:.2f} to {high:.2f}) times as fast"
-        sys.stdout.write(line + "\n")
+        for name, (low, middle, high) in each["times as fast"].items():
+            ratio = f"{middle:.2f} ({low:.2f} to {high:.2f}) times as fast as {name}"
+            sys.stdout.write(f"{each['model']}, {each['threads']} threads: {ratio}\n")
     sys.stdout.write(f"PSNR in dB: {result['psnr']}; loss: {result['denoiser']['loss']}\n")
 
 

@@ -33,6 +33,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         clips: what was calibrated on.
         loss: by output, rms of the difference to the float32 model relative to the standard deviation of its output,
             over the last quarter of every clip, which was not calibrated on; states are fed back from the first frame.
+        psnr: the same difference in dB against the range of the output, where that is known.
     """
 
     layers: tuple[str, ...]
@@ -41,3 +42,4 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     equalization: float
     clips: tuple[CalibrationClip, ...]
     loss: dict[str, float]
+    psnr: dict[str, float] = {}

@@ -1,8 +1,11 @@
-"""Calibration: how large the values of every channel become while a model runs over real clips."""
+"""Calibration: what the values of a model are while it runs over real clips."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,24 +13,60 @@ from numpy.typing import NDArray
 
 from stepcell.contract import StepContract
 from stepcell.exporter.quantize.clip_runs import clip_steps, held_out_from
-from stepcell.exporter.quantize.flat_graph import FlatGraph
+from stepcell.exporter.quantize.flat_graph import Convolution, FlatGraph
 from stepcell.runtime.verify.clips import Clip
 
-__all__ = ["Ranges", "calibrate"]
+__all__ = ["Calibration", "Moments", "Ranges", "calibrate"]
 
 _SAMPLE = 8192  # values of a channel in a frame that a quantile is taken of, evenly over it
+_PATCHES = 128  # of a frame, that moments are taken of
+_LARGEST = 4608  # values of a patch; the moments of larger ones take too much memory
 
-# By quantile and name of the tensor: for each channel the largest, over the frames, of that quantile of the absolute
-# values of the channel in the frame.
-Ranges = dict[float, dict[str, NDArray[np.float32]]]
+# By name of the tensor: for each channel the largest, over the frames, of a quantile of the absolute values of the
+# channel in the frame.
+Ranges = dict[str, NDArray[np.float32]]
 
 
-def calibrate(graph: FlatGraph, contract: StepContract, clips: Sequence[Clip], quantiles: Sequence[float]) -> Ranges:
-    """Run the float32 model over the first three quarters of every clip, with its states fed back.
+@dataclass
+class Moments:
+    """Moments of the patches that a convolution multiplies by its weights, padding included, for each group.
 
-    Args:
-        quantiles: 1 is the largest value.
+    Attributes:
+        mean: (groups, values), values in the order of the weights: input channel of the group, kernel.
+        square: (groups, values, values), mean of the products of two values.
+        count: number of patches.
     """
+
+    mean: NDArray[np.float64]
+    square: NDArray[np.float64]
+    count: int = 0
+
+    def add(self, patches: NDArray[np.float32]) -> None:
+        """Take in patches (groups, n, values)."""
+        self.count += (n := patches.shape[1])
+        self.mean += (patches.mean(1) - self.mean) * (n / self.count)
+        self.square += (patches.transpose(0, 2, 1) @ patches / np.float32(n) - self.square) * (n / self.count)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured.
+
+    Attributes:
+        ranges: by quantile; 1 is the largest value.
+        moments: by convolution, where they can be taken.
+        work: by convolution, number of multiplications in a step.
+    """
+
+    ranges: dict[float, Ranges]
+    moments: dict[str, Moments]
+    work: dict[str, int]
+
+
+def calibrate(
+    graph: FlatGraph, contract: StepContract, clips: Sequence[Clip], quantiles: Sequence[float]
+) -> Calibration:
+    """Run the float32 model over the first three quarters of every clip, with its states fed back."""
     tensors = sorted({each for conv in graph.convolutions.values() for each in (conv.input, conv.ranged)})
     watched = onnx.ModelProto()
     watched.CopyFrom(graph.model)
@@ -35,7 +74,8 @@ def calibrate(graph: FlatGraph, contract: StepContract, clips: Sequence[Clip], q
     watched.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors if name not in known
     )
-    ranges: Ranges = {quantile: {} for quantile in quantiles}
+    found = Calibration({quantile: {} for quantile in quantiles}, {}, {})
+    rng = np.random.default_rng(0)
     for number, frame, arrays in clip_steps(watched.SerializeToString(), contract, clips):
         if frame >= held_out_from(clips[number]):
             continue
@@ -43,8 +83,40 @@ def calibrate(graph: FlatGraph, contract: StepContract, clips: Sequence[Clip], q
             values = np.abs(arrays[name])
             channels = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
             sample = channels[:, :: -(-channels.shape[1] // _SAMPLE)]
-            for quantile in quantiles:
-                found = channels.max(1) if quantile == 1 else np.quantile(sample, quantile, axis=1)
-                before = ranges[quantile].get(name, np.zeros(len(channels), np.float32))
-                ranges[quantile][name] = np.maximum(before, found.astype(np.float32))
-    return ranges
+            for quantile, ranges in found.ranges.items():
+                largest = channels.max(1) if quantile == 1 else np.quantile(sample, quantile, axis=1)
+                before = ranges.get(name, np.zeros(len(channels), np.float32))
+                ranges[name] = np.maximum(before, largest.astype(np.float32))
+        for conv in graph.convolutions.values():
+            x = arrays[conv.input]
+            strides = next((each.ints for each in conv.node.attribute if each.name == "strides"), [1])
+            found.work[conv.name] = conv.weight.size * math.prod((len(x), *x.shape[2:])) // math.prod(strides)
+            patches = _patches(conv, x, rng)
+            if patches is None:
+                continue
+            if conv.name not in found.moments:
+                groups, _, values_of_one = patches.shape
+                square = np.zeros((groups, values_of_one, values_of_one))
+                found.moments[conv.name] = Moments(np.zeros((groups, values_of_one)), square)
+            found.moments[conv.name].add(patches)
+    return found
+
+
+def _patches(conv: Convolution, x: NDArray[Any], rng: np.random.Generator) -> NDArray[np.float32] | None:
+    """Patches (groups, n, values) of an input (N, C, spatial...) at random positions; None: they cannot be taken."""
+    given = {each.name: onnx.helper.get_attribute_value(each) for each in conv.node.attribute}
+    kernel, axes = conv.weight.shape[2:], conv.weight.ndim - 2
+    if given.get("auto_pad", b"NOTSET") != b"NOTSET" or conv.weight[0].size > _LARGEST:
+        return None
+    pads, strides = given.get("pads", [0] * 2 * axes), given.get("strides", [1] * axes)
+    dilations, groups = given.get("dilations", [1] * axes), given.get("group", 1)
+    padded = np.pad(x, [(0, 0), (0, 0), *zip(pads[:axes], pads[axes:], strict=True)])
+    index: list[Any] = [rng.integers(0, len(x), _PATCHES).reshape(-1, *[1] * axes)]
+    for axis, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True)):
+        count = (padded.shape[2 + axis] - dilation * (size - 1) - 1) // stride + 1
+        starts = stride * rng.integers(0, count, _PATCHES)
+        taps = starts[:, None] + dilation * np.arange(size)
+        index.append(taps.reshape(-1, *[size if each == axis else 1 for each in range(axes)]))
+    taken = padded[(index[0], slice(None), *index[1:])]  # (n, kernel..., C)
+    by_channel = np.moveaxis(taken, -1, 1).reshape(_PATCHES, groups, -1)
+    return np.ascontiguousarray(by_channel.transpose(1, 0, 2), np.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,49 +11,71 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from stepcell.exporter.quantize.calibrate import Calibration
 from stepcell.exporter.quantize.flat_graph import Convolution, FlatGraph
+from stepcell.exporter.quantize.rounding import LEVELS, round_weight
 
-__all__ = ["int8_model"]
+__all__ = ["Quantizer"]
 
 Array = NDArray[Any]
-_LEVELS = 127  # symmetric: -127 to 127, so that zero is exact
 _LEAST = 0.02  # of the largest range: a channel that is nearly silent is not blown up further
 
 
-def int8_model(
-    graph: FlatGraph, ranges: Mapping[str, NDArray[np.float32]], layers: Collection[str], equalization: float
-) -> onnx.ModelProto:
-    """The model with these convolutions in int8: weights, inputs and outputs; the rest stays in float32.
+class Quantizer:
+    """Makes int8 models of a graph.
 
     Between two convolutions only their product counts, so a channel may be divided by s before and multiplied by s
     after it. With s the power `equalization` of its range, channels share the levels of the tensor's scale more
     fairly, and the results in float32 stay the same (cross-layer equalization, Nagel et al. 2019, arXiv 1906.04721).
     Where something else than convolutions reads the output, as the gates of a cell do, it is multiplied by s there.
-
-    Args:
-        ranges: by tensor, largest absolute value of each channel.
-        layers: names of the convolutions.
-        equalization: 0 to 1; 0: no scales.
     """
-    return _Int8(graph, ranges, layers, equalization).model()
+
+    def __init__(self, graph: FlatGraph, calibration: Calibration) -> None:
+        self._graph, self._calibration = graph, calibration
+        self._rounded: dict[tuple[str, bytes], tuple[Array, Array, Array]] = {}
+
+    def model(self, quantile: float, layers: Collection[str], equalization: float) -> onnx.ModelProto:
+        """The model with these convolutions in int8: weights, inputs and outputs; the rest stays in float32.
+
+        Args:
+            quantile: the ranges to take, one of those of the calibration.
+            layers: names of the convolutions.
+            equalization: 0 to 1; 0: no scales.
+        """
+        return _Int8(self._graph, self._calibration.ranges[quantile], layers, equalization, self.round).model()
+
+    def round(self, conv: Convolution, weight: Array, divided: Array | None) -> tuple[Array, Array, Array]:
+        """`round_weight`, once for the same weights."""
+        key = (conv.name, hashlib.sha256(weight.tobytes()).digest())  # which show by what the input was divided
+        if key not in self._rounded:
+            self._rounded[key] = round_weight(weight, self._calibration.moments.get(conv.name), divided)
+        return self._rounded[key]
 
 
 class _Int8:
     def __init__(
-        self, graph: FlatGraph, ranges: Mapping[str, NDArray[np.float32]], layers: Collection[str], equalization: float
+        self,
+        graph: FlatGraph,
+        ranges: Mapping[str, NDArray[np.float32]],
+        layers: Collection[str],
+        equalization: float,
+        round_weight: Callable[[Convolution, Array, Array | None], tuple[Array, Array, Array]],
     ) -> None:
-        self._graph, self._ranges, self._equalization = graph, ranges, equalization
+        self._graph, self._ranges, self._equalization, self._round = graph, ranges, equalization, round_weight
         self._layers = {conv.output: conv for name, conv in graph.convolutions.items() if name in layers}
         self._weights: dict[str, Array] = {}  # changed ones, by the output of their node
         self._biases: dict[str, Array] = {}
         self._divided: dict[str, Array] = {}  # by convolution, by what its input channels were divided
+        self._largest: dict[str, float] = {}  # by convolution, of its outputs
+        self._scaled = self._scaled_channels()
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
         self._renamed: dict[str, str] = {}
         self._quantized: dict[tuple[str, float], str] = {}
 
     def model(self) -> onnx.ModelProto:
-        factors = {output: self._equalize(conv) for output, conv in self._layers.items()} if self._equalization else {}
+        convolutions = self._graph.convolutions.values() if self._equalization else ()
+        factors = {conv.output: self._equalize(conv) for conv in convolutions}
         for node in self._graph.model.graph.node:
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
@@ -61,7 +84,7 @@ class _Int8:
             output = node.output[0] if node.output else ""
             if node.op_type in ("Conv", "ConvTranspose") and output in self._weights:
                 copy.input[1] = self._constant(f"{output}/weight", self._weights[output])
-            if output in self._biases:
+            if output in self._biases and len(copy.input) > 2:
                 copy.input[2] = self._constant(f"{output}/bias", self._biases[output])
             if output in self._layers:
                 self._add_int8(self._layers[output], copy, factors.get(output))
@@ -70,24 +93,55 @@ class _Int8:
         return self._assembled()
 
     def _equalize(self, conv: Convolution) -> Array | None:
-        """Divide the output channels of a convolution; the factors, where its readers do not undo it."""
+        """Divide the output channels of a convolution; the factors, where its readers do not undo it.
+
+        One that stays in float32 is divided too where its readers undo it: they may be int8.
+        """
         known = self._ranges[conv.ranged]
         largest = float(known.max())
-        if largest == 0:
+        readers = self._graph.channel_readers(conv.output)
+        if largest == 0 or (not readers and conv.output not in self._layers):
             return None
         factors = (np.maximum(known / largest, _LEAST) ** self._equalization).astype(np.float32)
-        readers = self._graph.channel_readers(conv.output)
+        if readers:
+            self._largest[conv.output] = self._joined_range(readers) or 1.0
+            factors *= np.float32(largest / self._largest[conv.output])
         for node, first in readers or []:
             self._multiply_inputs(node, first, factors)
         self._weights[conv.output] = self._weight(conv.node) / _along(factors, conv.weight.ndim, 0)
-        if len(conv.node.input) > 2 and conv.node.input[2]:
-            bias = numpy_helper.to_array(self._graph.weights[conv.node.input[2]])
-            self._biases[conv.output] = bias / factors
+        self._biases[conv.output] = self._bias(conv) / factors
         return None if readers else factors
 
     def _weight(self, node: onnx.NodeProto) -> Array:
         own = self._weights.get(node.output[0])
         return numpy_helper.to_array(self._graph.weights[node.input[1]]) if own is None else own
+
+    def _bias(self, conv: Convolution) -> Array:
+        if conv.output in self._biases:
+            return self._biases[conv.output]
+        named = conv.node.input[2] if len(conv.node.input) > 2 else ""
+        return numpy_helper.to_array(self._graph.weights[named]) if named else np.zeros(len(conv.weight), np.float32)
+
+    def _joined_range(self, readers: Sequence[tuple[onnx.NodeProto, int]]) -> float:
+        """The range of the channels that int8 convolutions read with these and that cannot be scaled; 0: none.
+
+        They share a scale with these. Such a channel is one of a state.
+        """
+        fixed = [
+            self._ranges[reader.input][~self._scaled[reader.output]]
+            for node, _ in readers
+            if (reader := self._layers.get(node.output[0])) is not None
+        ]
+        return max((float(each.max(initial=0)) for each in fixed), default=0.0)
+
+    def _scaled_channels(self) -> dict[str, NDArray[np.bool_]]:
+        """By int8 convolution, which of its input channels come from one whose channels are scaled."""
+        found = {output: np.zeros(len(self._ranges[conv.input]), bool) for output, conv in self._layers.items()}
+        for conv in self._graph.convolutions.values():
+            for node, first in self._graph.channel_readers(conv.output) or []:
+                if node.output[0] in found:
+                    found[node.output[0]][first : first + len(conv.weight)] = True
+        return found
 
     def _multiply_inputs(self, node: onnx.NodeProto, first: int, factors: Array) -> None:
         weight = self._weight(node)
@@ -110,8 +164,9 @@ class _Int8:
     def _add_int8(self, conv: Convolution, node: onnx.NodeProto, factors: Array | None) -> None:
         node.name = conv.name  # an engine lists its layers by it
         node.input[0] = self._around(node.input[0], self._input_range(conv))
-        node.input[1] = self._int8_weight(conv)
-        largest = float(self._ranges[conv.ranged].max())  # that of its loudest channel, whose factor is 1
+        weight, correction = self._int8_weight(conv)
+        node.input[1:] = [weight, self._constant(f"{conv.output}/bias", self._bias(conv) + correction)]
+        largest = self._largest.get(conv.output) or float(self._ranges[conv.ranged].max())
         if conv.output in self._graph.read_outside:  # the name belongs to what is read from outside
             node.output[0] = f"{conv.output}/convolution"
         self._nodes.append(node)
@@ -127,7 +182,7 @@ class _Int8:
 
     def _around(self, tensor: str, largest: float) -> str:
         """The tensor after a QuantizeLinear and a DequantizeLinear of its own."""
-        scale = np.float32(max(largest, 1e-30) / _LEVELS)
+        scale = np.float32(max(largest, 1e-30) / LEVELS)
         key = (tensor, float(scale))
         if key not in self._quantized:
             name = f"{tensor}/int8" if all(tensor != other for other, _ in self._quantized) else f"{tensor}/int8_again"
@@ -139,11 +194,9 @@ class _Int8:
             self._quantized[key] = f"{name}/float"
         return self._quantized[key]
 
-    def _int8_weight(self, conv: Convolution) -> str:
-        weight = self._weight(conv.node)
-        rows = np.abs(weight).reshape(len(weight), -1).max(1)
-        scales = (np.where(rows > 0, rows, 1) / _LEVELS).astype(np.float32)
-        levels = np.clip(np.rint(weight / _along(scales, weight.ndim, 0)), -_LEVELS, _LEVELS).astype(np.int8)
+    def _int8_weight(self, conv: Convolution) -> tuple[str, Array]:
+        """Name of the weights as floats, and what the bias must make up for."""
+        levels, scales, correction = self._round(conv, self._weight(conv.node), self._divided.get(conv.output))
         name = f"{conv.output}/weight_int8"
         inputs = [
             self._constant(name, levels),
@@ -152,7 +205,7 @@ class _Int8:
         ]
         made = onnx.helper.make_node("DequantizeLinear", inputs, [f"{name}/float"], f"{name}/DequantizeLinear", axis=0)
         self._nodes.append(made)
-        return f"{name}/float"
+        return f"{name}/float", correction
 
     def _constant(self, name: str, value: Any) -> str:
         self._constants[name] = numpy_helper.from_array(np.asarray(value), name)

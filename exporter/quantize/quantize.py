@@ -27,7 +27,7 @@ from stepcell.runtime.verify.clips import Clip, source_clip
 __all__ = ["FRAMES", "MAX_LOSS", "quantize"]
 
 FRAMES = 64  # of each clip
-MAX_LOSS = 0.05
+MAX_LOSS = 0.018
 _FEWEST = 8  # frames of a clip: its last quarter is measured on
 Frames: TypeAlias = Sequence[Mapping[str, NDArray[Any]]]
 _INLINED = "inlined, so that its convolutions can be int8"
@@ -92,11 +92,11 @@ def quantize(
     read = [_read(wide, clip, frames) for clip in clips]
     with atomic_path(target) as temporary:
         losses = Losses(graph, wide, read)
-        ranges = calibrate(graph, wide, read, QUANTILES)
+        calibration = calibrate(graph, wide, read, QUANTILES)
         progress(f"calibrated on {sum(map(len, read))} frames of {len(read)} clip{'s' * (len(read) > 1)}")
-        found = find_layers(graph, ranges, losses, keep=keep, max_loss=max_loss, progress=progress)
+        found = find_layers(graph, calibration, losses, keep=keep, max_loss=max_loss, progress=progress)
         model = onnx.load_from_string(found.data)
-        contract = _contract(wide, graph, found, list(zip(clips, read, strict=True)))
+        contract = _contract(wide, graph, found, losses.psnr(found.loss), list(zip(clips, read, strict=True)))
         contract = embed_contract(model, contract)
         temporary.write_bytes(model.SerializeToString())
     return contract
@@ -126,7 +126,11 @@ def _read(contract: StepContract, given: str | Path | Frames, frames: int) -> Cl
 
 
 def _contract(
-    wide: StepContract, graph: FlatGraph, found: Candidate, clips: Sequence[tuple[str | Path | Frames, Clip]]
+    wide: StepContract,
+    graph: FlatGraph,
+    found: Candidate,
+    psnr: dict[str, float],
+    clips: Sequence[tuple[str | Path | Frames, Clip]],
 ) -> StepContract:
     def inlined(cell: CellSpec) -> CellSpec:
         return msgspec.structs.replace(cell, op=None, reason=_INLINED) if cell.op else cell
@@ -138,6 +142,7 @@ def _contract(
         equalization=found.equalization,
         clips=tuple(_clip_record(text, clip) for text, clip in clips),
         loss=found.loss,
+        psnr=psnr,
     )
     return msgspec.structs.replace(
         wide,

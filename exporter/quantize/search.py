@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,17 +10,17 @@ import numpy as np
 
 from stepcell.contract import StepContract
 from stepcell.errors import ParityError
-from stepcell.exporter.quantize.calibrate import Ranges
+from stepcell.exporter.quantize.calibrate import Calibration
 from stepcell.exporter.quantize.clip_runs import Arrays, clip_steps, held_out_from
 from stepcell.exporter.quantize.flat_graph import FlatGraph
-from stepcell.exporter.quantize.qdq import int8_model
+from stepcell.exporter.quantize.qdq import Quantizer
 from stepcell.pixels import is_quantity
 from stepcell.runtime.verify.clips import Clip
 
 __all__ = ["EQUALIZATIONS", "QUANTILES", "Candidate", "Losses", "find_layers"]
 
 QUANTILES = (1.0, 0.9999, 0.9995)
-EQUALIZATIONS = (0.0, 0.5)
+EQUALIZATIONS = (0.5, 1.0)
 _TABLE = 12  # rows of the table in a refusal
 
 
@@ -56,6 +57,16 @@ class Losses:
                 squares[name] += float(np.mean(np.square(np.subtract(found[name], expected[name], dtype=np.float64))))
         return {name: (squares[name] / count) ** 0.5 / (self._deviations[name] or 1.0) for name in self._names}
 
+    def psnr(self, loss: Mapping[str, float]) -> dict[str, float]:
+        """In dB against the float32 output, of the outputs whose range is known."""
+        found = {}
+        for spec in self._contract.outputs:
+            low, high = spec.range or ((0.0, 255.0) if spec.dtype == "uint8" else (0.0, 0.0))
+            rms = loss.get(spec.name, 0.0) * (self._deviations.get(spec.name) or 1.0)
+            if high > low and rms > 0:
+                found[spec.name] = 20 * math.log10((high - low) / rms)
+        return found
+
     def _run(self, data: bytes) -> list[Arrays]:
         steps = clip_steps(data, self._contract, self._clips)
         return [
@@ -88,7 +99,7 @@ class Candidate:
 
 def find_layers(
     graph: FlatGraph,
-    ranges: Ranges,
+    calibration: Calibration,
     losses: Losses,
     *,
     keep: Collection[str],
@@ -97,7 +108,8 @@ def find_layers(
 ) -> Candidate:
     """The int8 model with the best recipe, and with as many int8 layers as `max_loss` allows.
 
-    Layers are given back to float32 one after another, first the one without which the loss falls most.
+    Layers are given back to float32 one after another, first the one without which the square of the loss falls most
+    for each multiplication that is no longer in int8.
 
     Args:
         keep: layers that stay in float32 in any case.
@@ -106,13 +118,14 @@ def find_layers(
     Raises:
         ParityError: the loss is larger with any layer in int8; the message has what each one costs.
     """
+    quantizer = Quantizer(graph, calibration)
 
     def candidate(quantile: float, equalization: float, layers: Collection[str]) -> Candidate:
-        data = int8_model(graph, ranges[quantile], layers, equalization).SerializeToString()
+        data = quantizer.model(quantile, layers, equalization).SerializeToString()
         return Candidate(quantile, equalization, tuple(layers), losses.of(data), data)
 
     names = [name for name in graph.convolutions if name not in keep]
-    tried = [candidate(quantile, power, names) for quantile in ranges for power in EQUALIZATIONS]
+    tried = [candidate(quantile, power, names) for quantile in calibration.ranges for power in EQUALIZATIONS]
     best = min(tried, key=lambda each: each.worst)
     progress(
         f"{len(tried)} recipes tried: the {_text(best.quantile)} of every channel, equalization {best.equalization:g}; "
@@ -124,7 +137,7 @@ def find_layers(
     for name in names:
         rest = [other for other in names if other != name]
         without[name] = candidate(best.quantile, best.equalization, rest).worst
-    order = sorted(names, key=without.__getitem__)
+    order = sorted(names, key=lambda name: (without[name] ** 2 - best.worst**2) / calibration.work[name])
     for count in range(1, len(order)):
         layers = [name for name in names if name not in order[:count]]
         found = candidate(best.quantile, best.equalization, layers)

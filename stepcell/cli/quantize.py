@@ -10,14 +10,14 @@ import click
 from stepcell.cli.common import json_option, overwrite_option
 from stepcell.cli.console import log, print_json, stage, working
 
-FRAMES, MAX_LOSS = 64, 0.05  # the defaults of `quantize`, which takes a second to import
+FRAMES, MAX_LOSS = 64, 0.018  # the defaults of `quantize`, which takes a second to import
 
 
 @click.command(
     epilog="""\b
 Examples:
   stepcell quantize model.onnx -o int8.onnx --calibrate clip.mp4
-  stepcell quantize model.onnx -o int8.onnx --calibrate day.mp4 --calibrate night.mp4 --max-loss 0.03
+  stepcell quantize model.onnx -o int8.onnx --calibrate day.mp4 --calibrate night.mp4 --max-loss 0.01
   stepcell quantize model.onnx -o int8.onnx --calibrate frames/ --keep decoder/Conv --json
 """
 )
@@ -63,7 +63,10 @@ def command(
         )
     made = contract.quantization
     assert isinstance(made, Quantization)
-    worst = ", ".join(f"{name} {loss:.2%}" for name, loss in made.loss.items())
+    worst = ", ".join(
+        f"{name} {loss:.2%}" + (f" ({made.psnr[name]:.1f} dB)" if name in made.psnr else "")
+        for name, loss in made.loss.items()
+    )
     layers = f"{len(made.layers)} of {len(made.layers) + len(made.kept)} convolutions in int8"
     stage("quantize", output, time.monotonic() - started, f"{layers}; loss: {worst}")
     if as_json:
