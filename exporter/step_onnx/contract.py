@@ -12,6 +12,7 @@ from stepcell.contract import DType, InitialValue, StateSpec, StepContract, Tens
 from stepcell.dims import bind, resolve, substitute, symbols_of
 from stepcell.errors import ExportError, InputError, UsageError
 from stepcell.models.step import StepModule, cell_specs
+from stepcell.nv12 import nv12_of
 from stepcell.pixels import completed, map_layout
 
 __all__ = ["TORCH_DTYPES", "contract_for", "example_tensors", "sizes_for_check", "sizes_for_trace"]
@@ -148,7 +149,7 @@ def example_tensors(contract: StepContract, sizes: dict[str, int]) -> tuple[Tens
 
 
 def _multiple(inputs: Sequence[TensorSpec]) -> int:
-    return max([spec.pad_multiple for spec in inputs], default=1)
+    return max([2 if nv12_of(spec) else spec.pad_multiple for spec in inputs], default=1)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -14,6 +14,7 @@ import pytest
 from stepcell import Nv12, StepLoop
 from stepcell.errors import ExportError, InputError, ParityError, StepcellError, UsageError
 from stepcell.exporter import fuse
+from stepcell.exporter.step_onnx.contract import sizes_for_check
 from stepcell.exporter.step_onnx.graph import embed_contract
 from stepcell.exporter.step_onnx.pixels_in_graph import check
 from stepcell.exporter.step_onnx.pixels_in_graph.check import with_pixels_in_graph
@@ -91,6 +92,7 @@ def test_file_says_what_it_takes_and_batches_as_the_float_form(nv12_denoiser: Pa
     parity = model.contract.parity
     assert parity is not None
     assert parity.max_abs_error["y"] <= 1
+    assert all(sizes["height"] % 2 == sizes["width"] % 2 == 0 for sizes in sizes_for_check(model.contract))
     clip = np.random.default_rng(1).integers(0, 256, (STEPS, 3, 33, 26), np.uint8)
     with StepLoop.open(nv12_denoiser) as whole, StepLoop.open(nv12_denoiser, slots=3) as slots:
         names = [slots.attach() for _ in range(3)]
