@@ -142,7 +142,7 @@ class Preprocessor:
 
     def __init__(self, spec: TensorSpec, frame: NDArray[Any]) -> None:
         self.spec = spec
-        self.shape = frame.shape
+        self.shape: tuple[int, ...] = frame.shape
         pixels = frame.dtype == np.uint8
         nv12 = nv12_of(spec) is not None
         _check_kind(spec, frame, nv12=nv12)
@@ -165,7 +165,7 @@ class Preprocessor:
             got = "pixels" if pixels else f"{channels} channels"
             raise InputError(f"{spec.name}: the model takes events, {spec.events}: {spec.shape[1]} channels; got {got}")
         self.size: tuple[int, int] = (height, width)
-        self.padded = (pad_up(height, spec.pad_multiple), pad_up(width, spec.pad_multiple))
+        self.padded: tuple[int, int] = (pad_up(height, spec.pad_multiple), pad_up(width, spec.pad_multiple))
         layout = "NHW"[-len(spec.shape) :] if nv12 else spec.layout or "NCHW"
         sizes = {"N": 1, "C": channels, "H": frame.shape[0] if nv12 else self.padded[0], "W": self.padded[1]}
         wanted = {letter: spec.shape[layout.index(letter)] for letter in "HW"}

@@ -40,7 +40,8 @@ class LateFrames:
 
     def __init__(self, deadline: Deadline | None) -> None:
         self._deadline = deadline
-        self.stepped = self.dropped = 0
+        self.stepped: int = 0
+        self.dropped: int = 0
 
     @property
     def drop_oldest(self) -> bool:

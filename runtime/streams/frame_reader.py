@@ -72,8 +72,9 @@ class FrameReader:
         depth: int = DEPTH,
         reconnect: Reconnect | None = None,
     ) -> None:
-        self.name = name or (source.name if source else "source")
-        self.dropped = self.reconnects = 0
+        self.name: str = name or (source.name if source else "source")
+        self.dropped: int = 0
+        self.reconnects: int = 0
         self._source, self._changed, self._reconnect = source, changed, reconnect
         self._drop_oldest, self._depth = drop_oldest, depth
         self._bad_events: BadEventCounts = {}  # of the connections before

@@ -47,10 +47,11 @@ class FrameWriter:
         convert: Callable[[Any], NDArray[Any]] = lambda frame: frame,
         depth: int = DEPTH,
     ) -> None:
-        self.sink = sink
-        self.encode = Latency()
+        self.sink: Sink = sink
+        self.encode: Latency = Latency()
         self.closed: float | None = None
-        self.written = self.unwritten = 0
+        self.written: int = 0
+        self.unwritten: int = 0
         self._changed, self._convert, self._depth = changed, convert, depth
         self._queue: deque[tuple[Any, float]] = deque()
         self._keep: bool | None = None  # set by `finish` and `abandon`, which end the thread

@@ -102,15 +102,20 @@ class Stream:
         reconnect: Reconnect | None = None,
         clock: OutputClock | None = None,
     ) -> None:
-        self.input = display_name(source.name if source else name or "")
-        self.name = display_name(name) if name else self.input
-        self.start, self.limit = start, limit
-        self.incoming = StreamInput(source, self.input, start=start, deadline=deadline, reconnect=reconnect)
-        self.live = self.incoming.live
-        self.output = StreamOutput(sink, clock or OutputClock(Fraction(25), keep=False, name=self.input))
-        self.monitor = ResetMonitor(reset or ResetPolicy())
-        self.frames = self.non_finite = 0
-        self.decode, self.latency = Latency(), Latency()
+        self.input: str = display_name(source.name if source else name or "")
+        self.name: str = display_name(name) if name else self.input
+        self.start: int = start
+        self.limit: int | None = limit
+        self.incoming: StreamInput = StreamInput(
+            source, self.input, start=start, deadline=deadline, reconnect=reconnect
+        )
+        self.live: bool = self.incoming.live
+        self.output: StreamOutput = StreamOutput(sink, clock or OutputClock(Fraction(25), keep=False, name=self.input))
+        self.monitor: ResetMonitor = ResetMonitor(reset or ResetPolicy())
+        self.frames: int = 0
+        self.non_finite: int = 0
+        self.decode: Latency = Latency()
+        self.latency: Latency = Latency()
         self.server_events: dict[str, int] = {}
         self.stopped: Stopped | None = None
         self.failure: StepcellError | None = None

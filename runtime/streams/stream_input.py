@@ -36,9 +36,9 @@ class StreamInput:
     def __init__(
         self, source: Source | None, name: str, *, start: int, deadline: Deadline | None, reconnect: Reconnect | None
     ) -> None:
-        self.live = source is None or source.live
-        self.length = source.length if source else None
-        self.late = LateFrames(deadline if self.live else None)
+        self.live: bool = source is None or source.live
+        self.length: int | None = source.length if source else None
+        self.late: LateFrames = LateFrames(deadline if self.live else None)
         self.reader: FrameReader | None = None
         self.converter: FrameConverter | None = None
         self._source, self._name, self._reconnect = source, name, reconnect

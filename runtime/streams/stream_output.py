@@ -49,7 +49,8 @@ class StreamOutput:
     """
 
     def __init__(self, sink: Sink | None, clock: OutputClock) -> None:
-        self.sink, self.convert = sink, Latency()
+        self.sink: Sink | None = sink
+        self.convert: Latency = Latency()
         self.tensor: str | None = None
         self._clock = clock
         self._writer: FrameWriter | None = None

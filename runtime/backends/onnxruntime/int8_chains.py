@@ -36,6 +36,7 @@ __all__ = ["chain_int8"]
 _PREFIX = "stepcell.int8"
 _ZERO = np.uint8(128)  # zero point of the bytes: int8 0
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+_OPSET = 13  # the first with sizes of Split as an input, and with scales of DequantizeLinear along an axis
 _BLOCK = 4  # input channels that a VNNI instruction multiplies; other numbers have no fast convolution
 
 
@@ -66,6 +67,8 @@ def chain_int8(model: ModelProto) -> int:
     require("onnx", extra="ort", purpose="running a model")
     if any(attribute.HasField("g") for node in model.graph.node for attribute in node.attribute):
         return 0  # the body of a branch or loop may read any value by name
+    if max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0) < _OPSET:
+        return 0
     return _Chains(model).replace()
 
 
