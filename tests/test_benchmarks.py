@@ -256,7 +256,7 @@ def test_map_draws_its_rounds(script: Callable[..., ModuleType], tmp_path: Path)
     whole = benchmark.digest(tmp_path / "clips")
     (tmp_path / "clips/00.mp4").write_bytes(b"")
     assert benchmark.digest(tmp_path / "clips") != whole
-    factors = {command: [1.0, 1.0] for command in benchmark.COMMANDS} | {benchmark.TARGET: [2.0, 4.0]}
+    factors = {command: [1.0, 1.0] for command in benchmark.COMMANDS} | {benchmark.TWO_WORKERS: [2.0, 4.0]}
     rest = {"clips": 40, "frames": 960, "size": (176, 144), "cpu": "<CPU>", "cores": 2, "load_before": (0.5, 0, 0)}
     picture = ET.fromstring(benchmark.svg({"times as fast": factors, **rest}))
     texts = [each.text for each in picture.iter("{http://www.w3.org/2000/svg}text")]
