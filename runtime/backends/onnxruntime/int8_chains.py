@@ -215,11 +215,14 @@ class _Chains:
             zeros = self._add(np.full((batch, missing, *size), _ZERO))
             whole = self._op("Concat", [self._first(source), zeros], axis=1)
             levels = np.pad(levels, [(0, 0), (0, missing), (0, 0), (0, 0)])
-        else:
-            whole = self._op("SpaceToDepth", [self._first(source)], blocksize=2)
-            levels, pads = blocks
-            options |= {"kernel_shape": levels.shape[2:], "strides": [1, 1], "pads": pads}
-        return self._op("Transpose", [whole], perm=_TO_LAST), levels
+            return self._op("Transpose", [whole], perm=_TO_LAST), levels
+        levels, pads = blocks
+        options |= {"kernel_shape": levels.shape[2:], "strides": [1, 1], "pads": pads}
+        height, width = (each // 2 for each in size)
+        # SpaceToDepth with channels last; ONNX Runtime 1.23 has none of bytes
+        parted = self._reshaped(self._first(source), (batch, channels, height, 2, width, 2))
+        moved = self._op("Transpose", [parted], perm=(0, 2, 4, 3, 5, 1))
+        return self._reshaped(moved, (batch, height, width, 4 * channels)), levels
 
     def _clip(self, node: NodeProto) -> None:
         if (source := self._bytes.get(node.input[0])) is None or (source.scale < 0).any():
@@ -290,6 +293,9 @@ class _Chains:
             tensor.last = self._op("Transpose", [tensor.first], perm=_TO_LAST)
         return tensor.last
 
+    def _reshaped(self, name: str, shape: Sequence[int]) -> str:
+        return self._op("Reshape", [name, self._add(np.array(shape, np.int64))])
+
     def _op(self, kind: str, inputs: list[str], **options: Any) -> str:
         output = self._name()
         self._nodes.append(self._make_node(kind, inputs, [output], output, **options))
@@ -310,7 +316,7 @@ def _weights_of_blocks(
 ) -> tuple[Array, list[int]] | None:
     """Weights (M, C, k, k) of a convolution of stride 2 as those (M, 4 C, k', k') of one over blocks of 2x2 pixels.
 
-    Channels are in the order of SpaceToDepth: row in the block, column, channel.
+    Channels are in the order of SpaceToDepth: row in the block, column, channel of the picture.
 
     Returns:
         The weights and the padding; None: it is another convolution.
