@@ -219,9 +219,9 @@ class _Chains:
         levels, pads = blocks
         options |= {"kernel_shape": levels.shape[2:], "strides": [1, 1], "pads": pads}
         height, width = (each // 2 for each in size)
-        # SpaceToDepth with channels last; ONNX Runtime 1.23 has none of bytes
-        parted = self._reshaped(self._first(source), (batch, channels, height, 2, width, 2))
-        moved = self._op("Transpose", [parted], perm=(0, 2, 4, 3, 5, 1))
+        # SpaceToDepth, of which ONNX Runtime 1.23 has none of bytes
+        rows = self._reshaped(self._last(source), (batch, height, 2, width, 2 * channels))
+        moved = self._op("Transpose", [rows], perm=(0, 1, 3, 2, 4))
         return self._reshaped(moved, (batch, height, width, 4 * channels)), levels
 
     def _clip(self, node: NodeProto) -> None:
