@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stepcell.optional_imports import require
-from stepcell.runtime.backends.onnxruntime.split_convolutions import replace_nodes
+from stepcell.runtime.backends.onnxruntime.graph_changes import has_bodies, replace_nodes
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -28,8 +28,8 @@ def drop_copies(model: ModelProto) -> int:
     from onnx import shape_inference
 
     graph = model.graph
-    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
-        return 0  # the body of a branch or loop may read any value by name
+    if has_bodies(graph):
+        return 0
     values = shape_inference.infer_shapes(model).graph.value_info  # neither inputs nor outputs
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     outputs = {output.name for output in graph.output}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stepcell.optional_imports import require
-from stepcell.runtime.backends.onnxruntime.split_convolutions import replace_nodes, static_shapes
+from stepcell.runtime.backends.onnxruntime.graph_changes import has_bodies, replace_nodes, static_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,8 +65,8 @@ def chain_int8(model: ModelProto) -> int:
         The number of convolutions that were replaced. ONNX Runtime must not move the transpositions of such a model.
     """
     require("onnx", extra="ort", purpose="running a model")
-    if any(attribute.HasField("g") for node in model.graph.node for attribute in node.attribute):
-        return 0  # the body of a branch or loop may read any value by name
+    if has_bodies(model.graph):
+        return 0
     if max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0) < _OPSET:
         return 0
     return _Chains(model).replace()

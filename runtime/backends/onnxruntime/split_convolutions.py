@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stepcell.optional_imports import require
+from stepcell.runtime.backends.onnxruntime.graph_changes import has_bodies, replace_nodes, static_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from onnx import GraphProto, ModelProto, NodeProto
 
-__all__ = ["replace_nodes", "split_convolutions", "static_shapes"]
+__all__ = ["split_convolutions"]
 
 _PREFIX = "stepcell.split"
 
@@ -43,8 +44,8 @@ def split_convolutions(model: ModelProto) -> int:
     from onnx import numpy_helper
 
     graph = model.graph
-    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
-        return 0  # the body of a branch or loop may read any value by name
+    if has_bodies(graph):
+        return 0
     shapes = static_shapes(model)
     weights = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 4}
     concatenated = {node.output[0]: node for node in graph.node if node.op_type == "Concat"}
@@ -103,27 +104,3 @@ def _sum(
         convolutions.append(convolution)
     products = [convolution.output[0] for convolution in convolutions]
     return [*convolutions, helper.make_node("Add", products, node.output, name=f"{prefix}.sum")]
-
-
-def replace_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
-    """Replace the nodes of a graph, and drop the nodes and weights that are no longer read."""
-    used, live = {output.name for output in graph.output}, []
-    for node in reversed(nodes):
-        if used.intersection(node.output):
-            live.append(node)
-            used.update(node.input)
-    read = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(live))
-    graph.initializer.extend(read)
-
-
-def static_shapes(model: ModelProto) -> Mapping[str, tuple[int, ...]]:
-    """The shape of every value whose shape is known; 0 is an unknown size."""
-    from onnx import shape_inference
-
-    graph = shape_inference.infer_shapes(model, data_prop=True).graph
-    return {
-        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-        for value in (*graph.value_info, *graph.input, *graph.output)
-    }
