@@ -25,6 +25,7 @@ from stepcell.runtime.backends.base import Device, Spin
 from stepcell.runtime.backends.onnxruntime.drop_copies import drop_copies
 from stepcell.runtime.backends.onnxruntime.float32_model import to_float32
 from stepcell.runtime.backends.onnxruntime.int8_chains import chain_int8
+from stepcell.runtime.backends.onnxruntime.plain_convolutions import keep_plain
 from stepcell.runtime.backends.onnxruntime.split_convolutions import split_convolutions
 from stepcell.runtime.backends.onnxruntime.trial import choose_level
 
@@ -65,6 +66,7 @@ class SpecializedSessions:
             model = self.simplified(shapes)
             drop_copies(model)
             split_convolutions(model)
+            keep_plain(model)
             fixed_layout = chain_int8(model) > 0
             options = _options(ort, self._threads, spin=self._spin)
             return _create(ort, self._path, model.SerializeToString(), cpu, options, fixed_layout=fixed_layout)

@@ -35,6 +35,16 @@ def test_scaling_equals_torch() -> None:
     np.testing.assert_array_equal(tensor, expected.numpy())
 
 
+@pytest.mark.parametrize(
+    "limits", [(0.0, 1.0), (0.0, 255.0), (0.0, 2.0), (0.0, 0.7), (-1.0, 1.0), (-5e-7, 4.1)], ids=str
+)
+def test_every_pixel_value_is_rounded_once(limits: tuple[float, float]) -> None:
+    frame = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    low, high = limits
+    expected = (low + np.arange(256) * ((high - low) / 255)).astype(np.float32)
+    np.testing.assert_array_equal(Preprocessor(picture(1, range=limits), frame)(frame).ravel(), expected)
+
+
 SCALES: list[dict[str, Any]] = [
     {"range": (0.0, 1.0)},
     {"range": (-1.0, 1.0)},
