@@ -50,12 +50,15 @@ def test_every_byte_of_the_sidecar_counts(engine: Path) -> None:
     path = sidecar_path(engine)
     data = path.read_bytes()
     generator = random.Random(0)
-    for position in range(len(data)):
-        changed = bytearray(data)
-        changed[position] ^= generator.randrange(1, 256)
-        path.write_bytes(changed)
-        with pytest.raises(EngineMismatchError):
-            read_sidecar(engine)
+    with path.open("r+b", buffering=0) as file:  # in place: a file that is emptied and written takes ten times as long
+        for position, byte in enumerate(data):
+            file.seek(position)
+            file.write(bytes([byte ^ generator.randrange(1, 256)]))
+            with pytest.raises(EngineMismatchError):
+                read_sidecar(engine)
+            file.seek(position)
+            file.write(bytes([byte]))
+    assert path.read_bytes() == data
     for changed in (data[:-1], data + b" ", b"", b"{}", data.replace(b"\n", b"\r\n")):
         path.write_bytes(changed)
         with pytest.raises(EngineMismatchError):
