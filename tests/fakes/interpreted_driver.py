@@ -19,7 +19,7 @@ from stepcell.plugins.kernels.compile import arguments_of, cell_word
 from stepcell.plugins.kernels.image import SCHEMA, ImageInfo, KernelImage
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, kernels_of, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile, partial_bytes
-from tests.fakes.interpreted_kernels import interpreted
+from tests.fakes.interpreted_kernels import launch
 from tools.fake_driver import OK, FakeDriver
 
 TILES = (Tile(32, 16, 16, 1), Tile(128, 32, 64, 1), Tile(32, 32, 32, 1, splits=3))
@@ -115,7 +115,7 @@ class InterpretedDriver(FakeDriver):
                 address = ctypes.c_uint64.from_address(place).value
                 arguments.append(self._tensor(address, pointer_dtype(parameter, cell)))
         self.launches.append(f"{kernel} {label}")
-        interpreted(kernel)[columns, rows, splits](*arguments, **constants(kernel, cell, tile))
+        launch(kernel, (columns, rows, splits), arguments, constants(kernel, cell, tile))
         return (OK,)
 
     def _tensor(self, address: int, dtype: str) -> torch.Tensor:

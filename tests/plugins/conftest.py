@@ -14,7 +14,8 @@ import triton.language as tl
 from stepcell.plugins.kernels.cell_config import CellConfig, padded
 from stepcell.plugins.kernels.signature import PARAMETERS, constants, pointer_dtype
 from stepcell.plugins.kernels.tiles import Tile
-from tests.fakes.interpreted_kernels import interpreted, interpreted_source
+from tests.fakes.interpreted_kernels import interpreted_source
+from tests.fakes.interpreted_kernels import launch as run_interpreted
 from tools.kernel_steps import Launch, Steps, split_memory
 
 with triton.knobs.runtime.scope():
@@ -45,7 +46,7 @@ def interpret(
         if isinstance(argument, torch.Tensor) and p.buffer in buffers:
             assert str(argument.dtype) == f"torch.{pointer_dtype(p, cell)}", (p.name, argument.dtype)
     # The interpreter knows no programs that overlap.
-    interpreted(kernel)[grid](*arguments, **constants(kernel, cell, replace(tile, overlap=False)))
+    run_interpreted(kernel, grid, arguments, constants(kernel, cell, replace(tile, overlap=False)))
     if own is not None:
         own[0].check(f"{kernel} partials")
         own[1].check(f"{kernel} arrivals")

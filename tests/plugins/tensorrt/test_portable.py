@@ -25,7 +25,7 @@ from stepcell.plugins.onnx.chain import chained_model
 from stepcell.plugins.onnx.rewrite import plugin_model
 from stepcell.plugins.tensorrt import portable
 from stepcell.plugins.tensorrt.portable import node_name, portable_ptx
-from tests.fakes.interpreted_kernels import interpreted
+from tests.fakes.interpreted_kernels import launch as run_interpreted
 
 TILE = Tile(128, 32, 64, 1)
 CELLS = {
@@ -93,7 +93,7 @@ def run(model: onnx.ModelProto, cell: CellConfig, values: dict[str, torch.Tensor
         numbers = {"H": height, "W": width, "P": batch * height * width}
         arguments = [numbers.get(p.name, given.get(p.name, torch.zeros(8))) for p in PARAMETERS[kernel]]
         grid = (-(-numbers["P"] // TILE.pixels), -(-padded(cell.hidden) // TILE.channels))
-        interpreted(kernel)[grid](*arguments, **constants(kernel, cell, TILE))
+        run_interpreted(kernel, grid, arguments, constants(kernel, cell, TILE))
     return values
 
 
