@@ -5,9 +5,11 @@ Without torch, tests that need it are skipped: `make test-pythons` runs the othe
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +61,15 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+    if "torch" in sys.modules:
+        _share_operators()
+
+
+def _share_operators() -> None:
+    """One table of torch's operators for all exports, which do not change it: making it is half of a small export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")
