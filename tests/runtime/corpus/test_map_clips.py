@@ -157,7 +157,7 @@ def test_a_process_that_is_killed_without_a_clip_costs_nothing(
     accumulator: Model, clips: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     pool, todo = pool_of(accumulator(), tmp_path / "out", ["long.npy", "0.npy"], 2)
-    write_array(todo[0].source, LONG // 3)
+    write_array(todo[0].source, LONG // 10)
     results: dict[str, ClipResult] = {}
     killed: list[Any] = []
 
@@ -169,7 +169,7 @@ def test_a_process_that_is_killed_without_a_clip_costs_nothing(
 
     pool.run(todo, lambda clip, result: results.update({clip.source.name: result}), RunControl(), kill)
     assert (len(killed), list(results)) == (1, ["0.npy", "long.npy"])
-    assert results["long.npy"] == ClipResult(LONG // 3)
+    assert results["long.npy"] == ClipResult(LONG // 10)
     assert "was killed" not in logged.text
 
 
