@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,14 @@ import onnx
 from numpy.typing import NDArray
 
 from stepcell.contract import StepContract
-from stepcell.exporter.quantize.clip_runs import clip_steps, held_out_from
+from stepcell.exporter.onnx_session import OnnxSession
+from stepcell.exporter.quantize.clip_runs import Arrays, held_out_from, states_after, steps
 from stepcell.exporter.quantize.flat_graph import Convolution, FlatGraph
 from stepcell.runtime.verify.clips import Clip
 
-__all__ = ["Calibration", "Moments", "Ranges", "calibrate"]
+__all__ = ["SETTLED", "Calibration", "Moments", "Ranges", "calibrate"]
 
+SETTLED = 1000  # steps of a clip, after which states that change slowly are near their final values
 _SAMPLE = 8192  # values of a channel in a frame that a quantile is taken of, evenly over it
 _PATCHES = 128  # of a frame, that moments are taken of
 _LARGEST = 4608  # values of a patch; the moments of larger ones take too much memory
@@ -66,40 +69,74 @@ class Calibration:
 def calibrate(
     graph: FlatGraph, contract: StepContract, clips: Sequence[Clip], quantiles: Sequence[float]
 ) -> Calibration:
-    """Run the float32 model over the first three quarters of every clip, with its states fed back."""
-    tensors = sorted({each for conv in graph.convolutions.values() for each in (conv.input, conv.ranged)})
-    watched = onnx.ModelProto()
-    watched.CopyFrom(graph.model)
-    known = {value.name for value in (*watched.graph.output, *watched.graph.input)}
-    watched.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors if name not in known
-    )
-    found = Calibration({quantile: {} for quantile in quantiles}, {}, {})
-    rng = np.random.default_rng(0)
-    for number, frame, arrays in clip_steps(watched.SerializeToString(), contract, clips):
-        if frame >= held_out_from(clips[number]):
-            continue
-        for name in tensors:
+    """Run the float32 model over the first three quarters of every clip, with its states fed back.
+
+    Values are measured twice: from the initial states on, and once more after the clip has gone to and fro for
+    `SETTLED` steps. States that change slowly have other values then, and a stream runs for weeks.
+    """
+    measured = _Measured(graph, quantiles)
+    watched = OnnxSession(measured.watched_model(), "the model")
+    plain = OnnxSession(graph.model.SerializeToString(), "the model")
+    for clip in clips:
+        frames = range(held_out_from(clip))
+        states = measured.add_steps(steps(watched, contract, clip, frames), contract)
+        count = max(0, SETTLED - len(frames)) if contract.states else 0
+        further = list(itertools.islice(itertools.cycle([*reversed(frames), *frames]), count))
+        for _, arrays in steps(plain, contract, clip, further, states):
+            states = states_after(contract, arrays)
+        if further:
+            measured.add_steps(steps(watched, contract, clip, further[::-1][: len(frames)], states), contract)
+    return measured.found
+
+
+class _Measured:
+    """Takes in what steps take and return, and measures what quantisation asks of it."""
+
+    def __init__(self, graph: FlatGraph, quantiles: Sequence[float]) -> None:
+        self._graph = graph
+        self._tensors = sorted({each for conv in graph.convolutions.values() for each in (conv.input, conv.ranged)})
+        self._rng = np.random.default_rng(0)
+        self.found = Calibration({quantile: {} for quantile in quantiles}, {}, {})
+
+    def watched_model(self) -> bytes:
+        """The model with the tensors that are measured as further outputs."""
+        watched = onnx.ModelProto()
+        watched.CopyFrom(self._graph.model)
+        known = {value.name for value in (*watched.graph.output, *watched.graph.input)}
+        watched.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            for name in self._tensors
+            if name not in known
+        )
+        return bytes(watched.SerializeToString())
+
+    def add_steps(self, run: Iterable[tuple[int, Arrays]], contract: StepContract) -> Arrays:
+        """Take in a run of at least one step; returns the states after it."""
+        for _, arrays in run:
+            self._add(arrays)
+        return states_after(contract, arrays)
+
+    def _add(self, arrays: Arrays) -> None:
+        for name in self._tensors:
             values = np.abs(arrays[name])
             channels = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1)
             sample = channels[:, :: -(-channels.shape[1] // _SAMPLE)]
-            for quantile, ranges in found.ranges.items():
+            for quantile, ranges in self.found.ranges.items():
                 largest = channels.max(1) if quantile == 1 else np.quantile(sample, quantile, axis=1)
                 before = ranges.get(name, np.zeros(len(channels), np.float32))
                 ranges[name] = np.maximum(before, largest.astype(np.float32))
-        for conv in graph.convolutions.values():
+        for conv in self._graph.convolutions.values():
             x = arrays[conv.input]
             strides = next((each.ints for each in conv.node.attribute if each.name == "strides"), [1])
-            found.work[conv.name] = conv.weight.size * math.prod((len(x), *x.shape[2:])) // math.prod(strides)
-            patches = _patches(conv, x, rng)
+            self.found.work[conv.name] = conv.weight.size * math.prod((len(x), *x.shape[2:])) // math.prod(strides)
+            patches = _patches(conv, x, self._rng)
             if patches is None:
                 continue
-            if conv.name not in found.moments:
+            if conv.name not in self.found.moments:
                 groups, _, values_of_one = patches.shape
                 square = np.zeros((groups, values_of_one, values_of_one))
-                found.moments[conv.name] = Moments(np.zeros((groups, values_of_one)), square)
-            found.moments[conv.name].add(patches)
-    return found
+                self.found.moments[conv.name] = Moments(np.zeros((groups, values_of_one)), square)
+            self.found.moments[conv.name].add(patches)
 
 
 def _patches(conv: Convolution, x: NDArray[Any], rng: np.random.Generator) -> NDArray[np.float32] | None:

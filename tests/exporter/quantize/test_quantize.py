@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from stepcell import StepContract, StepLoop, export_onnx
 from stepcell.contract import StateSpec, TensorSpec
 from stepcell.errors import ContractError, ExportError, InputError, OutputError, ParityError, StepcellError, UsageError
+from stepcell.exporter.onnx_session import OnnxSession
 from stepcell.exporter.quantize import qdq, quantize
 from stepcell.exporter.quantize.calibrate import Calibration, Moments, calibrate
-from stepcell.exporter.quantize.clip_runs import clip_steps
+from stepcell.exporter.quantize.clip_runs import clip_steps, steps
 from stepcell.exporter.quantize.flat_graph import FlatGraph, flat_graph
 from stepcell.exporter.quantize.qdq import Quantizer
 from stepcell.exporter.quantize.rounding import round_weight
@@ -288,6 +289,48 @@ def test_each_clip_starts_from_the_initial_states(model_path: Path, clip: Path) 
     short = Clip([{"x": frame} for frame in frames[:3]], "short")
     steps = [arrays["y"] for _, _, arrays in clip_steps(graph.model.SerializeToString(), wide, [short, short])]
     assert all(np.array_equal(a, b) for a, b in zip(steps[:3], steps[3:], strict=True))
+
+
+class Slow(nn.Module):
+    """A state that comes to its final values after hundreds of frames, and an output that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = [TensorSpec(name="x", shape=("batch", 3, "height", "width"), layout="NCHW", range=(0, 1))]
+        shape = ("batch", 4, "height", "width")
+        self.outputs = [TensorSpec(name="y", shape=shape, layout="NCHW")]
+        self.states = [StateSpec(name="h", shape=shape)]
+        self.read, self.write = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        new = h + 0.01 * (self.read(x) - h)
+        return self.write(new), new
+
+
+def test_a_slow_state_loses_no_more_after_thousands_of_steps(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    export_onnx(Slow().eval(), tmp_path / "slow.onnx", precision="float32")
+    file = read_onnx(tmp_path / "slow.onnx")
+    graph, contract = flat_graph(file), file.contract
+    frames = np.random.default_rng(0).random((16, 1, 3, 10, 12)).astype(np.float32)
+    given = [{"x": frame} for frame in frames]
+    quantize(tmp_path / "slow.onnx", tmp_path / "int8.onnx", [given], max_loss=1.0)
+    clip = Clip(given, "random")
+    models = graph.model, read_onnx(tmp_path / "int8.onnx").model
+    to_and_fro = [*range(16), *range(14, 0, -1)] * 40
+    wide, small = (
+        np.stack(
+            [
+                arrays["y"]
+                for _, arrays in steps(OnnxSession(model.SerializeToString(), "it"), contract, clip, to_and_fro)
+            ]
+        )
+        for model in models
+    )
+    errors = np.sqrt(np.mean((small - wide) ** 2, axis=(1, 2, 3, 4)))
+    begin, end = (float(part.mean()) / float(wide[-100:].std()) for part in (errors[100:200], errors[-100:]))
+    print(f"rms difference relative to the output after 100 steps {begin:.4f}, after {len(errors)} {end:.4f}")
+    assert end < 1.5 * begin < 0.03
 
 
 def test_layers_are_given_back_until_the_loss_holds(model_path: Path, clip: Path, tmp_path: Path) -> None:
