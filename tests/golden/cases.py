@@ -28,7 +28,7 @@ from stepcell.renamed_families import current_name
 from stepcell.runtime.verify.references import as_written
 from stepcell.runtime.verify.stepper import LoopStepper, Running
 
-__all__ = ["KEPT", "RECORDED", "ROOT", "Case", "find_cases", "worst_error"]
+__all__ = ["KEPT", "RECORDED", "ROOT", "Case", "exported", "find_cases", "worst_error"]
 
 ROOT = Path(__file__).parent.parent.parent
 RECORDED = Path(os.environ.get("STEPCELL_GOLDEN", ROOT.parent / "shared" / "golden"))
@@ -127,21 +127,27 @@ def find_cases(family: str | None = None, places: Sequence[Path] = PLACES) -> li
     return [case for case in map(Case, (path.parent for path in paths)) if family in (None, case.family)]
 
 
-def worst_error(
+def exported(
     case: Case, folder: Path, precision: str = "float32", change: Callable[[nn.Module], None] = lambda _: None
-) -> dict[str, float]:
-    """Export the case's checkpoint, run the file over the recorded frames and compare.
+) -> Path:
+    """The case's checkpoint as a file of `folder`.
 
     Args:
         change: applied to the step model before the export, to show that a mistake is detected.
-
-    Returns:
-        Largest absolute difference to upstream in float64, over all steps, per output and state.
     """
     model, _, _ = step_model(load_checkpoint(case.path / "checkpoint.pth"), case.family, case.settings)
     change(model)
     path = folder / f"{case.path.name}-{precision}.onnx"
     export_onnx(model, path, precision=precision, family=case.family)  # type: ignore[arg-type]
+    return path
+
+
+def worst_error(case: Case, path: Path, precision: str = "float32") -> dict[str, float]:
+    """Run the case's exported file over the recorded frames and compare.
+
+    Returns:
+        Largest absolute difference to upstream in float64, over all steps, per output and state.
+    """
     worst: dict[str, float] = {}
 
     def compare(name: str, got: Array, truth: Array) -> None:

@@ -18,7 +18,7 @@ from stepcell.exporter import FAMILIES
 from stepcell.renamed_families import first_name
 from stepcell.runtime.engine.build import build_engine
 from stepcell.runtime.engine.options import BuildOptions
-from tests.golden.cases import RECORDED, ROOT, Case, find_cases, worst_error
+from tests.golden.cases import RECORDED, ROOT, Case, exported, find_cases, worst_error
 
 DOCUMENT = ROOT / "docs" / "families.md"
 HEAD = """# Model families
@@ -50,8 +50,9 @@ ONNX Runtime on a CPU computes float16 in float32.
 
 def row(case: Case, folder: Path) -> str:
     """One line of the table."""
-    worst = {precision: max(worst_error(case, folder, precision).values()) for precision in ("float32", "float16")}
-    path = folder / f"{case.path.name}-float16.onnx"
+    paths = {precision: exported(case, folder, precision) for precision in ("float32", "float16")}
+    worst = {precision: max(worst_error(case, path, precision).values()) for precision, path in paths.items()}
+    path = paths["float16"]
     model = onnx.load(path)
     contract = StepContract.from_json(next(p.value for p in model.metadata_props if p.key == METADATA_KEY))
     fused = sum(cell.op is not None for cell in contract.cells)
@@ -74,7 +75,8 @@ def with_float16_errors(table: str) -> str:
         case = cases.get(cells[0].removeprefix("| "))
         if case is not None:
             with tempfile.TemporaryDirectory() as folder:
-                cells[3] = f"{max(worst_error(case, Path(folder), 'float16').values()):.1e}"
+                path = exported(case, Path(folder), "float16")
+                cells[3] = f"{max(worst_error(case, path, 'float16').values()):.1e}"
             print(case.name, cells[3], flush=True)
         lines.append(" | ".join(cells))
     return "".join(lines)
