@@ -17,8 +17,9 @@ demo: setup
 
 # Test files in parallel, one thread each, the longest first (tests/conftest.py): three on two cores, since many tests
 # wait. A worker that crashes or hangs is not restarted: xdist would repeat the test that crashed it, up to 16 times.
+# Bytecode is kept, whatever the environment says: commands that tests start would compile the project anew.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
 		--no-loadscope-reorder --max-worker-restart 0
 
 # The tests that need no torch, on other Pythons; those that are not installed are left out.
