@@ -48,13 +48,17 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
 # The files that take longest, first of all: begun last, one worker would be at them alone while the others have ended.
 LONGEST = (
     "golden/test_golden.py",
-    "test_docs.py",
-    "exporter/from_onnx/test_fuse.py",
-    "plugins/kernels/test_arithmetic.py",
     "plugins/kernels/test_ptx.py",
+    "exporter/from_onnx/test_fuse.py",
+    "test_docs.py",
+    "cli/test_unfriendly.py",
+    "plugins/kernels/test_compile.py",
     "exporter/from_module/test_cells.py",
+    "exporter/step_onnx/test_export.py",
+    "test_install.py",
     "exporter/from_module/test_lift.py",
-    "runtime/verify/test_families.py",
+    "plugins/kernels/test_arithmetic.py",
+    "test_benchmarks.py",
 )
 
 
