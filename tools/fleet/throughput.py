@@ -29,7 +29,7 @@ __all__ = ["throughput"]
 _KINDS = 8  # different frames
 _PATIENCE = 600  # seconds
 SIZE = (144, 176)  # (height, width)
-CASES = ((4, 1), (8, 1), (8, 2))  # streams, instances
+CASES = ((4, 1), (4, 2), (8, 1), (8, 2))  # streams, instances
 COUNT = 60  # frames of each stream in a round
 
 
