@@ -18,6 +18,7 @@ from stepcell.exporter.quantize.rounding import LEVELS, round_weight
 __all__ = ["Quantizer"]
 
 Array = NDArray[Any]
+_EQUAL = 1e-5  # relative difference of ranges that differ by rounding only
 _LEAST = 0.02  # of the largest range: a channel that is nearly silent is not blown up further
 
 
@@ -67,6 +68,7 @@ class _Int8:
         self._biases: dict[str, Array] = {}
         self._divided: dict[str, Array] = {}  # by convolution, by what its input channels were divided
         self._largest: dict[str, float] = {}  # by convolution, of its outputs
+        self._read: dict[str, set[float]] = {}  # by convolution, the largest of those whose outputs it reads
         self._scaled = self._scaled_channels()
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -108,6 +110,7 @@ class _Int8:
             factors *= np.float32(largest / self._largest[conv.output])
         for node, first in readers or []:
             self._multiply_inputs(node, first, factors)
+            self._read.setdefault(node.output[0], set()).add(self._largest[conv.output])
         self._weights[conv.output] = self._weight(conv.node) / _along(factors, conv.weight.ndim, 0)
         self._biases[conv.output] = self._bias(conv) / factors
         return None if readers else factors
@@ -159,7 +162,9 @@ class _Int8:
         self._divided[node.output[0]] = self._divided.get(node.output[0], np.ones(len(whole), np.float32)) * whole
 
     def _input_range(self, conv: Convolution) -> float:
-        return float((self._ranges[conv.input] / self._divided.get(conv.output, 1)).max())
+        """The largest input; to the last bit that of the outputs it reads, so that their bytes are passed on."""
+        found = float((self._ranges[conv.input] / self._divided.get(conv.output, 1)).max())
+        return next((each for each in self._read.get(conv.output, ()) if abs(found / each - 1) < _EQUAL), found)
 
     def _add_int8(self, conv: Convolution, node: onnx.NodeProto, factors: Array | None) -> None:
         node.name = conv.name  # an engine lists its layers by it

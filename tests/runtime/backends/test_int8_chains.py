@@ -198,5 +198,7 @@ def test_step_loop_runs_chains(tmp_path: Path) -> None:
     assert model is not None
     assert drop_copies(model) == 1
     assert chain_int8(model) == 5
+    rounded = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(rounded) == 4, f"x, h, r * h and the new h; features keep their bytes: {rounded}"
     floats = {node.output[0] for node in model.graph.node if node.op_type in ("DequantizeLinear", "Sigmoid", "Tanh")}
     assert not any(node.op_type == "Transpose" and node.input[0] in floats for node in model.graph.node)
