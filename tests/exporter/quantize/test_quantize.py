@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,24 @@ def test_a_layer_in_float32_keeps_the_scale_of_what_is_read_with_it(model_path: 
     state = calibration.ranges[1.0][graph.convolutions["decoder/Conv"].input][8:].max()
     assert scales[0] == pytest.approx(state / 127, rel=1e-5)
     assert scales[1] == pytest.approx(scales[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_features_have_the_scale_of_what_reads_them_to_the_last_bit(
+    branches: tuple[FlatGraph, StepContract, Clip], seed: int
+) -> None:
+    """So their bytes are passed on: neither to floats and back, nor to the other layout and back."""
+    graph, contract, clip = branches
+    calibration = calibrate(graph, contract, [clip], [1.0])
+    factors = np.random.default_rng(seed).uniform(0.5, 2, 100)
+    for number, (name, ranges) in enumerate(sorted(calibration.ranges[1.0].items())):
+        calibration.ranges[1.0][name] = (ranges * factors[number]).astype(np.float32)
+    model = Quantizer(graph, calibration).model(1.0, list(graph.convolutions), 1.0)
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    scales = {name.removesuffix("/scale"): float(values[name]) for name in values if name.endswith("/int8/scale")}
+    near = [(a, b) for a, b in itertools.combinations(sorted(set(scales.values())), 2) if abs(a / b - 1) < 1e-5]
+    assert len(scales) > 8
+    assert not near, f"{near} of {scales}"
 
 
 def test_what_graphs_inside_nodes_read_keeps_its_values() -> None:
