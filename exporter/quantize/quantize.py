@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stepcell import __version__
 from stepcell.contract import CellSpec, StepContract
 from stepcell.errors import ExportError, UsageError
-from stepcell.exporter.quantize.calibrate import calibrate
+from stepcell.exporter.quantize.calibrate import SETTLED, calibrate
 from stepcell.exporter.quantize.flat_graph import FlatGraph, flat_graph
 from stepcell.exporter.quantize.search import QUANTILES, Candidate, Losses, find_layers
 from stepcell.exporter.step_onnx.graph import embed_contract
@@ -93,7 +93,8 @@ def quantize(
     with atomic_path(target) as temporary:
         losses = Losses(graph, wide, read)
         calibration = calibrate(graph, wide, read, QUANTILES)
-        progress(f"calibrated on {sum(map(len, read))} frames of {len(read)} clip{'s' * (len(read) > 1)}")
+        played = f", played to and fro for {SETTLED} steps each" if wide.states else ""
+        progress(f"calibrated on {sum(map(len, read))} frames of {len(read)} clip{'s' * (len(read) > 1)}{played}")
         found = find_layers(graph, calibration, losses, keep=keep, max_loss=max_loss, progress=progress)
         model = onnx.load_from_string(found.data)
         contract = _contract(wide, graph, found, losses.psnr(found.loss), list(zip(clips, read, strict=True)))
