@@ -145,8 +145,8 @@ def find_layers(
         if found.worst <= max_loss:
             return found
     raise ParityError(
-        f"a loss of {100 * max_loss:.3g}% cannot be held with any of {len(names)} layers in int8; with all of them it is "
-        f"{best.worst:.2%}, and " + _costs(without, order),
+        f"a loss of {100 * max_loss:.3g}% cannot be held with any of {len(names)} layers in int8; with all of them it "
+        f"is {best.worst:.2%}, and " + _costs(without, order),
         hint="--max-loss F allows more; more clips that look like those of the stream calibrate better",
     )
 
