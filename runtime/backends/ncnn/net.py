@@ -20,7 +20,8 @@ __all__ = ["Net", "load_ncnn"]
 
 _PLAIN, _AS_COMPUTED = 0, 1  # layouts in which ncnn returns a matrix
 _OUT_OF_MEMORY = -100
-_WAITING = "OMP_WAIT_POLICY"
+_SPINS = "GOMP_SPINCOUNT"
+_SPIN_COUNT = "1000"  # some 25 to 50 us
 _OPTIONS = {
     # Float32 throughout: by default ncnn computes in float16 where the processor can.
     "use_fp16_packed": False,
@@ -36,23 +37,24 @@ _OPTIONS = {
 
 
 def load_ncnn() -> Any:
-    """The package, whose threads sleep while they wait for each other.
+    """The package, whose threads soon sleep while they wait for each other.
 
-    By default they spin, with some 50 waits a step: where other programs, or decoders and encoders of this one, want
-    the cores too, a step of 2 ms then takes 10 to 30 ms, and 250 ms now and then. Sleeping costs 10 us a wait. The
-    policy is read when the package's copy of the OpenMP library is loaded; one that the user has set is kept.
+    By default they spin for milliseconds, with some 50 waits a step: where other programs, or decoders and encoders of
+    this one, want the cores too, a step of 2 ms then takes up to 0.7 s. Sleeping at once doubles the time of a step of
+    1.5 ms on free cores, and a wait of 1,000 turns before it costs nothing on busy ones (docs/performance.md). The
+    count is read when the package's copy of the OpenMP library is loaded; what the user has set is kept.
 
     Raises:
         MissingDependencyError: it is not installed, or does not load.
     """
-    ours = "ncnn" not in sys.modules and not any(name in os.environ for name in (_WAITING, "GOMP_SPINCOUNT"))
+    ours = "ncnn" not in sys.modules and not any(name in os.environ for name in (_SPINS, "OMP_WAIT_POLICY"))
     if ours:
-        os.environ[_WAITING] = "passive"
+        os.environ[_SPINS] = _SPIN_COUNT
     try:
         return require("ncnn", extra="ncnn", purpose="running a model in ncnn")
     finally:
         if ours:
-            del os.environ[_WAITING]
+            del os.environ[_SPINS]
 
 
 class Net:

@@ -204,12 +204,19 @@ def test_a_trial_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.now == 4  # of slow models one round is made, without cold steps
 
 
-@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
-def test_threads_that_wait_sleep(given: dict[str, str], policy: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({}, "GOMP_SPINCOUNT = '1000'"),
+        ({"OMP_WAIT_POLICY": "active"}, "OMP_WAIT_POLICY = 'ACTIVE'"),
+        ({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT = '7'"),
+    ],
+)
+def test_threads_that_wait_soon_sleep(given: dict[str, str], shown: str) -> None:
     """As the OpenMP library says itself; the environment of the program stays as it was."""
     code = "import os; from stepcell.runtime.backends.ncnn.net import load_ncnn; load_ncnn(); "
-    code += "print(os.environ.get('OMP_WAIT_POLICY'))"
-    environment = {**os.environ, "OMP_DISPLAY_ENV": "true", **given}
+    code += "print(os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose", **given}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
-    assert done.stdout.strip() == str(given.get("OMP_WAIT_POLICY"))
+    assert shown in done.stderr
+    assert done.stdout.strip() == str(given.get("GOMP_SPINCOUNT"))
