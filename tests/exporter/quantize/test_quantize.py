@@ -227,13 +227,17 @@ def test_weights_are_rounded_for_the_values_that_come(groups: int) -> None:
     assert np.abs(errors["fitted"].mean(1)).max() < 1e-3 < np.abs(errors["nearest"].mean(1)).max()
 
 
-def test_a_layer_in_float32_keeps_the_scale_of_what_is_read_with_it(model_path: Path, clip: Path) -> None:
-    """Features that go into one tensor with a state have the state's range, whoever computes them."""
+def calibrated(model_path: Path, clip: Path) -> tuple[FlatGraph, Calibration]:
     file = read_onnx(model_path)
     wide = StepContract.from_json(file.contract.to_json().replace("float16", "float32"), check=False)
     graph = flat_graph(file)
     frames = np.load(clip).transpose(0, 3, 1, 2)[:, None].astype(np.float32) / 255
-    calibration = calibrate(graph, wide, [Clip([{"x": frame} for frame in frames], "clip")], [1.0])
+    return graph, calibrate(graph, wide, [Clip([{"x": frame} for frame in frames], "clip")], [1.0])
+
+
+def test_a_layer_in_float32_keeps_the_scale_of_what_is_read_with_it(model_path: Path, clip: Path) -> None:
+    """Features that go into one tensor with a state have the state's range, whoever computes them."""
+    graph, calibration = calibrated(model_path, clip)
     scales = []
     for kept in ("", "encoder/Conv"):
         layers = [name for name in graph.convolutions if name != kept]
@@ -248,11 +252,7 @@ def test_a_layer_in_float32_keeps_the_scale_of_what_is_read_with_it(model_path: 
 
 def test_features_have_the_scale_of_what_reads_them_to_the_last_bit(model_path: Path, clip: Path) -> None:
     """So their bytes are passed on: neither to floats and back, nor to the other layout and back."""
-    file = read_onnx(model_path)
-    wide = StepContract.from_json(file.contract.to_json().replace("float16", "float32"), check=False)
-    graph = flat_graph(file)
-    frames = np.load(clip).transpose(0, 3, 1, 2)[:, None].astype(np.float32) / 255
-    measured = calibrate(graph, wide, [Clip([{"x": frame} for frame in frames], "clip")], [1.0])
+    graph, measured = calibrated(model_path, clip)
     rng = np.random.default_rng(0)
     for _ in range(20):
         ranges = {name: (each * rng.uniform(0.5, 2)).astype(np.float32) for name, each in measured.ranges[1.0].items()}
